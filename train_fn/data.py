@@ -1,0 +1,244 @@
+"""Manifests, splits and batches.
+
+A manifest is a JSON list of {"image", "text", "answer", "label"}: an image path under the image root, the question, the
+answer to learn, and the class. Only the pixels and the question ever reach the model; the path never does (in BUSI
+the class can be read off it).
+
+Shapes: B images in a batch, S tokens of the longest sequence, P vision patches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FIELDS = {"image": str, "text": str, "answer": str, "label": (int, str)}
+MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
+MAX_PIXELS = 100_000_000  # a decompression bomb declares more than any ultrasound or X-ray has
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image. `label` is the index of `answer` among the candidates, -1 without a closed set."""
+
+    image: str
+    text: str
+    answer: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a study's data, fixed before its first trial, and the closed set of answers (or none)."""
+
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    candidates: tuple[str, ...]
+
+    def class_counts(self, part: str) -> list[int]:
+        """Images per candidate answer in a part, in the candidates' order."""
+        counts = Counter(sample.label for sample in getattr(self, part))
+        return [counts[index] for index in range(len(self.candidates))]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_manifest(path: Path, image_root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The entries of a manifest with absolute image paths, and every problem found in it (at most 20 are spelled out).
+
+    Images are looked up but not decoded: see `unreadable_images`.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return [], [f"manifest {path} must be a readable file: {error.strerror}; check the path"]
+    except UnicodeDecodeError as error:
+        return [], [f"manifest {path} must be UTF-8 text, but byte {error.start} is not: save it as UTF-8"]
+    except (ValueError, RecursionError) as error:
+        return [], [f"manifest {path} must be JSON: {error}; mend it at that place"]
+    if not isinstance(entries, list) or not entries:
+        kind = "an empty list" if entries == [] else f"a {type(entries).__name__}"
+        return [], [f"manifest {path} must be a JSON list of at least one entry, but holds {kind}"]
+    root = image_root.resolve()
+    if not root.is_dir():
+        return [], [f"image root {image_root} must be a folder: give the folder that the manifest's paths start from"]
+    problems = []
+    for number, entry in enumerate(entries):
+        where = f"{path.name} entry {number}"
+        if not isinstance(entry, dict) or (missing := FIELDS.keys() - entry.keys()):
+            what = f"lacks {', '.join(sorted(missing))}" if isinstance(entry, dict) else f"is {entry!r:.60}"
+            problems.append(f"{where} must be an object with {', '.join(FIELDS)}, but {what}")
+            continue
+        wrong = [k for k, kind in FIELDS.items() if not isinstance(entry[k], kind) or isinstance(entry[k], bool)]
+        if wrong or not entry["answer"].strip() or not entry["image"].strip():
+            wrong = wrong or [key for key in ("image", "answer") if not entry[key].strip()]
+            values = ", ".join(f"{key}={entry[key]!r:.60}" for key in wrong)
+            problems.append(f"{where} must hold non-empty text (label: a number or text), but got {values}")
+            continue
+        image = (root / entry["image"]).resolve()  # also follows links: none may lead out of the root
+        if not image.is_relative_to(root):
+            problems.append(f"{where}: image must lie under the image root, but got {entry['image']!r}: move it there")
+        elif not image.is_file():
+            problems.append(f"{where}: image {entry['image']!r} must exist under {image_root}: check path and root")
+        entries[number] = {**entry, "image": str(image)}
+    return entries, shorten(problems)
+
+
+def shorten(problems: list[str], most: int = 20) -> list[str]:
+    """The first problems and a count of the rest: a thousand lines of the same fault help nobody."""
+    return problems if len(problems) <= most else [*problems[:most], f"... and {len(problems) - most} more like these"]
+
+
+def unreadable_images(paths: Sequence[str]) -> list[str]:
+    """A problem for every image that Pillow cannot decode to the last row (truncated, mislabelled, a bomb)."""
+    from PIL import Image
+
+    def check(path: str) -> str | None:
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    return f"image {path} must have at most {MAX_PIXELS:,} pixels, but has {image.size}: scale it down"
+                image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"image {path} must be decodable: {error}; replace it or take its entry out"
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        return shorten([problem for problem in pool.map(check, sorted(set(paths))) if problem])
+
+
+def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:
+    """The candidate answers in the order of their labels, and every contradiction between answers and labels.
+
+    Answers form a closed set when there are at most 20 and each is given at least three times on average; otherwise
+    there are no candidates, and the data is tuned on the loss.
+    """
+    answers = Counter(entry["answer"] for entry in entries)
+    if len(answers) > MAX_CANDIDATES or len(answers) * 3 > len(entries) or len(answers) < 2:
+        return (), []
+    pairs = Counter((entry["label"], entry["answer"]) for entry in entries)
+    problems = []
+    for side, other in ((0, 1), (1, 0)):
+        partners: dict[Any, list[tuple[Any, int]]] = {}
+        for pair, count in pairs.items():
+            partners.setdefault(pair[side], []).append((pair[other], count))
+        name, its = (("label", "answers"), ("answer", "labels"))[side]
+        problems += [
+            f"each {name} must go with one of the {its}, but {name} {value!r} goes with "
+            + " and ".join(f"{partner!r} ({count}x)" for partner, count in sorted(found, key=lambda pair: -pair[1]))
+            + ": mend the rarer one"
+            for value, found in partners.items()
+            if len(found) > 1
+        ]
+    order = sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0]))
+    return tuple(answer for _, answer in order), shorten(problems)
+
+
+# ------------------------------------------------------------------------------------------------ splitting
+
+
+def split_indices(labels: Sequence[int], fractions: dict[str, float], seed: int) -> dict[str, list[int]]:
+    """Disjoint index lists by part, together all indices, each label shared out in proportion to `fractions`.
+
+    `fractions` sum to 1. A part with a positive fraction gets at least one image of every label that has enough.
+    """
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[int]] = {name: [] for name in fractions}
+    for label in sorted(set(labels)):
+        members = rng.permutation([index for index, value in enumerate(labels) if value == label]).tolist()
+        wanted = [name for name, fraction in fractions.items() if fraction > 0]
+        total = len(members)
+        for name in wanted[1:]:  # the first part (train) takes what is left over, and always something
+            take = min(max(1, round(fractions[name] * total)), max(0, len(members) - 1))
+            parts[name] += members[:take]
+            members = members[take:]
+        parts[wanted[0]] += members
+    return {name: sorted(indices) for name, indices in parts.items()}
+
+
+def make_splits(
+    entries: Sequence[dict[str, Any]],
+    val_entries: Sequence[dict[str, Any]] | None,
+    test_entries: Sequence[dict[str, Any]] | None,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> tuple[Splits, list[str]]:
+    """Train, validation and test, and every reason why they cannot be made. Parts that the user gives are kept whole."""
+    everything = [*entries, *(val_entries or []), *(test_entries or [])]
+    candidates, problems = answer_set(everything)
+    index = {answer: number for number, answer in enumerate(candidates)}
+
+    def samples(part: Sequence[dict[str, Any]]) -> list[Sample]:
+        return [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in part]
+
+    pool = samples(entries)
+    fractions = {
+        "train": 1.0,
+        "validation": 0.0 if val_entries is not None else val_fraction,
+        "test": 0.0 if test_entries is not None else test_fraction,
+    }
+    fractions["train"] -= fractions["validation"] + fractions["test"]
+    chosen = split_indices([sample.label for sample in pool], fractions, seed)
+    parts = {name: [pool[number] for number in numbers] for name, numbers in chosen.items()}
+    if val_entries is not None:
+        parts["validation"] = samples(val_entries)
+    if test_entries is not None:
+        parts["test"] = samples(test_entries)
+    splits = Splits(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), candidates)
+    for name in ("train", "validation", "test"):
+        lacking = [answer for answer, count in zip(candidates, splits.class_counts(name), strict=True) if not count]
+        if lacking:
+            problems.append(
+                f"the {name} part must hold every answer, but has no {', '.join(map(repr, lacking))}: add images "
+                f"(an answer needs three at least), correct a misspelt answer, or change the fractions"
+            )
+        elif not parts[name]:
+            problems.append(f"the {name} part must hold an image, but is empty: add images or raise its fraction")
+    return splits, problems
+
+
+def save_splits(splits: Splits, path: Path) -> None:
+    """Write the splits to JSON, for people and for `load_splits`."""
+    path.write_text(json.dumps(asdict(splits), indent=1), encoding="utf-8")
+
+
+def load_splits(path: Path) -> Splits:
+    """Read what `save_splits` wrote."""
+    parts = json.loads(path.read_text(encoding="utf-8"))
+    read = {name: tuple(Sample(**sample) for sample in parts[name]) for name in ("train", "validation", "test")}
+    return Splits(**read, candidates=tuple(parts["candidates"]))
+
+
+def class_weights(counts: Sequence[int]) -> list[float]:
+    """Loss weight per class: inverse frequency, scaled so that the mean over the images is 1."""
+    return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def epoch_order(num_images: int, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of one epoch as [steps, global_batch_size] indices, shuffled by seed and epoch.
+
+    The last batch is filled up from the epoch's beginning, so that every step has the same number of images.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_images)
+    steps = -(-num_images // global_batch_size)
+    return np.resize(order, (steps, global_batch_size))
+
+
+def micro_batches(step: np.ndarray, micro_batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """This worker's micro-batches of one step's [global_batch_size] indices."""
+    mine = step.reshape(-1, world_size, micro_batch_size)[:, rank]
+    yield from mine

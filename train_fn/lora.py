@@ -1,0 +1,120 @@
+"""Putting an adapter on the frozen base, taking it off again without a trace, and writing it to disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from train_fn.model import Base, adapter_pattern
+from train_fn.settings import TrialSettings
+
+
+@contextlib.contextmanager
+def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
+    """The base with a fresh adapter and, if asked, a trainable float32 projector; afterwards the base as it was.
+
+    Raises ValueError when no module matches `lora_target_modules`.
+    """
+    projector = base.model.get_submodule(base.projector)
+    pristine = {name: parameter.data for name, parameter in projector.named_parameters()}
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int, computes with float
+        lora_dropout=settings.lora_dropout,
+        target_modules=adapter_pattern(base, settings.lora_target_modules, settings.lora_exclude_patterns),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base.model.name_or_path),
+    )
+    # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
+    model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+    try:
+        if settings.train_projector:
+            for parameter in projector.parameters():
+                parameter.data = parameter.data.to(torch.float32, copy=True)
+                parameter.requires_grad_(True)
+        yield model
+    finally:
+        for name, parameter in projector.named_parameters():
+            parameter.data = pristine[name]
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        model.unload()
+        base.model.requires_grad_(False).eval()
+
+
+def adapter_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The modules that carry an adapter, by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def parameter_groups(model: PeftModel, settings: TrialSettings) -> list[dict]:
+    """AdamW's groups: adapter, projector weights, projector biases (not decayed). Named, so they can be read back."""
+    groups: dict[str, list[torch.nn.Parameter]] = {"adapter": [], "projector": [], "projector_bias": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "adapter" if ".lora_" in name else "projector_bias" if name.endswith("bias") else "projector"
+            groups[kind].append(parameter)
+    projector_rate = settings.projector_learning_rate or settings.learning_rate
+    rates = {"adapter": settings.learning_rate, "projector": projector_rate, "projector_bias": projector_rate}
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates[name],
+            "weight_decay": 0.0 if name.endswith("bias") else settings.weight_decay,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, directory: Path) -> None:
+    """Write what PEFT's `PeftModel.from_pretrained` needs, the trained projector included, and the processor.
+
+    PEFT would save a trained projector only if it had wrapped it; here its tensors are written under the names, and
+    listed in the configuration as `modules_to_save`, as if it had.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model)
+    config = model.peft_config["default"]
+    config.inference_mode = True
+    if settings.train_projector:
+        # A module counts as one to save when its name ends with the entry, so the last part alone names it.
+        config.modules_to_save = [base.projector.rpartition(".")[2]]
+        projector = base.model.get_submodule(base.projector)
+        state |= {f"base_model.model.{base.projector}.{name}": p for name, p in projector.named_parameters()}
+    config.save_pretrained(str(directory))
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    base.processor.save_pretrained(directory)
+
+
+def load_adapter(base: Base, directory: Path) -> contextlib.AbstractContextManager[PeftModel]:
+    """The base with a saved adapter (and projector) on it, for scoring; afterwards the base as it was."""
+
+    @contextlib.contextmanager
+    def loaded() -> Iterator[PeftModel]:
+        model = PeftModel.from_pretrained(base.model, str(directory), is_trainable=False)
+        original = None
+        # `unload` would leave the trained copy of a saved module in place: keep the base's own at hand.
+        wrapper = base.model.get_submodule(base.projector)
+        if hasattr(wrapper, "original_module"):
+            original = wrapper.original_module
+        try:
+            yield model.eval()
+        finally:
+            model.unload()
+            if original is not None:
+                parent, _, name = base.projector.rpartition(".")
+                setattr(base.model.get_submodule(parent), name, original)
+            base.model.requires_grad_(False).eval()
+
+    return loaded()

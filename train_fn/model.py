@@ -1,0 +1,309 @@
+"""The frozen base: loading it, finding its parts, and turning samples into what its forward pass takes.
+
+Shapes: B images, S tokens of the longest sequence, P vision patches of one image, D width of the vision tower,
+H width of the language model, T tokens of an answer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from train_fn.data import Sample
+from train_fn.nano import CHECKPOINT as NANO
+from train_fn.settings import ModelSettings
+
+# Where transformers' image-text-to-text models keep their parts, by attribute path from the inner model.
+VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
+PROJECTORS = ("projector", "multi_modal_projector", "mm_projector", "connector", "visual.merger", "embed_vision")
+LANGUAGE_MODELS = ("language_model", "text_model")
+
+
+@dataclass
+class Base:
+    """A loaded base model, where its parts are (full module names), and its processor."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    vision_tower: str
+    projector: str
+    language_model: str
+    device: torch.device
+    features: dict[str, torch.Tensor] = field(default_factory=dict)  # image path -> [P, D], on the CPU
+    features_bytes_left: int = 0
+    tokens: dict[tuple, Any] = field(default_factory=dict)  # tokenized prompts and answers: few, but needed every step
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether vision features can be taken apart by image: VideoLlama3 packs the patches of a batch."""
+        return self.model.config.model_type == "video_llama_3" and self.features_bytes_left > 0
+
+
+def resolve_model(model: str) -> Path:
+    """The directory that `--model` names."""
+    return NANO if model == "nano" else Path(model)
+
+
+def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The same processor class without its video part, which needs torchvision and which nothing here uses."""
+
+    class ImageOnly(processor_class):  # type: ignore[valid-type, misc]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+    ImageOnly.__name__, ImageOnly.__qualname__ = processor_class.__name__, processor_class.__qualname__
+    return ImageOnly
+
+
+def load_processor(directory: Path) -> ProcessorMixin:
+    """The model's own processor (chat template, tokenizer, image processor), for images and text."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return image_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(directory, local_files_only=True)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format of the base: what `--dtype` says, or what the device does well."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def find_part(model: torch.nn.Module, names: Sequence[str], what: str) -> str:
+    """The full name of the first of `names` that the inner model has."""
+    inner = getattr(model, "base_model_prefix", "") or "model"
+    present = {name for name, _ in model.named_modules()}
+    for name in names:
+        if f"{inner}.{name}" in present:
+            return f"{inner}.{name}"
+    top = sorted(name for name in present if 0 < name.count(".") <= 1)
+    raise ValueError(
+        f"the base must have a {what} called one of {', '.join(names)} under `{inner}`, but has {', '.join(top)}: "
+        f"{type(model).__name__} is not supported yet"
+    )
+
+
+def load_base(settings: ModelSettings, device: torch.device) -> Base:
+    """Load and freeze the base model. No code from the model directory is run, and no pickle is read.
+
+    `from_pretrained(dtype=...)` keeps rotary frequencies in float32, which `.to(bfloat16)` would round.
+    """
+    directory = resolve_model(settings.model)
+    model = AutoModelForImageTextToText.from_pretrained(
+        directory,
+        dtype=choose_dtype(settings.dtype, device),
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+    ).to(device)
+    model.requires_grad_(False).eval()
+    base = Base(
+        model=model,
+        processor=load_processor(directory),
+        vision_tower=find_part(model, VISION_TOWERS, "vision tower"),
+        projector=find_part(model, PROJECTORS, "projector"),
+        language_model=find_part(model, LANGUAGE_MODELS, "language model"),
+        device=device,
+        features_bytes_left=int(settings.feature_cache_gib * 2**30),
+    )
+    # Without this every later full collection, which DeepSpeed and torch ask for, walks the million objects that
+    # transformers and torch have made by now: 0.5 to 1 s each.
+    gc.collect()
+    gc.freeze()
+    return base
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def prompt_text(processor: ProcessorMixin, question: str) -> str:
+    """The rendered user turn with its image placeholder, up to where the answer begins."""
+    return processor.apply_chat_template(messages(question), tokenize=False, add_generation_prompt=True)
+
+
+def messages(question: str) -> list[dict[str, Any]]:
+    """One user turn: the image, then the question."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def answer_ids(base: Base, question: str, answer: str) -> list[int]:
+    """Token ids [T] of an answer and its end token: what the loss is taken over."""
+    if (question, answer) not in base.tokens:
+        base.tokens[question, answer] = tokenize_answer(base.processor, question, answer)
+    return base.tokens[question, answer]
+
+
+def tokenize_answer(processor: ProcessorMixin, question: str, answer: str) -> list[int]:
+    """Token ids [T] of an answer and its end token.
+
+    What ends an answer is read off the chat template: the text that follows the answer in a rendered conversation,
+    up to and including the first special token. A template that rewrites the turn (such as one that adds an empty
+    thinking block) is completed with the tokenizer's end-of-sequence token instead.
+    """
+    tokenizer = processor.tokenizer
+    prompt = prompt_text(processor, question)
+    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    whole = processor.apply_chat_template([*messages(question), turn], tokenize=False)
+    rest = whole[len(prompt) :] if whole.startswith(prompt + answer) else answer + tokenizer.eos_token
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    ends = set(tokenizer.all_special_ids) | {tokenizer.eos_token_id}
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def read_image(path: str) -> Image.Image:
+    """The decoded image as RGB."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height in pixels, from the file's header."""
+    with Image.open(path) as image:
+        return image.size
+
+
+def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
+    """The processor's output for one prompt: input_ids [1, S], pixel_values, and whatever else the model takes."""
+    text = prompt_text(base.processor, sample.text)
+    return dict(base.processor(images=[read_image(sample.image)], text=[text], return_tensors="pt"))
+
+
+def pad_and_stack(tensors: Sequence[torch.Tensor], value: float = 0) -> torch.Tensor:
+    """[1, S_i] tensors as one [B, S] tensor, padded on the right."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors])
+
+
+@torch.no_grad()
+def vision_features(base: Base, processed: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """What the vision tower makes of each image: [P, D] each, before the projector."""
+    tower = base.model.get_submodule(base.vision_tower)
+    inputs = {
+        name: torch.cat([one[key] for one in processed]).to(base.device)
+        for name, key in (
+            ("pixel_values", "pixel_values"),
+            ("grid_thw", "image_grid_thw"),
+            ("merge_sizes", "image_merge_sizes"),
+        )
+    }
+    packed = tower(**{**inputs, "pixel_values": inputs["pixel_values"].to(base.model.dtype)}).last_hidden_state
+    sizes = (inputs["grid_thw"].prod(1) // inputs["merge_sizes"] ** 2).tolist()
+    return list(packed.split(sizes))
+
+
+def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
+    """One batch for `forward_hidden`: token and pixel tensors and, with answers, `labels` [B, S].
+
+    labels: -100 outside the answer and its end token. Sequences are padded on the right, where causal attention keeps
+    padding from touching anything. Vision features of images seen before come from memory.
+    """
+    encoded = [encode(base, sample) for sample in samples]
+    batch: dict[str, Any] = {}
+    if base.caches_features:
+        missing = [number for number, one in enumerate(encoded) if "pixel_values" in one]
+        fresh = dict(zip(missing, vision_features(base, [encoded[n] for n in missing]), strict=True)) if missing else {}
+        for number, features in fresh.items():
+            remember_features(base, samples[number].image, features)
+        batch["vision_features"] = torch.cat(
+            [
+                (fresh[n] if n in fresh else base.features[sample.image]).to(base.device)
+                for n, sample in enumerate(samples)
+            ]
+        )
+    else:
+        for key in encoded[0].keys() - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}:
+            batch[key] = torch.cat([one[key] for one in encoded]).to(base.device)
+            if batch[key].is_floating_point():
+                batch[key] = batch[key].to(base.model.dtype)
+    # What is added behind each prompt: its answer, unattended by the image but a part of the sequence.
+    tails = [
+        torch.tensor([answer_ids(base, s.text, s.answer) if with_answers else []], dtype=torch.long)
+        for s in samples
+    ]
+    for key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if key in encoded[0]:
+            filler = {"input_ids": None, "attention_mask": 1}.get(key, 0)
+            rows = [
+                torch.cat([one[key], tail if filler is None else torch.full_like(tail, filler)], 1)
+                for one, tail in zip(encoded, tails, strict=True)
+            ]
+            pad = base.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
+            batch[key] = pad_and_stack(rows, pad).to(base.device)
+    if with_answers:
+        labels = [
+            torch.cat([torch.full_like(one["input_ids"], -100), tail], 1)
+            for one, tail in zip(encoded, tails, strict=True)
+        ]
+        batch["labels"] = pad_and_stack(labels, -100).to(base.device)
+    return batch
+
+
+def encode(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
+    """`process`, without the pixels when the image's features are remembered."""
+    if sample.image not in base.features:
+        return process(base, sample)
+    key = ("prompt", sample.text, base.features[sample.image].shape[0])
+    if key not in base.tokens:
+        token = base.processor.image_token
+        text = prompt_text(base.processor, sample.text).replace(token, token * key[2])
+        base.tokens[key] = dict(base.processor.tokenizer([text], return_tensors="pt"))
+    return base.tokens[key]
+
+
+def remember_features(base: Base, image: str, features: torch.Tensor) -> None:
+    """Keep [P, D] features on the CPU while there is room."""
+    size = features.numel() * features.element_size()
+    if image not in base.features and size <= base.features_bytes_left:
+        base.features[image] = features.to("cpu", copy=True)
+        base.features_bytes_left -= size
+
+
+# ------------------------------------------------------------------------------------------------ forward
+
+
+def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
+    """The inner model's output; `last_hidden_state` [B, S, H] is before the language-model head.
+
+    The projector runs here, on features or pixels, so that it can be trained. The head does not: with a vocabulary of
+    152 k, logits at every position of a batch are gigabytes.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "vision_features")}
+    if "vision_features" in batch:
+        projected = base.model.get_submodule(base.projector)(batch["vision_features"])
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(projected,))}
+    inner = getattr(base.model, base.model.base_model_prefix)
+    return inner(**inputs, **options)
+
+
+def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
+    """Mean cross-entropy over each answer's tokens: [B], logits computed at those positions only."""
+    hidden = forward_hidden(base, batch, use_cache=False).last_hidden_state[:, :-1]
+    targets = batch["labels"][:, 1:]
+    rows, columns = (targets != -100).nonzero(as_tuple=True)
+    logits = base.model.get_output_embeddings()(hidden[rows, columns]).float()  # [answer tokens, V]
+    losses = torch.nn.functional.cross_entropy(logits, targets[rows, columns], reduction="none")
+    counts = torch.bincount(rows, minlength=len(targets))
+    return torch.zeros(len(targets), device=losses.device).index_add(0, rows, losses) / counts
+
+
+def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns: Sequence[str]) -> str:
+    """One regular expression (matched in full, as PEFT does) for the modules that get an adapter."""
+    spared = [*exclude_patterns, re.escape(base.projector) + r"\."]
+    return rf"(?!.*(?:{'|'.join(spared)})).*\.(?:{'|'.join(map(re.escape, target_modules))})"

@@ -1,0 +1,108 @@
+"""A lane's worker: holds the base model and trains the trials that the dispatcher hands it. The only module here that
+imports Ray.
+
+Every rank asks the dispatcher by itself, so an idle lane waits in no collective, whose timeout would end it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train_fn.data import Splits
+from train_fn.settings import ModelSettings, TrialSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneJob:
+    """What every trial of a study shares, as handed to the workers of a lane."""
+
+    lane: int
+    dispatcher: Any
+    """Handle of the study's `tune.lane.Dispatcher` actor."""
+    model: ModelSettings
+    splits: Splits
+    positive: str
+    num_threads: int
+    """torch threads of each worker; 0 leaves torch's default (GPU workers)."""
+
+
+def lane_loop(config: dict[str, Any]) -> None:
+    """The train loop of a lane's TorchTrainer: trial after trial on one loaded base, until the dispatcher has no more.
+
+    An exception that not every rank is known to share ends the worker group, and Ray Train starts a new one; the
+    dispatcher then learns from the new group's first question that the trial was lost.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch
+    import torch.distributed as dist
+
+    job: LaneJob = config["job"]
+    if job.num_threads:
+        torch.set_num_threads(job.num_threads)
+    started = time.perf_counter()
+    from train_fn.engine import TrialFailed
+    from train_fn.loop import run_trial, score_adapter
+    from train_fn.model import load_base
+
+    rank = ray.train.get_context().get_world_rank()
+    base = load_base(job.model, ray.train.torch.get_device())
+    group = [uuid.uuid4().hex if rank == 0 else ""]
+    dist.broadcast_object_list(group, src=0)  # a name for this worker group, new after every restart
+    startup_s = time.perf_counter() - started
+    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
+    idle_since = time.perf_counter()
+    for turn in range(10**9):
+        assignment = ray.get(job.dispatcher.next_assignment.remote(job.lane, group[0], turn))
+        if assignment is None:
+            return
+        received = time.perf_counter()
+        number = assignment["number"]
+        extra = {"lane": job.lane, "turn": turn, "device": device, "startup_s": startup_s}
+        try:
+            if assignment["kind"] == "score":
+                found = [
+                    score_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
+                    for adapter in assignment["adapters"]
+                ]
+                message = extra | {"done": True, "epoch": 1, "predictions": found}
+                ray.get(job.dispatcher.report.remote(number, group[0], 1, message if rank == 0 else None))
+                continue
+
+            def report(message: dict[str, Any], number: int = number, since: tuple = (idle_since, received)) -> bool:
+                now = time.perf_counter()
+                # From the end of the trial before: what this trial has cost the lane, waiting for it included.
+                message |= extra | {"wall_s": now - since[0], "waited_s": since[1] - since[0]}
+                answer = job.dispatcher.report.remote(
+                    number, group[0], message["epoch"], message if rank == 0 else None
+                )
+                return ray.get(answer)
+
+            run_trial(
+                base,
+                job.splits,
+                TrialSettings.from_dict(assignment["settings"]),
+                report,
+                eval_batch_size=job.model.per_device_eval_batch_size,
+                positive=job.positive,
+                output=Path(assignment["output"]),
+            )
+        except TrialFailed as failure:
+            if rank == 0:
+                ray.get(job.dispatcher.fail.remote(number, str(failure)))
+        except Exception as error:
+            # The error itself names the cause; what Ray Train makes of it later only says that a group ended.
+            told = "".join(traceback.format_exception_only(error)).strip()
+            ray.get(job.dispatcher.fail.remote(number, f"{told}\n\n{traceback.format_exc()}"))
+            raise
+        finally:
+            idle_since = time.perf_counter()

@@ -1,0 +1,297 @@
+"""Lanes: long-lived TorchTrainers that trials pass through, and the dispatcher between them and Ray Tune.
+
+A trial that started its own TorchTrainer would pay for processes, imports, process group and base model each time:
+17 to 20 s around a second of training. Lanes pay once. They belong to the study, not to a Tune trial: Tune's side of a
+trial (`QueuedTrial`) only hands settings to the dispatcher and waits for reports, and any lane takes the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from train_fn.worker import LaneJob, lane_loop
+
+MAX_ATTEMPTS = 3  # how often a trial is begun that loses its worker group by no known fault of its own
+
+
+class LaneError(Exception):
+    """A trial ended without its result; the message says why."""
+
+
+@dataclass
+class Ticket:
+    """One trial (or scoring job) between the study and a lane."""
+
+    assignment: dict[str, Any]
+    reports: asyncio.Queue = field(default_factory=asyncio.Queue)
+    verdicts: dict[tuple[str, int], asyncio.Future] = field(default_factory=dict)
+    open_verdict: tuple[str, int] | None = None  # a report whose sender waits for the answer
+    last_epoch: int = 0
+    attempts: int = 0
+    error: str = ""
+    stopped: bool = False
+    ended: bool = False
+
+
+class Dispatcher:
+    """Async actor: a queue of assignments on one side, reports on the other. The study makes one (`start_dispatcher`).
+
+    A report is answered only when its trial has been told to go on (Tune asks for the next report) or to stop, so an
+    early stop wastes no compute. All ranks of a group ask, and get the same answer.
+    """
+
+    def __init__(self, num_lanes: int) -> None:
+        self.tickets: dict[int, Ticket] = {}
+        self.queue: deque[int] = deque()
+        self.changed = asyncio.Condition()
+        self.assigned: dict[tuple[str, int], asyncio.Future] = {}
+        self.running: dict[int, int] = {}  # lane -> number
+        self.groups: dict[int, str] = {}  # lane -> its living worker group
+        self.lanes = set(range(num_lanes))
+        self.closed = False
+        self.last_error = ""
+
+    # -------------------------------------------------------------------------------- the study's side
+
+    async def submit(self, number: int, assignment: dict[str, Any]) -> None:
+        """Queue a trial or a scoring job under a number of its own."""
+        self.tickets[number] = Ticket(assignment | {"number": number})
+        if self.lanes:
+            await self._enqueue(number)
+        else:
+            self._error(number, self.last_error)
+
+    async def next_report(self, number: int) -> dict[str, Any]:
+        """The trial's next report; asking for it tells the lane to go on. {"error": ...} ends a trial."""
+        ticket = self.tickets[number]
+        self._answer(ticket, stop=False)
+        return await ticket.reports.get()
+
+    async def stop(self, number: int) -> None:
+        """End a trial early: at once if its lane waits for an answer, else at its next report."""
+        ticket = self.tickets[number]
+        ticket.stopped = True
+        if number in self.queue:
+            self.queue.remove(number)
+        self._answer(ticket, stop=True)
+
+    async def error_of(self, number: int) -> str:
+        """Why a trial failed; empty if it did not."""
+        ticket = self.tickets.get(number)
+        return ticket.error if ticket else ""
+
+    async def close(self) -> None:
+        """No more assignments: lanes end when they ask next."""
+        self.closed = True
+        async with self.changed:
+            self.changed.notify_all()
+
+    # -------------------------------------------------------------------------------- the lanes' side
+
+    async def next_assignment(self, lane: int, group: str, turn: int) -> dict[str, Any] | None:
+        """What a worker group does next; None: nothing more. A group not seen before means the old one was lost."""
+        if self.groups.get(lane) != group:
+            self.groups[lane] = group
+            if lane in self.running:
+                await self._lost(lane, "its worker group died")
+            async with self.changed:
+                self.changed.notify_all()  # a question of the dead group must not take an assignment
+        key = (group, turn)
+        if key not in self.assigned:
+            self.assigned[key] = asyncio.get_running_loop().create_future()
+            self.assigned[key].set_result(await self._take(lane, group))
+        return await self.assigned[key]
+
+    async def report(self, number: int, group: str, epoch: int, message: dict[str, Any] | None) -> bool:
+        """A trial's report from rank 0 (other ranks send None); True: stop now."""
+        ticket = self.tickets[number]
+        verdict = ticket.verdicts.setdefault((group, epoch), asyncio.get_running_loop().create_future())
+        if message is not None and not verdict.done():
+            if ticket.stopped:
+                verdict.set_result(True)
+            elif epoch <= ticket.last_epoch:  # begun again after a loss: Tune knows this epoch already
+                verdict.set_result(False)
+            else:
+                ticket.last_epoch = epoch
+                ticket.open_verdict = (group, epoch)
+                ticket.reports.put_nowait(message)
+                if message["done"]:
+                    ticket.ended = True
+                    self._answer(ticket, stop=False)
+        return await verdict
+
+    async def fail(self, number: int, error: str) -> None:
+        """A trial's own fault, from any rank: the trial ends and is not tried again."""
+        self._error(number, error)
+
+    async def lane_ended(self, lane: int, error: str) -> None:
+        """A lane's TorchTrainer has come to its end; what it ran goes to another lane, or fails if there is none."""
+        self.lanes.discard(lane)
+        self.last_error = error or "all lanes have ended"
+        if lane in self.running:
+            await self._lost(lane, error)
+        if not self.lanes:
+            while self.queue:
+                self._error(self.queue.popleft(), self.last_error)
+
+    # -------------------------------------------------------------------------------- within
+
+    async def _take(self, lane: int, group: str) -> dict[str, Any] | None:
+        self.running.pop(lane, None)
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.queue or self.closed or self.groups[lane] != group)
+            if not self.queue or self.groups[lane] != group:
+                return None
+            number = self.queue.popleft()
+        ticket = self.tickets[number]
+        ticket.attempts += 1
+        self.running[lane] = number
+        return ticket.assignment
+
+    async def _enqueue(self, number: int) -> None:
+        async with self.changed:
+            self.queue.append(number)
+            self.changed.notify_all()
+
+    async def _lost(self, lane: int, reason: str) -> None:
+        number = self.running.pop(lane)
+        ticket = self.tickets[number]
+        if ticket.ended or ticket.stopped:
+            return
+        ticket.open_verdict = None
+        if ticket.attempts >= MAX_ATTEMPTS or not self.lanes:
+            self._error(number, f"lost {ticket.attempts} times, last because {reason}")
+        else:
+            await self._enqueue(number)
+
+    def _error(self, number: int, error: str) -> None:
+        ticket = self.tickets[number]
+        if not ticket.ended:
+            ticket.ended, ticket.error = True, error
+            ticket.reports.put_nowait({"error": error})
+
+    @staticmethod
+    def _answer(ticket: Ticket, stop: bool) -> None:
+        if ticket.open_verdict is not None:
+            ticket.verdicts[ticket.open_verdict].set_result(stop)
+            ticket.open_verdict = None
+
+
+def start_dispatcher(num_lanes: int) -> Any:
+    """The study's dispatcher actor; it takes no CPU and stays on this node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    return ray.remote(**options)(Dispatcher).remote(num_lanes)
+
+
+class Lanes:
+    """The study's lanes: each a TorchTrainer whose fit() runs in a thread of the driver."""
+
+    def __init__(
+        self,
+        jobs: list[LaneJob],
+        *,
+        workers_per_trial: int,
+        use_gpu: bool,
+        cpus_per_worker: float,
+        storage: Path,
+        runtime_env: dict[str, Any],
+    ) -> None:
+        self.dispatcher = jobs[0].dispatcher
+        self.over = False
+        # The default of 2 s would be added to the lane's end and to the rebuilding of a lost group.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        self.threads = []
+        for job in jobs:
+            trainer = TorchTrainer(
+                lane_loop,
+                train_loop_config={"job": job},
+                scaling_config=ScalingConfig(
+                    num_workers=workers_per_trial,
+                    use_gpu=use_gpu,
+                    resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                ),
+                run_config=RunConfig(
+                    name=f"lane-{job.lane}",
+                    storage_path=str(storage),
+                    failure_config=FailureConfig(max_failures=-1),
+                    worker_runtime_env=runtime_env,
+                ),
+            )
+            self.threads.append(threading.Thread(target=self._run, args=(job.lane, trainer), daemon=True))
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, lane: int, trainer: Any) -> None:
+        error = ""
+        try:
+            trainer.fit()
+        except Exception as failure:  # whatever ends a lane is told to the trials that waited for it
+            error = f"lane {lane} ended: {failure}"
+        if self.over or not ray.is_initialized():
+            return  # touching Ray after its shutdown would end the whole process
+        ray.get(self.dispatcher.lane_ended.remote(lane, error))
+
+    def close(self, timeout_s: float = 30) -> None:
+        """Let the lanes end and wait for them."""
+        self.over = True
+        ray.get(self.dispatcher.close.remote())
+        for thread in self.threads:
+            thread.join(timeout_s)
+
+
+class QueuedTrial(ray.tune.Trainable):
+    """Tune's side of a trial: hands its settings to the dispatcher, returns the reports that come back."""
+
+    def setup(self, config: dict[str, Any], dispatcher: Any = None, trials: str = "") -> None:  # type: ignore[override]
+        self.dispatcher = dispatcher
+        self.trials = Path(trials)
+        self.number: int | None = None
+        self._submit(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._stop()
+        self._submit(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        report = ray.get(self.dispatcher.next_report.remote(self.number))
+        if "error" in report:
+            raise LaneError(report["error"])
+        return {**report["metrics"], **report}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        pass
+
+    def cleanup(self) -> None:
+        self._stop()
+
+    def _submit(self, config: dict[str, Any]) -> None:
+        self.number = config["number"]
+        assignment = {
+            "kind": "train",
+            "settings": config["settings"],
+            "output": str(self.trials / f"{self.number:04d}"),
+        }
+        ray.get(self.dispatcher.submit.remote(self.number, assignment))
+
+    def _stop(self) -> None:
+        if self.number is not None:
+            ray.get(self.dispatcher.stop.remote(self.number))
+            self.number = None

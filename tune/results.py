@@ -1,0 +1,247 @@
+"""What a study has found: the record of each trial, the winner, its test score with intervals, table and study.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train_fn.data import Sample, Splits
+from train_fn.metrics import MODES, bootstrap_intervals
+from train_fn.scores import metrics_of
+
+END_STATES = ("COMPLETE", "STOPPED", "FAILED", "INTERRUPTED")
+
+
+@dataclass
+class TrialRecord:
+    """One trial as the driver has seen it."""
+
+    number: int
+    searched: dict[str, Any]
+    """The values that the search chose, by the names it asked for."""
+    settings: dict[str, Any]
+    """All settings that the trial was given."""
+    state: str = "RUNNING"
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    """Validation metrics and training loss after each epoch."""
+    applied: dict[str, Any] = field(default_factory=dict)
+    """What the live engine said it trains with."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase, and `wall`: from the end of the lane's trial before to the end of this one."""
+    lane: int | None = None
+    turn: int | None = None
+    """How many assignments the lane's worker group had had before this one."""
+    device: str = ""
+    error: str = ""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last epoch's metrics: what the trial counts by."""
+        return self.epochs[-1] if self.epochs else {}
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds of the lane that the trial took without training or evaluating."""
+        return self.seconds.get("wall", 0.0) - self.seconds.get("train", 0.0) - self.seconds.get("evaluation", 0.0)
+
+
+def ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
+    """Completed trials, best first; ties go to the lower loss. A score that is not a number is no score."""
+    sign = 1 if MODES[metric] == "min" else -1
+    scored = [r for r in records if r.state == "COMPLETE" and math.isfinite(r.metrics.get(metric, math.nan))]
+    return sorted(scored, key=lambda r: (sign * r.metrics[metric], r.metrics["loss"], r.number))
+
+
+def test_scores(
+    predicted: dict[str, np.ndarray], splits: Splits, class_balanced: bool, positive: str
+) -> dict[str, dict[str, Any]]:
+    """Each test metric as {"value", "interval"}: 95 % percentile bootstrap over the test images."""
+    def score(indices: np.ndarray) -> dict[str, float]:
+        chosen = {name: values[indices] for name, values in predicted.items()}
+        samples: list[Sample] = [splits.test[index] for index in indices]
+        return metrics_of(chosen, samples, splits, class_balanced, positive)
+
+    values = score(np.arange(len(splits.test)))
+    intervals = bootstrap_intervals(score, len(splits.test))
+    return {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}
+
+
+@dataclass
+class Outcome:
+    """A study at its end, however it ended."""
+
+    name: str
+    directory: Path
+    metric: str
+    num_trials: int
+    records: list[TrialRecord]
+    interrupted: bool = False
+    winner: TrialRecord | None = None
+    adapter: Path | None = None
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Test metrics by "winner" and "guide"."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    lanes: int = 0
+    notes: list[str] = field(default_factory=list)
+    tracking_uri: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0: there is a winner; 1: no trial completed; 130: interrupted."""
+        return 130 if self.interrupted else 0 if self.winner else 1
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the lanes' wall time, start-up included, that was training or evaluation."""
+        busy = sum(r.seconds.get("train", 0) + r.seconds.get("evaluation", 0) for r in self.records)
+        return busy / (self.seconds["wall"] * max(1, self.lanes)) if self.seconds.get("wall") else 0.0
+
+    def choose_winner(self) -> None:
+        """Name the best completed trial and copy its adapter to `best_adapter/`."""
+        best = ranked(self.records, self.metric)
+        if not best:
+            return
+        self.winner = best[0]
+        self.adapter = self.directory / "best_adapter"
+        if self.adapter.exists():
+            shutil.rmtree(self.adapter)
+        shutil.copytree(self.directory / "trials" / f"{self.winner.number:04d}" / "final_model", self.adapter)
+
+    def save(self, extra: dict[str, Any]) -> Path:
+        """Write study.json: all of this, and `extra` (settings, data, versions)."""
+        path = self.directory / "study.json"
+        content = {
+            "name": self.name,
+            "state": "INTERRUPTED" if self.interrupted else "COMPLETE" if self.winner else "FAILED",
+            "metric": self.metric,
+            "winner": self.winner.number if self.winner else None,
+            "adapter": str(self.adapter) if self.adapter else None,
+            "test": self.tests,
+            "test_note": "scored once, after the search, for the winner and the guide's defaults only",
+            "seconds": self.seconds,
+            "share_training_and_evaluation": self.busy_share,
+            "lanes": self.lanes,
+            "notes": self.notes,
+            "trials": [dataclasses.asdict(r) | {"overhead_s": r.overhead_s} for r in self.records],
+            **extra,
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(clean(content), indent=1), encoding="utf-8")
+        partial.replace(path)
+        return path
+
+
+def clean(value: Any) -> Any:
+    """The value with what JSON does not know (NaN, infinities, tuples, paths) made plain."""
+    if isinstance(value, dict):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ for people
+
+
+def number_text(value: Any) -> str:
+    """A setting or score, short."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def with_interval(score: dict[str, Any]) -> str:
+    """A test score and its 95 % interval."""
+    if score["value"] is None or not math.isfinite(score["value"]):
+        return "undefined"
+    if score["interval"] is None:
+        return f"{score['value']:.3f}"
+    low, high = score["interval"]
+    return f"{score['value']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def print_summary(outcome: Outcome, most: int = 10) -> None:
+    """Print the table of trials, the test scores, where everything is, and what to type next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    width = console.width if console.is_terminal else 160
+    console = Console(width=width, soft_wrap=False)
+    best = ranked(outcome.records, outcome.metric)
+    shown = best[:most]
+    guide = next((r for r in outcome.records if r.number == 0), None)
+    if guide and guide not in shown:
+        shown.append(guide)
+    ended = {state: sum(r.state == state for r in outcome.records) for state in END_STATES}
+    counts = ", ".join(f"{count} {state.lower()}" for state, count in ended.items() if count)
+    names = list(dict.fromkeys(name for r in outcome.records for name in r.searched))
+    scores = [outcome.metric] + [m for m in ("macro_f1", "auroc", "loss") if m != outcome.metric]
+    scores = [m for m in scores if any(m in r.metrics for r in outcome.records)]
+    table = Table(title=f"Study {outcome.name}: {counts}. Validation scores, best first by {outcome.metric}")
+    table.add_column("trial", justify="right")
+    for name in (*names, *scores, "train s", "state"):
+        table.add_column(name, justify="right", overflow="fold")
+    for record in shown:
+        label = f"{record.number}" + (" (guide)" if record.number == 0 else "")
+        cells = [number_text(record.searched[name]) if name in record.searched else "-" for name in names]
+        cells += [f"{record.metrics[m]:.3f}" if m in record.metrics else "-" for m in scores]
+        table.add_row(label, *cells, f"{record.seconds.get('train', 0):.1f}", record.state.lower())
+    if shown:
+        console.print(table)
+        if len(best) > most:
+            print(f"(the best {most} of {len(best)}; all of them are in study.json and MLflow)")
+    if len(best) > 1:
+        low, high = sorted((best[0].metrics[outcome.metric], best[-1].metrics[outcome.metric]))
+        print(f"Spread of {outcome.metric} over the completed trials: {low:.3f} to {high:.3f}")
+    for error, count in failures(outcome.records).items():
+        print(f"{count} failed: {error}")
+    if outcome.tests:
+        table = Table(title="Test scores (95 % bootstrap interval), computed once, after the search")
+        table.add_column("metric")
+        titles = {"winner": f"winner (trial {outcome.winner.number})" if outcome.winner else "", "guide": "guide"}
+        for who in outcome.tests:
+            table.add_column("winner = the guide's defaults" if len(outcome.tests) == 1 else titles[who])
+        for name in next(iter(outcome.tests.values())):
+            table.add_row(name, *(with_interval(scores[name]) for scores in outcome.tests.values()))
+        console.print(table)
+    for note in outcome.notes:
+        print(f"Note: {note}")
+    print(
+        f"Wall time {outcome.seconds.get('wall', 0):.0f} s, {outcome.busy_share:.0%} of it training and evaluation "
+        f"on {outcome.lanes} lane{'s' if outcome.lanes != 1 else ''}."
+    )
+    print(f"Results        {outcome.directory}/study.json")
+    if outcome.adapter:
+        print(f"Adapter        {outcome.adapter}")
+    print("Compare trials " + next_mlflow(outcome.tracking_uri))
+    if outcome.adapter:
+        print(f"Use it         PeftModel.from_pretrained(base_model, {str(outcome.adapter)!r})")
+    if not outcome.winner and not outcome.interrupted:
+        print("No trial completed, so there is no winner. The first error is above; all are in study.json.")
+
+
+def next_mlflow(uri: str) -> str:
+    """The command that shows the trials."""
+    default = f"sqlite:///{Path('mlflow.db').resolve()}"
+    return "mlflow ui" if uri == default else f"mlflow ui --backend-store-uri {uri}" if "://" in uri else uri
+
+
+def failures(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """First lines of the errors, with how many trials ended by each."""
+    found: dict[str, int] = {}
+    for record in records:
+        if record.state == "FAILED":
+            line = record.error.strip().splitlines()[0] if record.error.strip() else "unknown error"
+            found[line] = found.get(line, 0) + 1
+    return found

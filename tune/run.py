@@ -1,0 +1,44 @@
+"""`python tune/run.py --trials 20`: parse, prepare, run, report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+STARTED = time.perf_counter()
+# As a script, Python puts tune/ first on the path, where its modules would shadow libraries: the project's root it is.
+ROOT = str(Path(__file__).resolve().parents[1])
+sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
+
+from tune.settings import SettingsError, parse  # noqa: E402
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Run a study. Returns the exit code: 0 a winner, 1 no trial completed, 2 bad input, 130 interrupted."""
+    try:
+        settings = parse(argv)
+        from tune.results import print_summary
+        from tune.study import prepare, run
+
+        study = prepare(settings, say)
+        outcome = run(study, say, STARTED)
+    except SettingsError as error:
+        print("The study cannot start:", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted before the first trial.", file=sys.stderr)
+        return 130
+    print_summary(outcome)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
