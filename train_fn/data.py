@@ -10,6 +10,7 @@ Shapes: B images in a batch, S tokens of the longest sequence, P vision patches.
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,8 @@ def unreadable_images(paths: Sequence[str]) -> list[str]:
             return f"image {path} must be decodable: {error}; replace it or take its entry out"
         return None
 
-    with ThreadPoolExecutor(8) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the rule above says it better
         return shorten([problem for problem in pool.map(check, sorted(set(paths))) if problem])
 
 

@@ -7,6 +7,7 @@ H width of the language model, T tokens of an answer, V vocabulary.
 from __future__ import annotations
 
 import gc
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
 from train_fn.data import Sample
 from train_fn.nano import CHECKPOINT as NANO
@@ -68,8 +69,13 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
 def load_processor(directory: Path) -> ProcessorMixin:
     """The model's own processor (chat template, tokenizer, image processor), for images and text."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    return image_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(directory, local_files_only=True)
+    saved = directory / "processor_config.json"
+    name = json.loads(saved.read_text(encoding="utf-8")).get("processor_class") if saved.is_file() else None
+    if name:  # all that the folder of an adapter tells
+        found = processor_class_from_name(name)
+    else:
+        found = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(directory, trust_remote_code=False))]
+    return image_only(found).from_pretrained(directory, local_files_only=True)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

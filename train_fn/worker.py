@@ -47,15 +47,22 @@ def lane_loop(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     job: LaneJob = config["job"]
+    if not ray.get(job.dispatcher.wants.remote(job.lane)):
+        return
     if job.num_threads:
         torch.set_num_threads(job.num_threads)
     started = time.perf_counter()
-    from train_fn.engine import TrialFailed
-    from train_fn.loop import run_trial, score_adapter
-    from train_fn.model import load_base
-
     rank = ray.train.get_context().get_world_rank()
-    base = load_base(job.model, ray.train.torch.get_device())
+    try:
+        from train_fn.engine import TrialFailed
+        from train_fn.loop import run_trial, score_adapter
+        from train_fn.model import load_base
+
+        base = load_base(job.model, ray.train.torch.get_device())
+    except Exception as error:
+        told = "".join(traceback.format_exception_only(error)).strip()
+        ray.get(job.dispatcher.start_failed.remote(job.lane, f"the base could not be loaded: {told}"))
+        raise
     group = [uuid.uuid4().hex if rank == 0 else ""]
     dist.broadcast_object_list(group, src=0)  # a name for this worker group, new after every restart
     startup_s = time.perf_counter() - started

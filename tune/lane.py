@@ -58,6 +58,7 @@ class Dispatcher:
         self.running: dict[int, int] = {}  # lane -> number
         self.groups: dict[int, str] = {}  # lane -> its living worker group
         self.lanes = set(range(num_lanes))
+        self.failed_starts: dict[int, int] = {}
         self.closed = False
         self.last_error = ""
 
@@ -134,8 +135,20 @@ class Dispatcher:
         """A trial's own fault, from any rank: the trial ends and is not tried again."""
         self._error(number, error)
 
+    async def wants(self, lane: int) -> bool:
+        """Whether a lane's worker group should load the base at all: not after its start has failed twice."""
+        return lane in self.lanes
+
+    async def start_failed(self, lane: int, error: str) -> None:
+        """A worker group could not load its base: once may be bad luck, twice is not."""
+        self.failed_starts[lane] = self.failed_starts.get(lane, 0) + 1
+        if self.failed_starts[lane] > 1:
+            await self.lane_ended(lane, error)
+
     async def lane_ended(self, lane: int, error: str) -> None:
         """A lane's TorchTrainer has come to its end; what it ran goes to another lane, or fails if there is none."""
+        if lane not in self.lanes:
+            return
         self.lanes.discard(lane)
         self.last_error = error or "all lanes have ended"
         if lane in self.running:

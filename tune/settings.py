@@ -214,7 +214,7 @@ def check(settings: Settings) -> list[str]:
     for name in ("val_fraction", "test_fraction"):
         value = getattr(data, name)
         rule(name, value, 0 < value < 1, "must be between 0 and 1", "0.2 is usual")
-    if 0 < data.val_fraction and 0 < data.test_fraction and data.val_fraction + data.test_fraction >= 1:
+    if max(data.val_fraction, data.test_fraction) < 1 <= data.val_fraction + data.test_fraction:
         found.append(
             f"`--val-fraction` and `--test-fraction` must leave images to train on, but together are "
             f"{data.val_fraction + data.test_fraction:g}: lower one"
@@ -243,9 +243,8 @@ def check(settings: Settings) -> list[str]:
     if model.model != "nano":
         rule("model", model.model, (Path(model.model) / "config.json").is_file(),
              "must be a model directory with a config.json", "give the folder of the base model, or nano")  # fmt: skip
-    found += settings.trial.problems(study.workers_per_trial if study.workers_per_trial >= 1 else 1)
-    found += check_space(settings)
-    return found
+    found += settings.trial.problems(max(1, study.workers_per_trial))
+    return found + [text for text in check_space(settings) if not any(text.endswith(known) for known in found)]
 
 
 def load_space(name: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
@@ -337,5 +336,5 @@ def check_space(settings: Settings) -> list[str]:
             return [f"{where} {error}" if isinstance(error, ValueError) else f"{where} raised {error!r}: mend it"]
         if stray := sorted(set(values) - probe.asked - set(settings.pinned)):
             found.append(f"{where}: GUIDE must name what the space asks for, but has {', '.join(stray)}: mend its name")
-        found += [f"{where}: {text}" for text in TrialSettings(**point).problems(settings.study.workers_per_trial)]
+        found += [f"{where}: {text}" for text in TrialSettings(**point).problems(max(1, settings.study.workers_per_trial))]
     return list(dict.fromkeys(found))

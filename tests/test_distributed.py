@@ -1,0 +1,89 @@
+"""Two worker processes with gloo: ZeRO-2 partitions, evaluation gathers exactly, and the trial stays the same trial."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from train_fn.settings import ModelSettings, TrialSettings
+
+SETTINGS = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3, lora_dropout=0.0)
+
+
+def worker(rank: int, world_size: int, splits, output: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{output}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    from train_fn.engine import build_engine
+    from train_fn.evaluation import predict
+    from train_fn.lora import adapted
+    from train_fn.loop import run_trial
+    from train_fn.model import load_base
+
+    base = load_base(ModelSettings(), torch.device("cpu"))
+    odd = splits.validation[:7]
+    predicted = predict(base, odd, splits.candidates, 4, rank, world_size)
+    with adapted(base, SETTINGS) as model:
+        engine = build_engine(base, model, SETTINGS, torch.ones(3), 10, world_size)
+        optimizer = engine.optimizer
+        partition = sum(p.numel() for group in optimizer.optimizer.param_groups for p in group["params"])
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        facts = {
+            "engine": type(engine).__name__,
+            "stage": engine.zero_optimization_stage(),
+            "optimizer": type(optimizer).__name__,
+            "partition_gradients": optimizer.partition_gradients,
+            "partition": partition,
+            "trainable": trainable,
+            "accumulation": engine.gradient_accumulation_steps(),
+        }
+        engine.destroy()
+    reports: list[dict] = []
+    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")
+    torch.save({"facts": facts, "predicted": predicted, "report": reports[-1]}, f"{output}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(splits, tmp_path_factory) -> list[dict]:
+    output = str(tmp_path_factory.mktemp("ranks"))
+    mp.spawn(worker, (2, splits, output), nprocs=2)
+    return [torch.load(Path(output) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_zero_2_partitions_optimizer_state_and_gradients(found) -> None:
+    for result in found:
+        facts = result["facts"]
+        assert (facts["engine"], facts["optimizer"]) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
+        assert (facts["stage"], facts["partition_gradients"], facts["accumulation"]) == (2, True, 4)
+        assert facts["partition"] == pytest.approx(facts["trainable"] / 2, rel=0.01)
+
+
+def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
+    from train_fn.evaluation import predict
+
+    alone = predict(base, splits.validation[:7], splits.candidates, 4, 0, 1)
+    for result in found:
+        for name, values in alone.items():
+            assert result["predicted"][name].shape == values.shape
+            assert np.allclose(result["predicted"][name], values, atol=1e-4)
+
+
+def test_two_workers_train_the_same_trial(found, base, splits) -> None:
+    from train_fn.loop import run_trial
+
+    reports: list[dict] = []
+    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")
+    one, two = found
+    assert one["report"]["metrics"] == two["report"]["metrics"]
+    assert one["report"]["metrics"]["loss"] == pytest.approx(reports[-1]["metrics"]["loss"], abs=1e-3)
+    assert one["report"]["metrics"]["train_loss"] == pytest.approx(reports[-1]["metrics"]["train_loss"], abs=1e-3)
+    assert one["report"]["applied"] == reports[-1]["applied"]

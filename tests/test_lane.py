@@ -1,0 +1,156 @@
+"""The dispatcher's rules, without Ray: who gets what, who is answered, and what a lost worker group costs."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tune.lane import MAX_ATTEMPTS, Dispatcher
+
+
+def message(epoch: int, done: bool = False) -> dict:
+    return {"epoch": epoch, "done": done}
+
+
+async def soon(awaitable, seconds: float = 0.05) -> bool:
+    """Whether it is done within a moment."""
+    task = asyncio.ensure_future(awaitable)
+    done, _ = await asyncio.wait({task}, timeout=seconds)
+    return bool(done)
+
+
+def run(scenario) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_all_ranks_get_the_same_trial_and_the_same_verdict() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {"kind": "train"})
+        one, two = await asyncio.gather(*[dispatcher.next_assignment(0, "g", 0) for _ in range(2)])
+        assert one == two == {"kind": "train", "number": 0}
+        ranks = [asyncio.ensure_future(dispatcher.report(0, "g", 1, m)) for m in (message(1), None)]
+        assert await dispatcher.next_report(0) == message(1)
+        assert not await soon(asyncio.gather(*map(asyncio.shield, ranks)))  # neither is told to go on yet
+        waiting = asyncio.ensure_future(dispatcher.next_report(0))
+        assert await asyncio.gather(*ranks) == [False, False]
+        waiting.cancel()
+
+    run(scenario)
+
+
+def test_stop_answers_the_report_that_waits() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        await dispatcher.next_assignment(0, "g", 0)
+        rank = asyncio.ensure_future(dispatcher.report(0, "g", 1, message(1)))
+        await dispatcher.next_report(0)
+        await dispatcher.stop(0)
+        assert await rank is True
+
+    run(scenario)
+
+
+def test_stop_before_a_report_and_before_a_start() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        await dispatcher.submit(1, {})
+        await dispatcher.stop(1)
+        await dispatcher.next_assignment(0, "g", 0)
+        await dispatcher.stop(0)
+        assert await dispatcher.report(0, "g", 1, message(1)) is True
+        assert not await soon(dispatcher.next_assignment(0, "g", 1))  # trial 1 was taken out of the queue
+
+    run(scenario)
+
+
+def test_a_lost_group_begins_its_trial_again_and_known_epochs_are_not_told_twice() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(7, {})
+        await dispatcher.next_assignment(0, "old", 0)
+        asyncio.ensure_future(dispatcher.report(7, "old", 1, message(1)))
+        assert (await dispatcher.next_report(7))["epoch"] == 1
+        waiting = asyncio.ensure_future(dispatcher.next_report(7))
+        assert (await dispatcher.next_assignment(0, "new", 0))["number"] == 7
+        assert await dispatcher.report(7, "new", 1, message(1)) is False
+        assert not waiting.done()
+        asyncio.ensure_future(dispatcher.report(7, "new", 2, message(2, done=True)))
+        assert (await waiting)["epoch"] == 2
+
+    run(scenario)
+
+
+def test_a_trial_that_loses_every_group_fails() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        for attempt in range(MAX_ATTEMPTS):
+            assert (await dispatcher.next_assignment(0, f"g{attempt}", 0))["number"] == 0
+        asyncio.ensure_future(dispatcher.next_assignment(0, "last", 0))
+        assert "worker group died" in (await dispatcher.next_report(0))["error"]
+
+    run(scenario)
+
+
+def test_a_fault_of_its_own_is_not_tried_again() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        await dispatcher.submit(1, {})
+        await dispatcher.next_assignment(0, "g", 0)
+        await dispatcher.fail(0, "boom")
+        assert await dispatcher.next_report(0) == {"error": "boom"}
+        assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 1
+        assert await dispatcher.error_of(0) == "boom"
+
+    run(scenario)
+
+
+def test_a_dead_groups_question_takes_nothing() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        stale = asyncio.ensure_future(dispatcher.next_assignment(0, "old", 0))
+        await asyncio.sleep(0)
+        fresh = asyncio.ensure_future(dispatcher.next_assignment(0, "new", 0))
+        await asyncio.sleep(0.01)
+        await dispatcher.submit(0, {})
+        assert (await fresh)["number"] == 0
+        assert await stale is None
+
+    run(scenario)
+
+
+def test_a_lane_that_ends_hands_its_trial_to_another() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(2)
+        await dispatcher.submit(0, {})
+        await dispatcher.next_assignment(0, "a", 0)
+        await dispatcher.lane_ended(0, "node gone")
+        assert (await dispatcher.next_assignment(1, "b", 0))["number"] == 0
+
+    run(scenario)
+
+
+def test_without_lanes_every_trial_fails_with_the_reason() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        await dispatcher.lane_ended(0, "cannot load the base")
+        await dispatcher.submit(1, {})
+        for number in (0, 1):
+            assert (await dispatcher.next_report(number))["error"] == "cannot load the base"
+
+    run(scenario)
+
+
+def test_close_ends_the_lanes_after_the_queue() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        await dispatcher.close()
+        assert (await dispatcher.next_assignment(0, "g", 0))["number"] == 0
+        assert await dispatcher.next_assignment(0, "g", 1) is None
+
+    run(scenario)

@@ -1,0 +1,251 @@
+"""The training loop on the nano base with a real DeepSpeed engine: what moves, what stays, and what comes out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train_fn import engine as engine_module
+from train_fn.data import Sample
+from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
+from train_fn.evaluation import score_candidates
+from train_fn.lora import adapted, adapter_layers
+from train_fn.loop import run_trial, score_adapter
+from train_fn.model import answer_ids, collate, forward_hidden
+from train_fn.scores import metrics_of
+from train_fn.settings import TrialSettings
+
+SHORT = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3)
+PROJECTOR = replace(SHORT, train_projector=True, projector_learning_rate=5e-4, lora_r=8, lora_alpha=8, seed=5)
+
+
+def train(base, splits, settings: TrialSettings, output: Path | None = None, stop: bool = False) -> list[dict]:
+    reports: list[dict] = []
+
+    def report(message: dict) -> bool:
+        reports.append(message)
+        return stop
+
+    run_trial(base, splits, settings, report, positive="Malignant", output=output)
+    return reports
+
+
+def weights(base) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in base.model.named_parameters()}
+
+
+def test_base_is_left_as_it_was(base, splits) -> None:
+    before = weights(base)
+    modules = [name for name, _ in base.model.named_modules()]
+    train(base, splits, PROJECTOR)
+    after = weights(base)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert modules == [name for name, _ in base.model.named_modules()]
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("settings", [SHORT, PROJECTOR], ids=["adapter", "adapter and projector"])
+def test_one_step_moves_exactly_what_is_trained(base, splits, settings) -> None:
+    with adapted(base, settings) as model:
+        engine = build_engine(base, model, replace(settings, warmup_ratio=0.0), torch.ones(3), 4, 1)
+        engine.train()
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for start in range(0, 16, 2):
+            samples = splits.train[start : start + 2]
+            loss = engine(collate(base, samples, True), torch.tensor([s.label for s in samples]))
+            engine.backward(loss)
+            engine.step()
+        moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+        engine.destroy()
+    # lora_A's gradient is lora_B's value, 0 before the first step: weight decay moves it all the same.
+    expected = {name for name in before if ".lora_" in name}
+    if settings.train_projector:
+        expected |= {name for name in before if ".projector." in name}
+    assert moved == expected
+    assert len([name for name in moved if ".lora_" in name]) == 4 * 7 * 2
+    assert not any("vision_model" in name for name in moved)
+
+
+def test_loss_falls(base, splits) -> None:
+    reports = train(base, splits, replace(SHORT, num_train_epochs=8, learning_rate=3e-3))
+    losses = [report["metrics"]["train_loss"] for report in reports]
+    assert losses[-1] < 0.8 * losses[0]
+    assert [report["done"] for report in reports] == [False] * 7 + [True]
+
+
+def test_same_numbers_whatever_trial_came_before(base, splits) -> None:
+    first = train(base, splits, SHORT)[0]
+    other = train(base, splits, PROJECTOR)[0]
+    again = train(base, splits, SHORT)[0]
+    assert first["metrics"] == again["metrics"]
+    assert first["metrics"] != other["metrics"]
+    assert train(base, splits, replace(SHORT, seed=1))[0]["metrics"] != first["metrics"]
+
+
+def test_applied_is_what_was_asked(base, splits) -> None:
+    one, two = train(base, splits, SHORT)[0]["applied"], train(base, splits, PROJECTOR)[0]["applied"]
+    assert (one["lora_r"], one["lora_alpha"], one["learning_rate"], one["train_projector"]) == (4, 8, 1e-3, False)
+    assert (two["lora_r"], two["lora_alpha"], two["projector_learning_rate"], two["train_projector"]) == (8, 8, 5e-4, True)
+    for applied in (one, two):
+        assert (applied["zero_stage"], applied["global_batch_size"], applied["num_adapted_modules"]) == (2, 16, 28)
+        assert (applied["engine"], applied["optimizer"]) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
+        assert applied["trainable_dtype"] == "float32"
+    projector = sum(p.numel() for p in base.model.get_submodule(base.projector).parameters())
+    assert two["trainable_params"] == 2 * one["trainable_params"] + projector
+
+
+def test_a_setting_that_does_not_arrive_fails_the_trial(base) -> None:
+    with adapted(base, SHORT) as model:
+        engine = build_engine(base, model, SHORT, torch.ones(3), 4, 1)
+        applied = read_applied(engine)
+        check_applied(applied, SHORT)
+        next(iter(adapter_layers(model).values())).r["default"] = 16  # one layer of 28 with another rank
+        with pytest.raises(TrialFailed, match=r"lora_r should be 4 but is \[4, 16\]"):
+            check_applied(read_applied(engine), SHORT)
+        with pytest.raises(TrialFailed, match=r"learning_rate should be 0.5 but is 0.001"):
+            check_applied(applied, replace(SHORT, learning_rate=0.5))
+        engine.destroy()
+
+
+def test_micro_batches_do_not_change_the_step(base, splits) -> None:
+    settings = replace(SHORT, lora_dropout=0.0)
+    by_two = train(base, splits, settings)[0]["metrics"]
+    by_eight = train(base, splits, replace(settings, per_device_train_batch_size=8, gradient_accumulation_steps=2))[0]
+    assert by_two["loss"] == pytest.approx(by_eight["metrics"]["loss"], abs=1e-4)
+    assert by_two["train_loss"] == pytest.approx(by_eight["metrics"]["train_loss"], abs=1e-4)
+
+
+def test_no_module_to_adapt_is_the_trials_fault(base, splits) -> None:
+    before = [name for name, _ in base.model.named_modules()]
+    with pytest.raises(TrialFailed, match="nowhere"):
+        train(base, splits, replace(SHORT, lora_target_modules=("nowhere",)))
+    assert before == [name for name, _ in base.model.named_modules()]
+
+
+def test_a_loss_that_is_not_finite_is_the_trials_fault(base, splits) -> None:
+    with pytest.raises(TrialFailed, match="lower the learning rate"):
+        train(base, splits, replace(SHORT, num_train_epochs=4, learning_rate=1e30, max_grad_norm=0.0))
+    assert np.isfinite(train(base, splits, SHORT)[0]["metrics"]["loss"])
+
+
+def test_stop_ends_the_trial_without_an_adapter(base, splits, tmp_path) -> None:
+    reports = train(base, splits, replace(SHORT, num_train_epochs=3), tmp_path, stop=True)
+    assert len(reports) == 1 and not (tmp_path / "final_model").exists()
+
+
+# ------------------------------------------------------------------------------------------------ text and pixels
+
+
+def test_labels_cover_the_answer_and_its_end(base, splits) -> None:
+    batch = collate(base, splits.train[:3], with_answers=True)
+    tokenizer = base.processor.tokenizer
+    for row, sample in enumerate(splits.train[:3]):
+        kept = batch["input_ids"][row][batch["labels"][row] != -100]
+        assert tokenizer.convert_ids_to_tokens(kept) == [sample.answer, "<|im_end|>"]
+        assert torch.equal(kept, batch["labels"][row][batch["labels"][row] != -100])
+
+
+def test_the_path_never_reaches_the_model(base, splits, tmp_path) -> None:
+    sample = splits.train[0]
+    copy = tmp_path / "Malignant" / "malignant (1).png"
+    copy.parent.mkdir()
+    copy.write_bytes(Path(sample.image).read_bytes())
+    moved = Sample(str(copy), sample.text, sample.answer, sample.label)
+    one, two = collate(base, [sample], True), collate(base, [moved], True)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_features_from_memory_give_the_same_batch(base, splits) -> None:
+    samples = splits.validation[:4]
+    base.features.clear()
+    fresh, remembered = collate(base, samples, True), collate(base, samples, True)
+    assert all(torch.equal(fresh[key], remembered[key]) for key in fresh)
+    batch = base.processor(
+        images=[__import__("PIL.Image").Image.open(samples[0].image).convert("RGB")],
+        text=[base.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": samples[0].text}]}],
+            add_generation_prompt=True)],
+        return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        whole = base.model(**batch).logits[0, -1]
+        hidden = forward_hidden(base, collate(base, samples[:1], False)).last_hidden_state[:, -1]
+        ours = base.model.get_output_embeddings()(hidden)[0]
+    assert torch.allclose(whole, ours, atol=1e-5)
+
+
+def test_candidate_scores_equal_a_full_forward_pass(base, splits) -> None:
+    samples = splits.validation[:3]
+    fast = score_candidates(base, samples, splits.candidates)
+    for row, sample in enumerate(samples):
+        for column, answer in enumerate(splits.candidates):
+            batch = collate(base, [replace(sample, answer=answer)], with_answers=True)
+            with torch.no_grad():
+                hidden = forward_hidden(base, batch).last_hidden_state
+                logits = base.model.get_output_embeddings()(hidden)[0].log_softmax(-1)
+            ids = answer_ids(base, sample.text, answer)
+            start = len(logits) - len(ids)
+            slow = sum(logits[start + n - 1, token] for n, token in enumerate(ids))
+            assert fast[row, column] == pytest.approx(slow.item(), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ the adapter on disk
+
+
+@pytest.mark.parametrize("settings", [SHORT, PROJECTOR], ids=["adapter", "adapter and projector"])
+def test_saved_adapter_gives_the_trials_scores(base, splits, tmp_path, settings) -> None:
+    trained = train(base, splits, settings, tmp_path)[-1]["metrics"]
+    before = weights(base)
+    predicted = score_adapter(base, splits, "validation", 16, tmp_path / "final_model")
+    found = metrics_of(predicted, splits.validation, splits, True, "Malignant")
+    assert all(found[name] == pytest.approx(trained[name], abs=1e-6) for name in found)
+    after = weights(base)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_peft_loads_the_adapter_in_a_fresh_process(base, splits, tmp_path) -> None:
+    train(base, splits, PROJECTOR, tmp_path)
+    adapter = tmp_path / "final_model"
+    samples = splits.validation[:2]
+    with torch.no_grad():
+        plain = score_adapter(base, replace(splits, test=samples), "test", 16, adapter)["scores"]
+    code = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+from pathlib import Path
+from train_fn.model import load_processor, read_image, resolve_model
+base = AutoModelForImageTextToText.from_pretrained(resolve_model("nano"), dtype=torch.float32)
+model = PeftModel.from_pretrained(base, {str(adapter)!r}).eval()
+processor = load_processor(Path({str(adapter)!r}))
+for image in {[s.image for s in samples]!r}:
+    turn = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": {samples[0].text!r}}}]}}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    row = []
+    for answer in {list(splits.candidates)!r}:
+        inputs = processor(images=[read_image(image)], text=[prompt + answer + "<|im_end|>"], return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0].log_softmax(-1)
+        ids = inputs["input_ids"][0]
+        row.append(sum(logits[-3 + n, ids[-2 + n]].item() for n in range(2)))
+    print(*row)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    fresh = np.array([[float(word) for word in line.split()] for line in run.stdout.splitlines()])
+    assert np.allclose(fresh, plain, atol=1e-4)
+
+
+def test_importing_the_engine_switches_the_compiled_op_off() -> None:
+    import deepspeed.ops
+
+    assert engine_module.deepspeed is not None
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False

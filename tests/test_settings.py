@@ -1,0 +1,173 @@
+"""The command line: what is accepted, what is refused, and that nothing heavy is loaded to tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train_fn.settings import TrialSettings
+from tune.settings import GROUPS, Probe, SettingsError, check_space, load_space, parse, searched_settings
+
+ROOT = Path(__file__).parents[1]
+GUIDE_VALUES = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 2e-4,
+    "warmup_ratio": 0.03,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+    "lora_r": 64,
+    "lora_alpha": 128,
+    "lora_dropout": 0.05,
+    "train_projector": False,
+    "zero_stage": 2,
+}
+
+
+def problems_of(*argv: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        parse(argv)
+    return caught.value.problems
+
+
+def test_defaults_are_the_guides() -> None:
+    settings = parse([])
+    assert {name: getattr(settings.trial, name) for name in GUIDE_VALUES} == GUIDE_VALUES
+    assert settings.study.trials == 20
+    assert settings.trial.global_batch_size == 16
+
+
+def test_every_field_is_a_flag_with_help() -> None:
+    shown = subprocess.run(
+        [sys.executable, ROOT / "tune" / "run.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    fields = [field for group in GROUPS for field in dataclasses.fields(group)]
+    assert len(fields) > 35
+    for field in fields:
+        assert "--" + field.name.replace("_", "-") in shown
+    assert len({field.name for field in fields}) == len(fields), "two groups share a field name, hence a flag"
+
+
+def test_values_reach_their_fields() -> None:
+    settings = parse(
+        "--trials 3 --learning-rate 1e-3 --lora-target-modules q_proj,v_proj --train-projector "
+        "--no-class-balanced-loss --projector-learning-rate 5e-5 --dtype bfloat16".split()
+    )
+    assert settings.study.trials == 3
+    assert settings.trial.lora_target_modules == ("q_proj", "v_proj")
+    assert settings.trial.train_projector is True
+    assert settings.trial.class_balanced_loss is False
+    assert settings.trial.projector_learning_rate == 5e-5
+    assert settings.model.dtype == "bfloat16"
+    assert set(settings.pinned) == {
+        "learning_rate", "lora_target_modules", "train_projector", "class_balanced_loss", "projector_learning_rate",
+    }  # fmt: skip
+
+
+def test_all_problems_at_once() -> None:
+    problems = problems_of(
+        *"--trials 0 --lora-rr 8 --learning-rate abc --metric foo --data nowhere.json --val-fraction 2 "
+        "--lora-dropout 1.5 --model nowhere --lr-scheduler-type sine stray".split()
+    )
+    text = "\n".join(problems)
+    for word in (
+        "--trials", "did you mean --lora-r?", "'abc'", "'foo'", "nowhere.json", "--val-fraction", "lora_dropout",
+        "--model", "sine", "'stray'",
+    ):  # fmt: skip
+        assert word in text
+    assert len(problems) == 10
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        ("--lora-r 0", "lora_r"),
+        ("--lora-r 2.5", "whole number"),
+        ("--learning-rate -1", "learning_rate"),
+        ("--learning-rate nan", "learning_rate"),
+        ("--learning-rate inf", "learning_rate"),
+        ("--num-train-epochs 0", "num_train_epochs"),
+        ("--zero-stage 3", "zero_stage"),
+        ("--workers-per-trial 3", "multiple of the workers"),
+        ("--val-fraction 0.6 --test-fraction 0.5", "leave images to train on"),
+        ("--image-root .", "goes with --data"),
+        ("--name a/b", "plain folder name"),
+        ("--space nowhere", "lora"),
+        ("--lora-alpha 32", "--lora-alpha"),
+        ("--trials", "expected one argument"),
+        ("--seed -1", "seed"),
+    ],
+)
+def test_bad_value(argv: str, word: str) -> None:
+    assert word in "\n".join(problems_of(*argv.split()))
+
+
+def test_script_answers_without_heavy_imports(tmp_path: Path) -> None:
+    code = (
+        f"import runpy, sys; sys.argv = ['run.py', '--data', 'nowhere', '--trials', 'x']\n"
+        f"try: runpy.run_path({str(ROOT / 'tune' / 'run.py')!r}, run_name='__main__')\n"
+        f"except SystemExit as end: print(end.code)\n"
+        f"print([m for m in ('ray', 'torch', 'transformers', 'mlflow', 'deepspeed', 'optuna') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.splitlines() == ["2", "[]"]
+    assert "Traceback" not in run.stderr and "nowhere" in run.stderr and "'x'" in run.stderr
+
+
+def test_guide_comes_out_of_every_space() -> None:
+    names = sorted(path.stem for path in (ROOT / "search_spaces").glob("[a-z]*.py"))
+    assert "lora" in names
+    for name in names:
+        settings = parse(["--space", name])
+        space, guide = load_space(name)
+        point = TrialSettings(**searched_settings(settings, space, Probe(guide, 0)))
+        assert {n: getattr(point, n) for n in GUIDE_VALUES} == GUIDE_VALUES
+        assert check_space(settings) == []
+
+
+def test_pinned_values_are_not_searched() -> None:
+    settings = parse(["--lora-r", "8", "--learning-rate", "0.001"])
+    space, guide = load_space("lora")
+    probe = Probe({name: value for name, value in guide.items() if name not in settings.pinned}, -1)
+    point = searched_settings(settings, space, probe)
+    assert (point["lora_r"], point["lora_alpha"], point["learning_rate"]) == (8, 16, 0.001)
+    assert probe.asked == {"lora_alpha_ratio", "train_projector"}
+
+
+def test_unknown_key_of_a_space_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("GUIDE = {}\ndef space(trial):\n    return {'lora_rank': 8}\n")
+    (problem,) = problems_of("--space", str(file))
+    assert "'lora_rank'" in problem and "lora_r" in problem
+
+
+def test_guide_with_a_name_that_is_not_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "GUIDE = {'lora_rank': 64}\ndef space(trial):\n    return {'lora_r': trial.suggest_int('lora_r', 4, 8)}\n"
+    )
+    assert "lora_rank" in "\n".join(problems_of("--space", str(file)))
+
+
+@pytest.mark.parametrize("text", ["raise OSError('no')", "x = 1", "def space(trial): pass\nGUIDE = {}", "syntax("])
+def test_broken_space_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    assert "--space" in problems_of("--space", str(file))[0]
+
+
+def test_settings_survive_json() -> None:
+    settings = TrialSettings(lora_target_modules=("q_proj",))
+    assert TrialSettings.from_dict(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
+
+
+def test_accumulation_keeps_the_global_batch() -> None:
+    settings = TrialSettings()
+    assert [settings.accumulation_steps(n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]

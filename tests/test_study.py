@@ -1,0 +1,204 @@
+"""`python tune/run.py` for real: Ray, DeepSpeed, Optuna and MLflow, on phantoms and the nano base."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import pytest
+from mlflow import MlflowClient
+from optuna.trial import TrialState
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--num-phantoms", "60", "--num-train-epochs", "1"]
+
+# Trials by number: two configurations in turn, then one that no module matches. Test material, not a product's space.
+SPACE = """
+GUIDE = {"learning_rate": 1e-3}
+ONE = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}
+TWO = {"lora_r": 16, "lora_alpha": 8, "learning_rate": 5e-4, "train_projector": True, "projector_learning_rate": 2e-4}
+
+def space(trial):
+    trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
+    return [ONE, TWO, ONE, TWO, ONE, ONE | {"lora_target_modules": ["nowhere"]}, TWO, ONE][trial.number]
+"""
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def study(self) -> dict:
+        return json.loads((self.folder / "results" / "s" / "study.json").read_text())
+
+    def runs(self) -> list:
+        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+        (experiment,) = [e for e in client.search_experiments() if e.name == "vlm-tune"]
+        return client.search_runs([experiment.experiment_id])
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """A clean one: no compiler on the path, a place where a compiled op would show, no MLflow server."""
+    bare = folder / "bin"
+    bare.mkdir(exist_ok=True)
+    for tool in ("sh", "bash", "uname", "ps", "cat", "ldconfig", "env"):
+        if (found := shutil.which(tool)) and not (bare / tool).exists():
+            (bare / tool).symlink_to(found)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "OMP_", "PYTHONPATH", "HF_"))}
+    return kept | {"PATH": str(bare), "TORCH_EXTENSIONS_DIR": str(folder / "compiled"), "COLUMNS": "200"}
+
+
+def start(folder: Path, *argv: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tune" / "run.py"), "--name", "s", *argv]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen, folder: Path) -> Finished:
+    out, err = process.communicate(timeout=400)
+    return Finished(process.returncode, out, err, folder)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Finished:
+    """Eight trials on one lane, the sixth of which fails."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "space.py").write_text(SPACE)
+    finished = finish(start(folder, "--trials", "8", "--lanes", "1", "--space", "space.py", *SMALL), folder)
+    assert finished.code == 0, finished.out + finished.err
+    return finished
+
+
+def test_every_trial_is_in_study_json_with_its_end(mixed) -> None:
+    trials = mixed.study["trials"]
+    assert [trial["number"] for trial in trials] == list(range(8))
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 5 + ["FAILED"] + ["COMPLETE"] * 2
+    assert "nowhere" in trials[5]["error"]
+    assert mixed.study["state"] == "COMPLETE"
+
+
+def test_mlflow_tells_the_same(mixed) -> None:
+    runs = mixed.runs()
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {int(run.data.tags["trial"]): run for run in runs if run is not parent}
+    assert parent.info.status == "FINISHED" and set(children) == set(range(8))
+    for number, run in children.items():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.info.status == ("FAILED" if number == 5 else "FINISHED")
+    assert "nowhere" in children[5].data.tags["error"]
+    trial = mixed.study["trials"][1]
+    assert children[1].data.params["lora_r"] == "16"
+    assert children[1].data.metrics["auroc"] == pytest.approx(trial["metrics"]["auroc"] if "metrics" in trial else trial["epochs"][-1]["auroc"])
+    assert children[1].data.tags["lane"] == "0" and children[1].data.tags["device"] == "cpu"
+    assert parent.data.tags["version_ray"] == "2.60.0"
+    assert parent.data.tags["winner"] == str(mixed.study["winner"])
+
+
+def test_optuna_tells_the_same(mixed) -> None:
+    storage = f"sqlite:///{mixed.folder / 'results' / 's' / 'optuna.db'}"
+    trials = optuna.load_study(study_name="s", storage=storage).trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 5 + [TrialState.FAIL] + [TrialState.COMPLETE] * 2
+    for trial, record in zip(trials, mixed.study["trials"], strict=True):
+        if trial.state == TrialState.COMPLETE:
+            assert trial.value == pytest.approx(record["epochs"][-1]["auroc"])
+    assert trials[0].params == {"learning_rate": 1e-3}
+
+
+def test_a_trial_is_the_same_on_a_fresh_lane_and_as_its_fifth(mixed) -> None:
+    trials = mixed.study["trials"]
+    assert [trial["turn"] for trial in trials[:5]] == [0, 1, 2, 3, 4]
+    for group in ((0, 2, 4, 7), (1, 3, 6)):
+        first, *others = (trials[number] for number in group)
+        for other in others:
+            assert other["epochs"] == first["epochs"]
+            assert other["applied"] == first["applied"]
+    one, two = trials[0]["applied"], trials[1]["applied"]
+    assert (one["lora_r"], one["train_projector"], one["learning_rate"]) == (4, False, 1e-3)
+    assert (two["lora_r"], two["train_projector"], two["projector_learning_rate"]) == (16, True, 2e-4)
+
+
+def test_a_failed_trial_leaves_the_lane_standing(mixed) -> None:
+    trials = mixed.study["trials"]
+    assert [trial["turn"] for trial in trials if trial["state"] == "COMPLETE"] == [0, 1, 2, 3, 4, 6, 7]
+
+
+def test_the_summary_names_winner_scores_and_places(mixed) -> None:
+    study = mixed.study
+    assert f"winner (trial {study['winner']})" in mixed.out or "winner = the guide" in mixed.out
+    assert "1 failed" in mixed.out and "mlflow ui" in mixed.out and study["adapter"] in mixed.out
+    adapter = Path(study["adapter"])
+    names = {path.name for path in adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "processor_config.json"} <= names
+    low, high = study["test"]["winner"]["auroc"]["interval"]
+    assert low <= study["test"]["winner"]["auroc"]["value"] <= high
+    best = max(t["epochs"][-1]["auroc"] for t in study["trials"] if t["state"] == "COMPLETE")
+    assert study["trials"][study["winner"]]["epochs"][-1]["auroc"] == best
+
+
+def test_nothing_was_compiled(mixed) -> None:
+    assert not (mixed.folder / "compiled").exists()
+    assert shutil.which("gcc", path=str(mixed.folder / "bin")) is None
+
+
+def test_splits_are_written_and_disjoint(mixed) -> None:
+    parts = json.loads((mixed.folder / "results" / "s" / "splits.json").read_text())
+    images = [sample["image"] for part in ("train", "validation", "test") for sample in parts[part]]
+    assert len(images) == len(set(images)) == 60
+
+
+def test_the_same_name_again_is_refused(mixed) -> None:
+    again = finish(start(mixed.folder, *SMALL), mixed.folder)
+    assert again.code == 2 and "--name" in again.err and "Traceback" not in again.err
+
+
+def test_two_workers_and_no_trial_that_completes(tmp_path) -> None:
+    (tmp_path / "space.py").write_text(
+        'GUIDE = {}\ndef space(trial):\n    return {"lora_target_modules": ["nowhere"], "lora_r": 1 + trial.number}\n'
+    )
+    finished = finish(
+        start(tmp_path, "--trials", "2", "--workers-per-trial", "2", "--space", "space.py", *SMALL), tmp_path
+    )
+    assert finished.code == 1, finished.out + finished.err
+    assert "2 failed" in finished.out and "nowhere" in finished.out and "no winner" in finished.out
+    assert finished.study["state"] == "FAILED" and finished.study["winner"] is None
+    statuses = sorted(run.info.status for run in finished.runs())
+    assert statuses == ["FAILED", "FAILED", "FAILED"]
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
+    process = start(tmp_path, "--trials", "50", "--lanes", "1", *SMALL)
+    seen: list[str] = []
+    assert process.stdout
+    deadline = time.monotonic() + 300
+    while "[1/50]" not in "".join(seen[-1:]) and time.monotonic() < deadline:
+        seen.append(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    finished = finish(process, tmp_path)
+    assert finished.code == 130, finished.out + finished.err
+    assert "Traceback" not in finished.err + finished.out
+    study = finished.study
+    assert study["state"] == "INTERRUPTED" and study["trials"][0]["state"] == "COMPLETE"
+    assert Path(study["adapter"]).is_dir() and study["adapter"] in finished.out
+    assert {run.info.status for run in finished.runs()} == {"FINISHED", "KILLED"}
+
+
+def test_a_base_that_cannot_be_loaded_ends_the_study(tmp_path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "unheard_of"}')
+    finished = finish(start(tmp_path, "--trials", "2", "--model", str(model), *SMALL), tmp_path)
+    assert finished.code == 1, finished.out + finished.err
+    assert "could not be loaded" in finished.out and "unheard_of" in finished.out
