@@ -23,8 +23,8 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     from train_fn.engine import build_engine
     from train_fn.evaluation import predict
-    from train_fn.lora import adapted
     from train_fn.loop import run_trial
+    from train_fn.lora import adapted
     from train_fn.model import load_base
 
     base = load_base(ModelSettings(), torch.device("cpu"))

@@ -11,6 +11,16 @@ def message(epoch: int, done: bool = False) -> dict:
     return {"epoch": epoch, "done": done}
 
 
+def begin(awaitable) -> asyncio.Future:
+    """Let it run; kept from the garbage collector until the test's end."""
+    task = asyncio.ensure_future(awaitable)
+    BEGUN.append(task)
+    return task
+
+
+BEGUN: list[asyncio.Future] = []
+
+
 async def soon(awaitable, seconds: float = 0.05) -> bool:
     """Whether it is done within a moment."""
     task = asyncio.ensure_future(awaitable)
@@ -28,10 +38,10 @@ def test_all_ranks_get_the_same_trial_and_the_same_verdict() -> None:
         await dispatcher.submit(0, {"kind": "train"})
         one, two = await asyncio.gather(*[dispatcher.next_assignment(0, "g", 0) for _ in range(2)])
         assert one == two == {"kind": "train", "number": 0}
-        ranks = [asyncio.ensure_future(dispatcher.report(0, "g", 1, m)) for m in (message(1), None)]
+        ranks = [begin(dispatcher.report(0, "g", 1, m)) for m in (message(1), None)]
         assert await dispatcher.next_report(0) == message(1)
         assert not await soon(asyncio.gather(*map(asyncio.shield, ranks)))  # neither is told to go on yet
-        waiting = asyncio.ensure_future(dispatcher.next_report(0))
+        waiting = begin(dispatcher.next_report(0))
         assert await asyncio.gather(*ranks) == [False, False]
         waiting.cancel()
 
@@ -43,7 +53,7 @@ def test_stop_answers_the_report_that_waits() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(0, {})
         await dispatcher.next_assignment(0, "g", 0)
-        rank = asyncio.ensure_future(dispatcher.report(0, "g", 1, message(1)))
+        rank = begin(dispatcher.report(0, "g", 1, message(1)))
         await dispatcher.next_report(0)
         await dispatcher.stop(0)
         assert await rank is True
@@ -70,13 +80,13 @@ def test_a_lost_group_begins_its_trial_again_and_known_epochs_are_not_told_twice
         dispatcher = Dispatcher(1)
         await dispatcher.submit(7, {})
         await dispatcher.next_assignment(0, "old", 0)
-        asyncio.ensure_future(dispatcher.report(7, "old", 1, message(1)))
+        begin(dispatcher.report(7, "old", 1, message(1)))
         assert (await dispatcher.next_report(7))["epoch"] == 1
-        waiting = asyncio.ensure_future(dispatcher.next_report(7))
+        waiting = begin(dispatcher.next_report(7))
         assert (await dispatcher.next_assignment(0, "new", 0))["number"] == 7
         assert await dispatcher.report(7, "new", 1, message(1)) is False
         assert not waiting.done()
-        asyncio.ensure_future(dispatcher.report(7, "new", 2, message(2, done=True)))
+        begin(dispatcher.report(7, "new", 2, message(2, done=True)))
         assert (await waiting)["epoch"] == 2
 
     run(scenario)
@@ -88,7 +98,7 @@ def test_a_trial_that_loses_every_group_fails() -> None:
         await dispatcher.submit(0, {})
         for attempt in range(MAX_ATTEMPTS):
             assert (await dispatcher.next_assignment(0, f"g{attempt}", 0))["number"] == 0
-        asyncio.ensure_future(dispatcher.next_assignment(0, "last", 0))
+        begin(dispatcher.next_assignment(0, "last", 0))
         assert "worker group died" in (await dispatcher.next_report(0))["error"]
 
     run(scenario)
@@ -111,9 +121,9 @@ def test_a_fault_of_its_own_is_not_tried_again() -> None:
 def test_a_dead_groups_question_takes_nothing() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
-        stale = asyncio.ensure_future(dispatcher.next_assignment(0, "old", 0))
+        stale = begin(dispatcher.next_assignment(0, "old", 0))
         await asyncio.sleep(0)
-        fresh = asyncio.ensure_future(dispatcher.next_assignment(0, "new", 0))
+        fresh = begin(dispatcher.next_assignment(0, "new", 0))
         await asyncio.sleep(0.01)
         await dispatcher.submit(0, {})
         assert (await fresh)["number"] == 0

@@ -15,9 +15,9 @@ from train_fn import engine as engine_module
 from train_fn.data import Sample
 from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
 from train_fn.evaluation import score_candidates
-from train_fn.lora import adapted, adapter_layers
 from train_fn.loop import run_trial, score_adapter
-from train_fn.model import answer_ids, collate, forward_hidden
+from train_fn.lora import adapted, adapter_layers
+from train_fn.model import answer_ids, collate, forward_hidden, read_image
 from train_fn.scores import metrics_of
 from train_fn.settings import TrialSettings
 
@@ -92,7 +92,12 @@ def test_same_numbers_whatever_trial_came_before(base, splits) -> None:
 def test_applied_is_what_was_asked(base, splits) -> None:
     one, two = train(base, splits, SHORT)[0]["applied"], train(base, splits, PROJECTOR)[0]["applied"]
     assert (one["lora_r"], one["lora_alpha"], one["learning_rate"], one["train_projector"]) == (4, 8, 1e-3, False)
-    assert (two["lora_r"], two["lora_alpha"], two["projector_learning_rate"], two["train_projector"]) == (8, 8, 5e-4, True)
+    assert (two["lora_r"], two["lora_alpha"], two["projector_learning_rate"], two["train_projector"]) == (
+        8,
+        8,
+        5e-4,
+        True,
+    )
     for applied in (one, two):
         assert (applied["zero_stage"], applied["global_batch_size"], applied["num_adapted_modules"]) == (2, 16, 28)
         assert (applied["engine"], applied["optimizer"]) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
@@ -169,7 +174,7 @@ def test_features_from_memory_give_the_same_batch(base, splits) -> None:
     fresh, remembered = collate(base, samples, True), collate(base, samples, True)
     assert all(torch.equal(fresh[key], remembered[key]) for key in fresh)
     batch = base.processor(
-        images=[__import__("PIL.Image").Image.open(samples[0].image).convert("RGB")],
+        images=[read_image(samples[0].image)],
         text=[base.processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": samples[0].text}]}],
             add_generation_prompt=True)],

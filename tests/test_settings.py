@@ -31,6 +31,10 @@ GUIDE_VALUES = {
 }
 
 
+def words(line: str) -> list[str]:
+    return line.split()
+
+
 def problems_of(*argv: str) -> list[str]:
     with pytest.raises(SettingsError) as caught:
         parse(argv)
@@ -57,8 +61,10 @@ def test_every_field_is_a_flag_with_help() -> None:
 
 def test_values_reach_their_fields() -> None:
     settings = parse(
-        "--trials 3 --learning-rate 1e-3 --lora-target-modules q_proj,v_proj --train-projector "
-        "--no-class-balanced-loss --projector-learning-rate 5e-5 --dtype bfloat16".split()
+        words(
+            "--trials 3 --learning-rate 1e-3 --lora-target-modules q_proj,v_proj --train-projector "
+            "--no-class-balanced-loss --projector-learning-rate 5e-5 --dtype bfloat16"
+        )
     )
     assert settings.study.trials == 3
     assert settings.trial.lora_target_modules == ("q_proj", "v_proj")
@@ -73,8 +79,10 @@ def test_values_reach_their_fields() -> None:
 
 def test_all_problems_at_once() -> None:
     problems = problems_of(
-        *"--trials 0 --lora-rr 8 --learning-rate abc --metric foo --data nowhere.json --val-fraction 2 "
-        "--lora-dropout 1.5 --model nowhere --lr-scheduler-type sine stray".split()
+        *words(
+            "--trials 0 --lora-rr 8 --learning-rate abc --metric foo --data nowhere.json --val-fraction 2 "
+            "--lora-dropout 1.5 --model nowhere --lr-scheduler-type sine stray"
+        )
     )
     text = "\n".join(problems)
     for word in (

@@ -101,7 +101,7 @@ def test_mlflow_tells_the_same(mixed) -> None:
     assert "nowhere" in children[5].data.tags["error"]
     trial = mixed.study["trials"][1]
     assert children[1].data.params["lora_r"] == "16"
-    assert children[1].data.metrics["auroc"] == pytest.approx(trial["metrics"]["auroc"] if "metrics" in trial else trial["epochs"][-1]["auroc"])
+    assert children[1].data.metrics["auroc"] == pytest.approx(trial["epochs"][-1]["auroc"])
     assert children[1].data.tags["lane"] == "0" and children[1].data.tags["device"] == "cpu"
     assert parent.data.tags["version_ray"] == "2.60.0"
     assert parent.data.tags["winner"] == str(mixed.study["winner"])
@@ -110,7 +110,9 @@ def test_mlflow_tells_the_same(mixed) -> None:
 def test_optuna_tells_the_same(mixed) -> None:
     storage = f"sqlite:///{mixed.folder / 'results' / 's' / 'optuna.db'}"
     trials = optuna.load_study(study_name="s", storage=storage).trials
-    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 5 + [TrialState.FAIL] + [TrialState.COMPLETE] * 2
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 5 + [TrialState.FAIL] + [
+        TrialState.COMPLETE
+    ] * 2
     for trial, record in zip(trials, mixed.study["trials"], strict=True):
         if trial.state == TrialState.COMPLETE:
             assert trial.value == pytest.approx(record["epochs"][-1]["auroc"])
@@ -196,9 +198,15 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
 
 
 def test_a_base_that_cannot_be_loaded_ends_the_study(tmp_path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "unheard_of"}')
+    model = shutil.copytree(ROOT / "train_fn" / "nano" / "checkpoint", tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
     finished = finish(start(tmp_path, "--trials", "2", "--model", str(model), *SMALL), tmp_path)
     assert finished.code == 1, finished.out + finished.err
-    assert "could not be loaded" in finished.out and "unheard_of" in finished.out
+    assert "could not be loaded" in finished.out and "no winner" in finished.out
+
+
+def test_a_model_that_transformers_does_not_know(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    (tmp_path / "model.safetensors").touch()
+    finished = finish(start(tmp_path, "--model", str(tmp_path), *SMALL), tmp_path)
+    assert finished.code == 2 and "unheard_of" in finished.err and "llava" in finished.err

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-FIELDS = {"image": str, "text": str, "answer": str, "label": (int, str)}
+FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
 MAX_PIXELS = 100_000_000  # a decompression bomb declares more than any ultrasound or X-ray has
 
@@ -176,7 +176,7 @@ def make_splits(
     test_fraction: float,
     seed: int,
 ) -> tuple[Splits, list[str]]:
-    """Train, validation and test, and every reason why they cannot be made. Parts that the user gives are kept whole."""
+    """Train, validation and test, and every reason why they cannot be made. Parts that the user gives stay whole."""
     everything = [*entries, *(val_entries or []), *(test_entries or [])]
     candidates, problems = answer_set(everything)
     index = {answer: number for number, answer in enumerate(candidates)}

@@ -17,9 +17,9 @@ from train_fn.settings import TrialSettings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # noqa: E402  # picks its accelerator at import
-import deepspeed.ops  # noqa: E402
-from transformers import get_scheduler  # noqa: E402
+import deepspeed  # picks its accelerator at import
+import deepspeed.ops
+from transformers import get_scheduler
 
 # On a CPU, DeepSpeed would compile a shared-memory all-reduce at the first start: a minute, and a compiler that a
 # user's machine need not have. It serves inference only; gloo does the collectives of training either way.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -84,7 +85,7 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     config.inference_mode = True
     if settings.train_projector:
         # A module counts as one to save when its name ends with the entry, so the last part alone names it.

@@ -35,7 +35,7 @@ class Base:
     """A loaded base model, where its parts are (full module names), and its processor."""
 
     model: PreTrainedModel
-    processor: ProcessorMixin
+    processor: Any
     vision_tower: str
     projector: str
     language_model: str
@@ -114,7 +114,8 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
-    ).to(device)
+    )
+    model.to(device)  # type: ignore[arg-type]
     model.requires_grad_(False).eval()
     base = Base(
         model=model,
@@ -240,8 +241,7 @@ def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[s
                 batch[key] = batch[key].to(base.model.dtype)
     # What is added behind each prompt: its answer, unattended by the image but a part of the sequence.
     tails = [
-        torch.tensor([answer_ids(base, s.text, s.answer) if with_answers else []], dtype=torch.long)
-        for s in samples
+        torch.tensor([answer_ids(base, s.text, s.answer) if with_answers else []], dtype=torch.long) for s in samples
     ]
     for key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
         if key in encoded[0]:
@@ -293,7 +293,9 @@ def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "vision_features")}
     if "vision_features" in batch:
         projected = base.model.get_submodule(base.projector)(batch["vision_features"])
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(projected,))}
+        # The model joins a tuple of images; here they are joined already.
+        encoded = BaseModelOutputWithPooling(pooler_output=(projected,))  # type: ignore[arg-type]
+        inputs["mm_encoder_outputs"] = {"image": encoded}
     inner = getattr(base.model, base.model.base_model_prefix)
     return inner(**inputs, **options)
 

@@ -104,9 +104,7 @@ class TrialSettings:
         """The settings with `values` put over the defaults. Raises ValueError for an unknown name."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
-            raise ValueError(
-                f"unknown setting {', '.join(map(repr, unknown))}: a trial is made of {', '.join(known)}"
-            )
+            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}: a trial is made of {', '.join(known)}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**values)
 

@@ -10,6 +10,7 @@ import os
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,20 +86,11 @@ def lane_loop(config: dict[str, Any]) -> None:
                 ray.get(job.dispatcher.report.remote(number, group[0], 1, message if rank == 0 else None))
                 continue
 
-            def report(message: dict[str, Any], number: int = number, since: tuple = (idle_since, received)) -> bool:
-                now = time.perf_counter()
-                # From the end of the trial before: what this trial has cost the lane, waiting for it included.
-                message |= extra | {"wall_s": now - since[0], "waited_s": since[1] - since[0]}
-                answer = job.dispatcher.report.remote(
-                    number, group[0], message["epoch"], message if rank == 0 else None
-                )
-                return ray.get(answer)
-
             run_trial(
                 base,
                 job.splits,
                 TrialSettings.from_dict(assignment["settings"]),
-                report,
+                reporter(job, number, group[0], rank, extra, idle_since, received),
                 eval_batch_size=job.model.per_device_eval_batch_size,
                 positive=job.positive,
                 output=Path(assignment["output"]),
@@ -113,3 +105,18 @@ def lane_loop(config: dict[str, Any]) -> None:
             raise
         finally:
             idle_since = time.perf_counter()
+
+
+def reporter(
+    job: LaneJob, number: int, group: str, rank: int, extra: dict[str, Any], idle_since: float, received: float
+) -> Callable[[dict[str, Any]], bool]:
+    """The trial's report function: rank 0's message goes to the dispatcher, its answer to every rank."""
+    import ray
+
+    def report(message: dict[str, Any]) -> bool:
+        # From the end of the trial before: what this trial has cost the lane, waiting for it included.
+        times = {"wall_s": time.perf_counter() - idle_since, "waited_s": received - idle_since}
+        told = message | extra | times if rank == 0 else None
+        return ray.get(job.dispatcher.report.remote(number, group, message["epoch"], told))
+
+    return report

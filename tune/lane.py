@@ -136,13 +136,13 @@ class Dispatcher:
         self._error(number, error)
 
     async def wants(self, lane: int) -> bool:
-        """Whether a lane's worker group should load the base at all: not after its start has failed twice."""
+        """Whether a lane's worker group should load the base at all: not when the lane has been given up."""
         return lane in self.lanes
 
     async def start_failed(self, lane: int, error: str) -> None:
-        """A worker group could not load its base: once may be bad luck, twice is not."""
+        """A worker group could not load its base. A lane that has worked before may have had bad luck, once."""
         self.failed_starts[lane] = self.failed_starts.get(lane, 0) + 1
-        if self.failed_starts[lane] > 1:
+        if lane not in self.groups or self.failed_starts[lane] > 1:
             await self.lane_ended(lane, error)
 
     async def lane_ended(self, lane: int, error: str) -> None:
@@ -203,8 +203,8 @@ class Dispatcher:
 def start_dispatcher(num_lanes: int) -> Any:
     """The study's dispatcher actor; it takes no CPU and stays on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
-    return ray.remote(**options)(Dispatcher).remote(num_lanes)
+    actor: Any = ray.remote(Dispatcher)
+    return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(num_lanes)
 
 
 class Lanes:
@@ -241,7 +241,7 @@ class Lanes:
                     name=f"lane-{job.lane}",
                     storage_path=str(storage),
                     failure_config=FailureConfig(max_failures=-1),
-                    worker_runtime_env=runtime_env,
+                    worker_runtime_env=runtime_env,  # type: ignore[call-arg]  # of Train V2's RunConfig
                 ),
             )
             self.threads.append(threading.Thread(target=self._run, args=(job.lane, trainer), daemon=True))

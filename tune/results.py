@@ -64,6 +64,7 @@ def test_scores(
     predicted: dict[str, np.ndarray], splits: Splits, class_balanced: bool, positive: str
 ) -> dict[str, dict[str, Any]]:
     """Each test metric as {"value", "interval"}: 95 % percentile bootstrap over the test images."""
+
     def score(indices: np.ndarray) -> dict[str, float]:
         chosen = {name: values[indices] for name, values in predicted.items()}
         samples: list[Sample] = [splits.test[index] for index in indices]

@@ -9,6 +9,8 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
+import json
 import sys
 import textwrap
 import types
@@ -104,12 +106,13 @@ class Settings:
 
 def field_docs(group: type) -> dict[str, str]:
     """The docstring under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: " ".join(doc.value.value.split())
-        for field, doc in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
-    }
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for field, doc in itertools.pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+            docs[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
+    return docs
 
 
 def flag(name: str) -> str:
@@ -135,15 +138,15 @@ def build_parser() -> argparse.ArgumentParser:
         docs = field_docs(group)
         section = parser.add_argument_group((group.__doc__ or "").splitlines()[0].rstrip("."))
         for field in dataclasses.fields(group):
-            action: Any = argparse.BooleanOptionalAction if isinstance(field.default, bool) else "store"
+            switch = isinstance(field.default, bool)
+            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if switch else {"metavar": ""}
             default = "" if field.default in ("", None) else f" [{show(field.default)}]".replace("%", "%%")
             section.add_argument(
                 flag(field.name),
                 dest=field.name,
-                action=action,
                 default=argparse.SUPPRESS,
                 help=docs[field.name].replace("%", "%%") + default,
-                **({} if isinstance(field.default, bool) else {"metavar": ""}),
+                **options,
             )
     return parser
 
@@ -187,7 +190,7 @@ def parse(argv: Sequence[str]) -> Settings:
         for group in GROUPS
     ]
     pinned = tuple(field.name for field in dataclasses.fields(TrialSettings) if field.name in values)
-    settings = Settings(*groups, pinned=pinned)
+    settings = Settings(*groups, pinned)  # type: ignore[call-arg, arg-type]  # in the order of GROUPS
     problems += check(settings)
     if problems:
         raise SettingsError(problems)
@@ -241,10 +244,26 @@ def check(settings: Settings) -> list[str]:
     if data.image_root:
         rule("image_root", data.image_root, Path(data.image_root).is_dir(), "must be a folder", "check the path")
     if model.model != "nano":
-        rule("model", model.model, (Path(model.model) / "config.json").is_file(),
-             "must be a model directory with a config.json", "give the folder of the base model, or nano")  # fmt: skip
+        found += check_model_directory(Path(model.model))
     found += settings.trial.problems(max(1, study.workers_per_trial))
     return found + [text for text in check_space(settings) if not any(text.endswith(known) for known in found)]
+
+
+def check_model_directory(directory: Path) -> list[str]:
+    """What can be told of a base model's directory without transformers."""
+    where = f"`--model` {str(directory)!r}"
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return [f"{where} must be a model directory with a config.json: give the folder of the base model, or nano"]
+    except ValueError as error:
+        return [f"{where}: config.json must be JSON, but {error}: fetch the model again"]
+    found = []
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        found.append(f"{where}: config.json must name a model_type: fetch the model again")
+    if not list(directory.glob("*.safetensors")):
+        found.append(f"{where} must hold its weights as *.safetensors: convert them (pickled weights are not read)")
+    return found
 
 
 def load_space(name: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
@@ -335,6 +354,9 @@ def check_space(settings: Settings) -> list[str]:
         except Exception as error:
             return [f"{where} {error}" if isinstance(error, ValueError) else f"{where} raised {error!r}: mend it"]
         if stray := sorted(set(values) - probe.asked - set(settings.pinned)):
-            found.append(f"{where}: GUIDE must name what the space asks for, but has {', '.join(stray)}: mend its name")
-        found += [f"{where}: {text}" for text in TrialSettings(**point).problems(max(1, settings.study.workers_per_trial))]
+            names = ", ".join(stray)
+            found.append(f"{where}: GUIDE must name what the space asks for, but has {names}: mend its name")
+        found += [
+            f"{where}: {text}" for text in TrialSettings(**point).problems(max(1, settings.study.workers_per_trial))
+        ]
     return list(dict.fromkeys(found))

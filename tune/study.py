@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import time
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         seed=data.split_seed,
     )
     problems += found
+    problems += check_model_type(settings.model.model)
     metric = settings.study.metric or ("auroc" if splits.candidates else "loss")
     positive = data.positive_label or ("Malignant" if "Malignant" in splits.candidates else "")
     if not splits.candidates and metric != "loss":
@@ -89,6 +91,21 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     if problems:
         raise SettingsError(problems)
     return Study(settings, name, directory, metric, positive, splits)
+
+
+def check_model_type(model: str) -> list[str]:
+    """Whether transformers has an image-text-to-text class for the base."""
+    if model == "nano":
+        return []
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if kind in KNOWN:
+        return []
+    return [
+        f"`--model` {model!r} must be an image-text-to-text model that transformers knows, but its model_type is "
+        f"{kind!r}: the known ones are {', '.join(sorted(KNOWN))}"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ with Ray
@@ -158,6 +175,14 @@ def start_ray(settings: Settings) -> dict[str, float]:
     return ray.cluster_resources()
 
 
+def session_logs() -> str:
+    """Where Ray's processes and the workers write what they print."""
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    return f"{node.get_session_dir_path()}/logs" if node else "the cluster's session directory"
+
+
 def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     """Search, choose, test. Returns an outcome also when interrupted; what is finished is kept.
 
@@ -188,7 +213,7 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
         f"Study {study.name}: {settings.study.trials} trials on {layout.lanes} lane(s) of "
         f"{layout.workers_per_trial} {'GPU' if layout.use_gpu else 'CPU'} worker(s); images: {shown}"
     )
-    say(f"Starting the lanes (logs in {ray._private.worker._global_node.get_session_dir_path()}/logs)")
+    say(f"Starting the lanes (logs in {session_logs()})")
     search_and_test(study, layout, outcome, say, started)
     # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
     # led here would never be seen. The interpreter's exit shuts Ray down in any case.
@@ -197,9 +222,7 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     return outcome
 
 
-def search_and_test(
-    study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float
-) -> None:
+def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:
     """Start the lanes, run the trials through them, and score the test split on one of them."""
     from train_fn.worker import LaneJob
     from tune.lane import Lanes, start_dispatcher
