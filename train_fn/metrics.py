@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 # Direction in which a metric gets better.
 MODES = {
@@ -30,7 +29,8 @@ def binary_auroc(positive: np.ndarray, scores: np.ndarray) -> float:
     num_negative = len(positive) - num_positive
     if not num_positive or not num_negative:
         return float("nan")
-    ranks = rankdata(scores)
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # equal scores share the mean of their ranks
     return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
