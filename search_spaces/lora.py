@@ -20,13 +20,13 @@ def space(trial: Any) -> dict[str, Any]:
     # lora_alpha / lora_r multiplies the adapter's output. Asked as a ratio, since alpha alone means another strength at
     # every rank. 2 is the guide's, 1 neutral; 4 and 0.5 show on which side the data is.
     ratio = trial.suggest_categorical("lora_alpha_ratio", [0.5, 1.0, 2.0, 4.0])
-    # The guide's 1e-4 to 5e-4, widened: few optimizer steps (hundreds of images) reward a higher rate; above about
-    # 5e-3 training collapses.
-    learning_rate = trial.suggest_float("learning_rate", 5e-5, 3e-3, log=True)
+    # From the lower end of the guide's advice (1e-4 to 5e-4) upwards: a few hundred images make few optimizer steps,
+    # which reward a higher rate. On the nano base training collapses at about 5e-3.
+    learning_rate = trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True)
     settings = {"lora_r": lora_r, "lora_alpha": ratio * lora_r, "learning_rate": learning_rate}
     settings["train_projector"] = trial.suggest_categorical("train_projector", [False, True])
     if settings["train_projector"]:
-        # Pretrained full-rank weights want a lower rate than a fresh adapter (LLaVA, arXiv:2310.03744, tunes its
-        # projector at a tenth of the adapter's); the upper end lets a small study move it at all.
-        settings["projector_learning_rate"] = trial.suggest_float("projector_learning_rate", 1e-5, 2e-3, log=True)
+        # Pretrained full-rank weights usually want a lower rate than a fresh adapter (LLaVA-1.5's LoRA recipe gives its
+        # projector a tenth of the adapter's); the upper end lets a study of few steps move it at all.
+        settings["projector_learning_rate"] = trial.suggest_float("projector_learning_rate", 1e-5, 5e-3, log=True)
     return settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,30 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
+from train_fn.hulumed import native_name, original_name
 from train_fn.model import Base, adapter_pattern
 from train_fn.settings import TrialSettings
+
+
+@contextlib.contextmanager
+def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
+    """The base with an adapter of this configuration; afterwards the base as it was, projector included."""
+    projector = base.model.get_submodule(base.projector)
+    pristine = {name: parameter.data for name, parameter in projector.named_parameters()}
+    # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
+    model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+    try:
+        yield model
+    finally:
+        for name, parameter in projector.named_parameters():
+            parameter.data = pristine[name]
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        model.unload()
+        base.model.requires_grad_(False).eval()
 
 
 @contextlib.contextmanager
@@ -23,8 +43,6 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
 
     Raises ValueError when no module matches `lora_target_modules`.
     """
-    projector = base.model.get_submodule(base.projector)
-    pristine = {name: parameter.data for name, parameter in projector.named_parameters()}
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.lora_r,
@@ -34,21 +52,12 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base.model.name_or_path),
     )
-    # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
-    model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
-    try:
+    with attached(base, config) as model:
         if settings.train_projector:
-            for parameter in projector.parameters():
+            for parameter in base.model.get_submodule(base.projector).parameters():
                 parameter.data = parameter.data.to(torch.float32, copy=True)
                 parameter.requires_grad_(True)
         yield model
-    finally:
-        for name, parameter in projector.named_parameters():
-            parameter.data = pristine[name]
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        model.unload()
-        base.model.requires_grad_(False).eval()
 
 
 def adapter_layers(model: PeftModel) -> dict[str, LoraLayer]:
@@ -81,41 +90,47 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
     """Write what PEFT's `PeftModel.from_pretrained` needs, the trained projector included, and the processor.
 
     PEFT would save a trained projector only if it had wrapped it; here its tensors are written under the names, and
-    listed in the configuration as `modules_to_save`, as if it had.
+    listed in the configuration as `modules_to_save`, as if it had. For a Hulu-Med base all names are the original
+    implementation's, so that the adapter fits that.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
-    config: Any = model.peft_config["default"]
+    config: Any = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     if settings.train_projector:
         # A module counts as one to save when its name ends with the entry, so the last part alone names it.
-        config.modules_to_save = [base.projector.rpartition(".")[2]]
+        config.modules_to_save = [renamed(base, base.projector + ".").rstrip(".").rpartition(".")[2]]
         projector = base.model.get_submodule(base.projector)
         state |= {f"base_model.model.{base.projector}.{name}": p for name, p in projector.named_parameters()}
     config.save_pretrained(str(directory))
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    tensors = {renamed(base, name): tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     base.processor.save_pretrained(directory)
 
 
-def load_adapter(base: Base, directory: Path) -> contextlib.AbstractContextManager[PeftModel]:
-    """The base with a saved adapter (and projector) on it, for scoring; afterwards the base as it was."""
+def renamed(base: Base, name: str) -> str:
+    """A tensor's name as it is written to disk."""
+    return original_name(name) if base.hulumed else name
 
-    @contextlib.contextmanager
-    def loaded() -> Iterator[PeftModel]:
-        model = PeftModel.from_pretrained(base.model, str(directory), is_trainable=False)
-        original = None
-        # `unload` would leave the trained copy of a saved module in place: keep the base's own at hand.
-        wrapper = base.model.get_submodule(base.projector)
-        if hasattr(wrapper, "original_module"):
-            original = wrapper.original_module
-        try:
-            yield model.eval()
-        finally:
-            model.unload()
-            if original is not None:
-                parent, _, name = base.projector.rpartition(".")
-                setattr(base.model.get_submodule(parent), name, original)
-            base.model.requires_grad_(False).eval()
 
-    return loaded()
+@contextlib.contextmanager
+def load_adapter(base: Base, directory: Path) -> Iterator[PeftModel]:
+    """The base with a saved adapter (and projector) on it, for scoring; afterwards the base as it was.
+
+    Raises ValueError when the saved tensors do not fit the base.
+    """
+    config = LoraConfig.from_pretrained(str(directory))
+    config.modules_to_save = None  # the projector is put in place below, not wrapped
+    tensors = load_file(directory / "adapter_model.safetensors")
+    if base.hulumed:
+        tensors = {native_name(name): tensor for name, tensor in tensors.items()}
+    prefix = f"base_model.model.{base.projector}."
+    with attached(base, config) as model:
+        for name, parameter in base.model.get_submodule(base.projector).named_parameters():
+            if (saved := tensors.pop(prefix + name, None)) is not None:
+                parameter.data = saved.to(base.device)
+        expected = get_peft_model_state_dict(model).keys()
+        if different := sorted(expected ^ tensors.keys()):
+            raise ValueError(f"the adapter in {directory} does not fit the base: {', '.join(different[:5])}")
+        set_peft_model_state_dict(model, tensors)
+        yield model.eval()

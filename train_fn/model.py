@@ -19,7 +19,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 
+from train_fn import hulumed
 from train_fn.data import Sample
 from train_fn.nano import CHECKPOINT as NANO
 from train_fn.settings import ModelSettings
@@ -27,6 +29,7 @@ from train_fn.settings import ModelSettings
 # Where transformers' image-text-to-text models keep their parts, by attribute path from the inner model.
 VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
 PROJECTORS = ("projector", "multi_modal_projector", "mm_projector", "connector", "visual.merger", "embed_vision")
+TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # [B, S] each
 LANGUAGE_MODELS = ("language_model", "text_model")
 
 
@@ -40,6 +43,7 @@ class Base:
     projector: str
     language_model: str
     device: torch.device
+    hulumed: bool = False  # loaded under transformers' names from a Hulu-Med checkpoint
     features: dict[str, torch.Tensor] = field(default_factory=dict)  # image path -> [P, D], on the CPU
     features_bytes_left: int = 0
     tokens: dict[tuple, Any] = field(default_factory=dict)  # tokenized prompts and answers: few, but needed every step
@@ -67,8 +71,35 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     return ImageOnly
 
 
-def load_processor(directory: Path) -> ProcessorMixin:
-    """The model's own processor (chat template, tokenizer, image processor), for images and text."""
+def load_processor(directory: Path, settings: ModelSettings | None = None) -> ProcessorMixin:
+    """The model's own processor (chat template, tokenizer, image processor), for images and text.
+
+    Raises ValueError when `max_image_tokens` is set for a model whose images all have one size.
+    """
+    settings = settings or ModelSettings()
+    if (directory / "config.json").is_file() and hulumed.is_hulumed(directory):
+        processor = hulumed.load_processor(directory, image_only(VideoLlama3Processor), settings.upright_images)
+    else:
+        processor = load_native_processor(directory)
+    if settings.max_image_tokens:
+        limit_image_tokens(processor.image_processor, settings.max_image_tokens)
+    return processor
+
+
+def limit_image_tokens(image_processor: Any, most: int) -> None:
+    """Bound the pixels of an image so that it becomes at most `most` tokens."""
+    size = dict(image_processor.size)
+    if "longest_edge" not in size or not hasattr(image_processor, "merge_size"):
+        raise ValueError("`max_image_tokens` must be 0 for this model: all its images have one size; leave it out")
+    # These processors call their pixel limits edges.
+    pixels = most * (image_processor.patch_size * image_processor.merge_size) ** 2
+    size["shortest_edge"] = min(size["shortest_edge"], pixels)
+    size["longest_edge"] = pixels
+    image_processor.size = size
+
+
+def load_native_processor(directory: Path) -> ProcessorMixin:
+    """The processor of a model that transformers knows by its own name."""
     saved = directory / "processor_config.json"
     name = json.loads(saved.read_text(encoding="utf-8")).get("processor_class") if saved.is_file() else None
     if name:  # all that the folder of an adapter tells
@@ -107,23 +138,26 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
     `from_pretrained(dtype=...)` keeps rotary frequencies in float32, which `.to(bfloat16)` would round.
     """
     directory = resolve_model(settings.model)
-    model = AutoModelForImageTextToText.from_pretrained(
-        directory,
-        dtype=choose_dtype(settings.dtype, device),
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    options = {
+        "dtype": choose_dtype(settings.dtype, device),
+        "attn_implementation": "sdpa",
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    from_hulumed = hulumed.is_hulumed(directory)
+    load = hulumed.load_model if from_hulumed else AutoModelForImageTextToText.from_pretrained
+    model = load(directory, **options)
     model.to(device)  # type: ignore[arg-type]
     model.requires_grad_(False).eval()
     base = Base(
         model=model,
-        processor=load_processor(directory),
+        processor=load_processor(directory, settings),
         vision_tower=find_part(model, VISION_TOWERS, "vision tower"),
         projector=find_part(model, PROJECTORS, "projector"),
         language_model=find_part(model, LANGUAGE_MODELS, "language model"),
         device=device,
+        hulumed=from_hulumed,
         features_bytes_left=int(settings.feature_cache_gib * 2**30),
     )
     # Without this every later full collection, which DeepSpeed and torch ask for, walks the million objects that
@@ -136,7 +170,7 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def prompt_text(processor: ProcessorMixin, question: str) -> str:
+def prompt_text(processor: Any, question: str) -> str:
     """The rendered user turn with its image placeholder, up to where the answer begins."""
     return processor.apply_chat_template(messages(question), tokenize=False, add_generation_prompt=True)
 
@@ -148,13 +182,18 @@ def messages(question: str) -> list[dict[str, Any]]:
 
 def answer_ids(base: Base, question: str, answer: str) -> list[int]:
     """Token ids [T] of an answer and its end token: what the loss is taken over."""
+    return answer_tail(base, question, answer)[0]
+
+
+def answer_tail(base: Base, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of an answer and its end token, and of what the template writes after that."""
     if (question, answer) not in base.tokens:
         base.tokens[question, answer] = tokenize_answer(base.processor, question, answer)
     return base.tokens[question, answer]
 
 
-def tokenize_answer(processor: ProcessorMixin, question: str, answer: str) -> list[int]:
-    """Token ids [T] of an answer and its end token.
+def tokenize_answer(processor: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """See `answer_tail`.
 
     What ends an answer is read off the chat template: the text that follows the answer in a rendered conversation,
     up to and including the first special token. A template that rewrites the turn (such as one that adds an empty
@@ -168,7 +207,7 @@ def tokenize_answer(processor: ProcessorMixin, question: str, answer: str) -> li
     ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
     ends = set(tokenizer.all_special_ids) | {tokenizer.eos_token_id}
     end = next((position for position, token in enumerate(ids) if token in ends), None)
-    return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
+    return (ids[: end + 1], ids[end + 1 :]) if end is not None else ([*ids, tokenizer.eos_token_id], [])
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -235,27 +274,26 @@ def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[s
             ]
         )
     else:
-        for key in encoded[0].keys() - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}:
+        for key in encoded[0].keys() - set(TOKEN_KEYS):
             batch[key] = torch.cat([one[key] for one in encoded]).to(base.device)
             if batch[key].is_floating_point():
                 batch[key] = batch[key].to(base.model.dtype)
-    # What is added behind each prompt: its answer, unattended by the image but a part of the sequence.
-    tails = [
-        torch.tensor([answer_ids(base, s.text, s.answer) if with_answers else []], dtype=torch.long) for s in samples
-    ]
-    for key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+    # What is added behind each prompt: the answer, and what the template writes after it, which has no label.
+    tails = [answer_tail(base, s.text, s.answer) if with_answers else ([], []) for s in samples]
+    rows = [torch.tensor([[*answer, *after]], dtype=torch.long) for answer, after in tails]
+    for key in TOKEN_KEYS:
         if key in encoded[0]:
             filler = {"input_ids": None, "attention_mask": 1}.get(key, 0)
-            rows = [
-                torch.cat([one[key], tail if filler is None else torch.full_like(tail, filler)], 1)
-                for one, tail in zip(encoded, tails, strict=True)
+            whole = [
+                torch.cat([one[key], row if filler is None else torch.full_like(row, filler)], 1)
+                for one, row in zip(encoded, rows, strict=True)
             ]
             pad = base.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
-            batch[key] = pad_and_stack(rows, pad).to(base.device)
+            batch[key] = pad_and_stack(whole, pad).to(base.device)
     if with_answers:
         labels = [
-            torch.cat([torch.full_like(one["input_ids"], -100), tail], 1)
-            for one, tail in zip(encoded, tails, strict=True)
+            torch.tensor([[-100] * one["input_ids"].shape[1] + answer + [-100] * len(after)])
+            for one, (answer, after) in zip(encoded, tails, strict=True)
         ]
         batch["labels"] = pad_and_stack(labels, -100).to(base.device)
     return batch

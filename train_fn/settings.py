@@ -121,5 +121,10 @@ class ModelSettings:
     one that has not, float32 on a CPU. What is trained is always float32."""
     per_device_eval_batch_size: int = 16
     """Images in one forward pass of an evaluation."""
+    max_image_tokens: int = 0
+    """Most tokens that one image may become; larger images are scaled down. 0: the model's own limit."""
+    upright_images: bool = False
+    """Hulu-Med only: keep an image's shape. Its weights were trained on images whose height and width the original
+    implementation swaps when it resizes, which is the default here."""
     feature_cache_gib: float = 4.0
     """Memory in GiB in which each worker keeps what the frozen vision tower made of an image; 0 turns it off."""

@@ -100,11 +100,11 @@ def check_model_type(model: str) -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
     kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind in KNOWN:
+    if kind in KNOWN or kind in ("hulumed_qwen2", "hulumed_qwen3"):
         return []
     return [
         f"`--model` {model!r} must be an image-text-to-text model that transformers knows, but its model_type is "
-        f"{kind!r}: the known ones are {', '.join(sorted(KNOWN))}"
+        f"{kind!r}: the known ones are hulumed_qwen2, hulumed_qwen3, {', '.join(sorted(KNOWN))}"
     ]
 
 

@@ -1,0 +1,150 @@
+"""Hulu-Med checkpoints (`hulumed_qwen3`, `hulumed_qwen2`) in transformers' own VideoLlama3 and Qwen classes.
+
+The published folders come with code of their own; none of it is run. Their tensors are renamed on loading, and images
+and prompts are prepared as the original implementation did (ZJUI-AI4H/Hulu-Med, src/hulumed_qwen3), quirks included.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Qwen2Tokenizer, VideoLlama3Config, VideoLlama3ForConditionalGeneration
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
+from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import (
+    VideoLlama3ImageProcessorPil,
+    smart_resize,
+)
+
+PREFIX = "hulumed_"
+# Their names -> transformers' names. An older layout nests the vision encoder twice.
+KEY_MAPPING = {
+    r"^model\.vision_encoder\.(vision_encoder\.)?": "model.vision_model.",
+    r"^model\.mm_projector\.": "model.projector.",
+    r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
+}
+# The same the other way, as prefixes: for an adapter or a merged model that the original implementation can load.
+ORIGINAL_NAMES = {
+    "model.vision_model.": "model.vision_encoder.",
+    "model.projector.": "model.mm_projector.",
+    "model.language_model.": "model.",
+}
+IMAGE_TOKEN = "<image>"
+# Renders as the original's default template for a question with one image and its answer. The folder's own template may
+# be the text model's, which knows no images.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image>\n' -}}"
+    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+VISION_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+NOT_THE_TEXT_MODELS = ("model_type", "architectures", "auto_map", "vision_encoder_config", "torch_dtype", "dtype")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The folder's config.json."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def is_hulumed(directory: Path) -> bool:
+    """Whether a model directory holds a Hulu-Med checkpoint."""
+    return str(read_config(directory).get("model_type", "")).startswith(PREFIX)
+
+
+def native_config(original: dict[str, Any]) -> VideoLlama3Config:
+    """The configuration in transformers' terms. Raises ValueError for a text model other than Qwen2 and Qwen3."""
+    kind = original["model_type"].removeprefix(PREFIX)
+    if kind not in ("qwen2", "qwen3"):
+        raise ValueError(f"a Hulu-Med model must be hulumed_qwen2 or hulumed_qwen3, but is {original['model_type']!r}")
+    text = {name: value for name, value in original.items() if name not in NOT_THE_TEXT_MODELS}
+    vision = {name: original["vision_encoder_config"][name] for name in VISION_KEYS}
+    return VideoLlama3Config(
+        text_config=text | {"model_type": kind},
+        vision_config=vision | {"model_type": "video_llama_3_vision"},
+        image_token_id=original["image_token_index"],
+        video_token_id=-1,  # none of its tokens means a video here
+        tie_word_embeddings=original.get("tie_word_embeddings", False),
+    )
+
+
+def load_model(directory: Path, **options: Any) -> PreTrainedModel:
+    """The model with its weights. Raises ValueError when a tensor is missing, left over or of another shape."""
+    load: Any = VideoLlama3ForConditionalGeneration.from_pretrained
+    model, told = load(
+        directory,
+        config=native_config(read_config(directory)),
+        key_mapping=KEY_MAPPING,
+        output_loading_info=True,
+        **options,
+    )
+    wrong = {kind: sorted(map(str, names))[:5] for kind, names in told.items() if names}
+    if wrong:
+        raise ValueError(f"the tensors of {directory} must be Hulu-Med's, but {wrong}: fetch the checkpoint again")
+    return model
+
+
+class HulumedImageProcessor(VideoLlama3ImageProcessorPil):
+    """VideoLlama3's image processor with the original's target size.
+
+    The original reads Pillow's (width, height) as (height, width): an image of 562 x 471 pixels becomes 476 wide and
+    560 high. The published weights were trained on such images, so this is the default; `upright` keeps the shape.
+    """
+
+    upright: bool = False
+
+    def resize(self, image: Any, size: SizeDict, resample: Any, factor: int, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Resize [C, H, W] to multiples of the patch size within the token limits."""
+        height, width = image.shape[-2:] if self.upright else image.shape[:-3:-1]
+        limits: dict[str, Any] = {"min_pixels": size.shortest_edge, "max_pixels": size.longest_edge}
+        height, width = smart_resize(height, width, factor=factor, **limits)
+        return PilBackend.resize(self, image=image, size=SizeDict(height=height, width=width), resample=resample)
+
+
+def load_processor(directory: Path, processor_class: type, upright: bool = False) -> Any:
+    """Processor with the original's image preparation, prompt and image token.
+
+    processor_class: VideoLlama3's processor, without its video part.
+    """
+    found = json.loads((directory / "preprocessor_config.json").read_text(encoding="utf-8"))
+    patch = found.get("patch_size", 14)
+    pixels_per_token = patch * patch
+    images = HulumedImageProcessor(
+        patch_size=patch,
+        merge_size=1,
+        size={
+            "shortest_edge": found.get("min_tokens", 16) * pixels_per_token,
+            "longest_edge": found.get("max_tokens", 16384) * pixels_per_token,
+        },
+        image_mean=found.get("image_mean", [0.5] * 3),
+        image_std=found.get("image_std", [0.5] * 3),
+        resample=found.get("resample", 3),
+    )
+    images.upright = upright
+    tokenizer = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer.image_token = IMAGE_TOKEN
+    tokenizer.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return processor_class(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def original_name(name: str) -> str:
+    """A parameter's or module's name in the original implementation; a PEFT prefix before it stays."""
+    for native, original in ORIGINAL_NAMES.items():
+        head, found, tail = name.partition(native)
+        if found:
+            return head + original + tail
+    return name
+
+
+def native_name(name: str) -> str:
+    """The reverse of `original_name`."""
+    for native, original in ORIGINAL_NAMES.items():
+        if original != "model." and original in name:
+            return name.replace(original, native, 1)
+    head, found, tail = name.partition("model.layers.")
+    return f"{head}model.language_model.layers.{tail}" if found and not head.endswith("language_") else name
