@@ -118,6 +118,37 @@ def test_a_fault_of_its_own_is_not_tried_again() -> None:
     run(scenario)
 
 
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+        await dispatcher.submit(0, {"settings": settings})
+        for group, micro, accumulation in (("a", 4, 4), ("b", 2, 8), ("c", 1, 16)):
+            assignment = await dispatcher.next_assignment(0, group, 0)
+            found = assignment["settings"]
+            assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (micro, accumulation)
+            for _ in range(2):  # both ranks tell of it
+                await dispatcher.out_of_memory(0, group, "CUDA out of memory")
+        assert len(assignment["notes"]) == 2 and "micro-batch 2 -> 1" in assignment["notes"][1]
+        error = (await dispatcher.next_report(0))["error"]
+        places = [error.index(word) for word in ("--use-qlora", "size 1", "--lora-r", "checkpointing", "paged")]
+        assert places == sorted(places) and "CUDA out of memory" in error
+
+    run(scenario)
+
+
+def test_out_of_memory_is_no_lost_group() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {"settings": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}})
+        await dispatcher.next_assignment(0, "a", 0)
+        await dispatcher.out_of_memory(0, "a", "")
+        assert (await dispatcher.next_assignment(0, "b", 0))["settings"]["per_device_train_batch_size"] == 1
+        assert dispatcher.tickets[0].attempts == 1 and not dispatcher.queue
+
+    run(scenario)
+
+
 def test_a_dead_groups_question_takes_nothing() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)

@@ -60,11 +60,10 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | {"PATH": str(bare), "TORCH_EXTENSIONS_DIR": str(folder / "compiled"), "COLUMNS": "200"}
 
 
-def start(folder: Path, *argv: str) -> subprocess.Popen:
+def start(folder: Path, *argv: str, path: str = "") -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tune" / "run.py"), "--name", "s", *argv]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    env = environment(folder) | ({"PYTHONPATH": path} if path else {})
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen, folder: Path) -> Finished:
@@ -210,3 +209,62 @@ def test_a_model_that_transformers_does_not_know(tmp_path) -> None:
     (tmp_path / "model.safetensors").touch()
     finished = finish(start(tmp_path, "--model", str(tmp_path), *SMALL), tmp_path)
     assert finished.code == 2 and "unheard_of" in finished.err and "llava" in finished.err
+
+
+# Loaded by Python at the start of every worker: a trial of rank 4 runs out of memory on all ranks, one of rank 8 on the
+# second alone, as long as two images are in a micro-batch.
+ALLOCATOR_ERROR = """
+import importlib.abc, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "train_fn.loop":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def patched(module):
+            execute(module)
+            step = module.train_step
+            def train_step(base, splits, settings, engine, indices):
+                import torch
+                rank, _ = module.world()
+                if settings.per_device_train_batch_size > 1 and (settings.lora_r == 4 or rank == 1):
+                    raise torch.OutOfMemoryError("simulated: CUDA out of memory")
+                return step(base, splits, settings, engine, indices)
+            module.train_step = train_step
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_out_of_memory_on_all_ranks_and_on_one(tmp_path) -> None:
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(ALLOCATOR_ERROR)
+    (tmp_path / "space.py").write_text(
+        'GUIDE = {}\ndef space(trial):\n    return {"lora_r": [4, 8][trial.number % 2], "lora_alpha": 8}\n'
+    )
+    options = ["--trials", "2", "--workers-per-trial", "2", "--space", "space.py", *SMALL]
+    finished = finish(start(tmp_path, *options, path=str(tmp_path / "patch")), tmp_path)
+    assert finished.code == 0, finished.out + finished.err
+    for trial in finished.study["trials"]:
+        assert trial["state"] == "COMPLETE"
+        assert trial["notes"] == ["out of memory: micro-batch 2 -> 1, same global batch"]
+        assert (trial["applied"]["per_device_train_batch_size"], trial["applied"]["global_batch_size"]) == (1, 16)
+    assert "micro-batch 2 -> 1" in finished.out
+
+
+@pytest.mark.skipif(not os.environ.get("HULUMED_FIXTURES"), reason="no HULUMED_FIXTURES")
+def test_a_qlora_study_on_a_hulumed_checkpoint(tmp_path) -> None:
+    model = f"{os.environ['HULUMED_FIXTURES']}/checkpoint"
+    options = ["--trials", "3", "--model", model, "--use-qlora", "--space", "qlora", "--max-image-tokens", "64", *SMALL]
+    finished = finish(start(tmp_path, *options), tmp_path)
+    assert finished.code == 0, finished.out + finished.err
+    trials = finished.study["trials"]
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3
+    assert trials[0]["settings"]["lora_r"] == 64 and trials[0]["base_gib"] > 0
+    config = json.loads((Path(finished.study["adapter"]) / "adapter_config.json").read_text())
+    trained = trials[finished.study["winner"]]["applied"]["train_projector"]
+    assert config["modules_to_save"] == (["mm_projector"] if trained else None)

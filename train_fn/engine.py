@@ -5,6 +5,7 @@ Import this module only where training runs: importing DeepSpeed takes seconds.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -24,6 +25,9 @@ from transformers import get_scheduler
 # On a CPU, DeepSpeed would compile a shared-memory all-reduce at the first start: a minute, and a compiler that a
 # user's machine need not have. It serves inference only; gloo does the collectives of training either way.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+OPTIMIZER_CLASSES = {"adamw_torch": "AdamW", "adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 
 class TrialFailed(Exception):
@@ -64,26 +68,42 @@ def deepspeed_config(settings: TrialSettings, world_size: int, num_trainable: in
             "allgather_bucket_size": min(int(5e8), num_trainable),
         },
         "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,  # bitsandbytes'
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also when offloaded: DeepSpeed's own is compiled
     }
+    if settings.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return config
+
+
+def build_optimizer(model: PeftModel, settings: TrialSettings, on_gpu: bool) -> torch.optim.Optimizer:
+    """AdamW over the trial's parameter groups."""
+    groups = parameter_groups(model, settings)
+    options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    if settings.optim == "adamw_torch":
+        return torch.optim.AdamW(groups, fused=on_gpu and not settings.offload_optimizer, **options)
+    import bitsandbytes.optim
+
+    kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[settings.optim](groups, **options)
 
 
 def build_engine(
     base: Base, model: PeftModel, settings: TrialSettings, class_weights: torch.Tensor, num_steps: int, world_size: int
 ) -> Any:
     """A DeepSpeed engine around the adapted base: AdamW, learning-rate schedule over `num_steps`, ZeRO."""
-    groups = parameter_groups(model, settings)
-    fused = base.device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused or None)
+    on_gpu = base.device.type == "cuda"
+    optimizer = build_optimizer(model, settings, on_gpu)
     warmup = round(settings.warmup_ratio * num_steps)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup, num_steps)
-    num_trainable = sum(p.numel() for group in groups for p in group["params"])
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    num_trainable = sum(parameter.numel() for parameter in trained)
     engine, *_ = deepspeed.initialize(
         model=AnswerLoss(base, model, class_weights),
-        model_parameters=[p for group in groups for p in group["params"]],
+        model_parameters=trained,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config=deepspeed_config(settings, world_size, num_trainable, base.device.type == "cuda"),
+        config=deepspeed_config(settings, world_size, num_trainable, on_gpu),
         dist_init_required=False,
     )
     return engine
@@ -95,28 +115,41 @@ def read_applied(engine: Any) -> dict[str, Any]:
     layers = adapter_layers(model).values()
     groups = {group["name"]: group for group in engine.optimizer.param_groups}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    config: Any = model.peft_config["default"]
 
     def only(values: Any) -> Any:
         values = sorted(set(values))
         return values[0] if len(values) == 1 else values
 
+    client = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
     applied = {
-        "lora_r": only(layer.r["default"] for layer in layers),
-        "lora_alpha": only(layer.lora_alpha["default"] for layer in layers),
-        "lora_dropout": only(getattr(layer.lora_dropout["default"], "p", 0.0) for layer in layers),
-        "learning_rate": groups["adapter"]["initial_lr"],
-        "weight_decay": groups["adapter"]["weight_decay"],
+        "use_lora": "adapter" in groups,
+        "train_projector": "projector" in groups,
+        "weight_decay": next(iter(groups.values()))["weight_decay"],
         "max_grad_norm": engine.gradient_clipping(),
         "per_device_train_batch_size": engine.train_micro_batch_size_per_gpu(),
         "global_batch_size": engine.train_batch_size(),
         "zero_stage": engine.zero_optimization_stage(),
-        "train_projector": "projector" in groups,
+        "optimizer_class": type(client).__name__,
+        "gradient_checkpointing": engine.module.base.model.is_gradient_checkpointing,
         "trainable_params": sum(p.numel() for p in trainable.values()),
-        "num_adapted_modules": len(layers),
         "trainable_dtype": only(str(p.dtype).removeprefix("torch.") for p in trainable.values()),
+        "base_dtype": str(engine.module.base.model.dtype).removeprefix("torch."),
         "engine": type(engine).__name__,
         "optimizer": type(engine.optimizer).__name__,
     }
+    if "adapter" in groups:
+        applied |= {
+            "lora_r": only(layer.r["default"] for layer in layers),
+            "lora_alpha": only(layer.lora_alpha["default"] for layer in layers),
+            "lora_scaling": only(layer.scaling["default"] for layer in layers),
+            "lora_dropout": only(getattr(layer.lora_dropout["default"], "p", 0.0) for layer in layers),
+            "use_rslora": config.use_rslora,
+            "use_dora": only(bool(layer.use_dora["default"]) for layer in layers),
+            "num_adapted_modules": len(layers),
+            "learning_rate": groups["adapter"]["initial_lr"],
+            "loraplus_lr_ratio": groups["adapter_b"]["initial_lr"] / groups["adapter"]["initial_lr"],
+        }
     if "projector" in groups:
         applied["projector_learning_rate"] = groups["projector"]["initial_lr"]
     return applied
@@ -125,9 +158,20 @@ def read_applied(engine: Any) -> dict[str, Any]:
 def check_applied(applied: dict[str, Any], settings: TrialSettings) -> None:
     """Raise TrialFailed, with both values, for every setting that did not reach the engine."""
     wanted = {name: getattr(settings, name) for name in applied if hasattr(settings, name)}
+    wanted["optimizer_class"] = OPTIMIZER_CLASSES[settings.optim]
+    if settings.use_lora:
+        root = settings.lora_r**0.5 if settings.use_rslora else settings.lora_r
+        wanted["lora_scaling"] = settings.lora_alpha / root
     if settings.train_projector:
         wanted["projector_learning_rate"] = settings.projector_learning_rate or settings.learning_rate
-    wrong = {name: (value, applied[name]) for name, value in wanted.items() if applied[name] != value}
+    wrong = {name: (value, applied[name]) for name, value in wanted.items() if not same(applied[name], value)}
     if wrong:
         told = "; ".join(f"{name} should be {want!r} but is {got!r}" for name, (want, got) in wrong.items())
         raise TrialFailed(f"the engine does not train what the search asked for: {told}")
+
+
+def same(got: Any, wanted: Any) -> bool:
+    """Equality; computed numbers may differ in their last digits."""
+    if isinstance(got, float) and isinstance(wanted, float | int):
+        return math.isclose(got, wanted, rel_tol=1e-9)
+    return got == wanted

@@ -5,8 +5,12 @@ Runs in one process or in each of several that torch.distributed has joined.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +69,8 @@ def run_trial(
 
     report: called on every rank with {"epoch", "metrics", "seconds", "done", ...}; its answer True ends the trial
         early. The report of the last epoch has `done` and comes after the adapter is written.
-    output: folder in which `final_model/` is written at the trial's end (not when it is stopped early).
+    output: folder in which `final_model/` and trainer_state.json are written at the trial's end (not when it is stopped
+        early), and `checkpoint-N/` on the way.
 
     Raises TrialFailed, on all ranks alike, for what the trial itself has done wrong: no module to adapt, a setting
     that did not reach the engine, a loss that is not finite.
@@ -81,36 +86,50 @@ def run_trial(
     engine = None
     try:
         steps_per_epoch = -(-len(splits.train) // settings.global_batch_size)
+        num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
         weights = class_weights(splits.class_counts("train")) if settings.class_balanced_loss else []
-        engine = build_engine(
-            base,
-            model,
-            settings,
-            torch.tensor(weights, device=base.device),
-            steps_per_epoch * settings.num_train_epochs,
-            world_size,
-        )
+        weights_tensor = torch.tensor(weights, device=base.device)
+        engine = build_engine(base, model, settings, weights_tensor, num_steps, world_size)
         applied = read_applied(engine)
         check_applied(applied, settings)
         seed_everything(settings.seed, rank)
         clock.lap("setup")
 
-        for epoch in range(1, settings.num_train_epochs + 1):
-            train_loss = train_epoch(base, splits, settings, engine, epoch)
+        log = History(output if rank == 0 else None)
+        for epoch in range(1, -(-num_steps // steps_per_epoch) + 1):
+            order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
+            losses = []
+            for indices in order[: num_steps - log.step]:
+                losses.append(train_step(base, splits, settings, engine, indices))
+                log.step += 1
+                if log.step % settings.logging_steps == 0:
+                    loss = mean_over_ranks(float(sum(losses[-settings.logging_steps :])), base.device)
+                    count = min(len(losses), settings.logging_steps)
+                    log.add(epoch=log.step / steps_per_epoch, loss=loss / count, learning_rate=engine.get_lr()[0])
+                if settings.save_steps and log.step % settings.save_steps == 0 and output is not None:
+                    clock.lap("train")
+                    if rank == 0:
+                        save_checkpoint(base, model, settings, log, output)
+                    clock.lap("checkpoint")
+            train_loss = mean_over_ranks(float(sum(losses)) / len(losses), base.device)
             clock.lap("train")
             if not np.isfinite(train_loss):
                 raise TrialFailed(f"the training loss became {train_loss} in epoch {epoch}: lower the learning rate")
             metrics = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss, positive)
+            log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
-            last = epoch == settings.num_train_epochs
+            last = log.step == num_steps
             if last and output is not None and rank == 0:
                 save_adapter(base, model, settings, output / "final_model")
+                save_task(base, splits, output / "final_model")
+                log.save(output)
                 clock.lap("checkpoint")
             stop = report(
                 {
                     "epoch": epoch,
-                    "step": epoch * steps_per_epoch,
+                    "step": log.step,
                     "metrics": metrics | {"train_loss": train_loss},
+                    "log": log.take_new(),
                     "applied": applied,
                     "seconds": clock.seconds(),
                     "done": last,
@@ -125,23 +144,69 @@ def run_trial(
         trial.__exit__(None, None, None)
 
 
-def train_epoch(base: Base, splits: Splits, settings: TrialSettings, engine: Any, epoch: int) -> float:
-    """One pass over the training images; the mean training loss over all workers."""
+def train_step(base: Base, splits: Splits, settings: TrialSettings, engine: Any, step: np.ndarray) -> torch.Tensor:
+    """One optimizer step on the images `step` [global_batch_size]; this worker's mean loss."""
     rank, world_size = world()
     engine.train()
-    total, count = torch.zeros((), device=base.device), 0
-    order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
-    for step in order:
-        for indices in micro_batches(step, settings.per_device_train_batch_size, rank, world_size):
-            samples = [splits.train[index] for index in indices]
-            batch = collate(base, samples, with_answers=True)
-            labels = torch.tensor([sample.label for sample in samples], device=base.device)
-            loss = engine(batch, labels)
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach()
-            count += 1
-    return mean_over_ranks(total.item() / count, base.device)
+    total = torch.zeros((), device=base.device)
+    micro_batch_size = settings.per_device_train_batch_size
+    for indices in micro_batches(step, micro_batch_size, rank, world_size):
+        samples = [splits.train[index] for index in indices]
+        labels = torch.tensor([sample.label for sample in samples], device=base.device)
+        loss = engine(collate(base, samples, with_answers=True), labels)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach()
+    return total / (len(step) // (micro_batch_size * world_size))
+
+
+def save_checkpoint(base: Base, model: Any, settings: TrialSettings, log: History, output: Path) -> None:
+    """Write `checkpoint-N/` and remove the oldest beyond `save_total_limit`."""
+    directory = output / f"checkpoint-{log.step}"
+    partial = output / f".checkpoint-{log.step}"  # a half-written one must not look like one
+    save_adapter(base, model, settings, partial)
+    log.save(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for old in found[: -settings.save_total_limit] if settings.save_total_limit else []:
+        shutil.rmtree(old)
+
+
+def save_task(base: Base, splits: Splits, directory: Path) -> None:
+    """Write task.json beside an adapter: base, question and candidates, so that `train_fn.predict` need not ask."""
+    questions = Counter(sample.text for sample in splits.train)
+    task = {
+        "model": dataclasses.asdict(base.settings),
+        "question": questions.most_common(1)[0][0],
+        "candidates": splits.candidates,
+    }
+    (directory / "task.json").write_text(json.dumps(task, indent=1), encoding="utf-8")
+
+
+class History:
+    """A trial's log, in the form of the Hugging Face Trainer's trainer_state.json."""
+
+    def __init__(self, output: Path | None) -> None:
+        self.step = 0
+        self.entries: list[dict[str, float]] = []
+        self.told = 0
+        for old in output.glob("checkpoint-*") if output else []:
+            shutil.rmtree(old)  # of a lost attempt at the same trial
+
+    def add(self, **values: float) -> None:
+        """Append an entry for the present step."""
+        self.entries.append({**values, "step": self.step})
+
+    def take_new(self) -> list[dict[str, float]]:
+        """Entries since the last call."""
+        fresh, self.told = self.entries[self.told :], len(self.entries)
+        return fresh
+
+    def save(self, directory: Path) -> None:
+        """Write trainer_state.json."""
+        state = {"global_step": self.step, "log_history": self.entries}
+        (directory / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def evaluate(

@@ -31,7 +31,6 @@ def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
     finally:
         for name, parameter in projector.named_parameters():
             parameter.data = pristine[name]
-            parameter.requires_grad_(False)
             parameter.grad = None
         model.unload()
         base.model.requires_grad_(False).eval()
@@ -44,36 +43,56 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
     Raises ValueError when no module matches `lora_target_modules`.
     """
     torch.manual_seed(settings.seed)
-    config = LoraConfig(
-        r=settings.lora_r,
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(attached(base, lora_config(base, settings)))
+        if not settings.use_lora:  # the adapter stays what it begins as, without effect
+            model.requires_grad_(False)
+        if settings.train_projector:
+            for parameter in base.model.get_submodule(base.projector).parameters():
+                parameter.data = parameter.data.to(torch.float32, copy=True)
+                parameter.requires_grad_(True)
+        if settings.gradient_checkpointing:
+            # Re-entrant checkpointing gives no gradient where no input needs one: the frozen embeddings.
+            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            stack.callback(base.model.gradient_checkpointing_disable)
+        yield model
+
+
+def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:
+    """PEFT's configuration of a trial's adapter."""
+    return LoraConfig(
+        r=settings.lora_r if settings.use_lora else 1,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int, computes with float
         lora_dropout=settings.lora_dropout,
         target_modules=adapter_pattern(base, settings.lora_target_modules, settings.lora_exclude_patterns),
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base.model.name_or_path),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
     )
-    with attached(base, config) as model:
-        if settings.train_projector:
-            for parameter in base.model.get_submodule(base.projector).parameters():
-                parameter.data = parameter.data.to(torch.float32, copy=True)
-                parameter.requires_grad_(True)
-        yield model
 
 
-def adapter_layers(model: PeftModel) -> dict[str, LoraLayer]:
+def adapter_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     """The modules that carry an adapter, by full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def parameter_groups(model: PeftModel, settings: TrialSettings) -> list[dict]:
-    """AdamW's groups: adapter, projector weights, projector biases (not decayed). Named, so they can be read back."""
-    groups: dict[str, list[torch.nn.Parameter]] = {"adapter": [], "projector": [], "projector_bias": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = "adapter" if ".lora_" in name else "projector_bias" if name.endswith("bias") else "projector"
-            groups[kind].append(parameter)
+def parameter_groups(model: torch.nn.Module, settings: TrialSettings) -> list[dict]:
+    """AdamW's groups: adapter (its B matrices apart), projector weights, projector biases (not decayed). Named, so that
+    they can be read back."""
     projector_rate = settings.projector_learning_rate or settings.learning_rate
-    rates = {"adapter": settings.learning_rate, "projector": projector_rate, "projector_bias": projector_rate}
+    rates = {
+        "adapter": settings.learning_rate,
+        "adapter_b": settings.learning_rate * settings.loraplus_lr_ratio,
+        "projector": projector_rate,
+        "projector_bias": projector_rate,
+    }
+    groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" in name:
+            groups["adapter_b" if ".lora_B." in name else "adapter"].append(parameter)
+        elif parameter.requires_grad:
+            groups["projector_bias" if name.endswith("bias") else "projector"].append(parameter)
     return [
         {
             "name": name,
@@ -113,24 +132,42 @@ def renamed(base: Base, name: str) -> str:
     return original_name(name) if base.hulumed else name
 
 
+def read_adapter(base: Base, directory: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """A saved adapter's configuration and its tensors under the base's present names."""
+    config = LoraConfig.from_pretrained(str(directory))
+    config.modules_to_save = None  # the projector is put in place, not wrapped
+    tensors = load_file(directory / "adapter_model.safetensors")
+    return config, {native_name(name) if base.hulumed else name: tensor for name, tensor in tensors.items()}
+
+
+def fill_adapter(base: Base, model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Put saved tensors on an attached adapter and the projector. Raises ValueError when they do not fit."""
+    prefix = f"base_model.model.{base.projector}."
+    tensors = dict(tensors)
+    for name, parameter in base.model.get_submodule(base.projector).named_parameters():
+        if (saved := tensors.pop(prefix + name, None)) is not None:
+            parameter.data = saved.to(base.device)
+    expected = get_peft_model_state_dict(model).keys()
+    if different := sorted(expected ^ tensors.keys()):
+        raise ValueError(f"the adapter does not fit the base: {', '.join(different[:5])} on one side only")
+    set_peft_model_state_dict(model, tensors)
+
+
 @contextlib.contextmanager
 def load_adapter(base: Base, directory: Path) -> Iterator[PeftModel]:
     """The base with a saved adapter (and projector) on it, for scoring; afterwards the base as it was.
 
     Raises ValueError when the saved tensors do not fit the base.
     """
-    config = LoraConfig.from_pretrained(str(directory))
-    config.modules_to_save = None  # the projector is put in place below, not wrapped
-    tensors = load_file(directory / "adapter_model.safetensors")
-    if base.hulumed:
-        tensors = {native_name(name): tensor for name, tensor in tensors.items()}
-    prefix = f"base_model.model.{base.projector}."
+    config, tensors = read_adapter(base, directory)
     with attached(base, config) as model:
-        for name, parameter in base.model.get_submodule(base.projector).named_parameters():
-            if (saved := tensors.pop(prefix + name, None)) is not None:
-                parameter.data = saved.to(base.device)
-        expected = get_peft_model_state_dict(model).keys()
-        if different := sorted(expected ^ tensors.keys()):
-            raise ValueError(f"the adapter in {directory} does not fit the base: {', '.join(different[:5])}")
-        set_peft_model_state_dict(model, tensors)
+        fill_adapter(base, model, tensors)
         yield model.eval()
+
+
+def merged_adapter(base: Base, directory: Path) -> None:
+    """Merge a saved adapter (and projector) into the base's weights, for good."""
+    config, tensors = read_adapter(base, directory)
+    model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+    fill_adapter(base, model, tensors)
+    model.merge_and_unload()

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft import prepare_model_for_kbit_training
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
@@ -43,6 +52,7 @@ class Base:
     projector: str
     language_model: str
     device: torch.device
+    settings: ModelSettings
     hulumed: bool = False  # loaded under transformers' names from a Hulu-Med checkpoint
     features: dict[str, torch.Tensor] = field(default_factory=dict)  # image path -> [P, D], on the CPU
     features_bytes_left: int = 0
@@ -63,9 +73,18 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The same processor class without its video part, which needs torchvision and which nothing here uses."""
 
     class ImageOnly(processor_class):  # type: ignore[valid-type, misc]
+        # Some ask their video part for these two when they render any prompt.
+        video_processor = SimpleNamespace(num_frames=None, fps=None)
+
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Sequence[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            # By name, because some take the video part by position and without a default.
+            parts = dict(zip(cls.get_attributes(), args, strict=True)) | {"video_processor": None}
+            return super().from_args_and_dict((), processor_dict, **parts, **kwargs)
 
     ImageOnly.__name__, ImageOnly.__qualname__ = processor_class.__name__, processor_class.__qualname__
     return ImageOnly
@@ -118,18 +137,49 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def find_part(model: torch.nn.Module, names: Sequence[str], what: str) -> str:
-    """The full name of the first of `names` that the inner model has."""
+def find_part(model: torch.nn.Module, names: Sequence[str], what: str, chosen: str = "") -> str:
+    """The full name of the first of `names` that the inner model has, or the `chosen` one.
+
+    Raises ValueError, with the modules that are there, when it is not.
+    """
     inner = getattr(model, "base_model_prefix", "") or "model"
-    present = {name for name, _ in model.named_modules()}
-    for name in names:
-        if f"{inner}.{name}" in present:
-            return f"{inner}.{name}"
-    top = sorted(name for name in present if 0 < name.count(".") <= 1)
+    present = {name for name, _ in model.named_modules() if name}
+    wanted = [chosen] if chosen else [f"{inner}.{name}" for name in names]
+    found = next((name for name in wanted if name in present), None)
+    if found:
+        return found
+    flag = "--" + what.replace(" ", "-")
+    near = sorted(name for name in present if name.count(".") <= 1)
+    fix = f"give {flag} the full name of another module" if chosen else f"name it with {flag}"
     raise ValueError(
-        f"the base must have a {what} called one of {', '.join(names)} under `{inner}`, but has {', '.join(top)}: "
-        f"{type(model).__name__} is not supported yet"
+        f"the {what} of {type(model).__name__} must be {' or '.join(wanted)}, but its modules are {', '.join(near)} "
+        f"(and theirs): {fix}"
     )
+
+
+def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` that hold the language model in 4 bit, as QLoRA does.
+
+    The whole model goes to this worker's own device: "auto" would spread it over those of other workers.
+    """
+    parts = {path.split(".")[0] for path in (*VISION_TOWERS, *PROJECTORS)} | {"lm_head"}
+    spared = [rf"(?:.*\.)?{part}" for part in sorted(parts)]  # matched from the start of a module's full name
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=spared,  # its name is older than 4 bit
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def base_gib(model: torch.nn.Module) -> tuple[float, float]:
+    """GiB of the base's weights as they are held, and as they would be without quantisation (2 bytes a weight)."""
+    parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
+    held = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    whole = sum(math.prod(getattr(getattr(p, "quant_state", None), "shape", p.shape)) * 2 for p in parameters)
+    return held / 2**30, whole / 2**30
 
 
 def load_base(settings: ModelSettings, device: torch.device) -> Base:
@@ -138,33 +188,63 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
     `from_pretrained(dtype=...)` keeps rotary frequencies in float32, which `.to(bfloat16)` would round.
     """
     directory = resolve_model(settings.model)
-    options = {
-        "dtype": choose_dtype(settings.dtype, device),
+    options: dict[str, Any] = {
+        "dtype": choose_dtype(settings.base_dtype, device),
         "attn_implementation": "sdpa",
         "trust_remote_code": False,
         "use_safetensors": True,
         "local_files_only": True,
     }
+    if settings.use_qlora:
+        options |= four_bit(options["dtype"], device)
     from_hulumed = hulumed.is_hulumed(directory)
     load = hulumed.load_model if from_hulumed else AutoModelForImageTextToText.from_pretrained
     model = load(directory, **options)
-    model.to(device)  # type: ignore[arg-type]
+    if settings.use_qlora:
+        # Norms and what else is not in 4 bit become float32. Checkpointing is a trial's own choice: see `lora.adapted`.
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            # On a CPU, bitsandbytes would repack the weights at the first evaluation, for a faster kernel that rounds
+            # to bfloat16: the base would change under the trial.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    else:
+        model.to(device)  # type: ignore[arg-type]
     model.requires_grad_(False).eval()
     base = Base(
         model=model,
         processor=load_processor(directory, settings),
-        vision_tower=find_part(model, VISION_TOWERS, "vision tower"),
-        projector=find_part(model, PROJECTORS, "projector"),
-        language_model=find_part(model, LANGUAGE_MODELS, "language model"),
+        vision_tower=find_part(model, VISION_TOWERS, "vision tower", settings.vision_tower),
+        projector=find_part(model, PROJECTORS, "projector", settings.projector),
+        language_model=find_part(model, LANGUAGE_MODELS, "language model", settings.language_model),
         device=device,
+        settings=settings,
         hulumed=from_hulumed,
         features_bytes_left=int(settings.feature_cache_gib * 2**30),
     )
+    bridge_formats(model.get_submodule(base.projector), model.dtype)
     # Without this every later full collection, which DeepSpeed and torch ask for, walks the million objects that
     # transformers and torch have made by now: 0.5 to 1 s each.
     gc.collect()
     gc.freeze()
     return base
+
+
+def bridge_formats(projector: torch.nn.Module, outside: torch.dtype) -> None:
+    """Let the projector compute in the format of its own weights: float32 while it is trained, whatever the base has.
+
+    outside: the base's format, in which its output is given back.
+    """
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def into(module: torch.nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        dtype = next(module.parameters()).dtype
+        return tuple(cast(value, dtype) for value in given), {key: cast(value, dtype) for key, value in named.items()}
+
+    projector.register_forward_pre_hook(into, with_kwargs=True)
+    projector.register_forward_hook(lambda module, given, output: cast(output, outside))
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -196,16 +276,21 @@ def tokenize_answer(processor: Any, question: str, answer: str) -> tuple[list[in
     """See `answer_tail`.
 
     What ends an answer is read off the chat template: the text that follows the answer in a rendered conversation,
-    up to and including the first special token. A template that rewrites the turn (such as one that adds an empty
-    thinking block) is completed with the tokenizer's end-of-sequence token instead.
+    up to and including the first special token. A template that has none, or that rewrites the turn (such as one that
+    adds an empty thinking block), is completed with the tokenizer's end-of-sequence token instead.
     """
     tokenizer = processor.tokenizer
     prompt = prompt_text(processor, question)
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     whole = processor.apply_chat_template([*messages(question), turn], tokenize=False)
-    rest = whole[len(prompt) :] if whole.startswith(prompt + answer) else answer + tokenizer.eos_token
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    ends = set(tokenizer.all_special_ids) | {tokenizer.eos_token_id}
+    rest = whole[len(prompt) :].rstrip(" ")  # that is where the next turn would begin
+    if not (whole.startswith(prompt) and rest.lstrip().startswith(answer)):
+        rest = answer + tokenizer.eos_token
+    # Behind the prompt: tokenizers may treat the beginning of a text unlike its middle.
+    head, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + rest))
+    ids = ids[len(head) :] if ids[: len(head)] == head else tokenizer(rest, add_special_tokens=False)["input_ids"]
+    added = {token for token, told in tokenizer.added_tokens_decoder.items() if told.special}
+    ends = added | {*tokenizer.all_special_ids, tokenizer.eos_token_id}
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     return (ids[: end + 1], ids[end + 1 :]) if end is not None else ([*ids, tokenizer.eos_token_id], [])
 
@@ -228,7 +313,25 @@ def image_size(path: str) -> tuple[int, int]:
 def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
     """The processor's output for one prompt: input_ids [1, S], pixel_values, and whatever else the model takes."""
     text = prompt_text(base.processor, sample.text)
-    return dict(base.processor(images=[read_image(sample.image)], text=[text], return_tensors="pt"))
+    begins = special_tokens(base.processor, text)
+    return dict(base.processor(images=[read_image(sample.image)], text=[text], return_tensors="pt", **begins))
+
+
+def special_tokens(processor: Any, text: str) -> dict[str, bool]:
+    """Tell the tokenizer not to begin with a token that the chat template has written already."""
+    first = processor.tokenizer.bos_token
+    return {"add_special_tokens": not (first and text.startswith(first))}
+
+
+def pad_and_join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors [N_i, ...] as one [N, ...]: where images differ in tiles or pixels, zeros fill up, as processors do."""
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        missing = [(0, most - size) for size, most in zip(tensor.shape[1:], largest, strict=True)]
+        return torch.nn.functional.pad(tensor, [end for pair in reversed(missing) for end in pair])
+
+    return torch.cat([filled(tensor) for tensor in tensors])
 
 
 def pad_and_stack(tensors: Sequence[torch.Tensor], value: float = 0) -> torch.Tensor:
@@ -275,7 +378,7 @@ def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[s
         )
     else:
         for key in encoded[0].keys() - set(TOKEN_KEYS):
-            batch[key] = torch.cat([one[key] for one in encoded]).to(base.device)
+            batch[key] = pad_and_join([one[key] for one in encoded]).to(base.device)
             if batch[key].is_floating_point():
                 batch[key] = batch[key].to(base.model.dtype)
     # What is added behind each prompt: the answer, and what the template writes after it, which has no label.
@@ -307,7 +410,8 @@ def encode(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
     if key not in base.tokens:
         token = base.processor.image_token
         text = prompt_text(base.processor, sample.text).replace(token, token * key[2])
-        base.tokens[key] = dict(base.processor.tokenizer([text], return_tensors="pt"))
+        begins = special_tokens(base.processor, text)
+        base.tokens[key] = dict(base.processor.tokenizer([text], return_tensors="pt", **begins))
     return base.tokens[key]
 
 
@@ -350,6 +454,15 @@ def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns: Sequence[str]) -> str:
-    """One regular expression (matched in full, as PEFT does) for the modules that get an adapter."""
-    spared = [*exclude_patterns, re.escape(base.projector) + r"\."]
-    return rf"(?!.*(?:{'|'.join(spared)})).*\.(?:{'|'.join(map(re.escape, target_modules))})"
+    """One regular expression (matched in full, as PEFT does) for the modules that get an adapter: all of the language
+    model's that have one of these names, for the tower and the projector may use the same."""
+    spared = [*exclude_patterns, inside(base, base.vision_tower), inside(base, base.projector)]
+    names = "|".join(map(re.escape, target_modules))
+    return rf"(?!.*(?:{'|'.join(spared)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
+
+
+def inside(base: Base, part: str) -> str:
+    """A regular expression for how the names of a part's modules begin. For a Hulu-Med base also in the original
+    implementation, for which its adapters are written."""
+    begins = [part + "."] + [hulumed.original_name(part + ".")] * base.hulumed
+    return rf"(?:{'|'.join(map(re.escape, begins))})"

@@ -57,7 +57,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     try:
         from train_fn.engine import TrialFailed
         from train_fn.loop import run_trial, score_adapter
-        from train_fn.model import load_base
+        from train_fn.model import base_gib, load_base
 
         base = load_base(job.model, ray.train.torch.get_device())
     except Exception as error:
@@ -68,6 +68,8 @@ def lane_loop(config: dict[str, Any]) -> None:
     dist.broadcast_object_list(group, src=0)  # a name for this worker group, new after every restart
     startup_s = time.perf_counter() - started
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
+    held, whole = base_gib(base.model)
+    facts = {"lane": job.lane, "device": device, "startup_s": startup_s, "base_gib": held, "base_16_bit_gib": whole}
     idle_since = time.perf_counter()
     for turn in range(10**9):
         assignment = ray.get(job.dispatcher.next_assignment.remote(job.lane, group[0], turn))
@@ -75,7 +77,7 @@ def lane_loop(config: dict[str, Any]) -> None:
             return
         received = time.perf_counter()
         number = assignment["number"]
-        extra = {"lane": job.lane, "turn": turn, "device": device, "startup_s": startup_s}
+        extra = facts | {"turn": turn, "notes": assignment.get("notes", [])}
         try:
             if assignment["kind"] == "score":
                 found = [
@@ -91,10 +93,17 @@ def lane_loop(config: dict[str, Any]) -> None:
                 job.splits,
                 TrialSettings.from_dict(assignment["settings"]),
                 reporter(job, number, group[0], rank, extra, idle_since, received),
-                eval_batch_size=job.model.per_device_eval_batch_size,
+                eval_batch_size=assignment.get("eval_batch_size", job.model.per_device_eval_batch_size),
                 positive=job.positive,
                 output=Path(assignment["output"]),
             )
+        except torch.OutOfMemoryError as error:
+            # Begun again with half the micro-batch. With several ranks the others may wait in a collective for this
+            # one: only a new worker group is sure to be sound.
+            ray.get(job.dispatcher.out_of_memory.remote(number, group[0], str(error)))
+            if dist.get_world_size() > 1:
+                raise
+            torch.cuda.empty_cache()
         except TrialFailed as failure:
             if rank == 0:
                 ray.get(job.dispatcher.fail.remote(number, str(failure)))

@@ -24,6 +24,13 @@ from train_fn.worker import LaneJob, lane_loop
 MAX_ATTEMPTS = 3  # how often a trial is begun that loses its worker group by no known fault of its own
 
 
+# The fine-tuning guide's advice, in its order.
+OUT_OF_MEMORY_ADVICE = (
+    "In this order: --use-qlora; --per-device-train-batch-size 1 --gradient-accumulation-steps 16; --lora-r 32; "
+    "--gradient-checkpointing; --optim paged_adamw_8bit"
+)
+
+
 class LaneError(Exception):
     """A trial ended without its result; the message says why."""
 
@@ -39,6 +46,7 @@ class Ticket:
     last_epoch: int = 0
     attempts: int = 0
     error: str = ""
+    out_of_memory_in: str = ""  # the worker group that told of it last
     stopped: bool = False
     ended: bool = False
 
@@ -134,6 +142,34 @@ class Dispatcher:
     async def fail(self, number: int, error: str) -> None:
         """A trial's own fault, from any rank: the trial ends and is not tried again."""
         self._error(number, error)
+
+    async def out_of_memory(self, number: int, group: str, error: str) -> None:
+        """A rank ran out of memory: the trial begins again with half the micro-batch and the same global batch.
+
+        Several ranks of a group may tell of the same one. A micro-batch of one that still does not fit fails the trial.
+        """
+        ticket = self.tickets[number]
+        if ticket.ended or ticket.out_of_memory_in == group:
+            return
+        ticket.out_of_memory_in = group
+        lane = next(lane for lane, running in self.running.items() if running == number)
+        del self.running[lane]
+        settings = dict(ticket.assignment["settings"])
+        micro = settings["per_device_train_batch_size"]
+        if micro == 1:
+            self._error(number, f"out of memory with one image a step. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
+            return
+        settings["per_device_train_batch_size"] = micro // 2 if micro % 2 == 0 else 1
+        settings["gradient_accumulation_steps"] *= micro // settings["per_device_train_batch_size"]
+        note = f"out of memory: micro-batch {micro} -> {settings['per_device_train_batch_size']}, same global batch"
+        ticket.assignment |= {
+            "settings": settings,
+            "notes": [*ticket.assignment.get("notes", []), note],
+            "eval_batch_size": settings["per_device_train_batch_size"],
+        }
+        ticket.attempts -= 1
+        ticket.open_verdict = None
+        await self._enqueue(number)
 
     async def wants(self, lane: int) -> bool:
         """Whether a lane's worker group should load the base at all: not when the lane has been given up."""
@@ -284,7 +320,8 @@ class QueuedTrial(ray.tune.Trainable):
         report = ray.get(self.dispatcher.next_report.remote(self.number))
         if "error" in report:
             raise LaneError(report["error"])
-        return {**report["metrics"], **report}
+        # Tune overwrites `done` when it stops a trial itself.
+        return {**report["metrics"], **report, "finished": report["done"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         return {"number": self.number}

@@ -36,16 +36,18 @@ class StudyLog(ray.tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
         record = self.records[trial.config["number"]]
+        record.finished = result["finished"]
         record.epochs.append(result["metrics"])
         record.applied = result["applied"]
         record.seconds = result["seconds"] | {"wall": result["wall_s"], "waited": result["waited_s"]}
         record.lane, record.turn, record.device = result["lane"], result["turn"], result["device"]
+        record.notes = result["notes"]
+        record.base_gib, record.base_16_bit_gib = result["base_gib"], result["base_16_bit_gib"]
         self.tracking.trial_report(record.number, result["metrics"], result["epoch"])
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         record = self.records[trial.config["number"]]
-        finished = len(record.epochs) == record.settings["num_train_epochs"]
-        self._end(record, "COMPLETE" if finished else "STOPPED")
+        self._end(record, "COMPLETE" if record.finished else "STOPPED")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         record = self.records[trial.config["number"]]
@@ -64,6 +66,8 @@ class StudyLog(ray.tune.Callback):
         tags = {"lane": record.lane, "device": record.device, "applied": record.applied}
         if record.error:
             tags["error"] = record.error
+        if record.notes:
+            tags["notes"] = "; ".join(record.notes)
         metrics = {f"{phase}_s": value for phase, value in record.seconds.items()}
         if record.seconds:
             metrics |= {"overhead_s": record.overhead_s, "trainable_params": record.applied["trainable_params"]}
@@ -72,6 +76,7 @@ class StudyLog(ray.tune.Callback):
         score = f"{metric} {record.metrics[metric]:.3f}" if metric in record.metrics else "no score"
         values = ", ".join(f"{name} {number_text(value)}" for name, value in record.searched.items())
         done = sum(r.state != "RUNNING" for r in self.records.values())
+        values += "; " + "; ".join(record.notes) if record.notes else ""
         error = ": " + record.error.splitlines()[0] if record.error else ""
         self.say(
             f"[{done}/{self.study.settings.study.trials}] trial {record.number} {state.lower()}{error}, {score}, "

@@ -40,6 +40,14 @@ class TrialRecord:
     turn: int | None = None
     """How many assignments the lane's worker group had had before this one."""
     device: str = ""
+    notes: list[str] = field(default_factory=list)
+    """What was changed so that the trial could run, such as a smaller micro-batch."""
+    base_gib: float = 0.0
+    """GiB of the base's weights in each worker."""
+    base_16_bit_gib: float = 0.0
+    """GiB that they would be at 2 bytes a weight."""
+    finished: bool = False
+    """Whether the last report was the trial's own last."""
     error: str = ""
 
     @property

@@ -225,6 +225,13 @@ def check(settings: Settings) -> list[str]:
     rule("device", study.device, study.device in ("auto", "gpu", "cpu"), "must be auto, gpu or cpu", "auto is usual")
     rule("num_phantoms", data.num_phantoms, data.num_phantoms >= 30, "must be at least 30", "the default works")
     rule("dtype", model.dtype, model.dtype in DTYPES, "must be a known format", f"choose from {', '.join(DTYPES)}")
+    asked = [name for name in ("bf16", "fp16") if getattr(model, name)]
+    if len(asked) + (model.dtype != "auto") > 1:
+        found.append(
+            f"`--bf16`, `--fp16` and `--dtype` must not contradict each other, but got {', '.join(map(flag, asked))} "
+            f"and --dtype {model.dtype}: keep one"
+        )
+    rule("max_image_tokens", model.max_image_tokens, model.max_image_tokens >= 0, "must not be negative", "0: no limit")
     for name, value in (("split_seed", data.split_seed), ("study_seed", study.study_seed)):
         rule(name, value, 0 <= value < 2**32, "must fit 32 bits", "give a whole number from 0 to 4294967295")
     rule("per_device_eval_batch_size", model.per_device_eval_batch_size, model.per_device_eval_batch_size >= 1,

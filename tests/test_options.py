@@ -1,0 +1,148 @@
+"""Every option of the fine-tuning guide, and those beyond it, on the nano base with a real engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
+from train_fn.loop import run_trial, score_adapter
+from train_fn.lora import adapted
+from train_fn.model import base_gib, load_base
+from train_fn.settings import ModelSettings, TrialSettings
+
+SHORT = TrialSettings(num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=1e-3)
+
+
+def train(base, splits, settings: TrialSettings, output=None) -> dict:
+    reports: list[dict] = []
+    run_trial(base, splits, settings, lambda report: reports.append(report) or False, output=output)
+    return reports[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "applied"),
+    [
+        ({"optim": "adamw_8bit"}, {"optimizer_class": "AdamW8bit"}),
+        ({"optim": "paged_adamw_8bit"}, {"optimizer_class": "PagedAdamW8bit"}),
+        ({"use_rslora": True}, {"lora_scaling": 8**0.5}),
+        ({"use_dora": True}, {"use_dora": True}),
+        ({"loraplus_lr_ratio": 16.0}, {"loraplus_lr_ratio": 16.0}),
+        ({"gradient_checkpointing": True}, {"gradient_checkpointing": True}),
+        ({"zero_stage": 0}, {"zero_stage": 0}),
+        ({"zero_stage": 1}, {"zero_stage": 1}),
+        ({"offload_optimizer": True}, {"zero_stage": 2}),
+        ({"lora_target_modules": ("q_proj", "v_proj")}, {"num_adapted_modules": 8}),
+        ({"lora_exclude_patterns": ("vision", r"layers\.[01]\.")}, {"num_adapted_modules": 14}),
+        ({"use_lora": False, "train_projector": True}, {"use_lora": False, "train_projector": True}),
+        ({"max_grad_norm": 0.5, "weight_decay": 0.1}, {"max_grad_norm": 0.5, "weight_decay": 0.1}),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_option_reaches_the_engine_and_the_adapter_comes_back(base, splits, tmp_path, options, applied) -> None:
+    before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
+    report = train(base, splits, replace(SHORT, **options), tmp_path)
+    assert {name: report["applied"][name] for name in applied} == pytest.approx(applied)
+    predicted = score_adapter(base, splits, "validation", 16, tmp_path / "final_model")
+    assert predicted["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-6)
+    assert all(torch.equal(before[name], parameter) for name, parameter in base.model.named_parameters())
+
+
+def test_gradient_checkpointing_does_not_change_the_numbers(base, splits) -> None:
+    plain = train(base, splits, replace(SHORT, lora_dropout=0.0))
+    saving = train(base, splits, replace(SHORT, lora_dropout=0.0, gradient_checkpointing=True))
+    assert saving["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-5)
+
+
+def test_offloading_does_not_change_the_numbers(base, splits) -> None:
+    plain = train(base, splits, SHORT)
+    offloaded = train(base, splits, replace(SHORT, offload_optimizer=True))
+    assert offloaded["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("cosine", [0.5, 1.0, 0.853553, 0.5, 0.146447]),
+        ("linear", [0.5, 1.0, 0.75, 0.5, 0.25]),
+        ("constant", [1.0] * 5),
+        ("constant_with_warmup", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("polynomial", [0.5, 1.0, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_schedules(base, kind, rates) -> None:
+    settings = replace(SHORT, lr_scheduler_type=kind, warmup_ratio=2 / 6, learning_rate=1.0)
+    with adapted(base, settings) as model:
+        engine = build_engine(base, model, settings, torch.ones(3), 6, 1)
+        seen = []
+        for _ in rates:
+            engine.lr_scheduler.step()
+            seen.append(engine.get_lr()[0])
+        engine.destroy()
+    assert seen == pytest.approx(rates, abs=1e-4)
+
+
+def test_max_steps_checkpoints_and_history(base, splits, tmp_path) -> None:
+    settings = replace(SHORT, max_steps=5, logging_steps=2, save_steps=1, save_total_limit=2)
+    report = train(base, splits, settings, tmp_path)
+    assert report["done"] and report["step"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-4", "checkpoint-5", "final_model", "trainer_state.json",
+    ]  # fmt: skip
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 5
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4]
+    assert all(entry["learning_rate"] < 1e-3 for entry in state["log_history"] if "loss" in entry)
+    names = {path.name for path in (tmp_path / "checkpoint-5").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"} <= names
+    last = score_adapter(base, splits, "validation", 16, tmp_path / "checkpoint-5")
+    assert last["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-6)
+    train(base, splits, settings, tmp_path)  # a second attempt clears what the first has left
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_wrong_optimizer_fails_the_trial(base) -> None:
+    with adapted(base, SHORT) as model:
+        engine = build_engine(base, model, SHORT, torch.ones(3), 4, 1)
+        applied = read_applied(engine)
+        engine.destroy()
+    with pytest.raises(TrialFailed, match="optimizer_class should be 'AdamW8bit' but is 'AdamW'"):
+        check_applied(applied, replace(SHORT, optim="adamw_8bit"))
+
+
+# ------------------------------------------------------------------------------------------------ QLoRA
+
+
+@pytest.fixture(scope="module")
+def quantised(base):
+    """The nano base in 4 bit; `base` only for the process group that it opens."""
+    return load_base(ModelSettings(use_qlora=True), torch.device("cpu"))
+
+
+def test_only_the_language_model_is_in_4_bit(quantised) -> None:
+    import bitsandbytes as bnb
+
+    four_bit = {n for n, m in quantised.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(four_bit) == 4 * 7 and all(name.startswith("model.language_model.layers") for name in four_bit)
+    state = quantised.model.get_submodule(sorted(four_bit)[0]).weight.quant_state
+    assert state.quant_type == "nf4" and state.nested
+    held, whole = base_gib(quantised.model)
+    linear = 4 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 384)
+    assert whole == pytest.approx(1_722_368 * 2 / 2**30)
+    # float32 for what is not in 4 bit, half a byte and the quantisation constants for what is.
+    assert held == pytest.approx(((1_722_368 - linear) * 4 + linear / 2) / 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_qlora_trains_at_every_stage_and_comes_back(quantised, splits, tmp_path, stage) -> None:
+    before = {name: parameter.clone() for name, parameter in quantised.model.named_parameters()}
+    settings = replace(SHORT, zero_stage=stage, num_train_epochs=2, train_projector=True, gradient_checkpointing=True)
+    reports: list[dict] = []
+    run_trial(quantised, splits, settings, lambda r: reports.append(r) or False, output=tmp_path)
+    assert reports[1]["metrics"]["train_loss"] < reports[0]["metrics"]["train_loss"]
+    predicted = score_adapter(quantised, splits, "validation", 16, tmp_path / "final_model")
+    assert predicted["losses"].mean() == pytest.approx(reports[1]["metrics"]["loss"], abs=1e-6)
+    assert all(torch.equal(before[name], parameter) for name, parameter in quantised.model.named_parameters())

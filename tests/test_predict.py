@@ -1,0 +1,140 @@
+"""After training: predictions and merging, in fresh processes, against the trial's own scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train_fn.data import save_splits
+from train_fn.loop import run_trial, score_adapter
+from train_fn.model import load_base
+from train_fn.scores import probabilities
+from train_fn.settings import ModelSettings, TrialSettings
+
+ROOT = Path(__file__).parents[1]
+TRIAL = TrialSettings(
+    num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=1e-3, train_projector=True, projector_learning_rate=1e-3
+)
+FIXTURES = os.environ.get("HULUMED_FIXTURES", "")
+BASES = ["nano", pytest.param("hulumed", marks=pytest.mark.skipif(not FIXTURES, reason="no HULUMED_FIXTURES"))]
+
+
+def run(*argv: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "train_fn.predict", *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", params=BASES)
+def trained(request, base, splits, tmp_path_factory):
+    """A base, its trained adapter on disk, and the scores of the test images with it."""
+    output = tmp_path_factory.mktemp("trained")
+    if request.param != "nano":
+        base = load_base(ModelSettings(model=f"{FIXTURES}/checkpoint"), torch.device("cpu"))
+    reports: list[dict] = []
+    run_trial(base, splits, TRIAL, lambda report: reports.append(report) or False, output=output)
+    adapter = output / "final_model"
+    return request.param, base, adapter, score_adapter(base, splits, "test", 16, adapter)["scores"]
+
+
+def test_predictions_are_the_trials_scores(trained, splits, tmp_path) -> None:
+    _, _, adapter, scores = trained
+    found = run("--adapter", adapter, *[sample.image for sample in splits.test])
+    assert found.returncode == 0, found.stderr
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [sample.image for sample in splits.test]
+    ours = np.array([list(line["probabilities"].values()) for line in lines])
+    assert list(lines[0]["probabilities"]) == list(splits.candidates)
+    assert np.allclose(ours, probabilities(scores), atol=1e-6)
+    assert all(line["label"] == splits.candidates[row.argmax()] for line, row in zip(lines, ours, strict=True))
+    assert all(isinstance(line["generated"], str) for line in lines)
+
+
+def test_merged_model_answers_as_base_and_adapter(trained, splits, tmp_path) -> None:
+    _, _, adapter, scores = trained
+    merged = tmp_path / "merged"
+    found = run("--adapter", adapter, "--merge-into", merged, "--dtype", "float32")
+    assert found.returncode == 0, found.stderr
+    whole = load_base(ModelSettings(model=str(merged)), torch.device("cpu"))
+    from train_fn.evaluation import predict
+
+    ours = predict(whole, splits.test, splits.candidates, 16, 0, 1)["scores"]
+    assert np.allclose(ours, scores, atol=1e-4)
+    again = run("--adapter", adapter, "--merge-into", merged)
+    assert again.returncode == 2 and "--merge-into" in again.stderr
+
+
+def test_hulumed_exports_carry_the_original_names(trained) -> None:
+    kind, base, adapter, _ = trained
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if kind == "nano":
+        assert config["modules_to_save"] == ["projector"]
+        assert any(name.startswith("base_model.model.model.language_model.layers.0") for name in tensors)
+        return
+    assert config["modules_to_save"] == ["mm_projector"]
+    heads = {name.split(".self_attn")[0].split(".mlp")[0] for name in tensors if ".layers." in name}
+    assert heads == {
+        f"base_model.model.model.layers.{n}" for n in range(base.model.config.text_config.num_hidden_layers)
+    }
+    assert sum("base_model.model.model.mm_projector.readout." in name for name in tensors) == 4
+    assert not any("language_model" in name or "vision" in name for name in tensors)
+
+
+def test_qlora_merges_onto_the_unquantised_base(base, splits, tmp_path) -> None:
+    quantised = load_base(ModelSettings(use_qlora=True), torch.device("cpu"))
+    run_trial(quantised, splits, TRIAL, lambda report: False, output=tmp_path / "trial")
+    adapter = tmp_path / "trial" / "final_model"
+    scores = score_adapter(quantised, splits, "test", 16, adapter)["scores"]
+    found = run("--adapter", adapter, "--merge-into", tmp_path / "merged", "--dtype", "float32")
+    assert found.returncode == 0, found.stderr
+    from train_fn.evaluation import predict
+
+    whole = load_base(ModelSettings(model=str(tmp_path / "merged")), torch.device("cpu"))
+    merged = predict(whole, splits.test, splits.candidates, 16, 0, 1)["scores"]
+    plain = score_adapter(base, splits, "test", 16, adapter)["scores"]
+    assert np.allclose(merged, plain, atol=1e-4)  # exactly the adapter on the unquantised base,
+    assert not np.allclose(merged, scores, atol=1e-4)  # which is not quite what it was trained on
+    assert np.abs(probabilities(merged) - probabilities(scores)).max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--adapter", "nowhere", "x.png"], "task.json"),
+        (["--adapter", "ADAPTER"], "nothing to predict"),
+        (["--adapter", "ADAPTER", "nowhere.png"], "nowhere.png"),
+        (["--adapter", "ADAPTER", "tests"], "must hold images"),
+        (["--adapter", "ADAPTER", "pyproject.toml"], "decodable"),
+    ],
+)
+def test_bad_input(trained, argv, word) -> None:
+    found = run(*[str(trained[2]) if word == "ADAPTER" else word for word in argv])
+    assert found.returncode == 2 and word in found.stderr and "Traceback" not in found.stderr
+
+
+def test_torchrun_without_ray(splits, tmp_path) -> None:
+    save_splits(splits, tmp_path / "splits.json")
+    wanted = {
+        "splits": str(tmp_path / "splits.json"),
+        "output": str(tmp_path / "out"),
+        "trial": {"num_train_epochs": 1, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "lora_dropout": 0.0},
+    }
+    (tmp_path / "trial.json").write_text(json.dumps(wanted))
+    losses = []
+    for launcher in (["-m"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]):
+        command = [sys.executable, *launcher, "train_fn.main", str(tmp_path / "trial.json")]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        (line,) = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+        losses.append(line["loss"])
+        assert (tmp_path / "out" / "final_model" / "adapter_model.safetensors").is_file()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)

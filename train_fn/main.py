@@ -1,0 +1,66 @@
+"""One trial without Ray: `torchrun --nproc-per-node N -m train_fn.main TRIAL.json`, or `python -m` for one process.
+
+TRIAL.json holds {"splits": path of a study's splits.json, "output": folder, "trial": {...}, "model": {...},
+"positive": answer}; `trial` and `model` take the fields of `train_fn.settings`, as they stand in a study.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from train_fn.data import load_splits
+from train_fn.settings import ModelSettings, TrialSettings
+
+
+def main(argv: list[str]) -> int:
+    """Train the trial that a JSON file describes; rank 0 prints a line an epoch. Exit code 2 for bad settings."""
+    if len(argv) != 1:
+        print(f"one settings file is needed, but got {len(argv)}: {(__doc__ or '').splitlines()[0]}", file=sys.stderr)
+        return 2
+    wanted = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    trial, model = TrialSettings.from_dict(wanted["trial"]), ModelSettings(**wanted.get("model", {}))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if problems := trial.problems(world_size):
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    import torch
+    import torch.distributed as dist
+
+    from train_fn.loop import run_trial
+    from train_fn.model import load_base
+
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    store: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
+    dist.init_process_group("nccl" if on_gpu else "gloo", **store)
+
+    def report(message: dict[str, Any]) -> bool:
+        if dist.get_rank() == 0:
+            print(json.dumps({"epoch": message["epoch"], **message["metrics"], "seconds": message["seconds"]}))
+        return False
+
+    base = load_base(model, device)
+    run_trial(
+        base,
+        load_splits(Path(wanted["splits"])),
+        trial,
+        report,
+        eval_batch_size=model.per_device_eval_batch_size,
+        positive=wanted.get("positive", ""),
+        output=Path(wanted["output"]),
+    )
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
