@@ -63,8 +63,8 @@ class TrialSettings:
     lora_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers that get an adapter, by the last part of their name."""
     lora_exclude_patterns: tuple[str, ...] = ("vision", "visual")
-    """Regular expressions; a module whose full name contains one gets no adapter. The default spares the vision
-    tower, whose projections have the same names as the language model's."""
+    """Regular expressions; a module whose full name contains one gets no adapter. Modules outside the language model
+    never do."""
     train_projector: bool = False
     """Train the vision-to-language projector (all its weights) beside the adapter."""
     class_balanced_loss: bool = True
