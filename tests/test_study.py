@@ -57,7 +57,12 @@ def environment(folder: Path) -> dict[str, str]:
         if (found := shutil.which(tool)) and not (bare / tool).exists():
             (bare / tool).symlink_to(found)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "OMP_", "PYTHONPATH", "HF_"))}
-    return kept | {"PATH": str(bare), "TORCH_EXTENSIONS_DIR": str(folder / "compiled"), "COLUMNS": "200"}
+    return kept | {
+        "PATH": str(bare),
+        "WANDB_MODE": "offline",
+        "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
+        "COLUMNS": "200",
+    }
 
 
 def start(folder: Path, *argv: str, path: str = "") -> subprocess.Popen:
@@ -76,7 +81,10 @@ def mixed(tmp_path_factory) -> Finished:
     """Eight trials on one lane, the sixth of which fails."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "space.py").write_text(SPACE)
-    finished = finish(start(folder, "--trials", "8", "--lanes", "1", "--space", "space.py", *SMALL), folder)
+    everywhere = ("--report-to", "mlflow,tensorboard,wandb", "--logging-steps", "1")
+    finished = finish(
+        start(folder, "--trials", "8", "--lanes", "1", "--space", "space.py", *SMALL, *everywhere), folder
+    )
     assert finished.code == 0, finished.out + finished.err
     return finished
 
@@ -104,6 +112,18 @@ def test_mlflow_tells_the_same(mixed) -> None:
     assert children[1].data.tags["lane"] == "0" and children[1].data.tags["device"] == "cpu"
     assert parent.data.tags["version_ray"] == "2.60.0"
     assert parent.data.tags["winner"] == str(mixed.study["winner"])
+
+
+def test_tensorboard_and_wandb_tell_the_same(mixed) -> None:
+
+    files = sorted((mixed.folder / "results" / "s" / "trials").glob("*/runs/events*"))
+    assert len(files) == 8
+    offline = list((mixed.folder / "results" / "s" / "wandb").glob("offline-run-*"))
+    assert len(offline) == 8
+    client = MlflowClient(f"sqlite:///{mixed.folder / 'mlflow.db'}")
+    (child,) = [run for run in mixed.runs() if run.data.tags.get("trial") == "0"]
+    history = client.get_metric_history(child.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == [1, 2, 3]
 
 
 def test_optuna_tells_the_same(mixed) -> None:

@@ -43,7 +43,8 @@ class StudyLog(ray.tune.Callback):
         record.lane, record.turn, record.device = result["lane"], result["turn"], result["device"]
         record.notes = result["notes"]
         record.base_gib, record.base_16_bit_gib = result["base_gib"], result["base_16_bit_gib"]
-        self.tracking.trial_report(record.number, result["metrics"], result["epoch"])
+        record.step = result["step"]
+        self.tracking.trial_report(record.number, result["metrics"], record.step, result["log"])
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         record = self.records[trial.config["number"]]
@@ -71,7 +72,7 @@ class StudyLog(ray.tune.Callback):
         metrics = {f"{phase}_s": value for phase, value in record.seconds.items()}
         if record.seconds:
             metrics |= {"overhead_s": record.overhead_s, "trainable_params": record.applied["trainable_params"]}
-        self.tracking.trial_ended(record.number, state, tags, metrics)
+        self.tracking.trial_ended(record.number, state, tags, metrics, record.step)
         metric = self.study.metric
         score = f"{metric} {record.metrics[metric]:.3f}" if metric in record.metrics else "no score"
         values = ", ".join(f"{name} {number_text(value)}" for name, value in record.searched.items())

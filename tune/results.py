@@ -46,6 +46,8 @@ class TrialRecord:
     """GiB of the base's weights in each worker."""
     base_16_bit_gib: float = 0.0
     """GiB that they would be at 2 bytes a weight."""
+    step: int = 0
+    """Optimizer steps done."""
     finished: bool = False
     """Whether the last report was the trial's own last."""
     error: str = ""

@@ -23,7 +23,7 @@ from typing import Any
 from train_fn.metrics import MODES
 from train_fn.settings import DTYPES, ModelSettings, TrialSettings
 
-LOSS_ONLY = "loss"
+REPORT_TO = ("mlflow", "tensorboard", "wandb")
 
 
 class SettingsError(Exception):
@@ -83,6 +83,8 @@ class StudySettings:
     """Name of the study. Not given: date and time."""
     experiment: str = "vlm-tune"
     """MLflow experiment. The store is MLFLOW_TRACKING_URI, or mlflow.db in the working folder."""
+    report_to: tuple[str, ...] = ("mlflow",)
+    """Where to record: mlflow, tensorboard (event files in each trial's runs/), wandb; several with commas."""
     verbose: bool = False
     """Show what Ray and the workers print."""
 
@@ -214,6 +216,10 @@ def check(settings: Settings) -> list[str]:
         rule(name, value, value >= least, f"must be at least {least}", "give a larger whole number")
     metrics = ", ".join(MODES)
     rule("metric", study.metric, study.metric in ("", *MODES), "must be a known metric", f"choose from {metrics}")
+    for name in study.report_to:
+        rule("report_to", name, name in REPORT_TO, "must be a known place", f"choose from {', '.join(REPORT_TO)}")
+    if "wandb" in study.report_to and importlib.util.find_spec("wandb") is None:
+        found.append("`--report-to` wandb needs the package wandb: pip install wandb")
     for name in ("val_fraction", "test_fraction"):
         value = getattr(data, name)
         rule(name, value, 0 < value < 1, "must be between 0 and 1", "0.2 is usual")

@@ -252,7 +252,14 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
         runtime_env={"env_vars": threads},
     )
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
-    tracking = Tracking(settings.study.experiment, study.name, study_params(study, layout), tags)
+    tracking = Tracking(
+        settings.study.report_to,
+        settings.study.experiment,
+        study.name,
+        study.directory,
+        study_params(study, layout),
+        tags,
+    )
     log = StudyLog(study, dispatcher, tracking, say)
     try:
         search(study, layout, dispatcher, log)
@@ -270,7 +277,7 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
         say("Scoring the test images, once, with the winner and the guide's defaults")
         score_test(study, dispatcher, outcome)
     outcome.seconds["wall"] = time.perf_counter() - started
-    outcome.notes += [f"MLflow: {error}" for error in dict.fromkeys(tracking.errors)]
+    outcome.notes += [f"tracking: {error}" for error in dict.fromkeys(tracking.errors)]
     path = outcome.save(study_facts(study, layout))
     state = "INTERRUPTED" if outcome.interrupted else "COMPLETE" if outcome.winner else "FAILED"
     metrics = {f"test_{who}_{m}": s["value"] for who, found in outcome.tests.items() for m, s in found.items()}
@@ -279,7 +286,7 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
     told = len(tracking.errors)
     tracking.study_ended(state, final, metrics | {"wall_s": outcome.seconds["wall"]}, [path])
-    outcome.notes += [f"MLflow: {error}" for error in dict.fromkeys(tracking.errors[told:])]
+    outcome.notes += [f"tracking: {error}" for error in dict.fromkeys(tracking.errors[told:])]
     if not outcome.interrupted:
         lanes.close()
 
