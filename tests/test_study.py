@@ -115,9 +115,11 @@ def test_mlflow_tells_the_same(mixed) -> None:
 
 
 def test_tensorboard_and_wandb_tell_the_same(mixed) -> None:
-
     files = sorted((mixed.folder / "results" / "s" / "trials").glob("*/runs/events*"))
     assert len(files) == 8
+    for number, file in enumerate(files):
+        assert (b"auroc" in file.read_bytes()) is (number != 5)  # the one that failed has no score
+        assert (b"train/loss" in file.read_bytes()) is (number != 5)
     offline = list((mixed.folder / "results" / "s" / "wandb").glob("offline-run-*"))
     assert len(offline) == 8
     client = MlflowClient(f"sqlite:///{mixed.folder / 'mlflow.db'}")

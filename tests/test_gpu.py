@@ -1,0 +1,87 @@
+"""What only a GPU can show: `pytest -m gpu`. The tests of several GPUs skip themselves on one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from train_fn.data import save_splits
+from train_fn.settings import ModelSettings, TrialSettings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+ROOT = Path(__file__).parents[1]
+SHORT = TrialSettings(num_train_epochs=2, lora_r=8, lora_alpha=8, learning_rate=2e-3)
+
+
+@pytest.fixture(scope="module", params=["bf16", "qlora"])
+def on_gpu(request, base):
+    """The nano base on the GPU; `base` only for the process group that it opens."""
+    from train_fn.model import load_base
+
+    return load_base(ModelSettings(use_qlora=request.param == "qlora"), torch.device("cuda", 0))
+
+
+def train(base, splits, settings: TrialSettings, output: Path | None = None) -> list[dict]:
+    from train_fn.loop import run_trial
+
+    reports: list[dict] = []
+    run_trial(base, splits, settings, lambda report: reports.append(report) or False, output=output)
+    return reports
+
+
+@pytest.mark.parametrize("options", [{}, {"train_projector": True}, {"optim": "paged_adamw_8bit"},
+                                     {"gradient_checkpointing": True}, {"offload_optimizer": True}])  # fmt: skip
+def test_a_trial_on_a_gpu(on_gpu, splits, tmp_path, options) -> None:
+    from train_fn.loop import score_adapter
+
+    before = {name: parameter.clone() for name, parameter in on_gpu.model.named_parameters()}
+    reports = train(on_gpu, splits, replace(SHORT, **options), tmp_path)
+    assert reports[1]["metrics"]["train_loss"] < reports[0]["metrics"]["train_loss"]
+    assert reports[0]["applied"]["trainable_dtype"] == "float32"
+    predicted = score_adapter(on_gpu, splits, "validation", 16, tmp_path / "final_model")
+    assert predicted["losses"].mean() == pytest.approx(reports[1]["metrics"]["loss"], abs=1e-3)
+    assert all(torch.equal(before[name], parameter) for name, parameter in on_gpu.model.named_parameters())
+
+
+def test_trials_leave_no_gpu_memory_behind(on_gpu, splits) -> None:
+    train(on_gpu, splits, SHORT)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated()
+    for _ in range(5):
+        train(on_gpu, splits, SHORT)
+    assert torch.cuda.memory_allocated() <= held * 1.01
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_two_gpus_under_torchrun(splits, tmp_path) -> None:
+    save_splits(splits, tmp_path / "splits.json")
+    wanted = {
+        "splits": str(tmp_path / "splits.json"),
+        "output": str(tmp_path / "out"),
+        "trial": {"num_train_epochs": 2, "lora_r": 8, "lora_alpha": 8, "learning_rate": 2e-3},
+    }
+    (tmp_path / "trial.json").write_text(json.dumps(wanted))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m",
+               "train_fn.main", str(tmp_path / "trial.json")]  # fmt: skip
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    first, last = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    assert last["train_loss"] < first["train_loss"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_study_on_gpus(tmp_path, workers) -> None:
+    if torch.cuda.device_count() < workers:
+        pytest.skip("one GPU only")
+    command = [sys.executable, str(ROOT / "tune" / "run.py"), "--trials", "3", "--name", "s", "--num-phantoms", "60",
+               "--workers-per-trial", str(workers)]  # fmt: skip
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    study = json.loads((tmp_path / "results" / "s" / "study.json").read_text())
+    assert study["layout"]["use_gpu"] and all(trial["device"] != "cpu" for trial in study["trials"])
