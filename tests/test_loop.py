@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from train_fn import engine as engine_module
-from train_fn.data import Sample
+from train_fn.data import Sample, Splits
 from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
 from train_fn.evaluation import score_candidates
 from train_fn.loop import run_trial, score_adapter
@@ -138,6 +138,19 @@ def test_a_loss_that_is_not_finite_is_the_trials_fault(base, splits) -> None:
     with pytest.raises(TrialFailed, match="lower the learning rate"):
         train(base, splits, replace(SHORT, num_train_epochs=4, learning_rate=1e30, max_grad_norm=0.0))
     assert np.isfinite(train(base, splits, SHORT)[0]["metrics"]["loss"])
+
+
+def test_open_answers_are_trained_and_scored_by_their_loss(base, splits, tmp_path) -> None:
+    def opened(part):
+        return tuple(replace(sample, answer=f"{sample.answer} tissue", label=-1) for sample in part)
+
+    parts = {name: opened(getattr(splits, name)) for name in ("train", "validation", "test")}
+    open_splits = Splits(**parts, candidates=())
+    report = train(base, open_splits, SHORT, tmp_path)[0]
+    assert set(report["metrics"]) == {"loss", "train_loss"}
+    predicted = score_adapter(base, open_splits, "validation", 16, tmp_path / "final_model")
+    assert predicted["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-5)
+    assert predicted["scores"].shape == (len(parts["validation"]), 0)
 
 
 def test_stop_ends_the_trial_without_an_adapter(base, splits, tmp_path) -> None:

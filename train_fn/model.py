@@ -157,13 +157,14 @@ def find_part(model: torch.nn.Module, names: Sequence[str], what: str, chosen: s
     )
 
 
-def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def four_bit(settings: ModelSettings, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Options of `from_pretrained` that hold the language model in 4 bit, as QLoRA does.
 
     The whole model goes to this worker's own device: "auto" would spread it over those of other workers.
     """
     parts = {path.split(".")[0] for path in (*VISION_TOWERS, *PROJECTORS)} | {"lm_head"}
-    spared = [rf"(?:.*\.)?{part}" for part in sorted(parts)]  # matched from the start of a module's full name
+    chosen = [re.escape(part) for part in (settings.vision_tower, settings.projector) if part]
+    spared = [rf"(?:.*\.)?{part}" for part in sorted(parts)] + chosen  # matched from the start of a module's full name
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -196,7 +197,7 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
         "local_files_only": True,
     }
     if settings.use_qlora:
-        options |= four_bit(options["dtype"], device)
+        options |= four_bit(settings, options["dtype"], device)
     from_hulumed = hulumed.is_hulumed(directory)
     load = hulumed.load_model if from_hulumed else AutoModelForImageTextToText.from_pretrained
     model = load(directory, **options)

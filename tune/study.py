@@ -84,10 +84,18 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems.append(f"`--positive-label` must be an answer of the data ({known}), but got {positive!r}")
     elif metric in ("sensitivity", "specificity") and not positive:
         problems.append(f"`--metric` {metric} needs a class: give --positive-label")
+    if settings.model.model != "nano":  # workers may run in another folder
+        absolute = dataclasses.replace(settings.model, model=str(Path(settings.model.model).resolve()))
+        settings = dataclasses.replace(settings, model=absolute)
     name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
     directory = Path(settings.study.results).resolve() / name
     if (directory / "splits.json").exists():
         problems.append(f"`--name` must be new, but {directory} holds a study: choose another name")
+    if not problems:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problems.append(f"`--results` must be a folder that can be written, but {directory}: {error.strerror}")
     if problems:
         raise SettingsError(problems)
     return Study(settings, name, directory, metric, positive, splits)
@@ -197,7 +205,6 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     except SettingsError:
         ray.shutdown()
         raise
-    study.directory.mkdir(parents=True, exist_ok=True)
     save_splits(study.splits, study.directory / "splits.json")
     outcome = Outcome(
         name=study.name,

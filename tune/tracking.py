@@ -207,7 +207,12 @@ class WandbSink:
     """A run per trial, grouped by study. WANDB_MODE=offline keeps them on disk."""
 
     def __init__(self, experiment: str, study: str, directory: Path, tags: Mapping[str, str]) -> None:
-        self.options = {"project": experiment, "group": study, "dir": str(directory), "notes": str(dict(tags))}
+        self.options: dict[str, Any] = {
+            "project": experiment,
+            "group": study,
+            "dir": str(directory),
+            "notes": str(dict(tags)),
+        }
         self.runs: dict[int, Any] = {}
 
     def start_trial(self, number: int, params: Mapping[str, Any]) -> None:
