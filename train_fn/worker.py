@@ -108,9 +108,10 @@ def lane_loop(config: dict[str, Any]) -> None:
             if rank == 0:
                 ray.get(job.dispatcher.fail.remote(number, str(failure)))
         except Exception as error:
-            # The error itself names the cause; what Ray Train makes of it later only says that a group ended.
-            told = "".join(traceback.format_exception_only(error)).strip()
-            ray.get(job.dispatcher.fail.remote(number, f"{told}\n\n{traceback.format_exc()}"))
+            # A broken collective only says that another rank is gone; if that rank had a fault to tell, it has told it.
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                told = "".join(traceback.format_exception_only(error)).strip()
+                ray.get(job.dispatcher.fail.remote(number, f"{told}\n\n{traceback.format_exc()}"))
             raise
         finally:
             idle_since = time.perf_counter()

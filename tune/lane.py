@@ -152,6 +152,9 @@ class Dispatcher:
         if ticket.ended or ticket.out_of_memory_in == group:
             return
         ticket.out_of_memory_in = group
+        if "settings" not in ticket.assignment:
+            self._error(number, f"out of memory while scoring: lower --per-device-eval-batch-size\n\n{error}")
+            return
         lane = next(lane for lane, running in self.running.items() if running == number)
         del self.running[lane]
         settings = dict(ticket.assignment["settings"])

@@ -1,0 +1,106 @@
+"""Near-copies among images: perceptual hashes, groups, and what a split leaks.
+
+Small medical sets are full of copies of one frame (with and without calipers, cropped again, neighbours in a film loop).
+A copy on both sides of a split makes a test score that no new patient will confirm.
+
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# Of the 64 bits of a hash, how many may differ between copies. On BUSI pairs up to 8 apart are copies by eye, and
+# false ones begin at 10; two unrelated images differ in about 32.
+MAX_DISTANCE = 8
+BLOCK = 2048  # rows of the distance matrix held at once
+
+
+def dct_matrix(size: int) -> np.ndarray:
+    """The orthonormal DCT-II as a matrix [size, size]."""
+    rows, columns = np.mgrid[:size, :size]
+    matrix = np.sqrt(2 / size) * np.cos(np.pi * rows * (2 * columns + 1) / (2 * size))
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+DCT = dct_matrix(32)[:8]
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits of an image's coarse structure: the signs of its 8 x 8 lowest DCT coefficients around their median
+    (pHash, Zauner 2010). Scaling, compression, small marks and brightness hardly change them."""
+    pixels = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = (DCT @ pixels @ DCT.T).ravel()
+    bits = low > np.median(low[1:])  # without the mean brightness, which dwarfs the rest
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+def default_cache() -> Path:
+    """Where hashes are kept between studies."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm-tune" / "phash.json"
+
+
+def hash_images(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
+    """Perceptual hashes [N] uint64, looked up by the files' content before they are computed."""
+    cache = cache or default_cache()
+    try:
+        known: dict[str, int] = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        known = {}
+
+    def one(path: str) -> tuple[str, int]:
+        content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if content not in known:
+            with Image.open(path) as image:
+                return content, perceptual_hash(image)
+        return content, known[content]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, paths))
+    if fresh := {content: value for content, value in found if content not in known}:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = cache.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(known | fresh))
+            partial.replace(cache)
+        except OSError:
+            pass  # a cache that cannot be written only costs the next study its time
+    return np.array([value for _, value in found], dtype=np.uint64)
+
+
+def near_pairs(hashes: np.ndarray, max_distance: int = MAX_DISTANCE) -> np.ndarray:
+    """All pairs of near-copies as [M, 2] indices, first below second."""
+    pairs = []
+    for start in range(0, len(hashes), BLOCK):
+        rows = hashes[start : start + BLOCK]
+        near = np.bitwise_count(rows[:, None] ^ hashes[None, start:]) <= max_distance
+        first, second = np.nonzero(near)
+        pairs.append(np.stack([first + start, second + start], 1)[first < second])
+    return np.concatenate(pairs) if pairs else np.empty((0, 2), dtype=np.int64)
+
+
+def copy_groups(num_images: int, pairs: np.ndarray) -> np.ndarray:
+    """Group number [N] of each image: copies of copies belong together."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ones = np.ones(len(pairs), dtype=bool)
+    graph = coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(num_images, num_images))
+    return connected_components(graph, directed=False)[1]
+
+
+def num_leaked(parts: Sequence[int], pairs: np.ndarray, of: int, into: Sequence[int]) -> int:
+    """How many images of the part `of` have a near-copy in one of the parts `into`; `parts` [N] is each image's part."""
+    part = np.asarray(parts)
+    both = np.concatenate([pairs, pairs[:, ::-1]])
+    leaking = both[(part[both[:, 0]] == of) & np.isin(part[both[:, 1]], into), 0]
+    return len(np.unique(leaking))
