@@ -26,7 +26,7 @@ def splits(phantoms: Path):
 
     entries, problems = read_manifest(phantoms, phantoms.parent)
     assert not problems
-    made, problems = make_splits(entries, None, None, val_fraction=0.25, test_fraction=0.25, seed=0)
+    made, _, problems = make_splits(entries, None, None, val_fraction=0.25, test_fraction=0.25, seed=0)
     assert not problems
     return made
 

@@ -118,19 +118,33 @@ def test_split_is_a_stratified_partition(seed: int) -> None:
     assert parts != split_indices(labels, fractions, seed + 1)
 
 
+def noise(folder: Path, name: str, seed: int) -> str:
+    """An image that resembles no other."""
+    path = folder / name
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32), np.uint8)).save(path)
+    return str(path)
+
+
 def test_given_parts_are_kept_whole(tmp_path: Path) -> None:
-    entries = [entry(f"{n}.png", a, a) for n, a in enumerate(["no", "yes"] * 30)]
-    test = [entry(f"t{n}.png", a, a) for n, a in enumerate(["no", "yes"] * 5)]
-    splits, problems = make_splits(entries, None, test, val_fraction=0.25, test_fraction=0.2, seed=0)
+    entries = [entry(noise(tmp_path, f"{n}.png", n), a, a) for n, a in enumerate(["no", "yes"] * 30)]
+    test = [entry(noise(tmp_path, f"t{n}.png", 100 + n), a, a) for n, a in enumerate(["no", "yes"] * 5)]
+    test[0]["image"] = entries[0]["image"]
+    splits, report, problems = make_splits(
+        entries, None, test, val_fraction=0.25, test_fraction=0.2, seed=0, hash_cache=tmp_path / "cache.json"
+    )
     assert not problems
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [44, 16, 10]
+    assert report.leaked == {"validation": 0, "test": 1} and report.test_clean == tuple(range(1, 10))
     save_splits(splits, tmp_path / "s.json")
     assert load_splits(tmp_path / "s.json") == splits
 
 
-def test_a_rare_answer_is_refused() -> None:
-    entries = [entry(f"{n}.png", "no", 0) for n in range(30)] + [entry("x.png", "Bening", 7)]
-    _, problems = make_splits(entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=0)
+def test_a_rare_answer_is_refused(tmp_path: Path) -> None:
+    entries = [entry(noise(tmp_path, f"{n}.png", n), "no", 0) for n in range(30)]
+    entries.append(entry(noise(tmp_path, "x.png", 30), "Bening", 7))
+    _, _, problems = make_splits(
+        entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=0, hash_cache=tmp_path / "cache.json"
+    )
     assert len(problems) == 2 and all("'Bening'" in problem for problem in problems)
 
 

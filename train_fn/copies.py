@@ -1,6 +1,6 @@
 """Near-copies among images: perceptual hashes, groups, and what a split leaks.
 
-Small medical sets are full of copies of one frame (with and without calipers, cropped again, neighbours in a film loop).
+Small medical sets are full of copies of one frame: with and without calipers, cropped again, neighbours in a film loop.
 A copy on both sides of a split makes a test score that no new patient will confirm.
 
 Shapes: N images.
@@ -98,9 +98,12 @@ def copy_groups(num_images: int, pairs: np.ndarray) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def num_leaked(parts: Sequence[int], pairs: np.ndarray, of: int, into: Sequence[int]) -> int:
-    """How many images of the part `of` have a near-copy in one of the parts `into`; `parts` [N] is each image's part."""
-    part = np.asarray(parts)
+def leaking_images(parts: np.ndarray, pairs: np.ndarray, of: int, into: Sequence[int]) -> set[int]:
+    """The images of the part `of` with a near-copy in one of the parts `into`; `parts` [N] is each image's part."""
     both = np.concatenate([pairs, pairs[:, ::-1]])
-    leaking = both[(part[both[:, 0]] == of) & np.isin(part[both[:, 1]], into), 0]
-    return len(np.unique(leaking))
+    return set(both[(parts[both[:, 0]] == of) & np.isin(parts[both[:, 1]], into), 0].tolist())
+
+
+def num_leaked(parts: np.ndarray, pairs: np.ndarray, of: int, into: Sequence[int]) -> int:
+    """How many they are."""
+    return len(leaking_images(parts, pairs, of, into))

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from train_fn.copies import copy_groups, hash_images, leaking_images, near_pairs, num_leaked
+
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
 MAX_PIXELS = 100_000_000  # a decompression bomb declares more than any ultrasound or X-ray has
@@ -148,23 +150,73 @@ def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list
 # ------------------------------------------------------------------------------------------------ splitting
 
 
-def split_indices(labels: Sequence[int], fractions: dict[str, float], seed: int) -> dict[str, list[int]]:
+def split_indices(
+    labels: Sequence[int], fractions: dict[str, float], seed: int, groups: Sequence[int] | None = None
+) -> dict[str, list[int]]:
     """Disjoint index lists by part, together all indices, each label shared out in proportion to `fractions`.
 
-    `fractions` sum to 1. A part with a positive fraction gets at least one image of every label that has enough.
+    fractions: by part, sum to 1; the first part (train) takes what rounding leaves over. A part with a positive
+        fraction is meant to get at least one image of every label.
+    groups: group number of each index; a group is never divided. Large groups are dealt first, each to the part that
+        lacks most of its labels, so that the single images can even out what groups have made uneven.
     """
-    rng = np.random.default_rng(seed)
+    labels_array = np.asarray(labels)
+    kinds = sorted(set(labels))
+    wanted = [name for name, fraction in fractions.items() if fraction > 0]
+    lacking = np.zeros((len(wanted), len(kinds)))  # images that a part still needs, by label
+    for column, kind in enumerate(kinds):
+        total = int((labels_array == kind).sum())
+        for row, name in enumerate(wanted[1:], 1):
+            spare = total - lacking[1:row, column].sum() - 1
+            lacking[row, column] = max(0, min(max(1, round(fractions[name] * total)), spare))
+        lacking[0, column] = total - lacking[1:, column].sum()
+    members: dict[int, list[int]] = {}
+    for index in np.random.default_rng(seed).permutation(len(labels)).tolist():
+        members.setdefault(index if groups is None else int(groups[index]), []).append(index)
     parts: dict[str, list[int]] = {name: [] for name in fractions}
-    for label in sorted(set(labels)):
-        members = rng.permutation([index for index, value in enumerate(labels) if value == label]).tolist()
-        wanted = [name for name, fraction in fractions.items() if fraction > 0]
-        total = len(members)
-        for name in wanted[1:]:  # the first part (train) takes what is left over, and always something
-            take = min(max(1, round(fractions[name] * total)), max(0, len(members) - 1))
-            parts[name] += members[:take]
-            members = members[take:]
-        parts[wanted[0]] += members
+    for indices in sorted(members.values(), key=len, reverse=True):
+        counts = np.array([sum(labels[index] == kind for index in indices) for kind in kinds])
+        # Overfilling a part costs more than leaving another short: squares of what would be lacking afterwards.
+        after = ((lacking - counts) ** 2 - lacking**2).sum(1)
+        row = int(after.argmin())
+        lacking[row] -= counts
+        parts[wanted[row]] += indices
     return {name: sorted(indices) for name, indices in parts.items()}
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What is to be known of the images' near-copies before a score is believed."""
+
+    num_images: int
+    num_pairs: int
+    """Pairs of near-copies (or images given twice)."""
+    num_grouped: int
+    """Images that have a near-copy."""
+    contradictions: tuple[tuple[str, ...], ...]
+    """Groups of near-copies with different answers: image paths, each with its answer."""
+    num_left_out: int
+    """Images left out for a contradiction (`--contradictions drop`)."""
+    leaked: dict[str, int]
+    """Images of a part that have a near-copy in another part on which it must not depend."""
+    leaked_if_random: float
+    """Share of the test images that would have a near-copy in train or validation in a random split: mean of 20."""
+    test_clean: tuple[int, ...]
+    """Indices of the test images without a near-copy in train or validation."""
+
+    def sentences(self) -> list[str]:
+        """For people."""
+        told = [
+            f"{self.num_grouped} of {self.num_images} images have a near-copy ({self.num_pairs} pairs); a random split "
+            f"would leave {self.leaked_if_random:.0%} of the test images with a copy in train or validation"
+        ]
+        told += [
+            f"{count} {name} images have a near-copy in another part" for name, count in self.leaked.items() if count
+        ]
+        if self.contradictions:
+            left_out = f"; {self.num_left_out} images left out" if self.num_left_out else ""
+            told.append(f"{len(self.contradictions)} groups of near-copies have contradictory answers{left_out}")
+        return told
 
 
 def make_splits(
@@ -175,39 +227,90 @@ def make_splits(
     val_fraction: float,
     test_fraction: float,
     seed: int,
-) -> tuple[Splits, list[str]]:
-    """Train, validation and test, and every reason why they cannot be made. Parts that the user gives stay whole."""
-    everything = [*entries, *(val_entries or []), *(test_entries or [])]
+    contradictions: str = "keep",
+    hash_cache: Path | None = None,
+) -> tuple[Splits, DataReport, list[str]]:
+    """Train, validation and test without near-copies across them, what was found, and every reason why they cannot be
+    made. Parts that the user gives stay whole; copies between them are counted.
+
+    contradictions: what becomes of near-copies with different answers: keep, drop, or train (only there).
+    """
+    given = [list(entries), list(val_entries or []), list(test_entries or [])]
+    everything = [entry for part in given for entry in part]
     candidates, problems = answer_set(everything)
     index = {answer: number for number, answer in enumerate(candidates)}
-
-    def samples(part: Sequence[dict[str, Any]]) -> list[Sample]:
-        return [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in part]
-
-    pool = samples(entries)
+    samples = [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in everything]
+    hashes = hash_images([sample.image for sample in samples], hash_cache)
+    pairs = near_pairs(hashes)
+    groups = copy_groups(len(samples), pairs)
+    mixed = {int(groups[a]) for a, b in pairs if samples[a].answer != samples[b].answer}
+    pool = range(len(given[0]))
+    left_out = [i for i in pool if contradictions == "drop" and groups[i] in mixed]
+    pinned = [i for i in pool if contradictions == "train" and groups[i] in mixed]
+    dealt = sorted(set(pool) - set(left_out) - set(pinned))
     fractions = {
         "train": 1.0,
         "validation": 0.0 if val_entries is not None else val_fraction,
         "test": 0.0 if test_entries is not None else test_fraction,
     }
     fractions["train"] -= fractions["validation"] + fractions["test"]
-    chosen = split_indices([sample.label for sample in pool], fractions, seed)
-    parts = {name: [pool[number] for number in numbers] for name, numbers in chosen.items()}
+    chosen = split_indices([samples[i].label for i in dealt], fractions, seed, [int(groups[i]) for i in dealt])
+    parts = {name: [dealt[number] for number in numbers] for name, numbers in chosen.items()}
+    parts["train"] = sorted(parts["train"] + pinned)
     if val_entries is not None:
-        parts["validation"] = samples(val_entries)
+        parts["validation"] = list(range(len(given[0]), len(given[0]) + len(given[1])))
     if test_entries is not None:
-        parts["test"] = samples(test_entries)
-    splits = Splits(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), candidates)
+        parts["test"] = list(range(len(samples) - len(given[2]), len(samples)))
+    made = {name: tuple(samples[i] for i in numbers) for name, numbers in parts.items()}
+    splits = Splits(made["train"], made["validation"], made["test"], candidates)
     for name in ("train", "validation", "test"):
         lacking = [answer for answer, count in zip(candidates, splits.class_counts(name), strict=True) if not count]
         if lacking:
             problems.append(
                 f"the {name} part must hold every answer, but has no {', '.join(map(repr, lacking))}: add images "
-                f"(an answer needs three at least), correct a misspelt answer, or change the fractions"
+                f"(an answer needs three at least, not near-copies), correct a misspelt answer, or change the fractions"
             )
         elif not parts[name]:
             problems.append(f"the {name} part must hold an image, but is empty: add images or raise its fraction")
-    return splits, problems
+    return splits, report_copies(samples, pairs, groups, mixed, parts, len(left_out), test_fraction), problems
+
+
+def report_copies(
+    samples: Sequence[Sample],
+    pairs: np.ndarray,
+    groups: np.ndarray,
+    mixed: set[int],
+    parts: dict[str, list[int]],
+    num_left_out: int,
+    test_fraction: float,
+) -> DataReport:
+    """The report on what `make_splits` has found and made."""
+    part = np.full(len(samples), -1)
+    for number, name in enumerate(("train", "validation", "test")):
+        part[parts[name]] = number
+    used = np.flatnonzero(part >= 0)
+    leaked = {"validation": num_leaked(part, pairs, 1, [0]), "test": num_leaked(part, pairs, 2, [0, 1])}
+    rng = np.random.default_rng(0)
+    share = len(parts["test"]) / max(1, len(used)) or test_fraction
+    random_leaks = []
+    for _ in range(20):
+        random_part = np.full(len(samples), -1)
+        random_part[used] = np.where(rng.permutation(len(used)) < share * len(used), 2, 0)
+        random_leaks.append(num_leaked(random_part, pairs, 2, [0]) / max(1, int((random_part == 2).sum())))
+    dirty = leaking_images(part, pairs, 2, [0, 1])
+    return DataReport(
+        num_images=len(samples),
+        num_pairs=len(pairs),
+        num_grouped=len(np.unique(pairs)),
+        contradictions=tuple(
+            tuple(f"{samples[i].image}: {samples[i].answer}" for i in np.flatnonzero(groups == group).tolist())
+            for group in sorted(mixed)
+        ),
+        num_left_out=num_left_out,
+        leaked=leaked,
+        leaked_if_random=float(np.mean(random_leaks)),
+        test_clean=tuple(place for place, i in enumerate(parts["test"]) if i not in dirty),
+    )
 
 
 def save_splits(splits: Splits, path: Path) -> None:

@@ -71,17 +71,23 @@ def ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
 
 
 def test_scores(
-    predicted: dict[str, np.ndarray], splits: Splits, class_balanced: bool, positive: str
+    predicted: dict[str, np.ndarray],
+    splits: Splits,
+    class_balanced: bool,
+    positive: str,
+    images: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Each test metric as {"value", "interval"}: 95 % percentile bootstrap over the test images."""
+    """Each test metric as {"value", "interval"}: 95 % percentile bootstrap over the test images, or over the indices
+    `images` of them."""
+    images = np.arange(len(splits.test)) if images is None else images
 
     def score(indices: np.ndarray) -> dict[str, float]:
-        chosen = {name: values[indices] for name, values in predicted.items()}
-        samples: list[Sample] = [splits.test[index] for index in indices]
+        chosen = {name: values[images[indices]] for name, values in predicted.items()}
+        samples: list[Sample] = [splits.test[index] for index in images[indices]]
         return metrics_of(chosen, samples, splits, class_balanced, positive)
 
-    values = score(np.arange(len(splits.test)))
-    intervals = bootstrap_intervals(score, len(splits.test))
+    values = score(np.arange(len(images)))
+    intervals = bootstrap_intervals(score, len(images))
     return {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}
 
 
@@ -222,7 +228,7 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
         table.add_column("metric")
         titles = {"winner": f"winner (trial {outcome.winner.number})" if outcome.winner else "", "guide": "guide"}
         for who in outcome.tests:
-            table.add_column("winner = the guide's defaults" if len(outcome.tests) == 1 else titles[who])
+            table.add_column("winner = the guide's defaults" if len(outcome.tests) == 1 else titles.get(who, who))
         for name in next(iter(outcome.tests.values())):
             table.add_row(name, *(with_interval(scores[name]) for scores in outcome.tests.values()))
         console.print(table)

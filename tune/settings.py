@@ -23,6 +23,8 @@ from typing import Any
 from train_fn.metrics import MODES
 from train_fn.settings import DTYPES, ModelSettings, TrialSettings
 
+SCHEDULERS = ("asha", "median", "none")
+SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc")
 REPORT_TO = ("mlflow", "tensorboard", "wandb")
 
 
@@ -50,6 +52,8 @@ class DataSettings:
     """Share of --data that validation gets when --val-data is not given."""
     test_fraction: float = 0.2
     """Share of --data that the test gets when --test-data is not given."""
+    contradictions: str = "keep"
+    """What becomes of near-copies with different answers: keep, drop (leave them out), or train (only there)."""
     split_seed: int = 0
     """Seed of the split (and of the phantoms)."""
     positive_label: str = ""
@@ -66,6 +70,13 @@ class StudySettings:
     """Trials to run. The first is always the guide's own settings."""
     space: str = "lora"
     """Search space: a module of search_spaces/ or a Python file with `space(trial)` and `GUIDE`."""
+    scheduler: str = "asha"
+    """Early stopping by epoch: asha (arXiv:1810.05934; goes on with the better third at epochs 1, 3, 9, ...), median
+    (stops what is below the median), or none. The guide's trial always runs to its end."""
+    grace_period: int = 1
+    """Epochs that every trial gets before it may be stopped."""
+    sampler: str = "tpe"
+    """How points are chosen: tpe, random, gp, cmaes, or qmc."""
     metric: str = ""
     """Validation metric to tune on. Not given: auroc, or loss where there is no small closed set of answers."""
     workers_per_trial: int = 1
@@ -214,6 +225,10 @@ def check(settings: Settings) -> list[str]:
     for name, least in (("trials", 1), ("workers_per_trial", 1), ("lanes", 0)):
         value = getattr(study, name)
         rule(name, value, value >= least, f"must be at least {least}", "give a larger whole number")
+    schedulers, samplers = ", ".join(SCHEDULERS), ", ".join(SAMPLERS)
+    rule("scheduler", study.scheduler, study.scheduler in SCHEDULERS, "must be known", f"choose from {schedulers}")
+    rule("sampler", study.sampler, study.sampler in SAMPLERS, "must be known", f"choose from {samplers}")
+    rule("grace_period", study.grace_period, study.grace_period >= 1, "must be at least 1", "1 is the default")
     metrics = ", ".join(MODES)
     rule("metric", study.metric, study.metric in ("", *MODES), "must be a known metric", f"choose from {metrics}")
     for name in study.report_to:
@@ -229,6 +244,10 @@ def check(settings: Settings) -> list[str]:
             f"{data.val_fraction + data.test_fraction:g}: lower one"
         )
     rule("device", study.device, study.device in ("auto", "gpu", "cpu"), "must be auto, gpu or cpu", "auto is usual")
+    known = ("keep", "drop", "train")
+    rule(
+        "contradictions", data.contradictions, data.contradictions in known, "must be keep, drop or train", "see --help"
+    )
     rule("num_phantoms", data.num_phantoms, data.num_phantoms >= 30, "must be at least 30", "the default works")
     rule("dtype", model.dtype, model.dtype in DTYPES, "must be a known format", f"choose from {', '.join(DTYPES)}")
     asked = [name for name in ("bf16", "fp16") if getattr(model, name)]

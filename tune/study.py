@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_fn.data import Splits, make_splits, read_manifest, save_splits, unreadable_images
+import numpy as np
+
+from train_fn.data import DataReport, Splits, make_splits, read_manifest, save_splits, unreadable_images
 from train_fn.metrics import MODES
 from tune.results import Outcome, TrialRecord, test_scores
 from tune.settings import Settings, SettingsError, flag, load_space, searched_settings
@@ -35,6 +37,7 @@ class Study:
     metric: str
     positive: str
     splits: Splits
+    data_report: DataReport
 
 
 # ------------------------------------------------------------------------------------------------ before Ray
@@ -63,13 +66,17 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     say(f"Checking {len(images)} images")
     problems = unreadable_images(images)
-    splits, found = make_splits(
+    if problems:
+        raise SettingsError(problems)
+    say("Looking for near-copies")
+    splits, report, found = make_splits(
         parts["data"] or [],
         parts["val_data"],
         parts["test_data"],
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
         seed=data.split_seed,
+        contradictions=data.contradictions,
     )
     problems += found
     problems += check_model_type(settings.model.model)
@@ -98,7 +105,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
             problems.append(f"`--results` must be a folder that can be written, but {directory}: {error.strerror}")
     if problems:
         raise SettingsError(problems)
-    return Study(settings, name, directory, metric, positive, splits)
+    return Study(settings, name, directory, metric, positive, splits, report)
 
 
 def check_model_type(model: str) -> list[str]:
@@ -220,6 +227,8 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
         f"Study {study.name}: {settings.study.trials} trials on {layout.lanes} lane(s) of "
         f"{layout.workers_per_trial} {'GPU' if layout.use_gpu else 'CPU'} worker(s); images: {shown}"
     )
+    for sentence in study.data_report.sentences():
+        say(f"Data: {sentence}")
     say(f"Starting the lanes (logs in {session_logs()})")
     search_and_test(study, layout, outcome, say, started)
     # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
@@ -317,6 +326,9 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome) -> None:
     for (who, record), predicted in zip(chosen.items(), report["predictions"], strict=True):
         balanced = record.settings["class_balanced_loss"]
         outcome.tests[who] = test_scores(predicted, study.splits, balanced, study.positive)
+        clean = np.array(study.data_report.test_clean)
+        if 0 < len(clean) < len(study.splits.test):
+            outcome.tests[f"{who}, clean part"] = test_scores(predicted, study.splits, balanced, study.positive, clean)
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
@@ -346,6 +358,7 @@ def study_facts(study: Study, layout: Layout) -> dict[str, Any]:
         },
         "layout": dataclasses.asdict(layout),
         "mode": MODES[study.metric],
+        "data_report": dataclasses.asdict(study.data_report),
         "candidates": study.splits.candidates,
         "positive_label": study.positive,
         "class_counts": {part: study.splits.class_counts(part) for part in ("train", "validation", "test")},
