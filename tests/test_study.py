@@ -201,6 +201,37 @@ def test_two_workers_and_no_trial_that_completes(tmp_path) -> None:
     assert statuses == ["FAILED", "FAILED", "FAILED"]
 
 
+# Trials by number: two that learn and five that cannot, of two epochs each.
+UNEVEN = """
+GUIDE = {"learning_rate": 1e-3}
+def space(trial):
+    trial.suggest_float("learning_rate", 1e-9, 1e-2, log=True)
+    rate = [1e-3, 2e-3, 1e-9, 1e-9, 1e-9, 1e-9][trial.number]
+    return {"lora_r": 8, "lora_alpha": 16, "learning_rate": rate, "num_train_epochs": 2}
+"""
+
+
+def test_a_trial_stopped_early_is_nowhere_called_complete(tmp_path) -> None:
+    (tmp_path / "space.py").write_text(UNEVEN)
+    options = ["--trials", "6", "--lanes", "1", "--space", "space.py", "--num-phantoms", "60", "--metric", "loss"]
+    finished = finish(start(tmp_path, *options), tmp_path)
+    assert finished.code == 0, finished.out + finished.err
+    trials = finished.study["trials"]
+    stopped = [trial["number"] for trial in trials if trial["state"] == "STOPPED"]
+    assert set(stopped) >= {3, 4, 5} and trials[0]["state"] == trials[1]["state"] == "COMPLETE"
+    assert finished.study["winner"] == 1
+    storage = f"sqlite:///{tmp_path / 'results' / 's' / 'optuna.db'}"
+    for trial in optuna.load_study(study_name="s", storage=storage).trials:
+        epochs = trials[trial.number]["epochs"]
+        assert trial.state == (TrialState.PRUNED if trial.number in stopped else TrialState.COMPLETE)
+        assert len(epochs) == (1 if trial.number in stopped else 2)
+        assert trial.value == pytest.approx(epochs[-1]["loss"]) and list(trial.intermediate_values)[-1] == len(epochs)
+    states = {int(run.data.tags["trial"]): run.info.status for run in finished.runs() if "trial" in run.data.tags}
+    assert states == {n: "KILLED" if n in stopped else "FINISHED" for n in range(6)}
+    assert "stopped" in finished.out
+    assert not (tmp_path / "results" / "s" / "trials" / "0005" / "final_model").exists()
+
+
 def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
     process = start(tmp_path, "--trials", "50", "--lanes", "1", *SMALL)
     seen: list[str] = []
