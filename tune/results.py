@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,25 +70,47 @@ def ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
     return sorted(scored, key=lambda r: (sign * r.metrics[metric], r.metrics["loss"], r.number))
 
 
-def test_scores(
-    predicted: dict[str, np.ndarray],
-    splits: Splits,
-    class_balanced: bool,
-    positive: str,
-    images: np.ndarray | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Each test metric as {"value", "interval"}: 95 % percentile bootstrap over the test images, or over the indices
-    `images` of them."""
-    images = np.arange(len(splits.test)) if images is None else images
+Score = Callable[[np.ndarray], dict[str, float]]
 
-    def score(indices: np.ndarray) -> dict[str, float]:
-        chosen = {name: values[images[indices]] for name, values in predicted.items()}
-        samples: list[Sample] = [splits.test[index] for index in images[indices]]
+
+def make_scorer(predicted: dict[str, np.ndarray], splits: Splits, class_balanced: bool, positive: str) -> Score:
+    """The metrics of any choice of test images, by index, from a model's predictions for all of them."""
+
+    def score(images: np.ndarray) -> dict[str, float]:
+        chosen = {name: values[images] for name, values in predicted.items()}
+        samples: list[Sample] = [splits.test[image] for image in images]
         return metrics_of(chosen, samples, splits, class_balanced, positive)
 
-    values = score(np.arange(len(images)))
-    intervals = bootstrap_intervals(score, len(images))
+    return score
+
+
+def with_intervals(score: Score, images: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Each metric as {"value", "interval"}: 95 % percentile bootstrap over these test images."""
+    values = score(images)
+    intervals = bootstrap_intervals(lambda drawn: score(images[drawn]), len(images))
     return {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}
+
+
+def difference(one: Score, other: Score) -> Score:
+    """One model's metrics less another's on the same images: the bootstrap is then a paired one."""
+
+    def score(images: np.ndarray) -> dict[str, float]:
+        first, second = one(images), other(images)
+        return {name: first[name] - second[name] for name in first}
+
+    return score
+
+
+def verdict(gain: dict[str, Any], metric: str) -> str:
+    """A plain sentence on the winner's gain over the guide's defaults on the test."""
+    low, high = gain["interval"]
+    sure = low > 0 or high < 0
+    better = (gain["value"] < 0) == (MODES[metric] == "min")
+    says = ("better than" if better else "worse than") if sure else "not distinguishable from"
+    return (
+        f"On the test images the winner is {says} the guide's defaults: {metric} {gain['value']:+.3f} "
+        f"(95 % interval {low:+.3f} to {high:+.3f}, paired bootstrap)."
+    )
 
 
 @dataclass
@@ -104,7 +126,9 @@ class Outcome:
     winner: TrialRecord | None = None
     adapter: Path | None = None
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Test metrics by "winner" and "guide"."""
+    """Test metrics by "winner" and "guide", and "difference": winner less guide, paired."""
+    confirmations: dict[int, list[float]] = field(default_factory=dict)
+    """Validation metric of the fresh seeds by trial number (`--confirm`)."""
     seconds: dict[str, float] = field(default_factory=dict)
     lanes: int = 0
     notes: list[str] = field(default_factory=list)
@@ -122,15 +146,28 @@ class Outcome:
         return busy / (self.seconds["wall"] * max(1, self.lanes)) if self.seconds.get("wall") else 0.0
 
     def choose_winner(self) -> None:
-        """Name the best completed trial and copy its adapter to `best_adapter/`."""
+        """Name the winner, the best by its mean over fresh seeds if there are any, and copy its adapter to
+        `best_adapter/`."""
         best = ranked(self.records, self.metric)
+        if self.confirmations:
+            sign = 1 if MODES[self.metric] == "min" else -1
+            best = sorted(
+                (record for record in best if record.number in self.confirmations),
+                key=lambda record: sign * float(np.mean(self.confirmations[record.number])),
+            )
         if not best:
             return
         self.winner = best[0]
         self.adapter = self.directory / "best_adapter"
         if self.adapter.exists():
             shutil.rmtree(self.adapter)
-        shutil.copytree(self.directory / "trials" / f"{self.winner.number:04d}" / "final_model", self.adapter)
+        shutil.copytree(self.adapter_of(self.winner), self.adapter)
+
+    def adapter_of(self, record: TrialRecord) -> Path:
+        """Where a trial's adapter lies. With confirmation it is the first fresh seed's: nothing chose that one for its
+        score."""
+        trial = self.directory / "trials" / f"{record.number:04d}"
+        return (trial / "confirm-1" if record.number in self.confirmations else trial) / "final_model"
 
     def save(self, extra: dict[str, Any]) -> Path:
         """Write study.json: all of this, and `extra` (settings, data, versions)."""
@@ -142,6 +179,7 @@ class Outcome:
             "winner": self.winner.number if self.winner else None,
             "adapter": str(self.adapter) if self.adapter else None,
             "test": self.tests,
+            "confirmations": self.confirmations,
             "test_note": "scored once, after the search, for the winner and the guide's defaults only",
             "seconds": self.seconds,
             "share_training_and_evaluation": self.busy_share,
@@ -223,15 +261,22 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
         print(f"Spread of {outcome.metric} over the completed trials: {low:.3f} to {high:.3f}")
     for error, count in failures(outcome.records).items():
         print(f"{count} failed: {error}")
+    for number, values in outcome.confirmations.items():
+        label = f"trial {number}" + (" (guide)" if number == 0 else "")
+        spread = f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+        print(f"Confirmed over {len(values)} fresh seeds: {label}: validation {outcome.metric} {spread}")
     if outcome.tests:
         table = Table(title="Test scores (95 % bootstrap interval), computed once, after the search")
         table.add_column("metric")
         titles = {"winner": f"winner (trial {outcome.winner.number})" if outcome.winner else "", "guide": "guide"}
+        titles["difference"] = "winner less guide, paired"
         for who in outcome.tests:
             table.add_column("winner = the guide's defaults" if len(outcome.tests) == 1 else titles.get(who, who))
         for name in next(iter(outcome.tests.values())):
             table.add_row(name, *(with_interval(scores[name]) for scores in outcome.tests.values()))
         console.print(table)
+        if "difference" in outcome.tests:
+            print(verdict(outcome.tests["difference"][outcome.metric], outcome.metric))
     for note in outcome.notes:
         print(f"Note: {note}")
     print(

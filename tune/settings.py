@@ -75,6 +75,11 @@ class StudySettings:
     (stops what is below the median), or none. The guide's trial always runs to its end."""
     grace_period: int = 1
     """Epochs that every trial gets before it may be stopped."""
+    confirm: int = 0
+    """After the search, train this many of the best trials, and the guide's, again over fresh seeds, and choose the
+    winner by the mean. 0: the best single score wins."""
+    confirm_seeds: int = 3
+    """Seeds of the confirmation."""
     sampler: str = "tpe"
     """How points are chosen: tpe, random, gp, cmaes, or qmc."""
     metric: str = ""
@@ -222,7 +227,7 @@ def check(settings: Settings) -> list[str]:
         if not holds:
             found.append(f"`{flag(name)}` {text}, but got {value!r}: {fix}")
 
-    for name, least in (("trials", 1), ("workers_per_trial", 1), ("lanes", 0)):
+    for name, least in (("confirm", 0), ("confirm_seeds", 1), ("trials", 1), ("workers_per_trial", 1), ("lanes", 0)):
         value = getattr(study, name)
         rule(name, value, value >= least, f"must be at least {least}", "give a larger whole number")
     schedulers, samplers = ", ".join(SCHEDULERS), ", ".join(SAMPLERS)

@@ -19,11 +19,12 @@ import numpy as np
 
 from train_fn.data import DataReport, Splits, make_splits, read_manifest, save_splits, unreadable_images
 from train_fn.metrics import MODES
-from tune.results import Outcome, TrialRecord, test_scores
+from tune.results import Outcome, TrialRecord, difference, make_scorer, ranked, with_intervals
 from tune.settings import Settings, SettingsError, flag, load_space, searched_settings
 from tune.tracking import Tracking, tracking_uri
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
+CONFIRMING = 10**6  # and from here its numbers for training again
 SCORING = 10**9  # the dispatcher's number for the scoring job, beyond any trial's
 
 
@@ -288,6 +289,8 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     outcome.interrupted = len(outcome.records) < settings.study.trials or any(
         record.state == "INTERRUPTED" for record in outcome.records
     )
+    if settings.study.confirm and not outcome.interrupted:
+        confirm(study, dispatcher, outcome, say)
     outcome.choose_winner()
     if outcome.winner and not outcome.interrupted:
         say("Scoring the test images, once, with the winner and the guide's defaults")
@@ -307,8 +310,41 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
         lanes.close()
 
 
+def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Train the best trials and the guide's defaults again over fresh seeds, and note their validation scores.
+
+    The best of twenty noisy scores is partly luck; seeds that no choice has looked at tell how much.
+    """
+    import ray
+
+    settings = study.settings.study
+    best = ranked(outcome.records, outcome.metric)
+    chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
+    say(f"Confirming trials {', '.join(str(record.number) for record in chosen)} over {settings.confirm_seeds} seeds")
+    runs = {}
+    for run, (record, seed) in enumerate(
+        (record, seed) for seed in range(1, settings.confirm_seeds + 1) for record in chosen
+    ):
+        output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{seed}"
+        again = record.settings | {"seed": record.settings["seed"] + seed}
+        assignment = {"kind": "train", "settings": again, "output": str(output)}
+        runs[CONFIRMING + run] = record
+        ray.get(dispatcher.submit.remote(CONFIRMING + run, assignment))
+    for done, (number, record) in enumerate(runs.items(), 1):
+        report: dict[str, Any] = {"done": False}
+        while not report.get("done") and "error" not in report:
+            report = ray.get(dispatcher.next_report.remote(number))
+        if "error" in report:
+            outcome.notes.append(f"a confirmation of trial {record.number} failed: {report['error'].splitlines()[0]}")
+            continue
+        value = report["metrics"][outcome.metric]
+        outcome.confirmations.setdefault(record.number, []).append(value)
+        say(f"[{done}/{len(runs)}] trial {record.number} again: {outcome.metric} {value:.3f}")
+
+
 def score_test(study: Study, dispatcher: Any, outcome: Outcome) -> None:
-    """The test scores of the winner and of the guide's defaults (trial 0), if that one completed."""
+    """The test scores of the winner and of the guide's defaults (trial 0), if that one completed, and their paired
+    difference."""
     import ray
 
     assert outcome.winner
@@ -316,19 +352,23 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome) -> None:
     guide = next((record for record in outcome.records if record.number == 0), None)
     if guide and guide is not outcome.winner and guide.state == "COMPLETE":
         chosen["guide"] = guide
-    trials = study.directory / "trials"
-    adapters = [str(trials / f"{record.number:04d}" / "final_model") for record in chosen.values()]
+    adapters = [str(outcome.adapter_of(record)) for record in chosen.values()]
     ray.get(dispatcher.submit.remote(SCORING, {"kind": "score", "adapters": adapters}))
     report = ray.get(dispatcher.next_report.remote(SCORING))
     if "error" in report:
         outcome.notes.append(f"the test could not be scored: {report['error'].splitlines()[0]}")
         return
-    for (who, record), predicted in zip(chosen.items(), report["predictions"], strict=True):
-        balanced = record.settings["class_balanced_loss"]
-        outcome.tests[who] = test_scores(predicted, study.splits, balanced, study.positive)
-        clean = np.array(study.data_report.test_clean)
-        if 0 < len(clean) < len(study.splits.test):
-            outcome.tests[f"{who}, clean part"] = test_scores(predicted, study.splits, balanced, study.positive, clean)
+    scorers = {
+        who: make_scorer(predicted, study.splits, record.settings["class_balanced_loss"], study.positive)
+        for (who, record), predicted in zip(chosen.items(), report["predictions"], strict=True)
+    }
+    everything, clean = np.arange(len(study.splits.test)), np.array(study.data_report.test_clean, dtype=int)
+    for who, scorer in scorers.items():
+        outcome.tests[who] = with_intervals(scorer, everything)
+        if 0 < len(clean) < len(everything):
+            outcome.tests[f"{who}, clean part"] = with_intervals(scorer, clean)
+    if "guide" in scorers:
+        outcome.tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
