@@ -30,8 +30,10 @@ class DiskSearch(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error or not result or result.get("finished"):
             super().on_trial_complete(trial_id, result, error)
-        else:  # with the value and the step that `on_trial_result` reported last
+        else:
             assert self._ot_study is not None
+            # Tune tells the result that it stopped a trial for here only, not by `on_trial_result`.
+            self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
             self._ot_study.tell(self._ot_trials[trial_id], state=optuna.trial.TrialState.PRUNED)
             self._completed_trials.add(trial_id)
 
