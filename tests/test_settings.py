@@ -77,6 +77,11 @@ def test_values_reach_their_fields() -> None:
     }  # fmt: skip
 
 
+def test_the_guides_spelling_is_understood() -> None:
+    trial = parse(words("--lora_r 8 --learning_rate=1e-3 --lora_target_modules q_proj --data phantoms")).trial
+    assert (trial.lora_r, trial.learning_rate, trial.lora_target_modules) == (8, 1e-3, ("q_proj",))
+
+
 def test_all_problems_at_once() -> None:
     problems = problems_of(
         *words(

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import re
 import sys
 import textwrap
 import types
@@ -182,6 +183,8 @@ def parse(argv: Sequence[str]) -> Settings:
     """The settings of a command line. Raises SettingsError with everything that is wrong with it."""
     parser = build_parser()
     problems: list[str] = []
+    # --lora_r as well as --lora-r: the guide writes its options with underscores.
+    argv = [re.sub("^--[^=]*", lambda found: found[0].replace("_", "-"), word) for word in argv]
     flags = {flag(field.name): field for group in GROUPS for field in dataclasses.fields(group)}
     try:
         given, unknown = parser.parse_known_args(list(argv))
