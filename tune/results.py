@@ -288,7 +288,8 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
         print(f"Adapter        {outcome.adapter}")
     print("Compare trials " + next_mlflow(outcome.tracking_uri))
     if outcome.adapter:
-        print(f"Use it         PeftModel.from_pretrained(base_model, {str(outcome.adapter)!r})")
+        print(f"Use it         python -m train_fn.predict --adapter {outcome.adapter} IMAGE_OR_FOLDER")
+        print(f"Merge it       python -m train_fn.predict --adapter {outcome.adapter} --merge-into NEW_FOLDER")
     if not outcome.winner and not outcome.interrupted:
         print("No trial completed, so there is no winner. The first error is above; all are in study.json.")
 
