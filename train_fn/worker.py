@@ -59,7 +59,10 @@ def lane_loop(config: dict[str, Any]) -> None:
         from train_fn.loop import run_trial, score_adapter
         from train_fn.model import base_gib, load_base
 
-        base = load_base(job.model, ray.train.torch.get_device())
+        place = ray.train.torch.get_device()
+        if place.type == "cuda":
+            torch.cuda.set_device(place)  # else collectives of several workers on a node would all take its first GPU
+        base = load_base(job.model, place)
     except Exception as error:
         told = "".join(traceback.format_exception_only(error)).strip()
         ray.get(job.dispatcher.start_failed.remote(job.lane, f"the base could not be loaded: {told}"))
