@@ -271,7 +271,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
 def test_a_base_that_cannot_be_loaded_ends_the_study(tmp_path) -> None:
     model = shutil.copytree(ROOT / "train_fn" / "nano" / "checkpoint", tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
-    finished = finish(start(tmp_path, "--trials", "2", "--model", str(model), *SMALL), tmp_path)
+    finished = finish(start(tmp_path, "--trials", "2", "--lanes", "1", "--model", str(model), *SMALL), tmp_path)
     assert finished.code == 1, finished.out + finished.err
     assert "could not be loaded" in finished.out and "no winner" in finished.out
 
