@@ -17,7 +17,7 @@ from train_fn.engine import TrialFailed, build_engine, check_applied, read_appli
 from train_fn.evaluation import score_candidates
 from train_fn.loop import run_trial, score_adapter
 from train_fn.lora import adapted, adapter_layers
-from train_fn.model import collate, forward_hidden, read_image
+from train_fn.model import collate, forward_hidden, load_base, read_image
 from train_fn.scores import metrics_of
 from train_fn.settings import TrialSettings
 
@@ -198,6 +198,14 @@ def test_features_from_memory_give_the_same_batch(base, splits) -> None:
         hidden = forward_hidden(base, collate(base, samples[:1], False)).last_hidden_state[:, -1]
         ours = base.model.get_output_embeddings()(hidden)[0]
     assert torch.allclose(whole, ours, atol=1e-5)
+
+
+def test_the_memory_of_features_does_not_change_a_trial(base, splits) -> None:
+    with_memory = train(base, splits, SHORT)[0]["metrics"]
+    for gib in (0.0, 64 * 128 * 4 * 3 / 2**30):  # off, and room for three images exactly
+        other = load_base(replace(base.settings, feature_cache_gib=gib), torch.device("cpu"))
+        assert train(other, splits, SHORT)[0]["metrics"] == pytest.approx(with_memory, abs=1e-5)
+        assert len(other.features) == (3 if gib else 0)
 
 
 def test_candidate_scores_equal_a_full_forward_pass(base, splits) -> None:

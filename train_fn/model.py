@@ -61,7 +61,7 @@ class Base:
     @property
     def caches_features(self) -> bool:
         """Whether vision features can be taken apart by image: VideoLlama3 packs the patches of a batch."""
-        return self.model.config.model_type == "video_llama_3" and self.features_bytes_left > 0
+        return self.model.config.model_type == "video_llama_3" and self.settings.feature_cache_gib > 0
 
 
 def resolve_model(model: str) -> Path:
