@@ -132,12 +132,12 @@ class MLflowSink:
         self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment)
         run = self.client.create_run(self.experiment_id, run_name=study, tags={"study": study, **tags})
         self.run_id = run.info.run_id
-        self.study = study
+        self.tags = {"study": study, **tags}
         self.children: dict[int, str] = {}
         self._params(self.run_id, params)
 
     def start_trial(self, number: int, params: Mapping[str, Any]) -> None:
-        tags = {"mlflow.parentRunId": self.run_id, "study": self.study, "trial": str(number)}
+        tags = {"mlflow.parentRunId": self.run_id, "trial": str(number), **self.tags}
         run = self.client.create_run(self.experiment_id, run_name=f"trial {number}", tags=tags)
         self.children[number] = run.info.run_id
         self._params(run.info.run_id, params)
