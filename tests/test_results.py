@@ -32,7 +32,7 @@ def test_confirmation_decides_by_the_mean(tmp_path) -> None:
     records = [record(0, auroc=0.7, loss=1), record(1, auroc=0.9, loss=1), record(2, auroc=0.8, loss=1)]
     for number in (0, 1, 2):
         (tmp_path / "trials" / f"{number:04d}" / "confirm-1" / "final_model").mkdir(parents=True)
-    outcome = Outcome("s", tmp_path, "auroc", 3, records, confirmations={1: [0.7, 0.7], 2: [0.9, 0.7], 0: [0.6, 0.7]})
+    outcome = Outcome("s", tmp_path, "auroc", records, confirmations={1: [0.7, 0.7], 2: [0.9, 0.7], 0: [0.6, 0.7]})
     outcome.choose_winner()
     assert outcome.winner is records[2]
     assert outcome.adapter_of(records[2]) == tmp_path / "trials" / "0002" / "confirm-1" / "final_model"
@@ -72,7 +72,7 @@ def test_noise_is_called_noise(splits) -> None:
 
 
 def test_states_and_exit_codes(tmp_path: Path) -> None:
-    outcome = Outcome("s", tmp_path, "auroc", 1, [record(0, "FAILED")])
+    outcome = Outcome("s", tmp_path, "auroc", [record(0, "FAILED")])
     outcome.choose_winner()
     assert outcome.winner is None and outcome.exit_code == 1
     outcome.interrupted = True

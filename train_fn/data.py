@@ -272,7 +272,7 @@ def make_splits(
             )
         elif not parts[name]:
             problems.append(f"the {name} part must hold an image, but is empty: add images or raise its fraction")
-    return splits, report_copies(samples, pairs, groups, mixed, parts, len(left_out), test_fraction), problems
+    return splits, report_copies(samples, pairs, groups, mixed, parts, len(left_out)), problems
 
 
 def report_copies(
@@ -282,22 +282,21 @@ def report_copies(
     mixed: set[int],
     parts: dict[str, list[int]],
     num_left_out: int,
-    test_fraction: float,
 ) -> DataReport:
     """The report on what `make_splits` has found and made."""
     part = np.full(len(samples), -1)
     for number, name in enumerate(("train", "validation", "test")):
         part[parts[name]] = number
     used = np.flatnonzero(part >= 0)
-    leaked = {"validation": num_leaked(part, pairs, 1, [0]), "test": num_leaked(part, pairs, 2, [0, 1])}
+    dirty = leaking_images(part, pairs, 2, [0, 1])
+    leaked = {"validation": num_leaked(part, pairs, 1, [0]), "test": len(dirty)}
     rng = np.random.default_rng(0)
-    share = len(parts["test"]) / max(1, len(used)) or test_fraction
+    share = len(parts["test"]) / max(1, len(used))
     random_leaks = []
     for _ in range(20):
         random_part = np.full(len(samples), -1)
         random_part[used] = np.where(rng.permutation(len(used)) < share * len(used), 2, 0)
         random_leaks.append(num_leaked(random_part, pairs, 2, [0]) / max(1, int((random_part == 2).sum())))
-    dirty = leaking_images(part, pairs, 2, [0, 1])
     return DataReport(
         num_images=len(samples),
         num_pairs=len(pairs),

@@ -5,6 +5,7 @@ Runs in one process or in each of several that torch.distributed has joined.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -78,18 +79,17 @@ def run_trial(
     rank, world_size = world()
     clock = Clock()
     seed_everything(settings.seed, 0)  # the adapter starts alike on every rank
-    try:
-        trial = adapted(base, settings)
-        model = trial.__enter__()
-    except ValueError as error:
-        raise TrialFailed(str(error)) from error
-    engine = None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            model = stack.enter_context(adapted(base, settings))
+        except ValueError as error:
+            raise TrialFailed(str(error)) from error
         steps_per_epoch = -(-len(splits.train) // settings.global_batch_size)
         num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
         weights = class_weights(splits.class_counts("train")) if settings.class_balanced_loss else []
         weights_tensor = torch.tensor(weights, device=base.device)
         engine = build_engine(base, model, settings, weights_tensor, num_steps, world_size)
+        stack.callback(engine.destroy)
         applied = read_applied(engine)
         check_applied(applied, settings)
         seed_everything(settings.seed, rank)
@@ -103,9 +103,9 @@ def run_trial(
                 losses.append(train_step(base, splits, settings, engine, indices))
                 log.step += 1
                 if log.step % settings.logging_steps == 0:
-                    loss = mean_over_ranks(float(sum(losses[-settings.logging_steps :])), base.device)
-                    count = min(len(losses), settings.logging_steps)
-                    log.add(epoch=log.step / steps_per_epoch, loss=loss / count, learning_rate=engine.get_lr()[0])
+                    recent = losses[-settings.logging_steps :]
+                    loss = mean_over_ranks(float(sum(recent)) / len(recent), base.device)
+                    log.add(epoch=log.step / steps_per_epoch, loss=loss, learning_rate=engine.get_lr()[0])
                 if settings.save_steps and log.step % settings.save_steps == 0 and output is not None:
                     clock.lap("train")
                     if rank == 0:
@@ -138,10 +138,6 @@ def run_trial(
             clock.lap("report")
             if stop:
                 break
-    finally:
-        if engine is not None:
-            engine.destroy()
-        trial.__exit__(None, None, None)
 
 
 def train_step(base: Base, splits: Splits, settings: TrialSettings, engine: Any, step: np.ndarray) -> torch.Tensor:

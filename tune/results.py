@@ -120,7 +120,6 @@ class Outcome:
     name: str
     directory: Path
     metric: str
-    num_trials: int
     records: list[TrialRecord]
     interrupted: bool = False
     winner: TrialRecord | None = None
@@ -133,6 +132,11 @@ class Outcome:
     lanes: int = 0
     notes: list[str] = field(default_factory=list)
     tracking_uri: str = ""
+
+    @property
+    def state(self) -> str:
+        """How the study ended: INTERRUPTED, COMPLETE (there is a winner) or FAILED."""
+        return "INTERRUPTED" if self.interrupted else "COMPLETE" if self.winner else "FAILED"
 
     @property
     def exit_code(self) -> int:
@@ -174,7 +178,7 @@ class Outcome:
         path = self.directory / "study.json"
         content = {
             "name": self.name,
-            "state": "INTERRUPTED" if self.interrupted else "COMPLETE" if self.winner else "FAILED",
+            "state": self.state,
             "metric": self.metric,
             "winner": self.winner.number if self.winner else None,
             "adapter": str(self.adapter) if self.adapter else None,

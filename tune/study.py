@@ -218,7 +218,6 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
         name=study.name,
         directory=study.directory,
         metric=study.metric,
-        num_trials=settings.study.trials,
         records=[],
         lanes=layout.lanes,
         tracking_uri=tracking_uri(),
@@ -298,13 +297,12 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     outcome.seconds["wall"] = time.perf_counter() - started
     outcome.notes += [f"tracking: {error}" for error in dict.fromkeys(tracking.errors)]
     path = outcome.save(study_facts(study, layout))
-    state = "INTERRUPTED" if outcome.interrupted else "COMPLETE" if outcome.winner else "FAILED"
     metrics = {f"test_{who}_{m}": s["value"] for who, found in outcome.tests.items() for m, s in found.items()}
     if outcome.winner:
         metrics |= {f"best_{name}": value for name, value in outcome.winner.metrics.items()}
     final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
     told = len(tracking.errors)
-    tracking.study_ended(state, final, metrics | {"wall_s": outcome.seconds["wall"]}, [path])
+    tracking.study_ended(outcome.state, final, metrics | {"wall_s": outcome.seconds["wall"]}, [path])
     outcome.notes += [f"tracking: {error}" for error in dict.fromkeys(tracking.errors[told:])]
     if not outcome.interrupted:
         lanes.close()
