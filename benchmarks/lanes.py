@@ -103,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lanes-") as name:
         folder = Path(name)
         (folder / "same.py").write_text(SPACE)
-        same = ("--space", "same.py")
+        same = ("--space", "same.py", "--scheduler", "none")  # every trial its whole length
         two = run_study(folder, "two-lanes", options.trials, "--lanes", "2", "--workers-per-trial", "1", *same)
         one = run_study(folder, "one-lane", options.trials, "--lanes", "1", "--workers-per-trial", "2", *same)
         started = time.perf_counter()
