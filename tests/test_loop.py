@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from safetensors.torch import load_file
+
 from train_fn import engine as engine_module
 from train_fn.data import Sample, Splits
 from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
@@ -275,3 +277,75 @@ def test_importing_the_engine_switches_the_compiled_op_off() -> None:
 
     assert engine_module.deepspeed is not None
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+LONG = replace(PROJECTOR, num_train_epochs=3, save_steps=3, logging_steps=1, lora_dropout=0.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LONG, replace(LONG, zero_stage=0, train_projector=False), replace(LONG, optim="adamw_8bit"),
+     replace(LONG, zero_stage=1, loraplus_lr_ratio=4.0, max_steps=5)],
+    ids=["zero 2", "zero 0", "8 bit", "zero 1"],
+)  # fmt: skip
+@pytest.mark.parametrize("killed_in", [2, 4, 5])
+def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monkeypatch, settings, killed_in) -> None:
+    whole = train(base, splits, settings, tmp_path / "whole")
+    from train_fn import loop
+
+    step = loop.train_step
+
+    def dies(*args):
+        if args[-1] == killed_in:
+            raise Killed
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    reports: list[dict] = []
+    with pytest.raises(Killed):
+        run_trial(base, splits, settings, lambda report: reports.append(report) or False, positive="Malignant",
+                  output=tmp_path / "killed")  # fmt: skip
+    steps_done: list[int] = []
+    monkeypatch.setattr(loop, "train_step", lambda *args: steps_done.append(args[-1]) or step(*args))
+    again = train(base, splits, settings, tmp_path / "killed")
+    # From the last checkpoint: of every third step, or of the epoch's end (two steps).
+    saved = max([s for s in range(killed_in) if s % 2 == 0 or s % 3 == 0])
+    assert steps_done == list(range(saved + 1, whole[-1]["step"] + 1))
+    told = {report["epoch"]: report for report in reports + again}
+    assert [told[report["epoch"]]["metrics"] for report in whole] == [report["metrics"] for report in whole]
+    assert [told[report["epoch"]]["log"] for report in whole] == [report["log"] for report in whole]
+    one, two = (
+        load_file(tmp_path / name / "final_model" / "adapter_model.safetensors") for name in ("whole", "killed")
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert not (tmp_path / "killed" / "state").exists()
+
+
+def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tmp_path) -> None:
+    def dies(report: dict) -> bool:
+        if report["done"]:
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        run_trial(base, splits, LONG, dies, positive="Malignant", output=tmp_path)
+    (again,) = train(base, splits, LONG, tmp_path)
+    assert again["done"] and again["metrics"] == train(base, splits, LONG)[-1]["metrics"]
+
+
+def test_the_state_of_other_settings_is_not_continued(base, splits, tmp_path) -> None:
+    with pytest.raises(Killed):
+        run_trial(base, splits, LONG, lambda report: (_ for _ in ()).throw(Killed()), output=tmp_path)
+    other = replace(LONG, learning_rate=2e-3)
+    assert train(base, splits, other, tmp_path)[-1]["metrics"] == train(base, splits, other)[-1]["metrics"]
+
+
+def test_a_loss_that_is_not_finite_fails_before_the_step(base, splits, monkeypatch) -> None:
+    forward = engine_module.AnswerLoss.forward
+    monkeypatch.setattr(engine_module.AnswerLoss, "forward", lambda *args: forward(*args) * float("nan"))
+    with pytest.raises(TrialFailed, match="nan in step 1"):
+        train(base, splits, SHORT)

@@ -155,6 +155,37 @@ def read_applied(engine: Any) -> dict[str, Any]:
     return applied
 
 
+# What of ZeRO's state says how far training has come; the rest is made anew, and is no plain data.
+ZERO_STATE = ("base_optimizer_state", "single_partition_of_fp32_groups", "group_paddings", "param_alignment_paddings",
+              "clip_grad", "ds_version")  # fmt: skip
+
+
+def engine_state(engine: Any) -> dict[str, Any]:
+    """Everything of this rank's engine that training has changed, between two optimizer steps: tensors, numbers and
+    text only, so that it is read back without pickle's powers."""
+    trainable = {name: p.detach() for name, p in engine.module.model.named_parameters() if p.requires_grad}
+    optimizer = engine.optimizer.state_dict()
+    if engine.zero_optimization_stage() > 0:
+        optimizer = {name: optimizer[name] for name in ZERO_STATE if name in optimizer}
+    schedule = {name: value for name, value in engine.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+    return {"trainable": trainable, "optimizer": optimizer, "schedule": schedule}
+
+
+def load_engine_state(engine: Any, state: dict[str, Any], rank: int) -> None:
+    """Put an `engine_state` on a fresh engine of the same settings and the same number of workers."""
+    parameters = dict(engine.module.model.named_parameters())
+    with torch.no_grad():
+        for name, saved in state["trainable"].items():
+            parameters[name].copy_(saved)
+    if engine.zero_optimization_stage() > 0:
+        # ZeRO asks for every rank's state and takes its own.
+        states = [None] * rank + [state["optimizer"]]
+        engine.optimizer.load_state_dict(states, load_optimizer_states=True, load_from_fp32_weights=True)
+    else:
+        engine.optimizer.load_state_dict(state["optimizer"])
+    engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **state["schedule"]})
+
+
 def check_applied(applied: dict[str, Any], settings: TrialSettings) -> None:
     """Raise TrialFailed, with both values, for every setting that did not reach the engine."""
     wanted = {name: getattr(settings, name) for name in applied if hasattr(settings, name)}

@@ -1,6 +1,7 @@
 """One trial, from its settings to its adapter: the training loop. Knows nothing of Ray.
 
-Runs in one process or in each of several that torch.distributed has joined.
+Runs in one process or in each of several that torch.distributed has joined. What it needs to go on after a kill lies in
+`state/`: the trial then ends with the same numbers, to the last bit.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import shutil
 import time
@@ -21,7 +23,14 @@ import torch
 import torch.distributed as dist
 
 from train_fn.data import Splits, class_weights, epoch_order, micro_batches
-from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
+from train_fn.engine import (
+    TrialFailed,
+    build_engine,
+    check_applied,
+    engine_state,
+    load_engine_state,
+    read_applied,
+)
 from train_fn.evaluation import predict
 from train_fn.lora import adapted, load_adapter, save_adapter
 from train_fn.model import Base, collate
@@ -69,9 +78,10 @@ def run_trial(
     """Train one adapter and report after each epoch.
 
     report: called on every rank with {"epoch", "metrics", "seconds", "done", ...}; its answer True ends the trial
-        early. The report of the last epoch has `done` and comes after the adapter is written.
+        early. The report of the last epoch has `done` and comes after the adapter is written. A trial that goes on
+        after a kill first gives its last report again, for the one who was told may be gone.
     output: folder in which `final_model/` and trainer_state.json are written at the trial's end (not when it is stopped
-        early), and `checkpoint-N/` on the way.
+        early), `checkpoint-N/` on the way, and `state/` as long as the trial is unfinished.
 
     Raises TrialFailed, on all ranks alike, for what the trial itself has done wrong: no module to adapt, a setting
     that did not reach the engine, a loss that is not finite.
@@ -86,6 +96,7 @@ def run_trial(
             raise TrialFailed(str(error)) from error
         steps_per_epoch = -(-len(splits.train) // settings.global_batch_size)
         num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
+        num_epochs = -(-num_steps // steps_per_epoch)
         weights = class_weights(splits.class_counts("train")) if settings.class_balanced_loss else []
         weights_tensor = torch.tensor(weights, device=base.device)
         engine = build_engine(base, model, settings, weights_tensor, num_steps, world_size)
@@ -93,28 +104,44 @@ def run_trial(
         applied = read_applied(engine)
         check_applied(applied, settings)
         seed_everything(settings.seed, rank)
+
+        log, losses, epoch, last_report = History(), [], 1, None
+        state = ResumeState(output, settings, rank, world_size)
+        if found := state.load():
+            load_engine_state(engine, found["engine"], rank)
+            set_random_state(found["random"])
+            log.step, log.entries, log.told, clock.spent = (
+                found[key] for key in ("step", "entries", "told", "seconds")
+            )
+            losses, epoch, last_report = (found[key] for key in ("losses", "epoch", "report"))
+        elif output is not None and rank == 0:
+            for old in output.glob("checkpoint-*"):
+                shutil.rmtree(old)  # of an attempt that cannot be continued
         clock.lap("setup")
 
-        log = History(output if rank == 0 else None)
-        for epoch in range(1, -(-num_steps // steps_per_epoch) + 1):
+        def save_state() -> None:
+            progress = {"step": log.step, "entries": log.entries, "told": log.told, "losses": losses, "epoch": epoch}
+            state.save(progress | {"report": last_report, "seconds": clock.seconds()}, engine)
+            clock.lap("checkpoint")
+
+        stop = report(last_report) if last_report else False
+        while not stop and epoch <= num_epochs:
+            done = (epoch - 1) * steps_per_epoch
             order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
-            losses = []
-            for indices in order[: num_steps - log.step]:
-                losses.append(train_step(base, splits, settings, engine, indices))
+            for indices in order[log.step - done : num_steps - done]:
+                losses.append(train_step(base, splits, settings, engine, indices, log.step + 1))
                 log.step += 1
                 if log.step % settings.logging_steps == 0:
                     recent = losses[-settings.logging_steps :]
-                    loss = mean_over_ranks(float(sum(recent)) / len(recent), base.device)
+                    loss = sum(recent) / len(recent)
                     log.add(epoch=log.step / steps_per_epoch, loss=loss, learning_rate=engine.get_lr()[0])
                 if settings.save_steps and log.step % settings.save_steps == 0 and output is not None:
                     clock.lap("train")
                     if rank == 0:
                         save_checkpoint(base, model, settings, log, output)
-                    clock.lap("checkpoint")
-            train_loss = mean_over_ranks(float(sum(losses)) / len(losses), base.device)
+                    save_state()
+            train_loss = sum(losses) / len(losses)
             clock.lap("train")
-            if not np.isfinite(train_loss):
-                raise TrialFailed(f"the training loss became {train_loss} in epoch {epoch}: lower the learning rate")
             metrics = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss, positive)
             log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
@@ -124,36 +151,116 @@ def run_trial(
                 save_task(base, splits, output / "final_model")
                 log.save(output)
                 clock.lap("checkpoint")
-            stop = report(
-                {
-                    "epoch": epoch,
-                    "step": log.step,
-                    "metrics": metrics | {"train_loss": train_loss},
-                    "log": log.take_new(),
-                    "applied": applied,
-                    "seconds": clock.seconds(),
-                    "done": last,
-                }
-            )
+            last_report = {
+                "epoch": epoch,
+                "step": log.step,
+                "metrics": metrics | {"train_loss": train_loss},
+                "log": log.take_new(),
+                "applied": applied,
+                "seconds": clock.seconds(),
+                "done": last,
+            }
+            epoch, losses = epoch + 1, []
+            save_state()
+            stop = report(last_report)
             clock.lap("report")
-            if stop:
-                break
+        state.remove()
 
 
-def train_step(base: Base, splits: Splits, settings: TrialSettings, engine: Any, step: np.ndarray) -> torch.Tensor:
-    """One optimizer step on the images `step` [global_batch_size]; this worker's mean loss."""
+def train_step(
+    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int
+) -> float:
+    """Optimizer step number `step` on the images `indices` [global_batch_size]; their mean loss over all workers.
+
+    Raises TrialFailed, on all ranks, when it is not finite on any of them: before the weights are touched.
+    """
     rank, world_size = world()
     engine.train()
     total = torch.zeros((), device=base.device)
     micro_batch_size = settings.per_device_train_batch_size
-    for indices in micro_batches(step, micro_batch_size, rank, world_size):
-        samples = [splits.train[index] for index in indices]
+    num_micro_batches = len(indices) // (micro_batch_size * world_size)
+    for number, images in enumerate(micro_batches(indices, micro_batch_size, rank, world_size), 1):
+        samples = [splits.train[index] for index in images]
         labels = torch.tensor([sample.label for sample in samples], device=base.device)
         loss = engine(collate(base, samples, with_answers=True), labels)
         engine.backward(loss)
-        engine.step()
         total += loss.detach()
-    return total / (len(step) // (micro_batch_size * world_size))
+        if number == num_micro_batches:
+            # The one place where a step waits for the device: all ranks agree on the loss before the weights move.
+            mean_loss = mean_over_ranks(total.item() / num_micro_batches, base.device)
+            if not np.isfinite(mean_loss):
+                raise TrialFailed(f"the training loss became {mean_loss} in step {step}: lower the learning rate")
+        engine.step()
+    return mean_loss
+
+
+# ------------------------------------------------------------------------------------------------ going on after a kill
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """This rank's generators that training draws from: torch's."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Put a `random_state` back."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class ResumeState:
+    """`state/` of an unfinished trial: one file per rank and point, the last two of which are kept: ranks may be killed
+    between their writes."""
+
+    def __init__(self, output: Path | None, settings: TrialSettings, rank: int, world_size: int) -> None:
+        self.directory = output / "state" if output else None
+        self.rank, self.world_size = rank, world_size
+        # A micro-batch that was halved for want of memory changes nothing that is kept here.
+        micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": settings.global_batch_size}
+        self.settings = json.loads(json.dumps(dataclasses.asdict(settings) | micro))
+
+    def points(self) -> list[str]:
+        """Points of which every rank's file is there, in order."""
+        names = [path.stem for path in self.directory.glob("*.pt")] if self.directory else []
+        points = Counter(name.partition("-")[0] for name in names)
+        return sorted(point for point, count in points.items() if count == self.world_size)
+
+    def save(self, progress: dict[str, Any], engine: Any) -> None:
+        """Write this rank's file, aside and then renamed, and remove this rank's from before the last."""
+        if self.directory is None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        told = json.dumps(progress | {"settings": self.settings})
+        content = {"progress": told, "engine": engine_state(engine), "random": random_state()}
+        # An epoch's last step and its end, evaluation included, are two points.
+        path = self.directory / f"{2 * progress['step'] + (not progress['losses']):08d}-{self.rank}.pt"
+        partial = path.with_suffix(".partial")
+        torch.save(content, partial)
+        os.replace(partial, path)
+        for old in sorted(self.directory.glob(f"*-{self.rank}.pt"))[:-2]:
+            old.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """This rank's newest state that all ranks have, if its trial is the same; every rank finds the same point."""
+        found = [self.points()]
+        if self.world_size > 1:
+            dist.broadcast_object_list(found, src=0)
+        if not found[0] or self.directory is None:
+            return None
+        path = self.directory / f"{found[0][-1]}-{self.rank}.pt"
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        progress = json.loads(content.pop("progress"))
+        return progress | content if progress["settings"] == self.settings else None
+
+    def remove(self) -> None:
+        """The trial is over."""
+        if self.directory is not None and self.rank == 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ on disk
 
 
 def save_checkpoint(base: Base, model: Any, settings: TrialSettings, log: History, output: Path) -> None:
@@ -183,12 +290,10 @@ def save_task(base: Base, splits: Splits, directory: Path) -> None:
 class History:
     """A trial's log, in the form of the Hugging Face Trainer's trainer_state.json."""
 
-    def __init__(self, output: Path | None) -> None:
+    def __init__(self) -> None:
         self.step = 0
         self.entries: list[dict[str, float]] = []
         self.told = 0
-        for old in output.glob("checkpoint-*") if output else []:
-            shutil.rmtree(old)  # of a lost attempt at the same trial
 
     def add(self, **values: float) -> None:
         """Append an entry for the present step."""

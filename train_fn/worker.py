@@ -93,7 +93,7 @@ def lane_loop(config: dict[str, Any]) -> None:
 
             run_trial(
                 base,
-                job.splits,
+                assignment.get("splits", job.splits),
                 TrialSettings.from_dict(assignment["settings"]),
                 reporter(job, number, group[0], rank, extra, idle_since, received),
                 eval_batch_size=assignment.get("eval_batch_size", job.model.per_device_eval_batch_size),
@@ -120,6 +120,19 @@ def lane_loop(config: dict[str, Any]) -> None:
             idle_since = time.perf_counter()
 
 
+def system_metrics() -> dict[str, float]:
+    """What this worker uses of its machine: memory in GiB, and CPU seconds since it was started."""
+    import psutil
+    import torch
+
+    process = psutil.Process()
+    found = {"memory_gib": process.memory_info().rss / 2**30, "cpu_s": sum(process.cpu_times()[:2])}
+    if torch.cuda.is_available():
+        found["gpu_memory_gib"] = torch.cuda.memory_allocated() / 2**30
+        found["gpu_memory_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
 def reporter(
     job: LaneJob, number: int, group: str, rank: int, extra: dict[str, Any], idle_since: float, received: float
 ) -> Callable[[dict[str, Any]], bool]:
@@ -129,7 +142,7 @@ def reporter(
     def report(message: dict[str, Any]) -> bool:
         # From the end of the trial before: what this trial has cost the lane, waiting for it included.
         times = {"wall_s": time.perf_counter() - idle_since, "waited_s": received - idle_since}
-        told = message | extra | times if rank == 0 else None
+        told = message | extra | times | {"system": system_metrics()} if rank == 0 else None
         return ray.get(job.dispatcher.report.remote(number, group, message["epoch"], told))
 
     return report

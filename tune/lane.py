@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,16 @@ class Ticket:
     out_of_memory_in: str = ""  # the worker group that told of it last
     stopped: bool = False
     ended: bool = False
+    spent_s: float = 0.0  # of attempts that were lost
+    taken_at: float | None = None
+
+    def lane_s(self) -> float:
+        """Seconds of a lane so far, lost attempts included."""
+        return self.spent_s + (time.monotonic() - self.taken_at if self.taken_at is not None else 0.0)
+
+    def let_go(self) -> None:
+        """No lane has it any more."""
+        self.spent_s, self.taken_at = self.lane_s(), None
 
 
 class Dispatcher:
@@ -58,7 +69,8 @@ class Dispatcher:
     early stop wastes no compute. All ranks of a group ask, and get the same answer.
     """
 
-    def __init__(self, num_lanes: int) -> None:
+    def __init__(self, num_lanes: int, workers_per_trial: int = 1) -> None:
+        self.workers_per_trial = workers_per_trial
         self.tickets: dict[int, Ticket] = {}
         self.queue: deque[int] = deque()
         self.changed = asyncio.Condition()
@@ -74,7 +86,7 @@ class Dispatcher:
 
     async def submit(self, number: int, assignment: dict[str, Any]) -> None:
         """Queue a trial or a scoring job under a number of its own."""
-        self.tickets[number] = Ticket(assignment | {"number": number})
+        self.tickets[number] = Ticket(assignment | {"number": number}, last_epoch=assignment.get("known_epochs", 0))
         if self.lanes:
             await self._enqueue(number)
         else:
@@ -94,10 +106,11 @@ class Dispatcher:
             self.queue.remove(number)
         self._answer(ticket, stop=True)
 
-    async def error_of(self, number: int) -> str:
-        """Why a trial failed; empty if it did not."""
+    async def error_of(self, number: int) -> dict[str, Any]:
+        """Why a trial failed (empty if it did not), and the device-seconds it took."""
         ticket = self.tickets.get(number)
-        return ticket.error if ticket else ""
+        spent = ticket.lane_s() * self.workers_per_trial if ticket else 0.0
+        return {"error": ticket.error if ticket else "", "device_s": spent}
 
     async def close(self) -> None:
         """No more assignments: lanes end when they ask next."""
@@ -133,7 +146,7 @@ class Dispatcher:
             else:
                 ticket.last_epoch = epoch
                 ticket.open_verdict = (group, epoch)
-                ticket.reports.put_nowait(message)
+                ticket.reports.put_nowait(message | {"device_s": ticket.lane_s() * self.workers_per_trial})
                 if message["done"]:
                     ticket.ended = True
                     self._answer(ticket, stop=False)
@@ -157,6 +170,7 @@ class Dispatcher:
             return
         lane = next(lane for lane, running in self.running.items() if running == number)
         del self.running[lane]
+        ticket.let_go()
         settings = dict(ticket.assignment["settings"])
         micro = settings["per_device_train_batch_size"]
         if micro == 1:
@@ -207,6 +221,7 @@ class Dispatcher:
             number = self.queue.popleft()
         ticket = self.tickets[number]
         ticket.attempts += 1
+        ticket.taken_at = time.monotonic()
         self.running[lane] = number
         return ticket.assignment
 
@@ -220,6 +235,7 @@ class Dispatcher:
         ticket = self.tickets[number]
         if ticket.ended or ticket.stopped:
             return
+        ticket.let_go()
         ticket.open_verdict = None
         if ticket.attempts >= MAX_ATTEMPTS or not self.lanes:
             self._error(number, f"lost {ticket.attempts} times, last because {reason}")
@@ -239,11 +255,13 @@ class Dispatcher:
             ticket.open_verdict = None
 
 
-def start_dispatcher(num_lanes: int) -> Any:
+def start_dispatcher(num_lanes: int, workers_per_trial: int) -> Any:
     """The study's dispatcher actor; it takes no CPU and stays on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Dispatcher)
-    return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(num_lanes)
+    return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(
+        num_lanes, workers_per_trial
+    )
 
 
 class Lanes:
@@ -324,7 +342,8 @@ class QueuedTrial(ray.tune.Trainable):
         if "error" in report:
             raise LaneError(report["error"])
         # Tune overwrites `done` when it stops a trial itself.
-        return {**report["metrics"], **report, "finished": report["done"]}
+        costs = {"trainable_params": report["applied"]["trainable_params"], "train_s": report["seconds"]["train"]}
+        return {**report["metrics"], **costs, **report, "finished": report["done"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         return {"number": self.number}
@@ -341,6 +360,7 @@ class QueuedTrial(ray.tune.Trainable):
             "kind": "train",
             "settings": config["settings"],
             "output": str(self.trials / f"{self.number:04d}"),
+            "known_epochs": config["known_epochs"],
         }
         ray.get(self.dispatcher.submit.remote(self.number, assignment))
 

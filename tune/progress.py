@@ -1,85 +1,94 @@
-"""What the driver hears of the trials: keeps their records, tells MLflow and the terminal."""
+"""What the driver hears of the trials, through Tune's callbacks: into the journal, and from there to all who listen."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.tune
 
-from tune.results import TrialRecord, number_text
-from tune.study import Study, record_of
+from tune.results import TrialRecord, fold, number_text, sign, spent
+from tune.study import Study
 from tune.tracking import Tracking
+
+REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished", "lane", "turn", "device", "notes",
+            "base_gib", "base_16_bit_gib", "wall_s", "waited_s", "device_s", "system")  # fmt: skip
 
 
 class StudyLog(ray.tune.Callback):
-    """Tune's callbacks, turned into records."""
+    """Tune's callbacks, turned into events. `records` is what the journal has told so far."""
 
     def __init__(self, study: Study, dispatcher: Any, tracking: Tracking, say: Callable[[str], None]) -> None:
         self.study = study
         self.dispatcher = dispatcher
         self.tracking = tracking
         self.say = say
-        self.records: dict[int, TrialRecord] = {}
-        self.started = time.perf_counter()
+        self.records = fold(study.journal.events)
+        self.running: set[int] = set()  # of this session
+        self.ended_by = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restore that nobody here asks for
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        record = record_of(trial.config)
-        if record.number not in self.records:
-            self.records[record.number] = record
-            self.tracking.trial_started(record.number, record.searched | record.settings)
+        config = trial.config
+        if config["number"] not in self.running:
+            self.running.add(config["number"])
+            own = ("number", "settings", "chosen", "known_epochs")
+            searched = {name: value for name, value in config.items() if name not in own}
+            params = searched | {name: config["settings"][name] for name in config["chosen"]}
+            self._tell("started", config["number"], searched=searched, settings=config["settings"], params=params)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        record = self.records[trial.config["number"]]
-        record.finished = result["finished"]
-        record.epochs.append(result["metrics"])
-        record.applied = result["applied"]
-        record.seconds = result["seconds"] | {"wall": result["wall_s"], "waited": result["waited_s"]}
-        record.lane, record.turn, record.device = result["lane"], result["turn"], result["device"]
-        record.notes = result["notes"]
-        record.base_gib, record.base_16_bit_gib = result["base_gib"], result["base_16_bit_gib"]
-        record.step = result["step"]
-        self.tracking.trial_report(record.number, result["metrics"], record.step, result["log"])
+        self._tell("report", trial.config["number"], **{name: result[name] for name in REPORTED})
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        record = self.records[trial.config["number"]]
-        self._end(record, "COMPLETE" if record.finished else "STOPPED")
+        number = trial.config["number"]
+        self.end(number, "COMPLETE" if self.records[number].finished else "STOPPED")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        record = self.records[trial.config["number"]]
-        record.error = ray.get(self.dispatcher.error_of.remote(record.number)) or "the trial's Tune process died"
-        self._end(record, "FAILED")
+        number = trial.config["number"]
+        found = ray.get(self.dispatcher.error_of.remote(number))
+        self.end(number, "FAILED", found["error"] or "the trial's Tune process died", found["device_s"])
+
+    def spent(self) -> bool:
+        """Whether a budget of the study is used up."""
+        self.ended_by = self.ended_by or spent(
+            self.records.values(), self.study.journal.events, self.study.settings.study
+        )
+        return bool(self.ended_by)
 
     def close(self) -> list[TrialRecord]:
         """All records, in the order of their numbers; a trial without an end was interrupted."""
-        for record in self.records.values():
+        for record in list(self.records.values()):
             if record.state == "RUNNING":
-                self._end(record, "INTERRUPTED")
+                self.end(record.number, "INTERRUPTED")
         return [self.records[number] for number in sorted(self.records)]
 
-    def _end(self, record: TrialRecord, state: str) -> None:
-        record.state = state
-        tags = {"lane": record.lane, "device": record.device, "applied": record.applied}
-        if record.error:
-            tags["error"] = record.error
-        if record.notes:
-            tags["notes"] = "; ".join(record.notes)
-        metrics = {f"{phase}_s": value for phase, value in record.seconds.items()}
-        if record.seconds:
-            metrics |= {"overhead_s": record.overhead_s, "trainable_params": record.applied["trainable_params"]}
-        self.tracking.trial_ended(record.number, state, tags, metrics, record.step)
-        metric = self.study.metric
-        score = f"{metric} {record.metrics[metric]:.3f}" if metric in record.metrics else "no score"
-        values = ", ".join(f"{name} {number_text(value)}" for name, value in record.searched.items())
-        done = sum(r.state != "RUNNING" for r in self.records.values())
+    def end(self, number: int, state: str, error: str = "", device_s: float = 0.0) -> None:
+        """Write a trial's end down, and tell of it."""
+        record = self.records[number]
+        name, mode = self.study.goals[0]
+        ended = [r for r in self.records.values() if r.state not in ("RUNNING", "INTERRUPTED")]
+        ended += [record] if state != "INTERRUPTED" else []
+        complete = [r.value(name) for r in ended if (r is record and state == "COMPLETE") or r.state == "COMPLETE"]
+        best = min((value for value in complete if value == value), key=lambda v: sign(mode) * v, default=None)
+        facts = {name: getattr(record, name) for name in ("step", "seconds", "applied", "lane", "device", "notes")}
+        facts["device_s"] = max(device_s + record.spent_before, record.device_seconds)
+        self._tell("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
+        score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
+        values = ", ".join(f"{key} {number_text(value)}" for key, value in record.searched.items())
         values += "; " + "; ".join(record.notes) if record.notes else ""
-        error = ": " + record.error.splitlines()[0] if record.error else ""
+        told = ": " + error.splitlines()[0] if error else ""
         self.say(
-            f"[{done}/{self.study.settings.study.trials}] trial {record.number} {state.lower()}{error}, {score}, "
+            f"[{len(ended)}/{self.study.settings.study.trials}] trial {number} {state.lower()}{told}, {score}, "
             f"{record.seconds.get('wall', 0):.1f} s ({values})"
         )
+
+    def _tell(self, kind: str, number: int, **fields: Any) -> None:
+        event = self.study.journal.write(kind, number=number, **fields)
+        if kind == "started" and number not in self.records:
+            self.records[number] = TrialRecord(number, event["searched"], event["settings"])
+        self.records[number].hear(event)
+        self.tracking.notify()

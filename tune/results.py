@@ -1,4 +1,5 @@
-"""What a study has found: the record of each trial, the winner, its test score with intervals, table and study.json."""
+"""What a study has found: the record of each trial, folded from the journal, the winner, its test score with intervals,
+table and study.json."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ import numpy as np
 from train_fn.data import Sample, Splits
 from train_fn.metrics import MODES, bootstrap_intervals
 from train_fn.scores import metrics_of
+from tune.journal import Event
+from tune.settings import StudySettings, comparison, holds, seconds
 
+Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
 END_STATES = ("COMPLETE", "STOPPED", "FAILED", "INTERRUPTED")
 
 
 @dataclass
 class TrialRecord:
-    """One trial as the driver has seen it."""
+    """One trial as the journal tells it."""
 
     number: int
     searched: dict[str, Any]
@@ -51,6 +56,45 @@ class TrialRecord:
     finished: bool = False
     """Whether the last report was the trial's own last."""
     error: str = ""
+    started_at: float = 0.0
+    """Seconds since the epoch at which it was begun first."""
+    ended_at: float = 0.0
+    device_seconds: float = 0.0
+    """Seconds of a device (GPU, or CPU worker), over all its workers, lost attempts and earlier sessions too."""
+    spent_before: float = 0.0
+    """Those of earlier sessions."""
+
+    def hear(self, event: Event) -> None:
+        """Take in one event of this trial."""
+        if event["event"] == "started":
+            self.state, self.error = "RUNNING", ""
+            self.started_at = self.started_at or event["time"]
+            self.spent_before = self.device_seconds
+        elif event["event"] == "report":
+            self.epochs.append(event["metrics"])
+            for name in (
+                "finished",
+                "applied",
+                "lane",
+                "turn",
+                "device",
+                "notes",
+                "base_gib",
+                "base_16_bit_gib",
+                "step",
+            ):
+                setattr(self, name, event[name])
+            self.seconds = event["seconds"] | {"wall": event["wall_s"], "waited": event["waited_s"]}
+            self.device_seconds = self.spent_before + event["device_s"]
+        elif event["event"] == "ended":
+            self.state, self.error, self.ended_at = event["state"], event["error"], event["time"]
+            self.device_seconds = event["device_s"]
+
+    def value(self, name: str) -> float:
+        """A metric or a cost of the trial; not a number when it has none."""
+        costs = {"trainable_params": self.applied.get("trainable_params"), "train_s": self.seconds.get("train")}
+        found = {**costs, **self.metrics}.get(name)
+        return math.nan if found is None else found
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -63,11 +107,74 @@ class TrialRecord:
         return self.seconds.get("wall", 0.0) - self.seconds.get("train", 0.0) - self.seconds.get("evaluation", 0.0)
 
 
-def ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
-    """Completed trials, best first; ties go to the lower loss. A score that is not a number is no score."""
-    sign = 1 if MODES[metric] == "min" else -1
-    scored = [r for r in records if r.state == "COMPLETE" and math.isfinite(r.metrics.get(metric, math.nan))]
-    return sorted(scored, key=lambda r: (sign * r.metrics[metric], r.metrics["loss"], r.number))
+def fold(events: Sequence[Event]) -> dict[int, TrialRecord]:
+    """The record of every trial in a journal."""
+    records: dict[int, TrialRecord] = {}
+    for event in events:
+        if event["event"] in ("started", "report", "ended"):
+            number = event["number"]
+            if number not in records:
+                records[number] = TrialRecord(number, event["searched"], event["settings"])
+            records[number].hear(event)
+    return records
+
+
+def sign(mode: str) -> int:
+    """1 where less is better, else -1: what makes sorting put the best first."""
+    return 1 if mode == "min" else -1
+
+
+def ranked(records: Sequence[TrialRecord], goals: Sequence[Goal], require: Sequence[str] = ()) -> list[TrialRecord]:
+    """Completed trials, best first: those that keep the rules, those of the Pareto front, then by the first goal; ties
+    go to the lower loss. A score that is not a number is no score."""
+    name, mode = goals[0]
+    rules = [comparison(text) for text in require]
+    scored = [r for r in records if r.state == "COMPLETE" and math.isfinite(r.value(name))]
+    keeping = {r.number for r in scored if all(holds(rule, r.metrics) for rule in rules)}
+    best = {r.number for r in front([r for r in scored if r.number in keeping] or scored, goals)}
+    return sorted(
+        scored,
+        key=lambda r: (r.number not in keeping, r.number not in best, sign(mode) * r.value(name), r.metrics["loss"]),
+    )
+
+
+def front(records: Sequence[TrialRecord], goals: Sequence[Goal]) -> list[TrialRecord]:
+    """The Pareto front: completed trials to which no other is as good in every goal and better in one."""
+    points = {r.number: [sign(mode) * r.value(name) for name, mode in goals] for r in records if r.state == "COMPLETE"}
+    points = {number: point for number, point in points.items() if all(map(math.isfinite, point))}
+
+    def beaten(point: list[float]) -> bool:
+        return any(
+            other != point and all(o <= p for o, p in zip(other, point, strict=True)) for other in points.values()
+        )
+
+    return [r for r in records if r.number in points and not beaten(points[r.number])]
+
+
+def spent(records: Iterable[TrialRecord], events: Sequence[Event], study: StudySettings) -> str:
+    """Which budget of the study is used up, as a sentence; empty if none is."""
+    records = list(records)
+    if study.time_budget and wall_seconds(events) >= seconds(study.time_budget):
+        return f"the time budget of {study.time_budget} is used up"
+    hours = sum(record.device_seconds for record in records) / 3600
+    if study.gpu_hours and hours >= study.gpu_hours:
+        return f"the budget of {study.gpu_hours:g} GPU-hours is used up"
+    failed = sum(record.state == "FAILED" for record in records)
+    if study.max_failures and failed >= study.max_failures:
+        return f"{failed} trials have failed (--max-failures {study.max_failures})"
+    if study.stop_when:
+        rule = comparison(study.stop_when)
+        for record in records:
+            if record.state == "COMPLETE" and holds(rule, record.metrics):
+                return f"trial {record.number} has reached {study.stop_when}"
+    return ""
+
+
+def wall_seconds(events: Sequence[Event]) -> float:
+    """Seconds that a study has run so far: all sessions, each up to its last event, the present one up to now."""
+    starts = [number for number, event in enumerate(events) if event["event"] == "session"]
+    ends = [events[number - 1]["time"] for number in starts[1:]] + [time.time()]
+    return sum(end - events[number]["time"] for number, end in zip(starts, ends, strict=True))
 
 
 Score = Callable[[np.ndarray], dict[str, float]]
@@ -119,19 +226,30 @@ class Outcome:
 
     name: str
     directory: Path
-    metric: str
+    goals: tuple[Goal, ...]
     records: list[TrialRecord]
+    require: tuple[str, ...] = ()
     interrupted: bool = False
+    ended_by: str = ""
     winner: TrialRecord | None = None
     adapter: Path | None = None
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Test metrics by "winner" and "guide", and "difference": winner less guide, paired."""
+    tested: int = 0
+    """How often the test images were scored: again only when a study that went on has a new winner."""
+    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By "winner" and "guide": the `answers` (class indices) and `probabilities` of the test images."""
     confirmations: dict[int, list[float]] = field(default_factory=dict)
-    """Validation metric of the fresh seeds by trial number (`--confirm`)."""
+    """The first goal's values over fresh seeds or folds, by trial number (`--confirm`)."""
     seconds: dict[str, float] = field(default_factory=dict)
     lanes: int = 0
     notes: list[str] = field(default_factory=list)
     tracking_uri: str = ""
+
+    @property
+    def metric(self) -> str:
+        """The first goal's name."""
+        return self.goals[0][0]
 
     @property
     def state(self) -> str:
@@ -149,53 +267,75 @@ class Outcome:
         busy = sum(r.seconds.get("train", 0) + r.seconds.get("evaluation", 0) for r in self.records)
         return busy / (self.seconds["wall"] * max(1, self.lanes)) if self.seconds.get("wall") else 0.0
 
+    def hear(self, event: Event) -> None:
+        """Take in one event that is not a trial's own."""
+        if event["event"] == "confirmed":
+            self.confirmations.setdefault(event["number"], []).append(event["value"])
+        elif event["event"] == "tested":
+            self.tests, self.predictions = event["tests"], event["predictions"]
+            self.tested += 1
+
+    def best(self) -> list[TrialRecord]:
+        """Completed trials, best first; those with fresh seeds come first, by their means."""
+        best = ranked(self.records, self.goals, self.require)
+        again = [record for record in best if record.number in self.confirmations]
+        again.sort(key=lambda r: sign(self.goals[0][1]) * float(np.mean(self.confirmations[r.number])))
+        return again + [record for record in best if record.number not in self.confirmations]
+
     def choose_winner(self) -> None:
         """Name the winner, the best by its mean over fresh seeds if there are any, and copy its adapter to
         `best_adapter/`."""
-        best = ranked(self.records, self.metric)
-        if self.confirmations:
-            sign = 1 if MODES[self.metric] == "min" else -1
-            best = sorted(
-                (record for record in best if record.number in self.confirmations),
-                key=lambda record: sign * float(np.mean(self.confirmations[record.number])),
-            )
+        best = self.best()
         if not best:
             return
         self.winner = best[0]
+        broken = [rule for rule in self.require if not holds(comparison(rule), self.winner.metrics)]
+        if broken:
+            self.notes.append(f"no trial keeps every rule: the winner breaks {', '.join(broken)}")
         self.adapter = self.directory / "best_adapter"
         if self.adapter.exists():
             shutil.rmtree(self.adapter)
         shutil.copytree(self.adapter_of(self.winner), self.adapter)
 
     def adapter_of(self, record: TrialRecord) -> Path:
-        """Where a trial's adapter lies. With confirmation it is the first fresh seed's: nothing chose that one for its
-        score."""
+        """Where a trial's adapter lies. With confirmation it is the first fresh seed's (or fold's): nothing chose that
+        one for its score."""
         trial = self.directory / "trials" / f"{record.number:04d}"
         return (trial / "confirm-1" if record.number in self.confirmations else trial) / "final_model"
 
-    def save(self, extra: dict[str, Any]) -> Path:
-        """Write study.json: all of this, and `extra` (settings, data, versions)."""
+    def save(self, plan: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+        """Write study.json: all of this, and the study's plan. Returns it."""
+        often = "once" if self.tested < 2 else f"{self.tested} times, as the study went on after it had been scored,"
+        content = clean(
+            {
+                "name": self.name,
+                "state": self.state,
+                "ended_by": self.ended_by,
+                "metric": self.metric,
+                "mode": self.goals[0][1],
+                "goals": self.goals,
+                "winner": self.winner.number if self.winner else None,
+                "adapter": self.adapter,
+                "test": self.tests,
+                "test_note": f"scored {often} after the search, for the winner and the guide's defaults only",
+                "predictions": self.predictions,
+                "front": [r.number for r in front(self.records, self.goals)] if len(self.goals) > 1 else [],
+                "confirmations": self.confirmations,
+                "seconds": self.seconds,
+                "share_training_and_evaluation": self.busy_share,
+                "device_seconds": sum(r.device_seconds for r in self.records),
+                "lanes": self.lanes,
+                "layout": layout,
+                "notes": self.notes,
+                "trials": [dataclasses.asdict(r) | {"overhead_s": r.overhead_s} for r in self.records],
+                **plan,
+            }
+        )
         path = self.directory / "study.json"
-        content = {
-            "name": self.name,
-            "state": self.state,
-            "metric": self.metric,
-            "winner": self.winner.number if self.winner else None,
-            "adapter": str(self.adapter) if self.adapter else None,
-            "test": self.tests,
-            "confirmations": self.confirmations,
-            "test_note": "scored once, after the search, for the winner and the guide's defaults only",
-            "seconds": self.seconds,
-            "share_training_and_evaluation": self.busy_share,
-            "lanes": self.lanes,
-            "notes": self.notes,
-            "trials": [dataclasses.asdict(r) | {"overhead_s": r.overhead_s} for r in self.records],
-            **extra,
-        }
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(clean(content), indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
         partial.replace(path)
-        return path
+        return content
 
 
 def clean(value: Any) -> Any:
@@ -219,6 +359,11 @@ def number_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def score_text(value: float) -> str:
+    """A score or cost in a table."""
+    return "-" if not math.isfinite(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def with_interval(score: dict[str, Any]) -> str:
     """A test score and its 95 % interval."""
     if score["value"] is None or not math.isfinite(score["value"]):
@@ -237,7 +382,7 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
     console = Console()
     width = console.width if console.is_terminal else 160
     console = Console(width=width, soft_wrap=False)
-    best = ranked(outcome.records, outcome.metric)
+    best = outcome.best()
     shown = best[:most]
     guide = next((r for r in outcome.records if r.number == 0), None)
     if guide and guide not in shown:
@@ -245,8 +390,8 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
     ended = {state: sum(r.state == state for r in outcome.records) for state in END_STATES}
     counts = ", ".join(f"{count} {state.lower()}" for state, count in ended.items() if count)
     names = list(dict.fromkeys(name for r in outcome.records for name in r.searched))
-    scores = [outcome.metric] + [m for m in ("macro_f1", "auroc", "loss") if m != outcome.metric]
-    scores = [m for m in scores if any(m in r.metrics for r in outcome.records)]
+    scores = list(dict.fromkeys([*(name for name, _ in outcome.goals), "macro_f1", "auroc", "loss"]))
+    scores = [m for m in scores if any(math.isfinite(r.value(m)) for r in outcome.records)]
     table = Table(title=f"Study {outcome.name}: {counts}. Validation scores, best first by {outcome.metric}")
     table.add_column("trial", justify="right")
     for name in (*names, *scores, "train s", "state"):
@@ -254,21 +399,24 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
     for record in shown:
         label = f"{record.number}" + (" (guide)" if record.number == 0 else "")
         cells = [number_text(record.searched[name]) if name in record.searched else "-" for name in names]
-        cells += [f"{record.metrics[m]:.3f}" if m in record.metrics else "-" for m in scores]
+        cells += [score_text(record.value(m)) for m in scores]
         table.add_row(label, *cells, f"{record.seconds.get('train', 0):.1f}", record.state.lower())
     if shown:
         console.print(table)
+        if len(outcome.goals) > 1:
+            numbers = ", ".join(str(r.number) for r in front(outcome.records, outcome.goals))
+            print(f"Pareto front of {', '.join(f'{name} ({mode})' for name, mode in outcome.goals)}: trials {numbers}")
         if len(best) > most:
             print(f"(the best {most} of {len(best)}; all of them are in study.json and MLflow)")
     if len(best) > 1:
-        low, high = sorted((best[0].metrics[outcome.metric], best[-1].metrics[outcome.metric]))
+        low, high = (f(r.value(outcome.metric) for r in best) for f in (min, max))
         print(f"Spread of {outcome.metric} over the completed trials: {low:.3f} to {high:.3f}")
     for error, count in failures(outcome.records).items():
         print(f"{count} failed: {error}")
     for number, values in outcome.confirmations.items():
         label = f"trial {number}" + (" (guide)" if number == 0 else "")
         spread = f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-        print(f"Confirmed over {len(values)} fresh seeds: {label}: validation {outcome.metric} {spread}")
+        print(f"Confirmed {len(values)} times: {label}: validation {outcome.metric} {spread}")
     if outcome.tests:
         table = Table(title="Test scores (95 % bootstrap interval), computed once, after the search")
         table.add_column("metric")
@@ -281,6 +429,8 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
         console.print(table)
         if "difference" in outcome.tests:
             print(verdict(outcome.tests["difference"][outcome.metric], outcome.metric))
+    if outcome.ended_by:
+        print(f"Ended because {outcome.ended_by}.")
     for note in outcome.notes:
         print(f"Note: {note}")
     print(
@@ -294,6 +444,9 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
     if outcome.adapter:
         print(f"Use it         python -m train_fn.predict --adapter {outcome.adapter} IMAGE_OR_FOLDER")
         print(f"Merge it       python -m train_fn.predict --adapter {outcome.adapter} --merge-into NEW_FOLDER")
+    run = f"python tune/run.py --results {outcome.directory.parent} --resume {outcome.name}"
+    unfinished = any(record.state == "INTERRUPTED" for record in outcome.records) or outcome.interrupted
+    print(f"Go on          {run}" if unfinished else f"Extend it      {run} --trials {len(outcome.records) + 10}")
     if not outcome.winner and not outcome.interrupted:
         print("No trial completed, so there is no winner. The first error is above; all are in study.json.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ STARTED = time.perf_counter()
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
 
-from tune.settings import SettingsError, parse  # noqa: E402
+from tune.settings import SettingsError, parse, study_directory  # noqa: E402
 
 
 def say(text: str) -> None:
@@ -21,12 +22,25 @@ def say(text: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Run a study. Returns the exit code: 0 a winner, 1 no trial completed, 2 bad input, 130 interrupted."""
+    # Ended by a scheduler or a spot notice is ended like by Ctrl-C: what is finished is kept, every run is closed.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         settings = parse(argv)
         from tune.results import print_summary
-        from tune.study import prepare, run
 
-        study = prepare(settings, say)
+        if settings.command.show:
+            from tune.study import show
+
+            print_summary(show(study_directory(settings.command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
+            return 0
+        from tune.prepare import prepare, resume
+        from tune.study import run
+
+        if settings.command.replay:
+            from tune.replay import replay
+
+            return replay(resume(settings), settings.command.trial, say)
+        study = resume(settings) if settings.command.resume else prepare(settings, say)
         outcome = run(study, say, STARTED)
     except SettingsError as error:
         print("The study cannot start:", file=sys.stderr)

@@ -1,41 +1,93 @@
-"""The search itself: Ray Tune around Optuna, each trial a `QueuedTrial`."""
+"""The search itself: Ray Tune around Optuna, each trial a `QueuedTrial`; and how a search goes on after a kill."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 import ray.tune
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from train_fn.metrics import MODES
+from tune.journal import Event, read_events
 from tune.lane import QueuedTrial
-from tune.settings import load_space
-from tune.study import Layout, Study, make_space
+from tune.prepare import Study
+from tune.progress import StudyLog
+from tune.results import TrialRecord, fold
+from tune.settings import load_space, read_points, searched_settings, study_directory
+from tune.study import Layout
+
+PRIOR = "from_study"  # user attribute of Optuna trials that another study has run (--warm-start)
 
 
 class DiskSearch(OptunaSearch):
-    """OptunaSearch whose state is its study on disk, and that tells Optuna which trials were stopped early.
+    """OptunaSearch whose state is its study on disk, that tells Optuna which trials were stopped early, and that hands
+    out the unfinished trials of a killed session first.
 
-    OptunaSearch itself would tell them as complete with the value they had, and TPE would take that for the value at
-    full length.
+    OptunaSearch itself would tell stopped trials as complete with the value they had, and TPE would take that for the
+    value at full length.
     """
+
+    def __init__(self, known_epochs: dict[int, int], **options: Any) -> None:
+        super().__init__(**options)
+        self._known_epochs = known_epochs
+        self.unfinished: list[optuna.Trial] = []
+        self.num_prior = 0
+        """Trials in Optuna's study that another study has run."""
+
+    @property
+    def optuna_study(self) -> optuna.Study:
+        """The study on disk."""
+        assert self._ot_study is not None
+        return self._ot_study
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it for a restore that nobody here asks for
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()  # Tune moves the file that it asks for
+
+    def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]
+        if self.unfinished:
+            # Optuna gives a running trial the values that it already has, and samples those that are missing.
+            self._ot_trials[trial_id] = self.unfinished.pop(0)
+        elif isinstance(self._sampler, GridSampler) and self._sampler.exhausted:
+            return Searcher.FINISHED
+        config = super().suggest(trial_id)
+        assert config is not None
+        return {**config, "known_epochs": self._known_epochs.get(config["number"], 0)}
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        if not isinstance(self.metric, list):
+            self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error or not result or result.get("finished"):
             super().on_trial_complete(trial_id, result, error)
         else:
-            assert self._ot_study is not None
             # Tune tells the result that it stopped a trial for here only, not by `on_trial_result`.
-            self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
-            self._ot_study.tell(self._ot_trials[trial_id], state=optuna.trial.TrialState.PRUNED)
+            if not isinstance(self.metric, list):
+                self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
+            self.optuna_study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
             self._completed_trials.add(trial_id)
+
+
+class GridSampler(optuna.samplers.BruteForceSampler):
+    """Every point once, in random order, also of a space with conditions; `settings.Pinned` makes ranges discrete."""
+
+    exhausted = False
+
+    def after_trial(self, *told: Any) -> None:
+        try:
+            super().after_trial(*told)
+        except RuntimeError:  # it calls Study.stop, which only a study that runs its own objective knows
+            self.exhausted = True
 
 
 def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
@@ -51,33 +103,177 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
             "gp": samplers.GPSampler,
             "cmaes": samplers.CmaEsSampler,
             "qmc": samplers.QMCSampler,
+            "nsga2": samplers.NSGAIISampler,
+            "grid": GridSampler,
         }
         return kinds[name](seed=seed)
 
 
-def make_search(study: Study) -> DiskSearch:
-    """Optuna behind Tune: the guide's defaults first, the study in optuna.db."""
+def open_search(study: Study, log: StudyLog) -> DiskSearch:
+    """Optuna behind Tune, in optuna.db: a new study with its first points, or one that goes on, made to agree with the
+    journal."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    _, guide = load_space(study.settings.study.space)
-    pinned = study.settings.pinned
-    return DiskSearch(
-        space=make_space(study),
-        metric=study.metric,
-        mode=MODES[study.metric],
-        points_to_evaluate=[{name: value for name, value in guide.items() if name not in pinned}],
-        sampler=make_sampler(study.settings.study.sampler, study.settings.study.study_seed),
+    settings = study.settings.study
+    space, guide = load_space(settings.space)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{study.directory / 'optuna.db'}")
+    known = {number: len(record.epochs) for number, record in log.records.items()}
+    begun = study.name in optuna.get_all_study_names(storage)
+    past = len(optuna.load_study(study_name=study.name, storage=storage).trials) if begun else 0
+    names, modes = (list(part) for part in zip(*study.goals, strict=True))
+    several = len(names) > 1
+
+    def point(trial: Any) -> dict[str, Any]:
+        number = trial.number - searcher.num_prior
+        chosen, decided = searched_settings(study.settings, space, Numbered(trial, number))
+        return {"number": number, "settings": chosen, "chosen": decided}
+
+    searcher = DiskSearch(
+        known,
+        space=point,
+        metric=names if several else names[0],
+        mode=modes if several else modes[0],
+        # A sampler that began again with the same seed would draw the same points again.
+        sampler=make_sampler(settings.sampler, settings.study_seed + past),
         study_name=study.name,
-        storage=optuna.storages.RDBStorage(f"sqlite:///{study.directory / 'optuna.db'}"),
+        storage=storage,
     )
+    if not begun:
+        if settings.warm_start:
+            log.say(warm_start(study, searcher.optuna_study))
+        for first in [guide, *(read_points(settings.first_points) if settings.first_points else [])]:
+            values = {name: value for name, value in first.items() if name not in study.settings.pinned}
+            searcher.optuna_study.enqueue_trial(values)
+    searcher.num_prior = sum(PRIOR in trial.user_attrs for trial in searcher.optuna_study.trials)
+    agree(searcher, log)
+    return searcher
+
+
+class Numbered:
+    """An Optuna trial under its number in this study."""
+
+    def __init__(self, trial: Any, number: int) -> None:
+        self._trial = trial
+        self.number = number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trial, name)
+
+
+def warm_start(study: Study, optuna_study: optuna.Study) -> str:
+    """Tell Optuna the completed trials of another study that fit this one's space, with their value of this study's
+    goals. Returns a sentence on how many they were."""
+    other = study_directory(study.settings.study.warm_start, study.settings.study.results)
+    assert other
+    space, _ = load_space(study.settings.study.space)
+    records = fold(read_events(other / "journal.jsonl"))
+    storage = f"sqlite:///{other / 'optuna.db'}"
+    trials = optuna.load_study(study_name=other.resolve().name, storage=storage).trials
+    num_prior = sum(PRIOR in trial.user_attrs for trial in trials)
+    taken = 0
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and PRIOR not in trial.user_attrs]
+    for trial in complete:
+        record = records[trial.number - num_prior]
+        values = [record.value(name) for name, _ in study.goals]
+        if any(value != value for value in values) or not fits(study, space, trial):
+            continue
+        optuna_study.add_trial(
+            optuna.trial.create_trial(
+                params=trial.params,
+                distributions=trial.distributions,
+                values=values,
+                user_attrs={PRIOR: other.name},
+            )
+        )
+        taken += 1
+    return f"Warm start: {taken} of the {len(complete)} completed trials of {other.name} fit the space"
+
+
+def fits(study: Study, space: Any, trial: FrozenTrial) -> bool:
+    """Whether this study's space, asked with a trial's values, asks for just these, from the same ranges."""
+    fixed = optuna.trial.FixedTrial(trial.params)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a value outside its range only warns
+            searched_settings(study.settings, space, fixed)
+    except (ValueError, UserWarning):
+        return False
+    return fixed.distributions == trial.distributions
+
+
+def agree(search: DiskSearch, log: StudyLog) -> None:
+    """After a kill, let Optuna and the journal tell the same of every trial, and note which are unfinished."""
+    study, records = search.optuna_study, log.records
+    ends = {TrialState.PRUNED: "STOPPED", TrialState.FAIL: "FAILED", TrialState.COMPLETE: "COMPLETE"}
+    for trial in study.trials[search.num_prior :]:
+        record = records.get(trial.number - search.num_prior)
+        open_here = record is None or record.state in ("RUNNING", "INTERRUPTED")
+        if trial.state in ends and record is not None and open_here:
+            lost = "the study was killed before the error was written down" if trial.state == TrialState.FAIL else ""
+            log.end(record.number, ends[trial.state], lost)
+        elif trial.state == TrialState.RUNNING and record is not None and record.finished and open_here:
+            log.end(record.number, "COMPLETE")
+        if trial.state == TrialState.RUNNING:
+            live = optuna.Trial(study, trial._trial_id)
+            if record is None or record.state in ("RUNNING", "INTERRUPTED"):
+                search.unfinished.append(live)
+            else:
+                tell(search, live, record)
+
+
+def tell(search: DiskSearch, trial: optuna.Trial, record: TrialRecord) -> None:
+    """Tell Optuna a trial's end from its record."""
+    names = search.metric if isinstance(search.metric, list) else [search.metric]
+    if record.state == "COMPLETE":
+        search.optuna_study.tell(trial, [record.value(name) for name in names])
+    else:
+        state = TrialState.PRUNED if record.state == "STOPPED" else TrialState.FAIL
+        search.optuna_study.tell(trial, state=state)
+
+
+# ------------------------------------------------------------------------------------------------ early stopping
+
+
+@dataclass(frozen=True)
+class Known:
+    """A trial as a scheduler knows it: by its number, under which a later session finds it again."""
+
+    trial_id: str
 
 
 class SparingGuide:
     """Mixed into a scheduler: it hears of the guide's trial like of any other, but lets it run to its end, for its
     test score is what the winner's is compared with."""
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, Known(str(trial.config["number"])))  # type: ignore[misc]
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
-        return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision
+        return self.decide(trial.config["number"], result, tune_controller)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+        super().on_trial_complete(tune_controller, Known(str(trial.config["number"])), result)  # type: ignore[misc]
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_remove(tune_controller, Known(str(trial.config["number"])))  # type: ignore[misc]
+
+    def decide(self, number: int, result: dict, tune_controller: Any = None) -> str:
+        """What becomes of a trial after a result."""
+        decision = super().on_trial_result(tune_controller, Known(str(number)), result)  # type: ignore[misc]
+        return TrialScheduler.CONTINUE if number == 0 else decision
+
+    def replay(self, events: Sequence[Event]) -> set[int]:
+        """Hear again what a journal tells; the trials that the last result of each would stop."""
+        stopped: set[int] = set()
+        known: set[int] = set()
+        for event in events:
+            number = event.get("number", -1)
+            if event["event"] == "started" and number not in known:
+                known.add(number)
+                super().on_trial_add(None, Known(str(number)))  # type: ignore[misc]
+            elif event["event"] == "report":
+                decision = self.decide(number, {**event["metrics"], "epoch": event["epoch"]})
+                (stopped.discard if decision == TrialScheduler.CONTINUE else stopped.add)(number)
+        return stopped
 
 
 class SparingASHA(SparingGuide, AsyncHyperBandScheduler):
@@ -88,18 +284,51 @@ class SparingMedian(SparingGuide, MedianStoppingRule):
     """The median rule."""
 
 
-def make_scheduler(name: str, grace_period: int) -> TrialScheduler | None:
-    """Tune's scheduler of that name, with epochs as the measure of effort."""
+def make_scheduler(study: Study) -> SparingASHA | SparingMedian | None:
+    """The study's scheduler, with epochs as the measure of effort; none with several goals, for which no trial can be
+    called hopeless by one of them."""
+    name, grace_period = study.settings.study.scheduler, study.settings.study.grace_period
+    metric, mode = study.goals[0]
+    goal: dict[str, Any] = {"time_attr": "epoch", "metric": metric, "mode": mode, "grace_period": grace_period}
+    if len(study.goals) > 1 or name == "none":
+        return None
     if name == "asha":
         # No upper end: a trial's own last epoch ends it, which the space may choose.
-        return SparingASHA(time_attr="epoch", max_t=10**6, grace_period=grace_period, reduction_factor=3)
-    if name == "median":
-        return SparingMedian(time_attr="epoch", grace_period=grace_period, min_samples_required=3)
-    return None
+        return SparingASHA(max_t=10**6, reduction_factor=3, **goal)
+    return SparingMedian(min_samples_required=3, **goal)
 
 
-def search(study: Study, layout: Layout, dispatcher: Any, log: ray.tune.Callback) -> None:
-    """Run all trials; `log` hears of each. A failed trial does not end the study."""
+class Budget(ray.tune.Stopper):
+    """Ends the search, with all that runs, when a budget of the study is used up."""
+
+    def __init__(self, log: StudyLog) -> None:
+        self.log = log
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it for a restore that nobody here asks for
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.log.spent()
+
+
+def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None:
+    """Run the trials that are left; `log` hears of each. A failed trial does not end the study."""
+    searcher = open_search(study, log)
+    scheduler = make_scheduler(study)
+    if scheduler is not None:
+        doomed = scheduler.replay(study.journal.events)
+        for trial in list(searcher.unfinished):  # the kill came before the verdict
+            number = trial.number - searcher.num_prior
+            if number in doomed:
+                searcher.unfinished.remove(trial)
+                log.end(number, "STOPPED")
+                tell(searcher, trial, log.records[number])
+    left = study.settings.study.trials - sum(r.state in ("COMPLETE", "STOPPED", "FAILED") for r in log.records.values())
+    if left <= 0 or log.spent():
+        return
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(QueuedTrial, dispatcher=dispatcher, trials=str(study.directory / "trials")),
         {"node:__internal_head__": 0.001},  # it only waits: no CPU of a worker, no place on a GPU node
@@ -107,19 +336,18 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: ray.tune.Callback
     ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            metric=study.metric,
-            mode=MODES[study.metric],
-            num_samples=study.settings.study.trials,
+            num_samples=left,
             max_concurrent_trials=layout.lanes,
             reuse_actors=True,
-            search_alg=make_search(study),
-            scheduler=make_scheduler(study.settings.study.scheduler, study.settings.study.grace_period),
+            search_alg=searcher,
+            scheduler=scheduler,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
         ),
         run_config=ray.tune.RunConfig(
             storage_path=str(study.directory / "ray"),
-            name="tune",
+            name=f"tune-{len([e for e in study.journal.events if e['event'] == 'session'])}",
             verbose=1 if study.settings.study.verbose else 0,
             callbacks=[log],
+            stop=Budget(log),
         ),
     ).fit()

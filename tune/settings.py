@@ -25,7 +25,12 @@ from train_fn.metrics import MODES
 from train_fn.settings import DTYPES, ModelSettings, TrialSettings
 
 SCHEDULERS = ("asha", "median", "none")
-SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc")
+SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
+COSTS = {"trainable_params": "min", "train_s": "min"}  # goals beside the metrics: what a trial costs
+# What may change when a study goes on: how it is run and shown, and these, upwards only.
+FREE = ("results", "lanes", "device", "verbose", "report_to", "stop_when", "confirm", "confirm_seeds", "folds",
+        "require", "register")  # fmt: skip
+BUDGETS = ("trials", "time_budget", "gpu_hours", "max_failures")
 REPORT_TO = ("mlflow", "tensorboard", "wandb")
 
 
@@ -69,6 +74,15 @@ class StudySettings:
 
     trials: int = 20
     """Trials to run. The first is always the guide's own settings."""
+    time_budget: str = ""
+    """Wall time after which no trial goes on, such as 90m, 2h or 30s: those that run then can be resumed."""
+    gpu_hours: float = 0.0
+    """Hours of GPU time (of CPU workers where there is none), summed over all trials, after which none goes on. 0: no
+    limit."""
+    max_failures: int = 0
+    """Failed trials at which the study ends. 0: no limit."""
+    stop_when: str = ""
+    """Ends the search when a completed trial reaches this validation score, such as auroc>=0.9."""
     space: str = "lora"
     """Search space: a module of search_spaces/ or a Python file with `space(trial)` and `GUIDE`."""
     scheduler: str = "asha"
@@ -81,10 +95,20 @@ class StudySettings:
     winner by the mean. 0: the best single score wins."""
     confirm_seeds: int = 3
     """Seeds of the confirmation."""
+    folds: int = 0
+    """Confirm over this many folds of training and validation images instead of seeds (near-copies stay together)."""
+    require: tuple[str, ...] = ()
+    """Rules that the winner must keep on validation, such as sensitivity>=0.9; several with commas."""
     sampler: str = "tpe"
-    """How points are chosen: tpe, random, gp, cmaes, or qmc."""
-    metric: str = ""
-    """Validation metric to tune on. Not given: auroc, or loss where there is no small closed set of answers."""
+    """How points are chosen: tpe, random, gp, cmaes, qmc, grid (ranges at four points each), or nsga2."""
+    first_points: str = ""
+    """JSON list of points to try right after the guide's: objects of the names that the space asks for."""
+    warm_start: str = ""
+    """A study (name or folder) whose completed trials the sampler starts from, as far as they fit the space."""
+    metric: tuple[str, ...] = ()
+    """Validation metric to tune on. Not given: auroc, or loss where there is no small closed set of answers. Several
+    with commas give a Pareto front, the first decides in the end; trainable_params and train_s are goals too. A minus
+    before a name: less is better. With several goals every trial runs to its end."""
     workers_per_trial: int = 1
     """Worker processes (one GPU each, or CPU cores) that train one trial together under ZeRO."""
     lanes: int = 0
@@ -99,14 +123,32 @@ class StudySettings:
     name: str = ""
     """Name of the study. Not given: date and time."""
     experiment: str = "vlm-tune"
-    """MLflow experiment. The store is MLFLOW_TRACKING_URI, or mlflow.db in the working folder."""
+    """MLflow experiment."""
+    mlflow_uri: str = ""
+    """MLflow's store or server. Not given: MLFLOW_TRACKING_URI, or mlflow.db in the working folder."""
+    register: str = ""
+    """Register the winner as a version of the MLflow model of this name."""
     report_to: tuple[str, ...] = ("mlflow",)
     """Where to record: mlflow, tensorboard (event files in each trial's runs/), wandb; several with commas."""
     verbose: bool = False
     """Show what Ray and the workers print."""
 
 
-GROUPS: tuple[type, ...] = (StudySettings, ModelSettings, DataSettings, TrialSettings)
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What to do with a study that exists (its name, or its folder)."""
+
+    resume: str = ""
+    """Go on with this study after a kill, or with a larger --trials or other budget. Its settings stay."""
+    show: str = ""
+    """Print the table and the paths of this study, also while it runs."""
+    replay: str = ""
+    """Train one trial of this study again (--trial) and compare its metrics."""
+    trial: int = 0
+    """Number of the trial to --replay."""
+
+
+GROUPS: tuple[type, ...] = (StudySettings, ModelSettings, DataSettings, TrialSettings, Command)
 
 
 @dataclass(frozen=True)
@@ -117,7 +159,13 @@ class Settings:
     model: ModelSettings
     data: DataSettings
     trial: TrialSettings
+    command: Command
     pinned: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `stored_values` reads back."""
+        parts = ("study", "model", "data", "trial")
+        return {part: dataclasses.asdict(getattr(self, part)) for part in parts} | {"pinned": self.pinned}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -206,16 +254,89 @@ def parse(argv: Sequence[str]) -> Settings:
         except ValueError:
             what = {int: "a whole number", float: "a number"}.get(kind, "a number")
             problems.append(f"`{flag(name)}` must be {what}, but got {text!r}: for example {show(field.default)}")
+    pinned = tuple(field.name for field in dataclasses.fields(TrialSettings) if field.name in values)
+    commands = [name for name in ("resume", "show", "replay") if values.get(name)]
+    if len(commands) > 1:
+        problems.append(f"one thing at a time, but got {' and '.join(map(flag, commands))}: keep one")
+    elif commands:
+        found = study_directory(values[commands[0]], values.get("results", "results"))
+        if found is None:
+            problems.append(
+                f"`{flag(commands[0])}` must name a study, but got {values[commands[0]]!r}: give its name (and "
+                f"--results) or its folder, in which plan.json lies"
+            )
+        elif commands != ["show"]:
+            values, pinned, changed = resumed_values(values, found)
+            problems += changed
     groups = [
         group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
         for group in GROUPS
     ]
-    pinned = tuple(field.name for field in dataclasses.fields(TrialSettings) if field.name in values)
     settings = Settings(*groups, pinned)  # type: ignore[call-arg, arg-type]  # in the order of GROUPS
-    problems += check(settings)
+    problems += [] if problems and commands else check(settings)
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def study_directory(name: str, results: str) -> Path | None:
+    """The folder of a study that was begun, by its name under `results` or by its path."""
+    return next((folder for folder in (Path(results) / name, Path(name)) if (folder / "plan.json").is_file()), None)
+
+
+def resumed_values(given: dict[str, Any], directory: Path) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
+    """The stored settings of a study with those of the command line over them, which of them are pinned, and a problem
+    for every one that must not change."""
+    stored = json.loads((directory / "plan.json").read_text(encoding="utf-8"))["settings"]
+    values = {name: value for part in ("study", "model", "data", "trial") for name, value in stored[part].items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values["results"] = str(directory.parent)
+    problems = []
+    for name, value in given.items():
+        if name in BUDGETS:
+            try:
+                old, new = (seconds(v) if name == "time_budget" else v for v in (values[name], value))
+            except (ValueError, KeyError):
+                continue  # `check` tells of it
+            if (old and new and new < old) or (old == 0 and new and name != "trials"):
+                limit = values[name] or "none"
+                problems.append(f"`{flag(name)}` must not fall when a study goes on, but {limit} became {value}")
+        elif name not in FREE and name in values and values[name] != value:
+            problems.append(
+                f"`{flag(name)}` must stay what the study was begun with, {show(values[name])!r}, but got "
+                f"{show(value)!r}: leave it out, or begin a new study"
+            )
+    return values | given, tuple(stored["pinned"]), problems
+
+
+def seconds(text: str) -> float:
+    """A duration such as 30s, 90m or 2h in seconds; empty: 0. Raises ValueError."""
+    if not text:
+        return 0.0
+    return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]] if text[-1] in "smh" else float(text)
+
+
+def comparison(text: str) -> tuple[str, str, float]:
+    """A rule such as sensitivity>=0.9 as (metric, ">=" or "<=", value). Raises ValueError."""
+    found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*(\S+)\s*", text)
+    if not found or found[1] not in MODES:
+        raise ValueError(f"must be METRIC>=X or METRIC<=X with one of {', '.join(MODES)}")
+    return found[1], found[2], float(found[3])
+
+
+def holds(rule: tuple[str, str, float], metrics: dict[str, float]) -> bool:
+    """Whether metrics keep a `comparison`."""
+    name, sign, value = rule
+    found = metrics.get(name, float("nan"))
+    return found >= value if sign == ">=" else found <= value
+
+
+def goal(text: str) -> tuple[str, str]:
+    """A --metric such as auroc or -trainable_params as its name and "max" or "min". Raises ValueError."""
+    name = text.removeprefix("-")
+    if name not in MODES and name not in COSTS:
+        raise ValueError(f"must be one of {', '.join([*MODES, *COSTS])}")
+    return name, "min" if text.startswith("-") else {**MODES, **COSTS}[name]
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -224,21 +345,50 @@ def parse(argv: Sequence[str]) -> Settings:
 def check(settings: Settings) -> list[str]:
     """Every broken rule that can be told without reading data, GPUs or the model's weights."""
     study, data, model = settings.study, settings.data, settings.model
+    goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and is not needed again
     found: list[str] = []
 
     def rule(name: str, value: Any, holds: bool, text: str, fix: str) -> None:
         if not holds:
             found.append(f"`{flag(name)}` {text}, but got {value!r}: {fix}")
 
-    for name, least in (("confirm", 0), ("confirm_seeds", 1), ("trials", 1), ("workers_per_trial", 1), ("lanes", 0)):
+    at_least = {
+        "confirm": 0,
+        "confirm_seeds": 1,
+        "trials": 1,
+        "workers_per_trial": 1,
+        "lanes": 0,
+        "max_failures": 0,
+    }
+    for name, least in at_least.items():
         value = getattr(study, name)
         rule(name, value, value >= least, f"must be at least {least}", "give a larger whole number")
     schedulers, samplers = ", ".join(SCHEDULERS), ", ".join(SAMPLERS)
     rule("scheduler", study.scheduler, study.scheduler in SCHEDULERS, "must be known", f"choose from {schedulers}")
     rule("sampler", study.sampler, study.sampler in SAMPLERS, "must be known", f"choose from {samplers}")
     rule("grace_period", study.grace_period, study.grace_period >= 1, "must be at least 1", "1 is the default")
-    metrics = ", ".join(MODES)
-    rule("metric", study.metric, study.metric in ("", *MODES), "must be a known metric", f"choose from {metrics}")
+    rule("folds", study.folds, study.folds == 0 or study.folds >= 2, "must be at least 2", "0 confirms over seeds")
+    rule("folds", study.folds, not study.folds or study.confirm > 0, "needs --confirm", "add --confirm 3")
+    rule("gpu_hours", study.gpu_hours, 0 <= study.gpu_hours < float("inf"), "must not be negative", "0: no limit")
+    readers: list[tuple[str, Callable[[str], Any], tuple[str, ...]]] = [
+        ("metric", goal, study.metric),
+        ("require", comparison, study.require),
+        ("stop_when", comparison, (study.stop_when,) if study.stop_when else ()),
+        ("time_budget", seconds, (study.time_budget,)),
+    ]
+    for name, read, texts in readers:
+        for text in texts:
+            try:
+                read(text)
+            except (ValueError, KeyError) as error:
+                why = "must be a number with s, m or h, such as 90m" if name == "time_budget" else error
+                found.append(f"`{flag(name)}` {why}, but got {text!r}: see --help")
+    several = len(study.metric) > 1
+    rule(
+        "sampler", study.sampler, not (several and study.sampler == "cmaes"), "knows one goal only", "take tpe or nsga2"
+    )
+    if study.warm_start and study_directory(study.warm_start, study.results) is None:
+        found.append(f"`--warm-start` must name a study, but got {study.warm_start!r}: give its name or its folder")
     for name in study.report_to:
         rule("report_to", name, name in REPORT_TO, "must be a known place", f"choose from {', '.join(REPORT_TO)}")
     if "wandb" in study.report_to and importlib.util.find_spec("wandb") is None:
@@ -279,9 +429,9 @@ def check(settings: Settings) -> list[str]:
             rule(name, value, not value, "goes with --data", "give --data MANIFEST, or leave it out")
     for name in ("data", "val_data", "test_data"):
         value = getattr(data, name)
-        if value and not (name == "data" and value == "phantoms"):
+        if value and not (name == "data" and value == "phantoms") and not goes_on:
             rule(name, value, Path(value).is_file(), "must be an existing manifest", "check the path")
-    if data.image_root:
+    if data.image_root and not goes_on:
         rule("image_root", data.image_root, Path(data.image_root).is_dir(), "must be a folder", "check the path")
     if model.model != "nano":
         found += check_model_directory(Path(model.model))
@@ -327,12 +477,30 @@ def load_space(name: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, An
     return module.space, module.GUIDE
 
 
-class Pinned:
-    """An Optuna trial in which some parameters have been decided on the command line: they are not asked for."""
+GRID_POINTS = 4  # of a range, its ends among them
 
-    def __init__(self, trial: Any, values: dict[str, Any]) -> None:
+
+class Pinned:
+    """An Optuna trial in which some parameters have been decided on the command line: they are not asked for. With
+    `grid`, ranges are asked for at a few points only."""
+
+    def __init__(self, trial: Any, values: dict[str, Any], grid: bool = False) -> None:
         self._trial = trial
         self._values = values
+        if grid:
+            self.suggest_float = self._suggest_from_grid(float)
+            self.suggest_int = self._suggest_from_grid(int)
+
+    def _suggest_from_grid(self, kind: type) -> Callable[..., Any]:
+        def suggest(name: str, low: float, high: float, *, log: bool = False, **_: Any) -> Any:
+            if name in self._values:
+                return self._values[name]
+            shares = [step / (GRID_POINTS - 1) for step in range(GRID_POINTS)]
+            points = [low * (high / low) ** share if log else low + (high - low) * share for share in shares]
+            choices = list(dict.fromkeys(float(f"{point:.6g}") if kind is float else round(point) for point in points))
+            return self._trial.suggest_categorical(name, choices)
+
+        return suggest
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._trial, name)
@@ -343,16 +511,18 @@ class Pinned:
         )
 
 
-def searched_settings(settings: Settings, space: Callable[[Any], dict[str, Any]], trial: Any) -> dict[str, Any]:
-    """The trial settings of one point of the space, over those of the command line. Raises ValueError for an unknown
-    name or one that was pinned but that the space computes from others."""
+def searched_settings(
+    settings: Settings, space: Callable[[Any], dict[str, Any]], trial: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """The trial settings of one point of the space, over those of the command line, and the names of those that the
+    space decides. Raises ValueError for an unknown name, or a pinned one that the space computes from others."""
     pinned = {name: getattr(settings.trial, name) for name in settings.pinned}
-    found = space(Pinned(trial, pinned))
+    found = space(Pinned(trial, pinned, grid=settings.study.sampler == "grid"))
     clash = [name for name in pinned if name in found and found[name] != pinned[name]]
     if clash:
         options = ", ".join(map(flag, clash))
         raise ValueError(f"computes {options} from what it searches: leave the option out, or use another space")
-    return dataclasses.asdict(TrialSettings.from_dict(dataclasses.asdict(settings.trial) | found))
+    return dataclasses.asdict(TrialSettings.from_dict(dataclasses.asdict(settings.trial) | found)), sorted(found)
 
 
 class Probe:
@@ -363,22 +533,42 @@ class Probe:
         self._end = end
         self.number = 0
         self.asked: set[str] = set()
+        self.outside: list[str] = []
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         self.asked.add(name)
-        return self._values.get(name, choices[self._end])
+        value = self._values.get(name, choices[self._end])
+        if value not in choices:
+            self.outside.append(f"{name} must be one of {', '.join(map(str, choices))}, but got {value!r}")
+            return choices[self._end]
+        return value
 
     def suggest_float(self, name: str, low: float, high: float, **_: Any) -> float:
         self.asked.add(name)
-        return self._values.get(name, (low, high)[self._end])
+        value = self._values.get(name, (low, high)[self._end])
+        if not isinstance(value, int | float) or not low <= value <= high:
+            self.outside.append(f"{name} must lie between {low:g} and {high:g}, but got {value!r}")
+            return (low, high)[self._end]
+        return value
 
-    def suggest_int(self, name: str, low: int, high: int, **_: Any) -> int:
-        self.asked.add(name)
-        return self._values.get(name, (low, high)[self._end])
+    suggest_int = suggest_float
+
+
+def read_points(path: str) -> list[dict[str, Any]]:
+    """The points of --first-points. Raises ValueError."""
+    try:
+        points = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"must be a readable file, but {path!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"must be a JSON list of objects, but {path!r}: {error}") from error
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        raise ValueError(f"must be a JSON list of objects, but {path!r} holds something else")
+    return points
 
 
 def check_space(settings: Settings) -> list[str]:
-    """Whether the space exists and its first point and both ends of its ranges make settings that can be trained."""
+    """Whether the space exists and its first points and both ends of its ranges make settings that can be trained."""
     where = f"`--space` {settings.study.space!r}"
     try:
         space, guide = load_space(settings.study.space)
@@ -386,16 +576,25 @@ def check_space(settings: Settings) -> list[str]:
         return [f"`--space` {error}"]
     except Exception as error:  # a user's own file: whatever it raises is what they must mend
         return [f"{where} must be importable, but raised {type(error).__name__}: {error}"]
+    points = [(f"{where}: GUIDE", guide, 0), (where, {}, 0), (where, {}, -1)]
+    if settings.study.first_points:
+        try:
+            given = read_points(settings.study.first_points)
+        except ValueError as error:
+            return [f"`--first-points` {error}"]
+        points += [(f"`--first-points` point {number}", point, 0) for number, point in enumerate(given)]
+    grid = dataclasses.replace(settings.study, sampler="tpe")  # a grid's points lie inside the ranges
+    settings = dataclasses.replace(settings, study=grid)
     found: list[str] = []
-    for values, end in ((guide, 0), ({}, 0), ({}, -1)):
+    for name, values, end in points:
         probe = Probe(values, end)
         try:
-            point = searched_settings(settings, space, probe)
+            point, _ = searched_settings(settings, space, probe)
         except Exception as error:
             return [f"{where} {error}" if isinstance(error, ValueError) else f"{where} raised {error!r}: mend it"]
+        found += [f"{name}: {text}: change it" for text in probe.outside]
         if stray := sorted(set(values) - probe.asked - set(settings.pinned)):
-            names = ", ".join(stray)
-            found.append(f"{where}: GUIDE must name what the space asks for, but has {names}: mend its name")
+            found.append(f"{name} must name what the space asks for, but has {', '.join(stray)}: mend its name")
         found += [
             f"{where}: {text}" for text in TrialSettings(**point).problems(max(1, settings.study.workers_per_trial))
         ]

@@ -1,12 +1,8 @@
-"""A study, from checked settings to an outcome: data, Ray, lanes, search, test.
-
-`prepare` finds every problem that needs the data and writes nothing but phantoms; `run` does the rest.
-"""
+"""A study from its data to its outcome: Ray, lanes, search, confirmation, test, report."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import time
@@ -17,114 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.data import DataReport, Splits, make_splits, read_manifest, save_splits, unreadable_images
-from train_fn.metrics import MODES
-from tune.results import Outcome, TrialRecord, difference, make_scorer, ranked, with_intervals
-from tune.settings import Settings, SettingsError, flag, load_space, searched_settings
-from tune.tracking import Tracking, tracking_uri
+from train_fn.data import fold_splits, save_splits
+from tune.prepare import Study
+from tune.provenance import file_hash, versions
+from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, with_intervals
+from tune.settings import Settings, SettingsError
+from tune.tracking import Tracking, target_of
 
-PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
-CONFIRMING = 10**6  # and from here its numbers for training again
-SCORING = 10**9  # the dispatcher's number for the scoring job, beyond any trial's
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study that can start: settings without problems, and its data."""
-
-    settings: Settings
-    name: str
-    directory: Path
-    metric: str
-    positive: str
-    splits: Splits
-    data_report: DataReport
-
-
-# ------------------------------------------------------------------------------------------------ before Ray
-
-
-def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
-    """Read, check and split the data. Raises SettingsError with every problem found."""
-    data = settings.data
-    problems: list[str] = []
-    manifest = Path(data.data)
-    if data.data == "phantoms":
-        from train_fn.phantoms import generate
-
-        say(f"Generating {data.num_phantoms} phantoms (no --data given)")
-        folder = Path(settings.study.results) / f"phantoms-{data.num_phantoms}-{data.split_seed}"
-        manifest = generate(folder, data.num_phantoms, data.split_seed)
-    root = Path(data.image_root) if data.image_root else manifest.parent
-    parts: dict[str, list[dict[str, Any]] | None] = {}
-    for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
-        parts[name] = None
-        if path:
-            parts[name], found = read_manifest(Path(path), root)
-            problems += [f"`{flag(name)}`: {text}" for text in found]
-    if problems:
-        raise SettingsError(problems)
-    images = [entry["image"] for entries in parts.values() for entry in entries or []]
-    say(f"Checking {len(images)} images")
-    problems = unreadable_images(images)
-    if problems:
-        raise SettingsError(problems)
-    say("Looking for near-copies")
-    splits, report, found = make_splits(
-        parts["data"] or [],
-        parts["val_data"],
-        parts["test_data"],
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        seed=data.split_seed,
-        contradictions=data.contradictions,
-    )
-    problems += found
-    problems += check_model_type(settings.model.model)
-    metric = settings.study.metric or ("auroc" if splits.candidates else "loss")
-    positive = data.positive_label or ("Malignant" if "Malignant" in splits.candidates else "")
-    if not splits.candidates and metric != "loss":
-        problems.append(
-            f"`--metric` must be loss for data without a small closed set of answers, but got {metric!r}: leave it out"
-        )
-    elif positive and positive not in splits.candidates:
-        known = ", ".join(splits.candidates) or "none, for lack of a closed set"
-        problems.append(f"`--positive-label` must be an answer of the data ({known}), but got {positive!r}")
-    elif metric in ("sensitivity", "specificity") and not positive:
-        problems.append(f"`--metric` {metric} needs a class: give --positive-label")
-    if settings.model.model != "nano":  # workers may run in another folder
-        absolute = dataclasses.replace(settings.model, model=str(Path(settings.model.model).resolve()))
-        settings = dataclasses.replace(settings, model=absolute)
-    name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
-    directory = Path(settings.study.results).resolve() / name
-    if (directory / "splits.json").exists():
-        problems.append(f"`--name` must be new, but {directory} holds a study: choose another name")
-    if not problems:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problems.append(f"`--results` must be a folder that can be written, but {directory}: {error.strerror}")
-    if problems:
-        raise SettingsError(problems)
-    return Study(settings, name, directory, metric, positive, splits, report)
-
-
-def check_model_type(model: str) -> list[str]:
-    """Whether transformers has an image-text-to-text class for the base."""
-    if model == "nano":
-        return []
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
-
-    kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind in KNOWN or kind in ("hulumed_qwen2", "hulumed_qwen3"):
-        return []
-    return [
-        f"`--model` {model!r} must be an image-text-to-text model that transformers knows, but its model_type is "
-        f"{kind!r}: the known ones are hulumed_qwen2, hulumed_qwen3, {', '.join(sorted(KNOWN))}"
-    ]
-
-
-# ------------------------------------------------------------------------------------------------ with Ray
+CONFIRMING = 10**6  # the dispatcher's numbers for training again begin here
+SCORING = 10**9  # and this is its number for the scoring job
 
 
 @dataclass(frozen=True)
@@ -213,14 +110,15 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     except SettingsError:
         ray.shutdown()
         raise
-    save_splits(study.splits, study.directory / "splits.json")
+    write_plan(study)
     outcome = Outcome(
         name=study.name,
         directory=study.directory,
-        metric=study.metric,
+        goals=study.goals,
+        require=settings.study.require,
         records=[],
         lanes=layout.lanes,
-        tracking_uri=tracking_uri(),
+        tracking_uri=study.plan["tracking_uri"],
     )
     shown = ", ".join(f"{part} {len(getattr(study.splits, part))}" for part in ("train", "validation", "test"))
     say(
@@ -238,20 +136,27 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     return outcome
 
 
-def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:
-    """Start the lanes, run the trials through them, and score the test split on one of them."""
-    from train_fn.worker import LaneJob
-    from tune.lane import Lanes, start_dispatcher
-    from tune.progress import StudyLog
-    from tune.search import search
+def write_plan(study: Study) -> None:
+    """Fix on disk what the study rests on: splits.json, then plan.json, which makes the folder a study."""
+    path = study.directory / "splits.json"
+    if not path.exists():
+        save_splits(study.splits, path)
+        study.plan["splits_hash"] = file_hash(path)
+    partial = study.directory / "plan.partial"
+    partial.write_text(json.dumps(study.plan, indent=1), encoding="utf-8")
+    partial.replace(study.directory / "plan.json")
 
-    settings = study.settings
-    dispatcher = start_dispatcher(layout.lanes)
+
+def start_lanes(study: Study, layout: Layout, dispatcher: Any) -> Any:
+    """The study's lanes, starting up."""
+    from train_fn.worker import LaneJob
+    from tune.lane import Lanes
+
     jobs = [
         LaneJob(
             lane=lane,
             dispatcher=dispatcher,
-            model=settings.model,
+            model=study.settings.model,
             splits=study.splits,
             positive=study.positive,
             num_threads=layout.num_threads,
@@ -259,90 +164,133 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
         for lane in range(layout.lanes)
     ]
     threads = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
-    lanes = Lanes(
+    return Lanes(
         jobs,
         workers_per_trial=layout.workers_per_trial,
         use_gpu=layout.use_gpu,
         cpus_per_worker=1,
-        storage=study.directory / "ray",
+        storage=study.directory / "ray" / time.strftime("%Y%m%d-%H%M%S"),
         runtime_env={"env_vars": threads},
     )
+
+
+def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:
+    """Start the lanes, run the trials through them, and score the test split on one of them."""
+    from tune.lane import start_dispatcher
+    from tune.progress import StudyLog
+    from tune.search import search
+
+    settings, journal = study.settings, study.journal
+    dispatcher = start_dispatcher(layout.lanes, layout.workers_per_trial)
+    lanes = start_lanes(study, layout, dispatcher)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
-    tracking = Tracking(
-        settings.study.report_to,
-        settings.study.experiment,
-        study.name,
-        study.directory,
-        study_params(study, layout),
-        tags,
-    )
+    journal.write("session", params=study_params(study, layout), tags=tags)
+    tracking = Tracking(target_of(study.directory, study.plan), journal.events)
     log = StudyLog(study, dispatcher, tracking, say)
     try:
         search(study, layout, dispatcher, log)
     except KeyboardInterrupt:
-        pass  # told by the trials that did not end
-    except BaseException:
+        outcome.interrupted = True
+    except BaseException as error:
         lanes.over = True
+        log.close()
+        end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
         raise
     outcome.records = log.close()
-    outcome.interrupted = len(outcome.records) < settings.study.trials or any(
-        record.state == "INTERRUPTED" for record in outcome.records
-    )
+    outcome.ended_by = log.ended_by
+    # A Ctrl-C in Tune's own hands ends the search without an exception.
+    outcome.interrupted |= not log.ended_by and len(outcome.records) < settings.study.trials
+    outcome.interrupted |= not log.ended_by and any(record.state == "INTERRUPTED" for record in outcome.records)
+    for event in journal.events:
+        outcome.hear(event)
     if settings.study.confirm and not outcome.interrupted:
         confirm(study, dispatcher, outcome, say)
     outcome.choose_winner()
     if outcome.winner and not outcome.interrupted:
-        say("Scoring the test images, once, with the winner and the guide's defaults")
-        score_test(study, dispatcher, outcome)
+        score_test(study, dispatcher, outcome, say)
     outcome.seconds["wall"] = time.perf_counter() - started
-    outcome.notes += [f"tracking: {error}" for error in dict.fromkeys(tracking.errors)]
-    path = outcome.save(study_facts(study, layout))
-    metrics = {f"test_{who}_{m}": s["value"] for who, found in outcome.tests.items() for m, s in found.items()}
-    if outcome.winner:
-        metrics |= {f"best_{name}": value for name, value in outcome.winner.metrics.items()}
+    content = outcome.save(study.plan, dataclasses.asdict(layout))
+    artifacts = [study.directory / "study.json"]
+    if outcome.records:
+        from tune.report import write_report
+
+        artifacts += write_report(content, study.directory)
     final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
-    told = len(tracking.errors)
-    tracking.study_ended(outcome.state, final, metrics | {"wall_s": outcome.seconds["wall"]}, [path])
-    outcome.notes += [f"tracking: {error}" for error in dict.fromkeys(tracking.errors[told:])]
+    end_of_study(study, outcome, tracking, final, artifacts)
     if not outcome.interrupted:
         lanes.close()
 
 
+def end_of_study(
+    study: Study, outcome: Outcome, tracking: Tracking, tags: dict[str, Any], artifacts: list[Path]
+) -> None:
+    """The last event of a session, and the wait until the stores have been told."""
+    scores = {f"best_{name}": value for name, value in outcome.winner.metrics.items()} if outcome.winner else {}
+    tests = {f"test_{name}": f"{score['value']:.4f}" for name, score in outcome.tests.get("winner", {}).items()}
+    hashes = {name: study.plan[name] for name in ("data_hash", "base_hash")}
+    study.journal.write(
+        "study_ended",
+        state=outcome.state,
+        tags=tags | {"ended_by": outcome.ended_by},
+        metrics=scores | {"wall_s": outcome.seconds.get("wall", 0.0)},
+        num_trials=len(outcome.records),
+        artifacts=artifacts,
+        adapter=outcome.adapter if not outcome.interrupted else None,
+        register=study.settings.study.register,
+        model_tags=hashes | tests | {"base_model": study.settings.model.model, "study": study.name},
+    )
+    tracking.notify()
+    for name, count in tracking.close().items():
+        outcome.notes.append(
+            f"{name} could not be reached: {count} records wait. Deliver them with "
+            f"python -m tune.tracking sync {study.directory}"
+        )
+    outcome.notes += [f"refused by {error}" for error in tracking.errors]
+
+
 def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
-    """Train the best trials and the guide's defaults again over fresh seeds, and note their validation scores.
+    """Train the best trials and the guide's defaults again over fresh seeds, or over folds, and note their validation
+    scores. What an earlier session has done is not done again.
 
     The best of twenty noisy scores is partly luck; seeds that no choice has looked at tell how much.
     """
     import ray
 
     settings = study.settings.study
-    best = ranked(outcome.records, outcome.metric)
+    best = outcome.best()
     chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
-    say(f"Confirming trials {', '.join(str(record.number) for record in chosen)} over {settings.confirm_seeds} seeds")
-    runs = {}
-    for run, (record, seed) in enumerate(
-        (record, seed) for seed in range(1, settings.confirm_seeds + 1) for record in chosen
-    ):
-        output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{seed}"
-        again = record.settings | {"seed": record.settings["seed"] + seed}
-        assignment = {"kind": "train", "settings": again, "output": str(output)}
-        runs[CONFIRMING + run] = record
-        ray.get(dispatcher.submit.remote(CONFIRMING + run, assignment))
-    for done, (number, record) in enumerate(runs.items(), 1):
+    folds = fold_splits(study.splits, settings.folds, study.settings.data.split_seed) if settings.folds else []
+    count = settings.folds or settings.confirm_seeds
+    what = "folds" if folds else "seeds"
+    say(f"Confirming trials {', '.join(str(record.number) for record in chosen)} over {count} {what}")
+    runs: dict[int, tuple[TrialRecord, int]] = {}
+    for run in range(1, count + 1):
+        for record in chosen:
+            if run <= len(outcome.confirmations.get(record.number, [])):
+                continue
+            output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}"
+            again = record.settings | {"seed": record.settings["seed"] + run}
+            assignment: dict[str, Any] = {"kind": "train", "settings": again, "output": str(output)}
+            if folds:
+                assignment["splits"] = folds[run - 1]
+            number = CONFIRMING + len(runs)
+            runs[number] = (record, run)
+            ray.get(dispatcher.submit.remote(number, assignment))
+    for done, (number, (record, run)) in enumerate(runs.items(), 1):
         report: dict[str, Any] = {"done": False}
         while not report.get("done") and "error" not in report:
             report = ray.get(dispatcher.next_report.remote(number))
         if "error" in report:
             outcome.notes.append(f"a confirmation of trial {record.number} failed: {report['error'].splitlines()[0]}")
             continue
-        value = report["metrics"][outcome.metric]
-        outcome.confirmations.setdefault(record.number, []).append(value)
+        value = report["metrics"].get(outcome.metric, record.value(outcome.metric))
+        outcome.hear(study.journal.write("confirmed", number=record.number, run=run, value=value))
         say(f"[{done}/{len(runs)}] trial {record.number} again: {outcome.metric} {value:.3f}")
 
 
-def score_test(study: Study, dispatcher: Any, outcome: Outcome) -> None:
+def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
     """The test scores of the winner and of the guide's defaults (trial 0), if that one completed, and their paired
-    difference."""
+    difference. What was scored already is not scored again."""
     import ray
 
     assert outcome.winner
@@ -350,8 +298,13 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome) -> None:
     guide = next((record for record in outcome.records if record.number == 0), None)
     if guide and guide is not outcome.winner and guide.state == "COMPLETE":
         chosen["guide"] = guide
-    adapters = [str(outcome.adapter_of(record)) for record in chosen.values()]
-    ray.get(dispatcher.submit.remote(SCORING, {"kind": "score", "adapters": adapters}))
+    adapters = {who: str(outcome.adapter_of(record).relative_to(study.directory)) for who, record in chosen.items()}
+    tested = [event["adapters"] for event in study.journal.events if event["event"] == "tested"]
+    if tested[-1:] == [adapters]:
+        return
+    say("Scoring the test images, once, with the winner and the guide's defaults")
+    job = {"kind": "score", "adapters": [str(study.directory / path) for path in adapters.values()]}
+    ray.get(dispatcher.submit.remote(SCORING, job))
     report = ray.get(dispatcher.next_report.remote(SCORING))
     if "error" in report:
         outcome.notes.append(f"the test could not be scored: {report['error'].splitlines()[0]}")
@@ -361,61 +314,65 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome) -> None:
         for (who, record), predicted in zip(chosen.items(), report["predictions"], strict=True)
     }
     everything, clean = np.arange(len(study.splits.test)), np.array(study.data_report.test_clean, dtype=int)
+    tests = {}
     for who, scorer in scorers.items():
-        outcome.tests[who] = with_intervals(scorer, everything)
+        tests[who] = with_intervals(scorer, everything)
         if 0 < len(clean) < len(everything):
-            outcome.tests[f"{who}, clean part"] = with_intervals(scorer, clean)
+            tests[f"{who}, clean part"] = with_intervals(scorer, clean)
     if "guide" in scorers:
-        outcome.tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
+        tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
+    predictions = {
+        who: {"answers": [sample.label for sample in study.splits.test], "probabilities": softmax(found["scores"])}
+        for who, found in zip(chosen, report["predictions"], strict=True)
+        if study.splits.candidates
+    }
+    event = study.journal.write(
+        "tested", tests=tests, predictions=predictions, adapters=adapters, num_trials=len(outcome.records)
+    )
+    outcome.hear(event)
+
+
+def softmax(scores: np.ndarray) -> list[list[float]]:
+    """Probabilities [N, C] from log-likelihoods, rounded for the file."""
+    shifted = np.exp(scores - scores.max(1, keepdims=True))
+    return (shifted / shifted.sum(1, keepdims=True)).round(6).tolist()
+
+
+def show(directory: Path) -> Outcome:
+    """The outcome of a study so far, from its journal; also while it runs."""
+    from tune.journal import StudyLock, read_events
+
+    plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+    events = read_events(directory / "journal.jsonl")
+    records = fold(events)
+    ended = [event for event in events if event["event"] == "study_ended"]
+    outcome = Outcome(
+        name=directory.name,
+        directory=directory,
+        goals=tuple((name, mode) for name, mode in plan["goals"]),
+        require=tuple(plan["settings"]["study"]["require"]),
+        records=[records[number] for number in sorted(records)],
+        tracking_uri=plan["tracking_uri"],
+        ended_by=ended[-1]["tags"]["ended_by"] if ended else "",
+    )
+    for event in events:
+        outcome.hear(event)
+    best = outcome.best()
+    if best and (directory / "best_adapter").exists():
+        outcome.winner, outcome.adapter = best[0], directory / "best_adapter"
+    if not StudyLock(directory).acquire():
+        outcome.notes.append("the study is running")
+    elif not ended or events[-1]["event"] != "study_ended":
+        outcome.notes.append("the study was interrupted")
+    return outcome
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
 
 
-def versions() -> dict[str, str]:
-    """Versions of what every node must agree on."""
-    return {f"version_{name}": importlib.metadata.version(name) for name in PACKAGES}
-
-
 def study_params(study: Study, layout: Layout) -> dict[str, Any]:
-    """The parent run's parameters."""
+    """The parent run's parameters: the search, the base, and what all trials share."""
     counts = {f"num_{part}": len(getattr(study.splits, part)) for part in ("train", "validation", "test")}
-    return dataclasses.asdict(study.settings.study) | dataclasses.asdict(layout) | counts
-
-
-def study_facts(study: Study, layout: Layout) -> dict[str, Any]:
-    """What study.json holds beside the outcome."""
     settings = study.settings
-    return {
-        "settings": {
-            "study": dataclasses.asdict(settings.study),
-            "model": dataclasses.asdict(settings.model),
-            "data": dataclasses.asdict(settings.data),
-            "trial": dataclasses.asdict(settings.trial),
-            "pinned": settings.pinned,
-        },
-        "layout": dataclasses.asdict(layout),
-        "mode": MODES[study.metric],
-        "data_report": dataclasses.asdict(study.data_report),
-        "candidates": study.splits.candidates,
-        "positive_label": study.positive,
-        "class_counts": {part: study.splits.class_counts(part) for part in ("train", "validation", "test")},
-        "versions": versions(),
-    }
-
-
-def make_space(study: Study) -> Callable[[Any], dict[str, Any]]:
-    """The space in the form that OptunaSearch asks: the trial's number and its complete settings."""
-    space, _ = load_space(study.settings.study.space)
-    settings = study.settings
-    return lambda trial: {"number": trial.number, "settings": searched_settings(settings, space, trial)}
-
-
-def searched_values(config: dict[str, Any]) -> dict[str, Any]:
-    """What the search asked for, from a Tune trial's configuration."""
-    return {name: value for name, value in config.items() if name not in ("number", "settings")}
-
-
-def record_of(config: dict[str, Any]) -> TrialRecord:
-    """A fresh record for a Tune trial's configuration."""
-    return TrialRecord(config["number"], searched_values(config), config["settings"])
+    parts = (settings.trial, settings.model, settings.study, layout)
+    return {name: value for part in parts for name, value in dataclasses.asdict(part).items() if value != ""} | counts

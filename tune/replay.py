@@ -1,0 +1,65 @@
+"""One trial of a study again, on a lane of its own, its metrics beside those of the first time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from tune.prepare import Study
+from tune.results import TrialRecord, fold
+from tune.settings import SettingsError
+from tune.study import Layout, start_lanes, start_ray
+
+
+def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
+    """Train a trial again and print both times' metrics. 0: all are identical; 1: they are not, or it failed."""
+    import ray
+
+    from tune.lane import start_dispatcher
+
+    records = fold(study.journal.events)
+    if number not in records or not records[number].epochs:
+        told = ", ".join(str(n) for n, record in records.items() if record.epochs)
+        raise SettingsError([f"`--trial` must be a trial with a result ({told}), but got {number}: choose one of them"])
+    record = records[number]
+    resources = start_ray(study.settings)
+    workers = study.settings.study.workers_per_trial
+    use_gpu = record.device != "cpu"
+    layout = Layout(1, workers, use_gpu, 0 if use_gpu else max(1, int(resources.get("CPU", 1)) // workers))
+    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
+        dispatcher = start_dispatcher(1, workers)
+        lanes = start_lanes(study, layout, dispatcher)
+        say(f"Training trial {number} of {study.name} again")
+        job = {"kind": "train", "settings": record.settings, "output": folder}
+        ray.get(dispatcher.submit.remote(number, job))
+        found: list[dict[str, Any]] = []
+        while len(found) < len(record.epochs):
+            report = ray.get(dispatcher.next_report.remote(number))
+            if "error" in report:
+                say(f"It failed: {report['error']}")
+                break
+            found.append(report["metrics"])
+        ray.get(dispatcher.stop.remote(number))
+        lanes.close()
+        ray.shutdown()
+    return compare(record, found)
+
+
+def compare(record: TrialRecord, found: list[dict[str, Any]]) -> int:
+    """Print the metrics of both times, epoch by epoch. 0 when they are identical."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("epoch", "metric", "then", "now", "difference")
+    same = len(found) == len(record.epochs)
+    for epoch, (then, now) in enumerate(zip(record.epochs, found, strict=False), 1):
+        for name, value in then.items():
+            equal = now[name] == value or (now[name] != now[name] and value != value)
+            same &= equal
+            table.add_row(
+                str(epoch), name, repr(value), repr(now[name]), "none" if equal else f"{now[name] - value:+.3g}"
+            )
+    Console(width=110).print(table)
+    print("Identical." if same else "Not identical.")
+    return 0 if same else 1
