@@ -114,6 +114,7 @@ def test_qlora_merges_onto_the_unquantised_base(base, splits, tmp_path) -> None:
         (["--adapter", "ADAPTER", "nowhere.png"], "nowhere.png"),
         (["--adapter", "ADAPTER", "tests"], "must hold images"),
         (["--adapter", "ADAPTER", "pyproject.toml"], "decodable"),
+        (["--adapter", "ADAPTER", "--model", "nowhere", "--merge-into", "nowhere/merged"], "config.json"),
     ],
 )
 def test_bad_input(trained, argv, word) -> None:

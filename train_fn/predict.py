@@ -7,6 +7,7 @@ Base model, question and candidate answers come from the adapter's task.json unl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -21,6 +22,7 @@ from train_fn.settings import ModelSettings
 if TYPE_CHECKING:
     from train_fn.model import Base
 
+BASE_VARIABLE = "VLM_TUNE_BASE"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -94,13 +96,7 @@ def predict_lines(
 
     if problems := unreadable_images([sample.image for sample in samples]):
         raise InputError("; ".join(problems))
-    import torch
-
-    from train_fn.lora import load_adapter
-    from train_fn.model import load_base
-
-    base = load_base(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with load_adapter(base, adapter):
+    with adapted_base(settings, adapter) as base:
         for sample in samples:
             line: dict[str, Any] = {"image": sample.image}
             if candidates:
@@ -108,6 +104,33 @@ def predict_lines(
             if generate:
                 line["generated"] = generated_answer(base, sample)
             yield line
+
+
+@contextlib.contextmanager
+def adapted_base(settings: ModelSettings, adapter: Path) -> Iterator[Base]:
+    """The base, on a GPU where there is one, with a saved adapter on it. Raises InputError where there is no base."""
+    import torch
+
+    from train_fn.lora import load_adapter
+    from train_fn.model import load_base
+
+    find_base(settings)
+    base = load_base(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with load_adapter(base, adapter):
+        yield base
+
+
+def find_base(settings: ModelSettings) -> Path:
+    """The folder of the base. Raises InputError where there is none."""
+    from train_fn.model import resolve_model
+
+    directory = resolve_model(settings.model)
+    if not (directory / "config.json").is_file():
+        raise InputError(
+            f"the base model must be a folder with config.json, but got {settings.model!r}: name its folder with "
+            f"`--model`, or for an MLflow model in the environment variable {BASE_VARIABLE}"
+        )
+    return directory
 
 
 def label_probabilities(base: Base, sample: Sample, candidates: Sequence[str]) -> dict[str, Any]:
@@ -154,10 +177,10 @@ def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
 
     from train_fn.hulumed import original_name
     from train_fn.lora import merged_adapter
-    from train_fn.model import choose_dtype, load_base, resolve_model
+    from train_fn.model import choose_dtype, load_base
 
     wanted = settings.base_dtype
-    source = resolve_model(settings.model)
+    source = find_base(settings)
     plain = replace(settings, use_qlora=False, dtype="float32", bf16=False, fp16=False)
     base = load_base(plain, torch.device("cpu"))
     stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
