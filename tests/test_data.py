@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from train_fn.copies import hash_images, near_pairs
 from train_fn.data import (
     answer_set,
     class_weights,
@@ -167,3 +171,142 @@ def test_micro_batches_share_out_each_step() -> None:
     shares = [np.concatenate(list(micro_batches(step, 2, rank, 2))) for rank in range(2)]
     assert sorted(np.concatenate(shares)) == list(range(16))
     assert all(len(share) == 8 for share in shares)
+
+
+# ------------------------------------------------------------------------------------------------ any manifest
+
+VALID = [entry(), entry(answer="Normal", label=0)] * 3
+WRONG_VALUES = st.one_of(
+    st.none(), st.booleans(), st.floats(), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(), st.none())
+)
+BLANK = st.text(" \t\n\r\u2003", max_size=3)
+NO_SUCH_IMAGE = st.text(min_size=1).filter(lambda text: text.strip() and text != "a.png").map("none/".__add__)
+
+
+@st.composite
+def faulty_entries(draw: st.DrawFn) -> tuple[object, list[str]]:
+    """An entry with one fault or several, and what its problems must name."""
+    kind = draw(st.sampled_from(["no object", "fields"]))
+    if kind == "no object":
+        return draw(
+            st.one_of(WRONG_VALUES.filter(lambda value: not isinstance(value, dict)), st.text(), st.integers())
+        ), []
+    faults = draw(
+        st.dictionaries(st.sampled_from(["image", "text", "answer", "label"]),
+                        st.sampled_from(["missing", "type", "blank", "outside", "nowhere"]), min_size=1)
+    )  # fmt: skip
+    made = entry()
+    for key, fault in faults.items():
+        if fault == "missing":
+            del made[key]
+        elif fault == "type":
+            made[key] = draw(WRONG_VALUES if key == "label" else st.one_of(WRONG_VALUES, st.integers()))
+        elif fault == "blank" or key != "image":
+            made[key] = draw(BLANK)
+        else:
+            made[key] = "../outside.png" if fault == "outside" else draw(NO_SUCH_IMAGE)
+    return made, sorted(faults)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(places=st.dictionaries(st.integers(0, 11), faulty_entries(), min_size=1, max_size=5))
+def test_every_fault_of_any_manifest_is_named(folder: Path, places: dict[int, tuple[object, list[str]]]) -> None:
+    entries: list[object] = list(VALID * 2)
+    for number, (faulty, _) in places.items():
+        entries[number] = faulty
+    path = folder / "m.json"
+    path.write_text(json.dumps(entries))
+    valid, problems = read_manifest(path, folder)
+    assert len(valid) == len(entries) - len(places)
+    for number, (_, named) in places.items():
+        its = [problem for problem in problems if re.match(rf"m\.json entry {number}\b", problem)]
+        assert its and all(any(name in problem for problem in its) for name in named)
+    assert all(int(problem.split()[2].strip(":")) in places for problem in problems)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(
+    st.binary(),
+    st.integers(1, len(json.dumps(VALID)) - 1).map(lambda end: json.dumps(VALID).encode()[:end]),
+    st.recursive(WRONG_VALUES | st.text() | st.integers(), lambda inner: st.dictionaries(st.text(), inner)).map(
+        lambda value: json.dumps(value).encode()),
+    st.sampled_from(["utf-16", "utf-32"]).map(json.dumps(VALID).encode),
+))  # fmt: skip
+def test_what_is_no_manifest_is_told_by_its_name(folder: Path, content: bytes) -> None:
+    (folder / "m.json").write_bytes(content)
+    valid, problems = read_manifest(folder / "m.json", folder)
+    assert not valid and problems and all("m.json" in problem for problem in problems)
+
+
+STRAYS = st.tuples(st.sampled_from(["Normal", "Benign", "Malignant"]), st.sampled_from([0, 1, 2, "1", ""]))
+
+
+@settings(deadline=None)
+@given(strays=st.lists(STRAYS, min_size=1, max_size=5))
+def test_any_contradiction_of_answers_and_labels_is_named(strays: list[tuple[str, object]]) -> None:
+    labels = {"Normal": 0, "Benign": 1, "Malignant": 2}
+    entries = [entry(answer=answer, label=label) for answer, label in labels.items()] * 5
+    candidates, problems = answer_set(entries + [entry(answer=answer, label=label) for answer, label in strays])
+    wrong = [(answer, label) for answer, label in strays if label != labels[answer]]
+    for answer, label in wrong:
+        assert any(f"answer {answer!r} goes with" in problem and repr(label) in problem for problem in problems)
+    assert bool(problems) == bool(wrong) and sorted(candidates) == sorted(labels)
+
+
+@pytest.fixture(scope="module")
+def different_images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """No two of them near-copies."""
+    folder = tmp_path_factory.mktemp("different")
+    paths = [noise(folder, f"{n}.png", n) for n in range(12)]
+    assert not len(near_pairs(hash_images(paths, folder / "cache.json")))
+    return paths
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_splits_are_disjoint_and_covering_and_keep_copies_together(different_images, data) -> None:
+    """Entries are numbered by their text; those of one image are copies of each other."""
+    drawn = st.lists(st.tuples(st.integers(0, 11), st.sampled_from(["no", "yes"])), min_size=1, max_size=40)
+    parts = {"data": data.draw(drawn)}
+    for name in ("validation", "test"):
+        parts[name] = data.draw(st.none() | drawn)
+    treatment = data.draw(st.sampled_from(["keep", "drop", "train"]))
+    made = {
+        name: [
+            {**entry(different_images[n], answer, answer), "text": f"{name} {i}"} for i, (n, answer) in enumerate(part)
+        ]
+        for name, part in parts.items()
+        if part is not None
+    }
+    splits, report, problems = make_splits(
+        made["data"], made.get("validation"), made.get("test"), contradictions=treatment,
+        val_fraction=0.2, test_fraction=0.3, seed=data.draw(st.integers(0, 3)),
+        hash_cache=Path(different_images[0]).with_name("cache.json"),
+    )  # fmt: skip
+    found = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+    answers: dict[str, set[str]] = {}
+    for given_entry in (e for part in made.values() for e in part):
+        answers.setdefault(given_entry["image"], set()).add(given_entry["answer"])
+    mixed = {image for image, its in answers.items() if len(its) > 1}
+
+    pool = {e["text"] for e in made["data"] if treatment != "drop" or e["image"] not in mixed}
+    for name in ("validation", "test"):
+        if name in made:
+            assert [sample.text for sample in found[name]] == [e["text"] for e in made[name]]
+    dealt = [sample for name, part in found.items() if name not in made for sample in part]
+    assert sorted(sample.text for sample in dealt) == sorted(pool)
+    assert report.num_left_out == len(made["data"]) - len(pool)
+    homes: dict[str, set[str]] = {}
+    for name in found.keys() - made.keys():
+        for sample in found[name]:
+            homes.setdefault(sample.image, set()).add(name)
+    assert all(len(its) == 1 for its in homes.values())
+    assert treatment != "train" or all(homes.get(image, {"train"}) == {"train"} for image in mixed)
+
+    images = {name: {sample.image for sample in part} for name, part in found.items()}
+    clean = [n for n, sample in enumerate(found["test"]) if sample.image not in images["train"] | images["validation"]]
+    assert report.test_clean == tuple(clean) and report.leaked["test"] == len(found["test"]) - len(clean)
+    assert report.leaked["validation"] == sum(sample.image in images["train"] for sample in found["validation"])
+    assert problems or all(found.values())
+    if not problems and splits.candidates:
+        assert all({sample.answer for sample in part} == set(splits.candidates) for part in found.values())

@@ -140,7 +140,7 @@ def test_guide_comes_out_of_every_space() -> None:
     for name in names:
         settings = parse(["--space", name])
         space, guide = load_space(name)
-        point = TrialSettings(**searched_settings(settings, space, Probe(guide, 0)))
+        point = TrialSettings(**searched_settings(settings, space, Probe(guide, 0))[0])
         assert {n: getattr(point, n) for n in GUIDE_VALUES} == GUIDE_VALUES
         assert check_space(settings) == []
 
@@ -149,7 +149,7 @@ def test_pinned_values_are_not_searched() -> None:
     settings = parse(["--lora-r", "8", "--learning-rate", "0.001"])
     space, guide = load_space("lora")
     probe = Probe({name: value for name, value in guide.items() if name not in settings.pinned}, -1)
-    point = searched_settings(settings, space, probe)
+    point, _ = searched_settings(settings, space, probe)
     assert (point["lora_r"], point["lora_alpha"], point["learning_rate"]) == (8, 16, 0.001)
     assert probe.asked == {"lora_alpha_ratio", "train_projector"}
 

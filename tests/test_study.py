@@ -6,19 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
-
-ROOT = Path(__file__).parents[1]
-SMALL = ["--num-phantoms", "60", "--num-train-epochs", "1"]
+from studies import ROOT, SMALL, Finished, finish, start, wait_for
 
 # Trials by number: two configurations in turn, then one that no module matches. Test material, not a product's space.
 SPACE = """
@@ -30,50 +24,6 @@ def space(trial):
     trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
     return [ONE, TWO, ONE, TWO, ONE, ONE | {"lora_target_modules": ["nowhere"]}, TWO, ONE][trial.number]
 """
-
-
-@dataclass
-class Finished:
-    code: int
-    out: str
-    err: str
-    folder: Path
-
-    @property
-    def study(self) -> dict:
-        return json.loads((self.folder / "results" / "s" / "study.json").read_text())
-
-    def runs(self) -> list:
-        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
-        (experiment,) = [e for e in client.search_experiments() if e.name == "vlm-tune"]
-        return client.search_runs([experiment.experiment_id])
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """A clean one: no compiler on the path, a place where a compiled op would show, no MLflow server."""
-    bare = folder / "bin"
-    bare.mkdir(exist_ok=True)
-    for tool in ("sh", "bash", "uname", "ps", "cat", "ldconfig", "env"):
-        if (found := shutil.which(tool)) and not (bare / tool).exists():
-            (bare / tool).symlink_to(found)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "OMP_", "PYTHONPATH", "HF_"))}
-    return kept | {
-        "PATH": str(bare),
-        "WANDB_MODE": "offline",
-        "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
-        "COLUMNS": "200",
-    }
-
-
-def start(folder: Path, *argv: str, path: str = "") -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tune" / "run.py"), "--name", "s", *argv]
-    env = environment(folder) | ({"PYTHONPATH": path} if path else {})
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen, folder: Path) -> Finished:
-    out, err = process.communicate(timeout=400)
-    return Finished(process.returncode, out, err, folder)
 
 
 @pytest.fixture(scope="module")
@@ -253,11 +203,7 @@ def test_a_trial_stopped_early_is_nowhere_called_complete(tmp_path) -> None:
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
     process = start(tmp_path, "--trials", "50", "--lanes", "1", *SMALL)
-    seen: list[str] = []
-    assert process.stdout
-    deadline = time.monotonic() + 300
-    while "[1/50]" not in "".join(seen[-1:]) and time.monotonic() < deadline:
-        seen.append(process.stdout.readline())
+    wait_for(process, "[1/50]")
     process.send_signal(signal.SIGINT)
     finished = finish(process, tmp_path)
     assert finished.code == 130, finished.out + finished.err

@@ -10,9 +10,11 @@ Shapes: B images in a batch, S tokens of the longest sequence, P vision patches.
 from __future__ import annotations
 
 import json
+import os
+import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ from train_fn.copies import copy_groups, hash_images, leaking_images, near_pairs
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
 MAX_PIXELS = 100_000_000  # a decompression bomb declares more than any ultrasound or X-ray has
+MAX_ENTRIES = 1_000_000  # near-copies are looked for in all pairs of images
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow hands some others, such as EPS, to outside programs
+SHOWN = reprlib.Repr()  # a value in a message: whatever a manifest holds, a line of it is enough
+SHOWN.maxstring = SHOWN.maxother = 120
 
 
 @dataclass(frozen=True)
@@ -56,44 +62,62 @@ class Splits:
 
 
 def read_manifest(path: Path, image_root: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The entries of a manifest with absolute image paths, and every problem found in it (at most 20 are spelled out).
+    """The faultless entries of a manifest with absolute image paths, and every problem (at most 20 are spelled out).
 
-    Images are looked up but not decoded: see `unreadable_images`.
+    Images are looked up but not decoded: see `image_problems`.
     """
+    if not os.path.isfile(path):  # a pipe or a device would be read for ever
+        return [], [f"manifest {path} must be an existing file: check the path"]
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin a file with a mark
     except OSError as error:
         return [], [f"manifest {path} must be a readable file: {error.strerror}; check the path"]
     except UnicodeDecodeError as error:
         return [], [f"manifest {path} must be UTF-8 text, but byte {error.start} is not: save it as UTF-8"]
     except (ValueError, RecursionError) as error:
         return [], [f"manifest {path} must be JSON: {error}; mend it at that place"]
-    if not isinstance(entries, list) or not entries:
-        kind = "an empty list" if entries == [] else f"a {type(entries).__name__}"
+    if not isinstance(content, list) or not content:
+        kind = "an empty list" if content == [] else f"a {type(content).__name__}"
         return [], [f"manifest {path} must be a JSON list of at least one entry, but holds {kind}"]
-    root = image_root.resolve()
-    if not root.is_dir():
+    if len(content) > MAX_ENTRIES:
+        return [], [
+            f"manifest {path} must have at most {MAX_ENTRIES:,} entries, but has {len(content):,}: use a part of it"
+        ]
+    if not os.path.isdir(image_root):
         return [], [f"image root {image_root} must be a folder: give the folder that the manifest's paths start from"]
-    problems = []
-    for number, entry in enumerate(entries):
-        where = f"{path.name} entry {number}"
-        if not isinstance(entry, dict) or (missing := FIELDS.keys() - entry.keys()):
-            what = f"lacks {', '.join(sorted(missing))}" if isinstance(entry, dict) else f"is {entry!r:.60}"
-            problems.append(f"{where} must be an object with {', '.join(FIELDS)}, but {what}")
-            continue
-        wrong = [k for k, kind in FIELDS.items() if not isinstance(entry[k], kind) or isinstance(entry[k], bool)]
-        if wrong or not entry["answer"].strip() or not entry["image"].strip():
-            wrong = wrong or [key for key in ("image", "answer") if not entry[key].strip()]
-            values = ", ".join(f"{key}={entry[key]!r:.60}" for key in wrong)
-            problems.append(f"{where} must hold non-empty text (label: a number or text), but got {values}")
-            continue
-        image = (root / entry["image"]).resolve()  # also follows links: none may lead out of the root
-        if not image.is_relative_to(root):
-            problems.append(f"{where}: image must lie under the image root, but got {entry['image']!r}: move it there")
-        elif not image.is_file():
-            problems.append(f"{where}: image {entry['image']!r} must exist under {image_root}: check path and root")
-        entries[number] = {**entry, "image": str(image)}
+    root = image_root.resolve()
+    entries, problems = [], []
+    for number, entry in enumerate(content):
+        found = [f"{path.name} entry {number}{text}" for text in entry_problems(entry, root)]
+        problems += found
+        if not found:
+            entries.append({**entry, "image": os.path.realpath(root / entry["image"])})
     return entries, shorten(problems)
+
+
+def entry_problems(entry: Any, root: Path) -> Iterator[str]:
+    """Every problem of one entry of a manifest, to be put behind its name."""
+    rule = f" must be an object with {', '.join(FIELDS)}, but"
+    if not isinstance(entry, dict):
+        yield f"{rule} is {SHOWN.repr(entry)}"
+        return
+    if missing := FIELDS.keys() - entry.keys():
+        yield f"{rule} lacks {', '.join(sorted(missing))}"
+    given = {key: entry[key] for key in FIELDS if key in entry}
+    wrong = {
+        key: value
+        for key, value in given.items()
+        if not isinstance(value, FIELDS[key]) or isinstance(value, bool) or not str(value).strip()
+    }
+    if wrong:
+        values = ", ".join(f"{key}={SHOWN.repr(value)}" for key, value in wrong.items())
+        yield f" must hold non-empty text (label: a number or text), but got {values}"
+    if "image" in given and "image" not in wrong:
+        file, shown = root / given["image"], SHOWN.repr(given["image"])
+        if not os.path.isfile(file):  # also says no to names that no file can have
+            yield f": image {shown} must be an existing file under the image root {root}: check path and root"
+        elif not Path(os.path.realpath(file)).is_relative_to(root):  # links are followed: none may lead out of the root
+            yield f": image must lie under the image root, but got {shown}: move it there"
 
 
 def shorten(problems: list[str], most: int = 20) -> list[str]:
@@ -101,23 +125,33 @@ def shorten(problems: list[str], most: int = 20) -> list[str]:
     return problems if len(problems) <= most else [*problems[:most], f"... and {len(problems) - most} more like these"]
 
 
-def unreadable_images(paths: Sequence[str]) -> list[str]:
-    """A problem for every image that Pillow cannot decode to the last row (truncated, mislabelled, a bomb)."""
+def image_problems(paths: Iterable[str]) -> dict[str, str]:
+    """By path, the problem of every image that cannot be decoded to the last row (truncated, mislabelled, a bomb)."""
     from PIL import Image
 
-    def check(path: str) -> str | None:
+    def check(path: str) -> str:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return f"image {path} must be an existing file: check the path"
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return f"image {path} must have at most {MAX_PIXELS:,} pixels, but has {image.size}: scale it down"
+                if image.mode[0] in "IF":  # Pillow cuts such pixels off at 255: most images would turn white
+                    return f"image {path} must have 8 bits a channel, but has Pillow's mode {image.mode}: convert it"
                 image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"image {path} must be decodable: {error}; replace it or take its entry out"
-        return None
+        return ""
 
+    different = sorted(set(paths))
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the rule above says it better
-        return shorten([problem for problem in pool.map(check, sorted(set(paths))) if problem])
+        return {path: problem for path, problem in zip(different, pool.map(check, different), strict=True) if problem}
+
+
+def unreadable_images(paths: Iterable[str]) -> list[str]:
+    """What `image_problems` finds, for people."""
+    return shorten(list(image_problems(paths).values()))
 
 
 def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:
@@ -137,14 +171,16 @@ def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list
             partners.setdefault(pair[side], []).append((pair[other], count))
         name, its = (("label", "answers"), ("answer", "labels"))[side]
         problems += [
-            f"each {name} must go with one of the {its}, but {name} {value!r} goes with "
-            + " and ".join(f"{partner!r} ({count}x)" for partner, count in sorted(found, key=lambda pair: -pair[1]))
+            f"each {name} must go with one of the {its}, but {name} {SHOWN.repr(value)} goes with "
+            + " and ".join(
+                f"{SHOWN.repr(partner)} ({count}x)" for partner, count in sorted(found, key=lambda pair: -pair[1])
+            )
             + ": mend the rarer one"
             for value, found in partners.items()
             if len(found) > 1
         ]
     order = sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0]))
-    return tuple(answer for _, answer in order), shorten(problems)
+    return tuple(dict.fromkeys(answer for _, answer in order)), shorten(problems)
 
 
 # ------------------------------------------------------------------------------------------------ splitting
@@ -267,7 +303,7 @@ def make_splits(
         lacking = [answer for answer, count in zip(candidates, splits.class_counts(name), strict=True) if not count]
         if lacking:
             problems.append(
-                f"the {name} part must hold every answer, but has no {', '.join(map(repr, lacking))}: add images "
+                f"the {name} part must hold every answer, but has no {', '.join(map(SHOWN.repr, lacking))}: add images "
                 f"(an answer needs three at least, not near-copies), correct a misspelt answer, or change the fractions"
             )
         elif not parts[name]:
@@ -310,6 +346,25 @@ def report_copies(
         leaked_if_random=float(np.mean(random_leaks)),
         test_clean=tuple(place for place, i in enumerate(parts["test"]) if i not in dirty),
     )
+
+
+def fold_splits(splits: Splits, num_folds: int, seed: int) -> list[Splits]:
+    """Training and validation images dealt out again into folds, near-copies together: each fold is the validation part
+    once, the others train. The test part stays."""
+    samples = [*splits.train, *splits.validation]
+    groups = copy_groups(len(samples), near_pairs(hash_images([sample.image for sample in samples])))
+    shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
+    folds = split_indices([sample.label for sample in samples], shares, seed, [int(group) for group in groups])
+    chosen = [set(indices) for indices in folds.values()]
+    return [
+        Splits(
+            train=tuple(sample for index, sample in enumerate(samples) if index not in fold),
+            validation=tuple(sample for index, sample in enumerate(samples) if index in fold),
+            test=splits.test,
+            candidates=splits.candidates,
+        )
+        for fold in chosen
+    ]
 
 
 def save_splits(splits: Splits, path: Path) -> None:

@@ -1,0 +1,169 @@
+"""What is in the data: `python -m train_fn.inspect --data MANIFEST` shows it and tells whether a study could start.
+
+`--busi FOLDER --write MANIFEST` first makes the manifest of the BUSI images as they are downloaded: subfolders normal,
+benign and malignant, with masks that are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from train_fn.copies import copy_groups, hash_images, near_pairs
+from train_fn.data import MAX_CANDIDATES, DataReport, Splits, image_problems, make_splits, read_manifest, shorten
+from train_fn.phantoms import CLASSES, QUESTION
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show the data. Returns the exit code: 0 a study could start with it, 2 it could not."""
+    parser = argparse.ArgumentParser(prog="python -m train_fn.inspect", description=(__doc__ or "").splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="manifest of a study")
+    source.add_argument("--busi", type=Path, help="folder of the BUSI images: make its manifest, then inspect that")
+    parser.add_argument("--write", type=Path, help="the manifest to make of --busi")
+    parser.add_argument("--question", default=QUESTION, help="the question in it [the guide's]")
+    parser.add_argument("--image-root", type=Path, help="folder that a manifest's paths start from [the manifest's]")
+    parser.add_argument("--val-data", type=Path, help="manifest of validation images")
+    parser.add_argument("--test-data", type=Path, help="manifest of test images")
+    parser.add_argument("--val-fraction", type=float, default=0.2, help="share of validation without --val-data [0.2]")
+    parser.add_argument("--test-fraction", type=float, default=0.2, help="share of the test without --test-data [0.2]")
+    parser.add_argument("--split-seed", type=int, default=0, help="seed of the split [0]")
+    parser.add_argument("--contradictions", choices=("keep", "drop", "train"), default="keep", help="as in a study")
+    options = parser.parse_args(list(argv))
+    if min(fractions := (options.val_fraction, options.test_fraction)) <= 0 or not sum(fractions) < 1:
+        parser.error(f"--val-fraction and --test-fraction must be above 0 and below 1 together, but got {fractions}")
+    if not 0 <= options.split_seed < 2**32:
+        parser.error(f"--split-seed must be a whole number from 0 to {2**32 - 1}, but got {options.split_seed}")
+    if bool(options.busi) != bool(options.write) or (options.busi and options.image_root):
+        parser.error("--busi and --write must be given together, and without --image-root: that is the BUSI folder")
+    if options.busi:
+        if problems := write_busi(options.busi, options.write, options.question):
+            print("The manifest cannot be made:", *problems, sep="\n  - ", file=sys.stderr)
+            return 2
+        print(f"Written; for a study: --data {options.write} --image-root {options.busi}")
+        options.data, options.image_root = options.write, options.busi
+    return inspect(options)
+
+
+def write_busi(folder: Path, manifest: Path, question: str) -> list[str]:
+    """Write the manifest of a BUSI folder, image paths relative to it; every reason why that cannot be done."""
+    found = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
+    entries, problems = [], []
+    for label, answer in enumerate(CLASSES):
+        name = answer.lower()
+        paths = sorted(path for path in found[name].glob("*.png") if "_mask" not in path.stem) if name in found else []
+        images = [path.relative_to(folder).as_posix() for path in paths]
+        entries += [{"image": image, "text": question, "answer": answer, "label": label} for image in images]
+        if not images:
+            lack = "it has no *.png" if name in found else "there is no such folder"
+            problems.append(f"`--busi` {folder} must have images in {name}/, but {lack}: check the path")
+    if not problems:
+        try:
+            with manifest.open("x", encoding="utf-8") as file:
+                json.dump(entries, file, indent=2)
+        except OSError as error:
+            problems.append(f"`--write` must name a new file, but got {manifest}: {error.strerror}; choose another")
+    return problems
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print every table that the data allows, then what keeps a study from starting."""
+    from rich.console import Console
+    from rich.table import Table
+
+    root: Path = options.image_root or options.data.parent
+    parts: dict[str, list[dict[str, Any]]] = {}
+    problems = []
+    for name in ("data", "val_data", "test_data"):
+        if path := getattr(options, name):
+            parts[name], found = read_manifest(path, root)
+            problems += [f"`--{name.replace('_', '-')}`: {text}" for text in found]
+    bad = image_problems(entry["image"] for entries in parts.values() for entry in entries)
+    problems += shorten(list(bad.values()))
+    parts = {name: [entry for entry in entries if entry["image"] not in bad] for name, entries in parts.items()}
+    entries = [entry for part in parts.values() for entry in part]
+    splits, report = None, None
+    if all(parts.values()):
+        splits, report, found = make_splits(
+            parts["data"], parts.get("val_data"), parts.get("test_data"),
+            val_fraction=options.val_fraction, test_fraction=options.test_fraction,
+            seed=options.split_seed, contradictions=options.contradictions,
+        )  # fmt: skip
+        problems += found
+    console = Console(markup=False, emoji=False, highlight=False)  # a file may be called [red]
+    if not console.is_terminal:
+        console.width = 100
+    if entries:
+        for title, columns, rows in tables(entries, root.resolve(), splits, report):
+            table = Table(*columns, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*(plain(str(cell)) for cell in row))
+            console.print(table)
+    for problem in problems:
+        console.print(f"  - {plain(problem)}", soft_wrap=True)
+    reasons = ", for the reasons above"
+    console.print(f"A study {'cannot' if problems else 'can'} start with this data{reasons if problems else ''}.")
+    return 2 if problems else 0
+
+
+def tables(
+    entries: list[dict[str, Any]], root: Path, splits: Splits | None, report: DataReport | None
+) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
+    """Title, columns and rows of each table."""
+    counts = {"all": Counter(entry["answer"] for entry in entries)}
+    for part in ("train", "validation", "test") if splits else ():
+        counts[part] = Counter(sample.answer for sample in getattr(splits, part))
+    answers = splits.candidates if splits else [answer for answer, _ in counts["all"].most_common(MAX_CANDIDATES)]
+    rows: list[list[Any]] = [[answer, *(count[answer] for count in counts.values())] for answer in answers]
+    rows.append([f"{len(counts['all'])} different answers", *(count.total() for count in counts.values())])
+    open_set = "" if answers else " (no small closed set of answers: a study tunes on the loss)"
+    yield f"Images per answer{open_set}", ["answer", *counts], rows
+
+    sizes: dict[str, list[tuple[int, int]]] = {}
+    for path in sorted({entry["image"] for entry in entries}):
+        with Image.open(path) as image:
+            sizes.setdefault(f"{image.format} {image.mode}", []).append(image.size)
+    rows = []
+    for kind, seen in sorted(sizes.items()):
+        spans = [f"{min(side)} / {median(side):g} / {max(side)}" for side in zip(*seen, strict=True)]
+        rows.append([kind, len(seen), *spans])
+    yield "Image files", ["format and mode", "files", "width min / median / max", "height min / median / max"], rows
+
+    pairs = near_pairs(hash_images([entry["image"] for entry in entries]))
+    members: dict[int, list[dict[str, Any]]] = {}
+    for group, entry in zip(copy_groups(len(entries), pairs).tolist(), entries, strict=True):
+        members.setdefault(group, []).append(entry)
+    groups = sorted((found for found in members.values() if len(found) > 1), key=len, reverse=True)
+    mixed = [found for found in groups if len({entry["answer"] for entry in found}) > 1]
+    rows = [["images that have one", sum(map(len, groups))], ["pairs", len(pairs)], ["groups", len(groups)]]
+    rows.append(["groups with contradictory answers", len(mixed)])
+    if report:
+        rows.append(["images left out for a contradiction", report.num_left_out])
+        rows.append(["validation images with one in train", report.leaked["validation"]])
+        rows.append(["test images with one in train or validation", report.leaked["test"]])
+        rows.append(["the same, had the split been random", f"{report.leaked_if_random:.0%} of the test images"])
+    yield "Near-copies", ["", "number"], rows
+    for title, chosen, most in (("Largest groups of near-copies", groups, 5), ("Contradictory near-copies", mixed, 50)):
+        rows = []
+        for found in chosen[:most]:
+            names = shorten([f"{Path(entry['image']).relative_to(root)}: {entry['answer']}" for entry in found], 10)
+            rows.append([len(found), "\n".join(names)])
+        if rows:
+            yield f"{title} ({len(rows)} of {len(chosen)})", ["images", "file: answer"], rows
+
+
+def plain(text: str) -> str:
+    """Text from a file without what could command a terminal or cannot be printed."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
