@@ -11,6 +11,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums keep their order, and tests do not w
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept between studies goes to a folder of these tests, their subprocesses included."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Manifest of 60 phantoms."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from train_fn.data import Sample
-from train_fn.model import Base, answer_ids, answer_losses, collate, forward_hidden, image_size
+from train_fn.model import Base, answer_ids, answer_losses, collate, forward_hidden, image_size, num_patches
 
 
 @torch.no_grad()
@@ -43,10 +43,10 @@ def score_candidates(base: Base, samples: Sequence[Sample], candidates: Sequence
 def prompt_length_batches(base: Base, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
     """Indices in batches of equal prompt length, so that no padding stands between a prompt and its answer."""
     by_length: dict[Any, list[int]] = defaultdict(list)
+    known = base.takes_features
     for index, sample in enumerate(samples):
         # Question and image size decide the length; where patches are known, they join images of several sizes.
-        features = base.features.get(sample.image)
-        size = image_size(sample.image) if features is None else features.shape[0]
+        size = num_patches(base, sample.image) if known else image_size(sample.image)
         by_length[size, sample.text].append(index)
     return [
         indices[start : start + batch_size]
@@ -67,11 +67,6 @@ def predict(
     """
     base.model.eval()
     mine = list(range(rank, len(samples), world_size))
-    if base.caches_features:
-        for start in range(0, len(mine), batch_size):  # fills the cache in large batches, once
-            unseen = [samples[i] for i in mine[start : start + batch_size] if samples[i].image not in base.features]
-            if unseen:
-                collate(base, unseen, with_answers=False)
     shard = [samples[index] for index in mine]
     found: list[tuple[int, float, list[float]]] = []
     for batch in prompt_length_batches(base, shard, batch_size):

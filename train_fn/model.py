@@ -6,6 +6,7 @@ H width of the language model, T tokens of an answer, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
@@ -32,6 +33,7 @@ from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlam
 
 from train_fn import hulumed
 from train_fn.data import Sample
+from train_fn.features import FeatureStore, features_key
 from train_fn.nano import CHECKPOINT as NANO
 from train_fn.settings import ModelSettings
 
@@ -54,14 +56,30 @@ class Base:
     device: torch.device
     settings: ModelSettings
     hulumed: bool = False  # loaded under transformers' names from a Hulu-Med checkpoint
-    features: dict[str, torch.Tensor] = field(default_factory=dict)  # image path -> [P, D], on the CPU
-    features_bytes_left: int = 0
     tokens: dict[tuple, Any] = field(default_factory=dict)  # tokenized prompts and answers: few, but needed every step
+    patches: dict[str, int] = field(default_factory=dict)  # image path -> P
+
+    def __post_init__(self) -> None:
+        self.loaded_tower = self.tower_weights()
+
+    def tower_weights(self) -> list[tuple[int, bool]]:
+        """Where the vision tower's weights lie, and which are trained: other weights, an adapter's too, change it."""
+        return [(p.data_ptr(), p.requires_grad) for p in self.model.get_submodule(self.vision_tower).parameters()]
 
     @property
-    def caches_features(self) -> bool:
-        """Whether vision features can be taken apart by image: VideoLlama3 packs the patches of a batch."""
-        return self.model.config.model_type == "video_llama_3" and self.settings.feature_cache_gib > 0
+    def takes_features(self) -> bool:
+        """Whether batches carry vision features instead of pixels: where they can be taken apart by image (VideoLlama3
+        packs the patches of a batch) and the tower is as it was loaded."""
+        return self.model.config.model_type == "video_llama_3" and self.tower_weights() == self.loaded_tower
+
+    @functools.cached_property
+    def features(self) -> FeatureStore | None:
+        """Where features are kept; None when they are not."""
+        if self.settings.feature_cache_gib == 0:
+            return None
+        tower, config = self.model.get_submodule(self.vision_tower), self.model.config.vision_config
+        key = features_key(tower, config, self.processor.image_processor, self.device)
+        return FeatureStore(key, int(self.settings.feature_cache_gib * 2**30))
 
 
 def resolve_model(model: str) -> Path:
@@ -221,7 +239,6 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
         device=device,
         settings=settings,
         hulumed=from_hulumed,
-        features_bytes_left=int(settings.feature_cache_gib * 2**30),
     )
     bridge_formats(model.get_submodule(base.projector), model.dtype)
     # Without this every later full collection, which DeepSpeed and torch ask for, walks the million objects that
@@ -341,45 +358,71 @@ def pad_and_stack(tensors: Sequence[torch.Tensor], value: float = 0) -> torch.Te
     return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors])
 
 
+def num_patches(base: Base, image: str) -> int:
+    """P, from the size in the file's header: the rows of an image's features and its tokens in the prompt."""
+    if image not in base.patches:
+        width, height = image_size(image)
+        processor = base.processor.image_processor
+        base.patches[image] = processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+    return base.patches[image]
+
+
 @torch.no_grad()
-def vision_features(base: Base, processed: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """What the vision tower makes of each image: [P, D] each, before the projector."""
-    tower = base.model.get_submodule(base.vision_tower)
-    inputs = {
-        name: torch.cat([one[key] for one in processed]).to(base.device)
-        for name, key in (
-            ("pixel_values", "pixel_values"),
-            ("grid_thw", "image_grid_thw"),
-            ("merge_sizes", "image_merge_sizes"),
-        )
-    }
-    packed = tower(**{**inputs, "pixel_values": inputs["pixel_values"].to(base.model.dtype)}).last_hidden_state
-    sizes = (inputs["grid_thw"].prod(1) // inputs["merge_sizes"] ** 2).tolist()
-    return list(packed.split(sizes))
+def image_features(base: Base, image: str) -> torch.Tensor:
+    """What the vision tower makes of an image: [P, D], before the projector; from the store, or newly computed.
+
+    One image at a time, stored or not: packed with others it comes out different in the last bits (on a CPU in float32
+    at Hulu-Med's shapes: all images, by up to 1e-6), and a metric would depend on who filled the store.
+    """
+    shape = num_patches(base, image), base.model.config.vision_config.hidden_size
+    found = base.features.find(image, shape) if base.features else None
+    if found is not None:
+        return found
+    tower = base.model.get_submodule(base.vision_tower).eval()
+    pixels = base.processor.image_processor([read_image(image)], return_tensors="pt").to(base.device)
+    computed = tower(
+        pixel_values=pixels["pixel_values"].to(base.model.dtype),
+        grid_thw=pixels["image_grid_thw"],
+        merge_sizes=pixels["image_merge_sizes"],
+    ).last_hidden_state
+    if base.features:
+        base.features.keep(image, computed)
+    return computed
+
+
+def prompt_tokens(base: Base, question: str, patches: int) -> dict[str, torch.Tensor]:
+    """Token ids and mask [1, S] of a prompt, as the processor makes them, for an image of that many patches."""
+    key = ("prompt", question, patches)
+    if key not in base.tokens:
+        token = base.processor.image_token
+        text = prompt_text(base.processor, question).replace(token, token * patches)
+        begins = special_tokens(base.processor, text)
+        base.tokens[key] = dict(base.processor.tokenizer([text], return_tensors="pt", **begins))
+    return base.tokens[key]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, through pinned memory: the copy then waits for nothing, and nothing for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
-    """One batch for `forward_hidden`: token and pixel tensors and, with answers, `labels` [B, S].
+    """One batch for `forward_hidden`: token tensors, `vision_features` or pixels, and, with answers, `labels` [B, S].
 
     labels: -100 outside the answer and its end token. Sequences are padded on the right, where causal attention keeps
-    padding from touching anything. Vision features of images seen before come from memory.
+    padding from touching anything.
     """
-    encoded = [encode(base, sample) for sample in samples]
     batch: dict[str, Any] = {}
-    if base.caches_features:
-        missing = [number for number, one in enumerate(encoded) if "pixel_values" in one]
-        fresh = dict(zip(missing, vision_features(base, [encoded[n] for n in missing]), strict=True)) if missing else {}
-        for number, features in fresh.items():
-            remember_features(base, samples[number].image, features)
-        batch["vision_features"] = torch.cat(
-            [
-                (fresh[n] if n in fresh else base.features[sample.image]).to(base.device)
-                for n, sample in enumerate(samples)
-            ]
-        )
+    if base.takes_features:
+        encoded = [prompt_tokens(base, sample.text, num_patches(base, sample.image)) for sample in samples]
+        features = [to_device(image_features(base, sample.image), base.device) for sample in samples]
+        batch["vision_features"] = torch.cat(features)
     else:
+        encoded = [process(base, sample) for sample in samples]
         for key in encoded[0].keys() - set(TOKEN_KEYS):
-            batch[key] = pad_and_join([one[key] for one in encoded]).to(base.device)
+            batch[key] = to_device(pad_and_join([one[key] for one in encoded]), base.device)
             if batch[key].is_floating_point():
                 batch[key] = batch[key].to(base.model.dtype)
     # What is added behind each prompt: the answer, and what the template writes after it, which has no label.
@@ -393,35 +436,14 @@ def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[s
                 for one, row in zip(encoded, rows, strict=True)
             ]
             pad = base.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
-            batch[key] = pad_and_stack(whole, pad).to(base.device)
+            batch[key] = to_device(pad_and_stack(whole, pad), base.device)
     if with_answers:
         labels = [
             torch.tensor([[-100] * one["input_ids"].shape[1] + answer + [-100] * len(after)])
             for one, (answer, after) in zip(encoded, tails, strict=True)
         ]
-        batch["labels"] = pad_and_stack(labels, -100).to(base.device)
+        batch["labels"] = to_device(pad_and_stack(labels, -100), base.device)
     return batch
-
-
-def encode(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
-    """`process`, without the pixels when the image's features are remembered."""
-    if sample.image not in base.features:
-        return process(base, sample)
-    key = ("prompt", sample.text, base.features[sample.image].shape[0])
-    if key not in base.tokens:
-        token = base.processor.image_token
-        text = prompt_text(base.processor, sample.text).replace(token, token * key[2])
-        begins = special_tokens(base.processor, text)
-        base.tokens[key] = dict(base.processor.tokenizer([text], return_tensors="pt", **begins))
-    return base.tokens[key]
-
-
-def remember_features(base: Base, image: str, features: torch.Tensor) -> None:
-    """Keep [P, D] features on the CPU while there is room."""
-    size = features.numel() * features.element_size()
-    if image not in base.features and size <= base.features_bytes_left:
-        base.features[image] = features.to("cpu", copy=True)
-        base.features_bytes_left -= size
 
 
 # ------------------------------------------------------------------------------------------------ forward

@@ -176,7 +176,9 @@ class ModelSettings:
     """Hulu-Med only: keep an image's shape. Its weights were trained on images whose height and width the original
     implementation swaps when it resizes, which is the default here."""
     feature_cache_gib: float = 4.0
-    """Memory in GiB in which each worker keeps what the frozen vision tower made of an image; 0 turns it off."""
+    """Disk space in GiB for what frozen vision towers made of images, kept for all workers and studies of a machine
+    (VideoLLaMA3 and Hulu-Med, in ~/.cache/vlm-tune/features). When room is needed, the files longest unused go first;
+    what is used since a worker's start stays, and what no longer fits is computed each time. 0: keep none."""
 
     @property
     def base_dtype(self) -> str:

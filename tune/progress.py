@@ -52,6 +52,10 @@ class StudyLog(ray.tune.Callback):
         found = ray.get(self.dispatcher.error_of.remote(number))
         self.end(number, "FAILED", found["error"] or "the trial's Tune process died", found["device_s"])
 
+    def check_lanes(self) -> None:
+        """Raises RayActorError when the dispatcher, through which all lanes work, is gone."""
+        ray.get(self.dispatcher.error_of.remote(-1))
+
     def spent(self) -> bool:
         """Whether a budget of the study is used up."""
         self.ended_by = self.ended_by or spent(

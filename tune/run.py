@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,6 @@ def say(text: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Run a study. Returns the exit code: 0 a winner, 1 no trial completed, 2 bad input, 130 interrupted."""
-    # Ended by a scheduler or a spot notice is ended like by Ctrl-C: what is finished is kept, every run is closed.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         settings = parse(argv)
         from tune.results import print_summary

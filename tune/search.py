@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ class DiskSearch(OptunaSearch):
     value at full length.
     """
 
-    def __init__(self, known_epochs: dict[int, int], **options: Any) -> None:
+    def __init__(self, known_epochs: dict[int, int], check_lanes: Callable[[], None], **options: Any) -> None:
         super().__init__(**options)
+        self._check_lanes = check_lanes
         self._known_epochs = known_epochs
         self.unfinished: list[optuna.Trial] = []
         self.num_prior = 0
@@ -47,6 +48,11 @@ class DiskSearch(OptunaSearch):
         assert self._ot_study is not None
         return self._ot_study
 
+    @property
+    def sampler(self) -> optuna.samplers.BaseSampler:
+        """Its sampler."""
+        return self.optuna_study.sampler
+
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it for a restore that nobody here asks for
 
@@ -57,7 +63,7 @@ class DiskSearch(OptunaSearch):
         if self.unfinished:
             # Optuna gives a running trial the values that it already has, and samples those that are missing.
             self._ot_trials[trial_id] = self.unfinished.pop(0)
-        elif isinstance(self._sampler, GridSampler) and self._sampler.exhausted:
+        elif isinstance(self.sampler, GridSampler) and self.sampler.exhausted:
             return Searcher.FINISHED
         config = super().suggest(trial_id)
         assert config is not None
@@ -68,6 +74,8 @@ class DiskSearch(OptunaSearch):
             self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        if error:
+            self._check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
         if error or not result or result.get("finished"):
             super().on_trial_complete(trial_id, result, error)
         else:
@@ -129,6 +137,7 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
 
     searcher = DiskSearch(
         known,
+        log.check_lanes,
         space=point,
         metric=names if several else names[0],
         mode=modes if several else modes[0],
@@ -351,3 +360,5 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
             stop=Budget(log),
         ),
     ).fit()
+    if isinstance(searcher.sampler, GridSampler) and searcher.sampler.exhausted:
+        log.ended_by = log.ended_by or "every point of the grid has been tried"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +83,9 @@ def start_ray(settings: Settings) -> dict[str, float]:
         configure_logging=True,
         **joined,  # type: ignore[arg-type]
     )
+    # Ended by a scheduler or a spot notice is ended like by Ctrl-C: what is finished is kept, every run is closed. Ray
+    # has just put a handler of its own in place, which would end the process at once.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if quiet:
         for name in ("ray.tune", "ray.train", "optuna"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -176,6 +180,8 @@ def start_lanes(study: Study, layout: Layout, dispatcher: Any) -> Any:
 
 def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:
     """Start the lanes, run the trials through them, and score the test split on one of them."""
+    import ray
+
     from tune.lane import start_dispatcher
     from tune.progress import StudyLog
     from tune.search import search
@@ -187,27 +193,36 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     journal.write("session", params=study_params(study, layout), tags=tags)
     tracking = Tracking(target_of(study.directory, study.plan), journal.events)
     log = StudyLog(study, dispatcher, tracking, say)
+
+    def collect() -> None:
+        outcome.records, outcome.ended_by = log.close(), log.ended_by
+        # A Ctrl-C in Tune's own hands ends the search without an exception.
+        ended = [record for record in outcome.records if record.state != "INTERRUPTED"]
+        outcome.interrupted |= not log.ended_by and len(ended) < settings.study.trials
+        for event in journal.events:
+            outcome.hear(event)
+
     try:
-        search(study, layout, dispatcher, log)
+        try:
+            search(study, layout, dispatcher, log)
+        finally:
+            collect()
+        if settings.study.confirm and not outcome.interrupted:
+            confirm(study, dispatcher, outcome, say)
+        outcome.choose_winner()
+        if outcome.winner and not outcome.interrupted:
+            score_test(study, dispatcher, outcome, say)
     except KeyboardInterrupt:
         outcome.interrupted = True
+    except ray.exceptions.RayActorError as error:
+        outcome.interrupted = lanes.over = True
+        outcome.notes.append(f"the study lost its dispatcher: {str(error).splitlines()[0]}")
     except BaseException as error:
         lanes.over = True
-        log.close()
         end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
         raise
-    outcome.records = log.close()
-    outcome.ended_by = log.ended_by
-    # A Ctrl-C in Tune's own hands ends the search without an exception.
-    outcome.interrupted |= not log.ended_by and len(outcome.records) < settings.study.trials
-    outcome.interrupted |= not log.ended_by and any(record.state == "INTERRUPTED" for record in outcome.records)
-    for event in journal.events:
-        outcome.hear(event)
-    if settings.study.confirm and not outcome.interrupted:
-        confirm(study, dispatcher, outcome, say)
-    outcome.choose_winner()
-    if outcome.winner and not outcome.interrupted:
-        score_test(study, dispatcher, outcome, say)
+    if outcome.winner is None:
+        outcome.choose_winner()
     outcome.seconds["wall"] = time.perf_counter() - started
     content = outcome.save(study.plan, dataclasses.asdict(layout))
     artifacts = [study.directory / "study.json"]

@@ -1,0 +1,335 @@
+"""The report of a finished study: the decision, every trial, right numbers, nothing fetched, nothing unescaped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from PIL import Image
+
+from train_fn.data import DataReport, Sample, Splits, save_splits
+from train_fn.settings import ModelSettings, TrialSettings
+from tune.report import (
+    PICTURES,
+    View,
+    calibration,
+    confusions,
+    importances,
+    load_search,
+    parameter_axis,
+    spans,
+    write_report,
+)
+from tune.results import Goal, Outcome, TrialRecord
+from tune.settings import DataSettings, StudySettings
+
+HOSTILE = "<img src=x onerror=alert('$x$')>"
+ANSWERS = ("Normal", "Malignant")
+SPACE = {
+    "lora_r": optuna.distributions.CategoricalDistribution([4, 16, 64]),
+    "learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
+    "train_projector": optuna.distributions.CategoricalDistribution([False, True]),
+    "projector_learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True),
+}
+STATES = {"COMPLETE": optuna.trial.TrialState.COMPLETE, "STOPPED": optuna.trial.TrialState.PRUNED}
+FAILED = optuna.trial.TrialState.FAIL
+
+
+class Page(HTMLParser):
+    """What a page holds: links, and the rows of its table of trials."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self._in_trials = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.tags.append(tag)
+        self.links += [found[name] or "" for name in ("src", "href") if name in found]
+        self._in_trials = "trials" in (found.get("class") or "") if tag == "table" else self._in_trials
+        if self._in_trials and tag == "tr":
+            self.rows.append([])
+        elif self._in_trials and tag == "td":
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._in_trials and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_trials = self._in_trials and tag != "table"
+
+    @property
+    def numbers(self) -> list[int]:
+        """The trials, in the table's order."""
+        return [int(row[0]) for row in self.rows if row and row[0].strip()]
+
+
+def make_record(number: int, state: str, rng: np.random.Generator) -> TrialRecord:
+    searched: dict[str, Any] = {
+        "lora_r": int(rng.choice([4, 16, 64])),
+        "learning_rate": float(10 ** rng.uniform(-4, -2)),
+    }
+    searched["train_projector"] = bool(rng.random() < 0.5)
+    if searched["train_projector"]:
+        searched["projector_learning_rate"] = 1e-3
+    score = 0.9 - 0.1 * abs(np.log10(searched["learning_rate"]) + 3) + 0.01 * rng.normal()
+    length = {"COMPLETE": 3, "STOPPED": 1, "INTERRUPTED": 2}.get(state, 0)
+    epochs = [{"auroc": score - 0.1 / (e + 1), "macro_f1": 0.5, "loss": 1 - score} for e in range(length)]
+    return TrialRecord(
+        number,
+        searched,
+        {},
+        state=state,
+        epochs=epochs,
+        applied={"trainable_params": 1007 - number} if length else {},
+        lane=number % 2 if length else None,
+        seconds={"train": 9.0, "wall": 10.0, "waited": 1.0} if length else {},
+        error=f"OutOfMemory: {HOSTILE}\nTraceback" if state == "FAILED" else "",
+        started_at=1e9 + number // 2 * 10,
+        ended_at=1e9 + number // 2 * 10 + 10,
+    )
+
+
+def make_study(
+    folder: Path,
+    states: list[str],
+    *,
+    tested: bool = True,
+    closed: bool = True,
+    goals: Sequence[Goal] = (("auroc", "max"),),
+    **outcome: Any,
+) -> tuple[dict[str, Any], Path]:
+    """A study on disk as the driver leaves it: study.json's content, and the study's directory."""
+    directory = folder / "a study & more"
+    directory.mkdir()
+    rng = np.random.default_rng(0)
+    records = [make_record(number, state, rng) for number, state in enumerate(states)]
+    labels = [0] * 6 + [1] * 4
+    test = tuple(Sample(f"/x/{HOSTILE}{i}.png", "?", ANSWERS[label], label) for i, label in enumerate(labels))
+    splits = Splits(test, test, test, ANSWERS if closed else ())
+    save_splits(splits, directory / "splits.json")
+    search = optuna.create_study(
+        study_name=directory.name,
+        storage=f"sqlite:///{directory / 'optuna.db'}",
+        directions=["maximize" if mode == "max" else "minimize" for _, mode in goals],
+    )
+    for record in records:
+        if record.state != "INTERRUPTED":
+            shared = {name: SPACE[name] for name in record.searched}
+            made = {"params": record.searched, "distributions": shared}
+            values = [record.value(name) for name, _ in goals] if record.state == "COMPLETE" else None
+            made |= {"state": STATES.get(record.state, FAILED), "values": values}
+            search.add_trial(optuna.trial.create_trial(**made))
+    done = Outcome(directory.name, directory, tuple(goals), records, lanes=2, **outcome)
+    done.seconds["wall"] = 4000.0
+    complete = [record for record in records if record.state == "COMPLETE"]
+    done.winner = max(complete, key=lambda record: record.value("auroc"), default=None)
+    done.adapter = directory / "best_adapter" if complete else None
+    if tested and complete:
+        score = {name: {"value": 0.8, "interval": [0.7, 0.9]} for name in ("loss", "auroc")}
+        done.tests = {"winner": score, "guide": score, "difference": copy.deepcopy(score)}
+        done.tests["difference"]["auroc"] = {"value": 0.0, "interval": [-0.1, 0.1]}
+        said = np.array([[0.9, 0.1]] * 5 + [[0.3, 0.7]] + [[0.2, 0.8]] * 3 + [[0.6, 0.4]])
+        if closed:
+            one = {"answers": labels, "probabilities": said.tolist()}
+            done.predictions = {"winner": one, "guide": one}
+    parts = {"study": StudySettings(), "model": ModelSettings(), "data": DataSettings(), "trial": TrialSettings()}
+    plan = {
+        "settings": {name: dataclasses.asdict(part) for name, part in parts.items()} | {"pinned": []},
+        "tracking_uri": "sqlite:///mlflow.db",
+        "data_report": dataclasses.asdict(
+            DataReport(30, 2, 4, ((f"{HOSTILE}: Normal", "b.png: Malignant"),), 0, {"test": 1}, 0.3, (0,))
+        ),
+        "candidates": splits.candidates,
+        "positive_label": "Malignant" if closed else "",
+        "class_counts": {part: splits.class_counts(part) for part in ("train", "validation", "test")},
+        "data_hash": "d" * 64,
+        "versions": {"version_ray": "1"},
+        "git": {},
+    }
+    return done.save(plan, {"lanes": 2}), directory
+
+
+MIXED = ["COMPLETE", "STOPPED", "COMPLETE", "FAILED", "COMPLETE", "INTERRUPTED", "STOPPED", "COMPLETE", "COMPLETE"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Path], Page]:
+    """study.json's content, what was written, and the report of a study with every kind of trial and hostile names."""
+    folder = tmp_path_factory.mktemp("mixed")
+    study, directory = make_study(folder, MIXED, confirmations={0: [0.8, 0.7], 2: [0.9, 0.8]}, ended_by=HOSTILE)
+    return study, write_report(study, directory), Page((directory / "report.html").read_text())
+
+
+def test_the_report_is_whole_and_fetches_nothing(mixed) -> None:
+    study, paths, page = mixed
+    names = {path.name for path in paths}
+    assert names == {"report.html", "explore.html", *(f"{picture.__name__}.png" for picture in PICTURES)}
+    links = [link for link in page.links if not link.startswith("data:image/png;base64,")]
+    assert links == ["pictures/explore.html"] and len(page.links) == 1 + len(PICTURES) == 9
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert f"Trial {study['winner']} is the best adapter found" in page.text
+    assert "not distinguishable from the guide's defaults" in page.text
+    assert "0.800 (0.700 to 0.900)" in page.text and "0.750" in page.text and "d" * 64 in page.text
+    for path in paths:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert 900 <= image.width <= 1100 and path.stat().st_size < 80_000
+    (explore,) = (path.read_text() for path in paths if path.name == "explore.html")
+    assert explore.count("plotly.js v") == 1 and explore.count("Plotly.newPlot(") == 5
+    assert not [link for link in Page(explore).links if "//" in link]
+
+
+def test_what_users_named_stays_text(mixed) -> None:
+    _, _, page = mixed
+    assert page.tags.count("img") == len(PICTURES) and "x" not in page.links
+    # What ended the study, the two mistakes' images, the error's first line, and a contradiction.
+    assert page.text.count(HOSTILE) == 1 + 2 + 1 + 1
+    assert "Traceback" not in page.text
+    (failed,) = [row for row in page.rows if len(row) == 2]
+    assert failed[1].startswith("OutOfMemory")
+    assert page.text.index("70 %") < page.text.index("60 %")  # the surer mistake first
+
+
+def test_trials_are_ordered_and_named_by_their_end(mixed) -> None:
+    study, _, page = mixed
+    assert sorted(page.numbers) == list(range(len(MIXED)))
+    states = [row[1].split()[0] for row in page.rows if row and row[0].strip()]
+    assert states[:5] == ["complete"] * 5 and states[8] == "failed"
+    assert sorted(states[5:8]) == ["interrupted", "stopped", "stopped"]
+    completed = [study["trials"][number]["epochs"][-1]["auroc"] for number in page.numbers[:5]]
+    assert completed == sorted(completed, reverse=True) and page.numbers[0] == study["winner"]
+
+
+@pytest.mark.parametrize(
+    ("states", "changes", "told"),
+    [
+        (["FAILED"] * 3, {}, "No adapter: no trial completed"),
+        (["COMPLETE"], {"test": {}}, "The guide’s defaults (trial 0) are the best found"),
+        (["COMPLETE", "COMPLETE", "INTERRUPTED"], {"test": {}, "state": "INTERRUPTED"}, "The study was interrupted"),
+        (["INTERRUPTED"], {"state": "INTERRUPTED"}, "No adapter: interrupted before a trial was completed"),
+        (["FAILED", "COMPLETE", "COMPLETE"], {}, "is the best adapter found"),
+        ([], {}, "No adapter"),
+    ],
+)
+def test_every_end_of_a_study_has_its_report(
+    tmp_path: Path, states: list[str], changes: dict[str, Any], told: str
+) -> None:
+    study, directory = make_study(tmp_path, states, tested=changes.get("test") != {})
+    study |= changes
+    write_report(study, directory)
+    page = Page((directory / "report.html").read_text())
+    assert told in page.text
+    assert sorted(page.numbers) == list(range(len(states)))
+    assert "Not drawn: it takes 4 completed trials" in page.text
+
+
+def test_without_a_closed_set_of_answers(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 5, closed=False)
+    study |= {"metric": "loss", "mode": "min", "goals": [["loss", "min"]]}
+    paths = write_report(study, directory)
+    assert "confusions.png" not in {path.name for path in paths}
+    page = Page((directory / "report.html").read_text())
+    assert "no small closed set" in page.text
+    losses = [study["trials"][number]["epochs"][-1]["loss"] for number in page.numbers]
+    assert losses == sorted(losses)
+
+
+def test_several_goals_name_the_front(tmp_path: Path) -> None:
+    goals = (("auroc", "max"), ("trainable_params", "min"))
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 8, goals=goals)
+    paths = write_report(study, directory)
+    assert {"importances.png", "explore.html"} <= {path.name for path in paths}
+    page = Page((directory / "report.html").read_text())
+    assert study["front"]
+    assert sorted(int(row[0]) for row in page.rows if row and "front" in row[1]) == study["front"]
+    assert "trainable_params" in page.text and "1,007" in page.text
+
+
+def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 6)
+    study["trials"][1]["epochs"][-1]["auroc"] = None
+    study["trials"][2]["epochs"] = []
+    for scores in study["test"].values():
+        scores["auroc"] = {"value": None, "interval": None}
+    write_report(json.loads(json.dumps(study)), directory)
+    page = Page((directory / "report.html").read_text())
+    assert sorted(page.numbers[-2:]) == [1, 2] and "undefined" in page.text
+
+
+def test_more_than_a_hundred_trials(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE", "STOPPED", "STOPPED"] * 40)
+    paths = write_report(study, directory)
+    page = Page((directory / "report.html").read_text())
+    assert sorted(page.numbers) == list(range(120))
+    assert all(path.stat().st_size < 150_000 for path in paths if path.suffix == ".png")
+
+
+def test_confusion_counts_the_test(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, MIXED)
+    figure = confusions(View(study, directory))
+    assert not isinstance(figure, str)
+    for axes in figure.axes:  # of six normal images five are called so, of four malignant ones three
+        assert [text.get_text() for text in axes.texts] == ["5", "1", "1", "3"]
+
+
+def test_calibration_error() -> None:
+    sure = np.array([0.6, 0.6, 0.9, 0.9])
+    rows, error = calibration(np.array([True, False, True, True]), sure, 2)
+    assert rows == pytest.approx(np.array([[0.6, 0.5, 2], [0.9, 1.0, 2]]))
+    assert error == pytest.approx(0.1)
+    perfect = np.linspace(0, 1, 1000)
+    right = np.random.default_rng(0).random(1000) < perfect
+    assert calibration(right, perfect, 10)[1] < 0.05 < calibration(~right, perfect, 10)[1]
+
+
+def test_axes_follow_the_search(tmp_path: Path) -> None:
+    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    view = View(study, directory)
+    record = view.records[3]  # number 3 is moved by (3 * 0.618 % 1 - 0.5) * 0.04
+    moved = (3 * 0.618 % 1 - 0.5) * 0.04
+    record.searched |= {"learning_rate": 1e-3, "lora_r": 16}
+    place, ticks = parameter_axis(view, "learning_rate")
+    assert place(record) == pytest.approx(0.5 + moved)
+    assert list(ticks) == pytest.approx([0, 0.5, 1]) and list(ticks.values()) == ["0.0001", "0.001", "0.01"]
+    place, ticks = parameter_axis(view, "lora_r")
+    assert place(record) == pytest.approx(0.5 + moved) and list(ticks.values()) == ["4", "16", "64"]
+
+
+def test_importances_find_what_matters_and_leave_conditional_settings_out(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 60)
+    figure = importances(View(study, directory))
+    assert not isinstance(figure, str)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[-1] == "learning_rate" and sorted(names) == ["learning_rate", "lora_r", "train_projector"]
+
+
+def test_another_studys_trials_are_left_out(tmp_path: Path) -> None:
+    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    stored = optuna.load_study(study_name=directory.name, storage=f"sqlite:///{directory / 'optuna.db'}")
+    foreign = stored.trials[0]
+    foreign.user_attrs = {"from_study": "other"}
+    stored.add_trial(foreign)
+    own = load_search(directory, "other")
+    assert own and len(own.trials) == 5 and len(stored.trials) == 6
+
+
+def test_spans_leave_out_what_a_trial_waited(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 4)
+    found = [(record.number, start, end) for record, start, end in spans(View(study, directory))]
+    assert found == [(0, 0.0, 9.0), (1, 0.0, 9.0), (2, 10.0, 19.0), (3, 10.0, 19.0)]
