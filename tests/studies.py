@@ -51,11 +51,11 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def start(folder: Path, *argv: str, path: str = "", name: str = "s") -> subprocess.Popen:
-    """A study on its way; `name` empty for one that goes on."""
+def start(folder: Path, *argv: str, path: str = "", name: str = "s", address: str = "") -> subprocess.Popen:
+    """A study on its way; `name` empty for one that goes on; `address` of a Ray cluster to join."""
     named = ["--name", name] if name else []
     command = [sys.executable, str(ROOT / "tune" / "run.py"), *named, *argv]
-    env = environment(folder) | ({"PYTHONPATH": path} if path else {})
+    env = environment(folder) | ({"PYTHONPATH": path} if path else {}) | ({"RAY_ADDRESS": address} if address else {})
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -39,10 +39,10 @@ def test_all_ranks_get_the_same_trial_and_the_same_verdict() -> None:
         one, two = await asyncio.gather(*[dispatcher.next_assignment(0, "g", 0) for _ in range(2)])
         assert one == two == {"kind": "train", "number": 0}
         ranks = [begin(dispatcher.report(0, "g", 1, m)) for m in (message(1), None)]
-        report = await dispatcher.next_report(0)
+        report = await dispatcher.next_report(0, 0)
         assert message(1).items() <= report.items() and report["device_s"] > 0
         assert not await soon(asyncio.gather(*map(asyncio.shield, ranks)))  # neither is told to go on yet
-        waiting = begin(dispatcher.next_report(0))
+        waiting = begin(dispatcher.next_report(0, 1))
         assert await asyncio.gather(*ranks) == [False, False]
         waiting.cancel()
 
@@ -55,7 +55,7 @@ def test_stop_answers_the_report_that_waits() -> None:
         await dispatcher.submit(0, {})
         await dispatcher.next_assignment(0, "g", 0)
         rank = begin(dispatcher.report(0, "g", 1, message(1)))
-        await dispatcher.next_report(0)
+        await dispatcher.next_report(0, 0)
         await dispatcher.stop(0)
         assert await rank is True
 
@@ -82,8 +82,8 @@ def test_a_lost_group_begins_its_trial_again_and_known_epochs_are_not_told_twice
         await dispatcher.submit(7, {})
         await dispatcher.next_assignment(0, "old", 0)
         begin(dispatcher.report(7, "old", 1, message(1)))
-        assert (await dispatcher.next_report(7))["epoch"] == 1
-        waiting = begin(dispatcher.next_report(7))
+        assert (await dispatcher.next_report(7, 0))["epoch"] == 1
+        waiting = begin(dispatcher.next_report(7, 1))
         assert (await dispatcher.next_assignment(0, "new", 0))["number"] == 7
         assert await dispatcher.report(7, "new", 1, message(1)) is False
         assert not waiting.done()
@@ -100,7 +100,7 @@ def test_a_trial_that_loses_every_group_fails() -> None:
         for attempt in range(MAX_ATTEMPTS):
             assert (await dispatcher.next_assignment(0, f"g{attempt}", 0))["number"] == 0
         begin(dispatcher.next_assignment(0, "last", 0))
-        assert "worker group died" in (await dispatcher.next_report(0))["error"]
+        assert "worker group died" in (await dispatcher.next_report(0, 0))["error"]
 
     run(scenario)
 
@@ -112,9 +112,8 @@ def test_a_fault_of_its_own_is_not_tried_again() -> None:
         await dispatcher.submit(1, {})
         await dispatcher.next_assignment(0, "g", 0)
         await dispatcher.fail(0, "boom")
-        assert await dispatcher.next_report(0) == {"error": "boom"}
+        assert (await dispatcher.next_report(0, 0))["error"] == "boom"
         assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 1
-        assert (await dispatcher.error_of(0))["error"] == "boom"
 
     run(scenario)
 
@@ -131,7 +130,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch() -> No
             for _ in range(2):  # both ranks tell of it
                 await dispatcher.out_of_memory(0, group, "CUDA out of memory")
         assert len(assignment["notes"]) == 2 and "micro-batch 2 -> 1" in assignment["notes"][1]
-        error = (await dispatcher.next_report(0))["error"]
+        error = (await dispatcher.next_report(0, 0))["error"]
         places = [error.index(word) for word in ("--use-qlora", "size 1", "--lora-r", "checkpointing", "paged")]
         assert places == sorted(places) and "CUDA out of memory" in error
 
@@ -182,7 +181,31 @@ def test_without_lanes_every_trial_fails_with_the_reason() -> None:
         await dispatcher.lane_ended(0, "cannot load the base")
         await dispatcher.submit(1, {})
         for number in (0, 1):
-            assert (await dispatcher.next_report(number))["error"] == "cannot load the base"
+            assert (await dispatcher.next_report(number, 0))["error"] == "cannot load the base"
+
+    run(scenario)
+
+
+def test_a_snapshot_tells_what_every_lane_does() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(3)
+        assert await dispatcher.snapshot() == {"lanes": 3, "starting": 3, "running": []}
+        await dispatcher.submit(4, {})
+        await dispatcher.submit(5, {"label": "scoring"})
+        await dispatcher.next_assignment(1, "a", 0)
+        await dispatcher.next_assignment(0, "b", 0)
+        await dispatcher.progress(4, {"step": 1})
+        await dispatcher.progress(4, {"step": 2})
+        found = await dispatcher.snapshot()
+        assert (found["lanes"], found["starting"]) == (3, 1)
+        scoring, trial = found["running"]  # by lane
+        assert scoring["label"] == "scoring" and "step" not in scoring
+        assert trial["label"] == "trial 4" and trial["step"] == 2 and trial["seconds"] > 0
+        begin(dispatcher.next_assignment(0, "b", 1))
+        begin(dispatcher.next_assignment(1, "c", 0))  # its group was lost, and the trial begins again
+        await asyncio.sleep(0.01)
+        (again,) = (await dispatcher.snapshot())["running"]
+        assert again["label"] == "trial 4" and "step" not in again and again["seconds"] >= trial["seconds"]
 
     run(scenario)
 
@@ -194,5 +217,77 @@ def test_close_ends_the_lanes_after_the_queue() -> None:
         await dispatcher.close()
         assert (await dispatcher.next_assignment(0, "g", 0))["number"] == 0
         assert await dispatcher.next_assignment(0, "g", 1) is None
+
+    run(scenario)
+
+
+def test_a_lost_tune_process_hears_its_reports_again() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        await dispatcher.next_assignment(0, "g", 0)
+        rank = begin(dispatcher.report(0, "g", 1, message(1)))
+        assert (await dispatcher.next_report(0, 0))["epoch"] == 1
+        await dispatcher.submit(0, {})  # the process that had asked is gone
+        assert (await dispatcher.next_report(0, 0))["epoch"] == 1
+        assert not rank.done()
+        waiting = begin(dispatcher.next_report(0, 1))
+        assert await rank is False
+        waiting.cancel()
+
+    run(scenario)
+
+
+def test_a_group_that_leaves_costs_its_trial_no_attempt() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        for group in range(2 * MAX_ATTEMPTS):
+            await dispatcher.next_assignment(0, str(group), 0)
+            await dispatcher.interrupted(0, str(group), "left at step 3", True)
+            await dispatcher.interrupted(0, str(group), "left at step 3", True)  # its other rank
+        assert (await dispatcher.next_assignment(0, "last", 0))["number"] == 0
+        for _ in range(MAX_ATTEMPTS):  # a full disk does
+            await dispatcher.interrupted(0, dispatcher.groups[0], "storage: no space left", False)
+            group = f"{dispatcher.groups[0]}+"
+            asking = begin(dispatcher.next_assignment(0, group, 0))
+            await asyncio.sleep(0.01)
+        assert "no space left" in (await dispatcher.next_report(0, 0))["error"]
+        asking.cancel()
+
+    run(scenario)
+
+
+def test_an_interrupted_study_lets_every_trial_leave_and_begins_none() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        await dispatcher.submit(1, {})
+        await dispatcher.next_assignment(0, "g", 0)
+        assert await dispatcher.pulse(0, "g", 0, None) is False
+        await dispatcher.leave()
+        assert await dispatcher.pulse(0, "g", 0, None) is True
+        await dispatcher.interrupted(0, "g", "left at step 3", True)
+        assert (await dispatcher.snapshot())["running"] == []
+        assert await dispatcher.next_assignment(0, "h", 0) is None
+
+    run(scenario)
+
+
+def test_a_silent_worker_is_ended(monkeypatch) -> None:
+    killed = []
+    monkeypatch.setattr("tune.lane.ray.kill", killed.append)
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1, hang_timeout_s=0.4)
+        await dispatcher.submit(0, {})
+        await dispatcher.next_assignment(0, "g", 0)
+        await dispatcher.pulse(0, "g", 0, "zero")
+        await dispatcher.pulse(0, "g", 1, "one")
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            await dispatcher.pulse(0, "g", 0, "zero")
+        assert killed == ["one"]
+        assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 0
 
     run(scenario)

@@ -18,7 +18,7 @@ from train_fn.engine import TrialFailed, build_engine, check_applied, read_appli
 from train_fn.evaluation import score_candidates
 from train_fn.loop import run_trial, score_adapter
 from train_fn.lora import adapted, adapter_layers
-from train_fn.model import collate, forward_hidden, load_base, read_image
+from train_fn.model import collate, forward_hidden, read_image
 from train_fn.scores import metrics_of
 from train_fn.settings import TrialSettings
 

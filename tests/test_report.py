@@ -299,7 +299,7 @@ def test_calibration_error() -> None:
 
 
 def test_axes_follow_the_search(tmp_path: Path) -> None:
-    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
     view = View(study, directory)
     record = view.records[3]  # number 3 is moved by (3 * 0.618 % 1 - 0.5) * 0.04
     moved = (3 * 0.618 % 1 - 0.5) * 0.04

@@ -36,8 +36,14 @@ from train_fn.lora import adapted, load_adapter, save_adapter
 from train_fn.model import Base, collate
 from train_fn.scores import metrics_of
 from train_fn.settings import TrialSettings
+from train_fn.storage import Storage, patiently
 
 Report = Callable[[dict[str, Any]], bool]
+Progress = Callable[[dict[str, Any]], object]
+
+
+class Leaving(Exception):
+    """This trial's process must leave; the trial can be continued elsewhere."""
 
 
 def world() -> tuple[int, int]:
@@ -74,15 +80,23 @@ def run_trial(
     eval_batch_size: int = 16,
     positive: str = "",
     output: Path | None = None,
+    storage: Storage | None = None,
+    progress: Progress | None = None,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train one adapter and report after each epoch.
 
     report: called on every rank with {"epoch", "metrics", "seconds", "done", ...}; its answer True ends the trial
         early. The report of the last epoch has `done` and comes after the adapter is written. A trial that goes on
-        after a kill first gives its last report again, for the one who was told may be gone.
+        after a kill first gives its reports again, for the one who was told may be gone.
     output: folder in which `final_model/` and trainer_state.json are written at the trial's end (not when it is stopped
         early), `checkpoint-N/` on the way, and `state/` as long as the trial is unfinished.
+    progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training begins,
+        every `logging_steps` optimizer steps, and when an evaluation begins; it must not wait.
 
+    leaving: whether this process must leave soon; asked after each optimizer step.
+
+    Raises Leaving, on all ranks alike and with `state/` just written, when one of them must leave.
     Raises TrialFailed, on all ranks alike, for what the trial itself has done wrong: no module to adapt, a setting
     that did not reach the engine, a loss that is not finite.
     """
@@ -105,26 +119,39 @@ def run_trial(
         check_applied(applied, settings)
         seed_everything(settings.seed, rank)
 
-        log, losses, epoch, last_report = History(), [], 1, None
-        state = ResumeState(output, settings, rank, world_size)
+        log, epoch, stop = History(), 1, False
+        losses: list[float] = []
+        reports: list[dict[str, Any]] = []
+        storage = storage or Storage(output or Path())
+        state = ResumeState(output, storage, settings, rank, world_size)
         if found := state.load():
             load_engine_state(engine, found["engine"], rank)
             set_random_state(found["random"])
-            log.step, log.entries, log.told, clock.spent = (
-                found[key] for key in ("step", "entries", "told", "seconds")
-            )
-            losses, epoch, last_report = (found[key] for key in ("losses", "epoch", "report"))
+            log.step, log.entries, log.told = (found[key] for key in ("step", "entries", "told"))
+            losses, epoch, reports, clock.spent = (found[key] for key in ("losses", "epoch", "reports", "seconds"))
         elif output is not None and rank == 0:
             for old in output.glob("checkpoint-*"):
                 shutil.rmtree(old)  # of an attempt that cannot be continued
         clock.lap("setup")
 
+        troubles: list[str] = []
+
+        def write(action: Callable[[], None]) -> None:
+            patiently(action, lambda text: None if text in troubles else troubles.append(text))
+
         def save_state() -> None:
-            progress = {"step": log.step, "entries": log.entries, "told": log.told, "losses": losses, "epoch": epoch}
-            state.save(progress | {"report": last_report, "seconds": clock.seconds()}, engine)
+            place = {"step": log.step, "entries": log.entries, "told": log.told, "losses": losses, "epoch": epoch}
+            write(lambda: state.save(place | {"reports": reports, "seconds": clock.seconds()}, engine))
             clock.lap("checkpoint")
 
-        stop = report(last_report) if last_report else False
+        def tell(phase: str, loss: float | None) -> None:
+            if progress is not None and rank == 0:
+                place = {"epoch": epoch, "num_epochs": num_epochs, "step": log.step, "num_steps": num_steps}
+                progress({"phase": phase, "loss": loss} | place)
+
+        for known in reports:
+            stop = stop or report(known)
+        tell("train", None)
         while not stop and epoch <= num_epochs:
             done = (epoch - 1) * steps_per_epoch
             order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
@@ -135,36 +162,43 @@ def run_trial(
                     recent = losses[-settings.logging_steps :]
                     loss = sum(recent) / len(recent)
                     log.add(epoch=log.step / steps_per_epoch, loss=loss, learning_rate=engine.get_lr()[0])
+                    tell("train", loss)
                 if settings.save_steps and log.step % settings.save_steps == 0 and output is not None:
                     clock.lap("train")
                     if rank == 0:
-                        save_checkpoint(base, model, settings, log, output)
+                        write(lambda: save_checkpoint(base, model, settings, log, output, storage))
                     save_state()
+                if mean_over_ranks(float(leaving()), base.device) > 0:
+                    clock.lap("train")
+                    save_state()
+                    raise Leaving(f"left at step {log.step}")
             train_loss = sum(losses) / len(losses)
+            tell("evaluation", train_loss)
             clock.lap("train")
             metrics = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss, positive)
             log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
             last = log.step == num_steps
             if last and output is not None and rank == 0:
-                save_adapter(base, model, settings, output / "final_model")
-                save_task(base, splits, output / "final_model")
-                log.save(output)
+                write(lambda: save_final(base, model, settings, splits, log, output, storage))
                 clock.lap("checkpoint")
-            last_report = {
+            message = {
                 "epoch": epoch,
                 "step": log.step,
                 "metrics": metrics | {"train_loss": train_loss},
                 "log": log.take_new(),
                 "applied": applied,
                 "seconds": clock.seconds(),
+                "notes": troubles,
                 "done": last,
             }
+            reports.append(message)
             epoch, losses = epoch + 1, []
             save_state()
-            stop = report(last_report)
+            stop = report(message)
             clock.lap("report")
-        state.remove()
+        if not stop:
+            state.remove()  # one that was told to stop may be asked to go on, by a study that goes on
 
 
 def train_step(
@@ -214,8 +248,11 @@ class ResumeState:
     """`state/` of an unfinished trial: one file per rank and point, the last two of which are kept: ranks may be killed
     between their writes."""
 
-    def __init__(self, output: Path | None, settings: TrialSettings, rank: int, world_size: int) -> None:
+    def __init__(
+        self, output: Path | None, storage: Storage, settings: TrialSettings, rank: int, world_size: int
+    ) -> None:
         self.directory = output / "state" if output else None
+        self.storage = storage
         self.rank, self.world_size = rank, world_size
         # A micro-batch that was halved for want of memory changes nothing that is kept here.
         micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": settings.global_batch_size}
@@ -239,11 +276,14 @@ class ResumeState:
         partial = path.with_suffix(".partial")
         torch.save(content, partial)
         os.replace(partial, path)
+        self.storage.push(path)
         for old in sorted(self.directory.glob(f"*-{self.rank}.pt"))[:-2]:
-            old.unlink()
+            self.storage.remove(old)
 
     def load(self) -> dict[str, Any] | None:
         """This rank's newest state that all ranks have, if its trial is the same; every rank finds the same point."""
+        if self.directory is not None:
+            self.storage.pull(self.directory)
         found = [self.points()]
         if self.world_size > 1:
             dist.broadcast_object_list(found, src=0)
@@ -257,13 +297,15 @@ class ResumeState:
     def remove(self) -> None:
         """The trial is over."""
         if self.directory is not None and self.rank == 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            self.storage.remove(self.directory)
 
 
 # ------------------------------------------------------------------------------------------------ on disk
 
 
-def save_checkpoint(base: Base, model: Any, settings: TrialSettings, log: History, output: Path) -> None:
+def save_checkpoint(
+    base: Base, model: Any, settings: TrialSettings, log: History, output: Path, storage: Storage
+) -> None:
     """Write `checkpoint-N/` and remove the oldest beyond `save_total_limit`."""
     directory = output / f"checkpoint-{log.step}"
     partial = output / f".checkpoint-{log.step}"  # a half-written one must not look like one
@@ -271,9 +313,21 @@ def save_checkpoint(base: Base, model: Any, settings: TrialSettings, log: Histor
     log.save(partial)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
+    storage.push(directory)
     found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for old in found[: -settings.save_total_limit] if settings.save_total_limit else []:
-        shutil.rmtree(old)
+        storage.remove(old)
+
+
+def save_final(
+    base: Base, model: Any, settings: TrialSettings, splits: Splits, log: History, output: Path, storage: Storage
+) -> None:
+    """Write `final_model/`, with its task.json, and trainer_state.json."""
+    save_adapter(base, model, settings, output / "final_model")
+    save_task(base, splits, output / "final_model")
+    log.save(output)
+    storage.push(output / "final_model")
+    storage.push(output / "trainer_state.json")
 
 
 def save_task(base: Base, splits: Splits, directory: Path) -> None:

@@ -96,7 +96,8 @@ def predict_lines(
 
     if problems := unreadable_images([sample.image for sample in samples]):
         raise InputError("; ".join(problems))
-    with adapted_base(settings, adapter) as base:
+    # Images that are looked at once need not be kept in the store of features.
+    with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:
         for sample in samples:
             line: dict[str, Any] = {"image": sample.image}
             if candidates:

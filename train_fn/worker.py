@@ -6,7 +6,9 @@ Every rank asks the dispatcher by itself, so an idle lane waits in no collective
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import time
 import traceback
 import uuid
@@ -17,6 +19,17 @@ from typing import Any
 
 from train_fn.data import Splits
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.storage import Storage
+
+LEAVE = Path("/tmp/vlm-tune-leave")  # made by a node's watcher for spot notices: see cluster.yaml
+
+
+def node_leaves() -> bool:
+    """Whether this node has been told to leave, by its own user or root."""
+    try:
+        return LEAVE.stat().st_uid in (0, os.getuid())
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +42,7 @@ class LaneJob:
     model: ModelSettings
     splits: Splits
     positive: str
+    storage: Storage
     num_threads: int
     """torch threads of each worker; 0 leaves torch's default (GPU workers)."""
 
@@ -48,6 +62,9 @@ def lane_loop(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     job: LaneJob = config["job"]
+    if node_leaves():
+        time.sleep(10)  # Ray may place the next group elsewhere
+        raise RuntimeError("this node leaves")
     if not ray.get(job.dispatcher.wants.remote(job.lane)):
         return
     if job.num_threads:
@@ -56,7 +73,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     try:
         from train_fn.engine import TrialFailed
-        from train_fn.loop import run_trial, score_adapter
+        from train_fn.loop import Leaving, run_trial, score_adapter
         from train_fn.model import base_gib, load_base
 
         place = ray.train.torch.get_device()
@@ -73,6 +90,8 @@ def lane_loop(config: dict[str, Any]) -> None:
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
     held, whole = base_gib(base.model)
     facts = {"lane": job.lane, "device": device, "startup_s": startup_s, "base_gib": held, "base_16_bit_gib": whole}
+    pulse = Pulse(job, group[0], rank)
+    pulse.start()
     idle_since = time.perf_counter()
     for turn in range(10**9):
         assignment = ray.get(job.dispatcher.next_assignment.remote(job.lane, group[0], turn))
@@ -83,6 +102,8 @@ def lane_loop(config: dict[str, Any]) -> None:
         extra = facts | {"turn": turn, "notes": assignment.get("notes", [])}
         try:
             if assignment["kind"] == "score":
+                for adapter in assignment["adapters"]:
+                    job.storage.pull(Path(adapter))
                 found = [
                     score_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
                     for adapter in assignment["adapters"]
@@ -99,6 +120,9 @@ def lane_loop(config: dict[str, Any]) -> None:
                 eval_batch_size=assignment.get("eval_batch_size", job.model.per_device_eval_batch_size),
                 positive=job.positive,
                 output=Path(assignment["output"]),
+                storage=job.storage,
+                leaving=lambda: pulse.leaving,
+                progress=functools.partial(job.dispatcher.progress.remote, number),  # nobody waits for its answer
             )
         except torch.OutOfMemoryError as error:
             # Begun again with half the micro-batch. With several ranks the others may wait in a collective for this
@@ -107,6 +131,11 @@ def lane_loop(config: dict[str, Any]) -> None:
             if dist.get_world_size() > 1:
                 raise
             torch.cuda.empty_cache()
+        except (Leaving, OSError) as reason:
+            # No fault of the trial's: it goes on from its last checkpoint, on another group.
+            free = isinstance(reason, Leaving)
+            ray.get(job.dispatcher.interrupted.remote(job.lane, group[0], str(reason), free))
+            raise
         except TrialFailed as failure:
             if rank == 0:
                 ray.get(job.dispatcher.fail.remote(number, str(failure)))
@@ -118,6 +147,29 @@ def lane_loop(config: dict[str, Any]) -> None:
             raise
         finally:
             idle_since = time.perf_counter()
+
+
+class Pulse(threading.Thread):
+    """Tells the dispatcher every second that this process lives, and hears from it, or from the file that a node's
+    watcher for spot notices makes, whether it must leave."""
+
+    def __init__(self, job: LaneJob, group: str, rank: int) -> None:
+        super().__init__(daemon=True)
+        import ray
+
+        self.dispatcher = job.dispatcher
+        self.told = (job.lane, group, rank, ray.get_runtime_context().current_actor)
+        self.leaving = False
+
+    def run(self) -> None:
+        import ray
+
+        while not self.leaving:
+            try:
+                self.leaving = ray.get(self.dispatcher.pulse.remote(*self.told)) or node_leaves()
+            except ray.exceptions.RayError:
+                return  # the study is gone, and soon this process
+            time.sleep(1)
 
 
 def system_metrics() -> dict[str, float]:
@@ -142,7 +194,8 @@ def reporter(
     def report(message: dict[str, Any]) -> bool:
         # From the end of the trial before: what this trial has cost the lane, waiting for it included.
         times = {"wall_s": time.perf_counter() - idle_since, "waited_s": received - idle_since}
-        told = message | extra | times | {"system": system_metrics()} if rank == 0 else None
+        notes = {"notes": [*extra["notes"], *message["notes"]]}
+        told = message | extra | times | notes | {"system": system_metrics()} if rank == 0 else None
         return ray.get(job.dispatcher.report.remote(number, group, message["epoch"], told))
 
     return report

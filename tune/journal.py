@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from train_fn.storage import patiently
 
 Event = dict[str, Any]
 
@@ -30,19 +33,28 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.events = read_events(path)
-        self._file = open(path, "ab")  # noqa: SIM115  # open as long as the study
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # open as long as the study
         whole = path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(whole)
 
     def write(self, kind: str, **fields: Any) -> Event:
         """Append one event, flushed to the disk. Returns it as it will be read back."""
         line = json.dumps({"event": kind, "time": time.time(), **fields}, default=str)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        patiently(lambda: self._append(line.encode() + b"\n"), lambda text: logging.getLogger(__name__).warning(text))
         event = json.loads(line)
         self.events.append(event)
         return event
+
+    def _append(self, line: bytes) -> None:
+        """A line that could be written in part only is taken back, to be tried again."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)
+            raise
 
 
 class StudyLock:

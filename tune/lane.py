@@ -32,16 +32,13 @@ OUT_OF_MEMORY_ADVICE = (
 )
 
 
-class LaneError(Exception):
-    """A trial ended without its result; the message says why."""
-
-
 @dataclass
 class Ticket:
     """One trial (or scoring job) between the study and a lane."""
 
     assignment: dict[str, Any]
-    reports: asyncio.Queue = field(default_factory=asyncio.Queue)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    told: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is a new report
     verdicts: dict[tuple[str, int], asyncio.Future] = field(default_factory=dict)
     open_verdict: tuple[str, int] | None = None  # a report whose sender waits for the answer
     last_epoch: int = 0
@@ -52,6 +49,7 @@ class Ticket:
     ended: bool = False
     spent_s: float = 0.0  # of attempts that were lost
     taken_at: float | None = None
+    progress: dict[str, Any] = field(default_factory=dict)  # of this attempt, as `run_trial` tells it
 
     def lane_s(self) -> float:
         """Seconds of a lane so far, lost attempts included."""
@@ -59,7 +57,7 @@ class Ticket:
 
     def let_go(self) -> None:
         """No lane has it any more."""
-        self.spent_s, self.taken_at = self.lane_s(), None
+        self.spent_s, self.taken_at, self.progress = self.lane_s(), None, {}
 
 
 class Dispatcher:
@@ -69,7 +67,7 @@ class Dispatcher:
     early stop wastes no compute. All ranks of a group ask, and get the same answer.
     """
 
-    def __init__(self, num_lanes: int, workers_per_trial: int = 1) -> None:
+    def __init__(self, num_lanes: int, workers_per_trial: int = 1, hang_timeout_s: float = 600) -> None:
         self.workers_per_trial = workers_per_trial
         self.tickets: dict[int, Ticket] = {}
         self.queue: deque[int] = deque()
@@ -81,22 +79,35 @@ class Dispatcher:
         self.failed_starts: dict[int, int] = {}
         self.closed = False
         self.last_error = ""
+        self.hang_timeout_s = hang_timeout_s
+        self.pulses: dict[tuple[int, int], tuple[str, Any, float]] = {}  # of lane and rank: group, actor, when
+        self.watch: asyncio.Task | None = None
+        self.leaving = False
+        self.reasons: dict[int, str] = {}  # why a lane's group is about to end
 
     # -------------------------------------------------------------------------------- the study's side
 
     async def submit(self, number: int, assignment: dict[str, Any]) -> None:
-        """Queue a trial or a scoring job under a number of its own."""
+        """Queue a trial or a scoring job under a number of its own. One that is known already goes on: its Tune process
+        was lost, and the new one asks for its reports again."""
+        if number in self.tickets and not self.tickets[number].stopped:
+            return
         self.tickets[number] = Ticket(assignment | {"number": number}, last_epoch=assignment.get("known_epochs", 0))
         if self.lanes:
             await self._enqueue(number)
         else:
             self._error(number, self.last_error)
 
-    async def next_report(self, number: int) -> dict[str, Any]:
-        """The trial's next report; asking for it tells the lane to go on. {"error": ...} ends a trial."""
+    async def next_report(self, number: int, seen: int) -> dict[str, Any]:
+        """The trial's report after those `seen`; asking for one that is not there yet tells the lane to go on.
+        {"error": ...} ends a trial."""
         ticket = self.tickets[number]
-        self._answer(ticket, stop=False)
-        return await ticket.reports.get()
+        if seen == len(ticket.reports):
+            self._answer(ticket, stop=False)
+        while seen == len(ticket.reports):
+            ticket.told.clear()
+            await ticket.told.wait()
+        return ticket.reports[seen]
 
     async def stop(self, number: int) -> None:
         """End a trial early: at once if its lane waits for an answer, else at its next report."""
@@ -106,11 +117,20 @@ class Dispatcher:
             self.queue.remove(number)
         self._answer(ticket, stop=True)
 
-    async def error_of(self, number: int) -> dict[str, Any]:
-        """Why a trial failed (empty if it did not), and the device-seconds it took."""
-        ticket = self.tickets.get(number)
-        spent = ticket.lane_s() * self.workers_per_trial if ticket else 0.0
-        return {"error": ticket.error if ticket else "", "device_s": spent}
+    async def snapshot(self) -> dict[str, Any]:
+        """What the lanes do now: how many there are, how many of them are `starting`, and of each that is `running`
+        something its label, the seconds so far and, when training has begun, its progress."""
+        running = []
+        for _, number in sorted(self.running.items()):
+            ticket = self.tickets[number]
+            label = ticket.assignment.get("label", f"trial {number}")
+            running.append({"label": label, "seconds": ticket.lane_s()} | ticket.progress)
+        return {"lanes": len(self.lanes), "starting": len(self.lanes - self.groups.keys()), "running": running}
+
+    async def leave(self) -> None:
+        """The study is interrupted: every running trial checkpoints at its next step, and no lane begins another."""
+        self.leaving = True
+        await self.close()
 
     async def close(self) -> None:
         """No more assignments: lanes end when they ask next."""
@@ -125,7 +145,8 @@ class Dispatcher:
         if self.groups.get(lane) != group:
             self.groups[lane] = group
             if lane in self.running:
-                await self._lost(lane, "its worker group died")
+                await self._lost(lane, self.reasons.pop(lane, "its worker group died"))
+            self.reasons.pop(lane, None)
             async with self.changed:
                 self.changed.notify_all()  # a question of the dead group must not take an assignment
         key = (group, turn)
@@ -146,11 +167,29 @@ class Dispatcher:
             else:
                 ticket.last_epoch = epoch
                 ticket.open_verdict = (group, epoch)
-                ticket.reports.put_nowait(message | {"device_s": ticket.lane_s() * self.workers_per_trial})
+                self._tell(ticket, message | {"device_s": ticket.lane_s() * self.workers_per_trial})
                 if message["done"]:
                     ticket.ended = True
                     self._answer(ticket, stop=False)
         return await verdict
+
+    async def progress(self, number: int, message: dict[str, Any]) -> None:
+        """How far a trial is, from rank 0."""
+        self.tickets[number].progress = message
+
+    async def pulse(self, lane: int, group: str, rank: int, actor: Any) -> bool:
+        """A worker lives; True: it must leave."""
+        self.pulses[lane, rank] = (group, actor, time.monotonic())
+        self.watch = self.watch or asyncio.create_task(self._watch())
+        return self.leaving
+
+    async def interrupted(self, lane: int, group: str, reason: str, free: bool) -> None:
+        """A worker group ends by no fault of its trial, which goes on elsewhere. free: at no cost of its attempts."""
+        if self.groups.get(lane) == group and lane in self.running and lane not in self.reasons:
+            self.reasons[lane] = reason
+            self.tickets[self.running[lane]].attempts -= free
+            if self.leaving:
+                self.running.pop(lane)  # nobody takes it on
 
     async def fail(self, number: int, error: str) -> None:
         """A trial's own fault, from any rank: the trial ends and is not tried again."""
@@ -212,11 +251,24 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------- within
 
+    async def _watch(self) -> None:
+        """End workers that have been silent for long: frozen, they would hold their lane for ever. (One that hangs but
+        lives is ended by the timeout of its group's collectives, which is as long.)"""
+        while True:
+            await asyncio.sleep(min(1.0, self.hang_timeout_s / 4))
+            for (lane, rank), (group, actor, when) in list(self.pulses.items()):
+                if self.groups.get(lane) != group or lane not in self.lanes:
+                    del self.pulses[lane, rank]
+                elif time.monotonic() - when > self.hang_timeout_s:
+                    del self.pulses[lane, rank]
+                    self.reasons[lane] = f"its rank {rank} gave no sign for {self.hang_timeout_s:g} s"
+                    ray.kill(actor)
+
     async def _take(self, lane: int, group: str) -> dict[str, Any] | None:
         self.running.pop(lane, None)
         async with self.changed:
             await self.changed.wait_for(lambda: self.queue or self.closed or self.groups[lane] != group)
-            if not self.queue or self.groups[lane] != group:
+            if not self.queue or self.leaving or self.groups[lane] != group:
                 return None
             number = self.queue.popleft()
         ticket = self.tickets[number]
@@ -246,7 +298,12 @@ class Dispatcher:
         ticket = self.tickets[number]
         if not ticket.ended:
             ticket.ended, ticket.error = True, error
-            ticket.reports.put_nowait({"error": error})
+            self._tell(ticket, {"error": error, "device_s": ticket.lane_s() * self.workers_per_trial})
+
+    @staticmethod
+    def _tell(ticket: Ticket, report: dict[str, Any]) -> None:
+        ticket.reports.append(report)
+        ticket.told.set()
 
     @staticmethod
     def _answer(ticket: Ticket, stop: bool) -> None:
@@ -255,12 +312,12 @@ class Dispatcher:
             ticket.open_verdict = None
 
 
-def start_dispatcher(num_lanes: int, workers_per_trial: int) -> Any:
+def start_dispatcher(num_lanes: int, workers_per_trial: int, hang_timeout_s: float) -> Any:
     """The study's dispatcher actor; it takes no CPU and stays on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Dispatcher)
     return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(
-        num_lanes, workers_per_trial
+        num_lanes, workers_per_trial, hang_timeout_s
     )
 
 
@@ -274,21 +331,23 @@ class Lanes:
         workers_per_trial: int,
         use_gpu: bool,
         cpus_per_worker: float,
-        storage: Path,
+        storage: str,
         runtime_env: dict[str, Any],
+        hang_timeout_s: float,
     ) -> None:
         self.dispatcher = jobs[0].dispatcher
         self.over = False
         # The default of 2 s would be added to the lane's end and to the rebuilding of a lost group.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         self.threads = []
         for job in jobs:
             trainer = TorchTrainer(
                 lane_loop,
                 train_loop_config={"job": job},
+                torch_config=TorchConfig(timeout_s=max(1, round(hang_timeout_s))),
                 scaling_config=ScalingConfig(
                     num_workers=workers_per_trial,
                     use_gpu=use_gpu,
@@ -296,7 +355,7 @@ class Lanes:
                 ),
                 run_config=RunConfig(
                     name=f"lane-{job.lane}",
-                    storage_path=str(storage),
+                    storage_path=storage,
                     failure_config=FailureConfig(max_failures=-1),
                     worker_runtime_env=runtime_env,  # type: ignore[call-arg]  # of Train V2's RunConfig
                 ),
@@ -307,13 +366,25 @@ class Lanes:
 
     def _run(self, lane: int, trainer: Any) -> None:
         error = ""
-        try:
-            trainer.fit()
-        except Exception as failure:  # whatever ends a lane is told to the trials that waited for it
-            error = f"lane {lane} ended: {failure}"
-        if self.over or not ray.is_initialized():
-            return  # touching Ray after its shutdown would end the whole process
+        for _ in range(MAX_ATTEMPTS):  # its controller may be lost too
+            try:
+                trainer.fit()
+                error = ""
+            except Exception as failure:  # whatever ends a lane is told to the trials that waited for it
+                error = f"lane {lane} ended: {failure}"
+            if self.over or not ray.is_initialized():
+                return  # touching Ray after its shutdown would end the whole process
+            if not error:
+                break
         ray.get(self.dispatcher.lane_ended.remote(lane, error))
+
+    def leave(self, timeout_s: float = 30) -> None:
+        """Let the running trials checkpoint at their next step, and wait for that."""
+        ray.get(self.dispatcher.leave.remote())
+        deadline = time.monotonic() + timeout_s
+        while ray.get(self.dispatcher.snapshot.remote())["running"] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.over = True
 
     def close(self, timeout_s: float = 30) -> None:
         """Let the lanes end and wait for them."""
@@ -338,9 +409,11 @@ class QueuedTrial(ray.tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        report = ray.get(self.dispatcher.next_report.remote(self.number))
+        report = ray.get(self.dispatcher.next_report.remote(self.number, self.seen))
+        self.seen += 1
         if "error" in report:
-            raise LaneError(report["error"])
+            # A result and no exception: Tune begins a trial again whose process raised, as if the process were lost.
+            return {**report, "done": True}
         # Tune overwrites `done` when it stops a trial itself.
         costs = {"trainable_params": report["applied"]["trainable_params"], "train_s": report["seconds"]["train"]}
         return {**report["metrics"], **costs, **report, "finished": report["done"]}
@@ -355,7 +428,7 @@ class QueuedTrial(ray.tune.Trainable):
         self._stop()
 
     def _submit(self, config: dict[str, Any]) -> None:
-        self.number = config["number"]
+        self.number, self.seen = config["number"], 0
         assignment = {
             "kind": "train",
             "settings": config["settings"],

@@ -17,6 +17,7 @@ from typing import Any
 from train_fn.data import DataReport, Splits, load_splits, make_splits, read_manifest, unreadable_images
 from train_fn.metrics import MODES
 from train_fn.nano import CHECKPOINT
+from train_fn.storage import Storage
 from tune.journal import Journal, StudyLock
 from tune.provenance import base_hash, data_hash, file_hash, git_state, versions
 from tune.results import Goal
@@ -37,6 +38,7 @@ class Study:
     data_report: DataReport
     plan: dict[str, Any]
     """What is fixed before the first trial, as plan.json and study.json hold it."""
+    storage: Storage
     journal: Journal = field(compare=False)
     lock: StudyLock = field(compare=False)
 
@@ -117,7 +119,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     }
     held = lock(directory)
     journal = Journal(directory / "journal.jsonl")
-    return Study(settings, name, directory, goals, positive, splits, report, plan, journal, held)
+    storage = storage_of(settings, directory)
+    return Study(settings, name, directory, goals, positive, splits, report, plan, storage, journal, held)
 
 
 def resume(settings: Settings) -> Study:
@@ -156,9 +159,16 @@ def resume(settings: Settings) -> Study:
         splits=splits,
         data_report=DataReport(**plan["data_report"]),
         plan=plan,
+        storage=storage_of(settings, directory),
         journal=Journal(directory / "journal.jsonl"),
         lock=held,
     )
+
+
+def storage_of(settings: Settings, directory: Path) -> Storage:
+    """Where the study's folder is kept."""
+    place = settings.study.storage.rstrip("/")
+    return Storage(directory, f"{place}/{directory.name}" if place else "")
 
 
 def lock(directory: Path) -> StudyLock:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.tune
+from rich.console import Group
 
+from tune.lane import MAX_ATTEMPTS
 from tune.results import TrialRecord, fold, number_text, sign, spent
-from tune.study import Study
+from tune.study import Layout, Study
+from tune.terminal import footer
 from tune.tracking import Tracking
 
 REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished", "lane", "turn", "device", "notes",
@@ -41,20 +45,27 @@ class StudyLog(ray.tune.Callback):
             self._tell("started", config["number"], searched=searched, settings=config["settings"], params=params)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        self._tell("report", trial.config["number"], **{name: result[name] for name in REPORTED})
+        record = self.records[trial.config["number"]]
+        # One whose Tune process was lost tells its reports again.
+        if "error" not in result and result["epoch"] > len(record.epochs):
+            self._tell("report", record.number, **{name: result[name] for name in REPORTED})
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        number = trial.config["number"]
-        self.end(number, "COMPLETE" if self.records[number].finished else "STOPPED")
+        number, last = trial.config["number"], trial.last_result
+        if "error" in last:
+            self.end(number, "FAILED", last["error"], last["device_s"])
+        else:
+            self.end(number, "COMPLETE" if self.records[number].finished else "STOPPED")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        number = trial.config["number"]
-        found = ray.get(self.dispatcher.error_of.remote(number))
-        self.end(number, "FAILED", found["error"] or "the trial's Tune process died", found["device_s"])
+        self.end(trial.config["number"], "FAILED", f"its Tune process was lost {MAX_ATTEMPTS} times")
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.check_lanes()
 
     def check_lanes(self) -> None:
         """Raises RayActorError when the dispatcher, through which all lanes work, is gone."""
-        ray.get(self.dispatcher.error_of.remote(-1))
+        ray.get(self.dispatcher.snapshot.remote())
 
     def spent(self) -> bool:
         """Whether a budget of the study is used up."""
@@ -81,14 +92,16 @@ class StudyLog(ray.tune.Callback):
         facts = {name: getattr(record, name) for name in ("step", "seconds", "applied", "lane", "device", "notes")}
         facts["device_s"] = max(device_s + record.spent_before, record.device_seconds)
         self._tell("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
+        if state != "INTERRUPTED":
+            self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
         score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
         values = ", ".join(f"{key} {number_text(value)}" for key, value in record.searched.items())
         values += "; " + "; ".join(record.notes) if record.notes else ""
         told = ": " + error.splitlines()[0] if error else ""
-        self.say(
-            f"[{len(ended)}/{self.study.settings.study.trials}] trial {number} {state.lower()}{told}, {score}, "
-            f"{record.seconds.get('wall', 0):.1f} s ({values})"
-        )
+        total = self.study.settings.study.trials
+        place = f"[{len(ended)}/{total}] trial {number}".ljust(len(f"[{total}/{total}] trial {total}"))
+        took = f"{record.seconds.get('wall', 0):.1f} s"
+        self.say(f"{place} {f'{state.lower()}{told},':9} {score}, {took:>7} ({values})")
 
     def _tell(self, kind: str, number: int, **fields: Any) -> None:
         event = self.study.journal.write(kind, number=number, **fields)
@@ -96,3 +109,22 @@ class StudyLog(ray.tune.Callback):
             self.records[number] = TrialRecord(number, event["searched"], event["settings"])
         self.records[number].hear(event)
         self.tracking.notify()
+
+
+class Footer:
+    """A running study's footer: the journal's records, and what the dispatcher last answered. Never waits for it."""
+
+    def __init__(self, log: StudyLog, layout: Layout) -> None:
+        self.log = log
+        self.snapshot: dict[str, Any] = {"lanes": layout.lanes, "starting": layout.lanes, "running": []}
+        self.asked = log.dispatcher.snapshot.remote()
+
+    def __call__(self) -> Group:
+        """The footer of this moment."""
+        if ray.wait([self.asked], timeout=0)[0]:
+            # A dispatcher that is gone ends the search, which tells of it.
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                self.snapshot = ray.get(self.asked)
+            self.asked = self.log.dispatcher.snapshot.remote()
+        study = self.log.study
+        return footer(list(self.log.records.values()), self.snapshot, study.goals, study.settings.study)

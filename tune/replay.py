@@ -28,14 +28,14 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     use_gpu = record.device != "cpu"
     layout = Layout(1, workers, use_gpu, 0 if use_gpu else max(1, int(resources.get("CPU", 1)) // workers))
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
-        dispatcher = start_dispatcher(1, workers)
+        dispatcher = start_dispatcher(1, workers, study.settings.study.hang_timeout)
         lanes = start_lanes(study, layout, dispatcher)
         say(f"Training trial {number} of {study.name} again")
         job = {"kind": "train", "settings": record.settings, "output": folder}
         ray.get(dispatcher.submit.remote(number, job))
         found: list[dict[str, Any]] = []
         while len(found) < len(record.epochs):
-            report = ray.get(dispatcher.next_report.remote(number))
+            report = ray.get(dispatcher.next_report.remote(number, len(found)))
             if "error" in report:
                 say(f"It failed: {report['error']}")
                 break

@@ -18,6 +18,7 @@ import numpy as np
 from train_fn.data import Sample, Splits
 from train_fn.metrics import MODES, bootstrap_intervals
 from train_fn.scores import metrics_of
+from train_fn.storage import Storage
 from tune.journal import Event
 from tune.settings import StudySettings, comparison, holds, seconds
 
@@ -245,6 +246,7 @@ class Outcome:
     lanes: int = 0
     notes: list[str] = field(default_factory=list)
     tracking_uri: str = ""
+    storage: Storage | None = None
 
     @property
     def metric(self) -> str:
@@ -295,6 +297,8 @@ class Outcome:
         self.adapter = self.directory / "best_adapter"
         if self.adapter.exists():
             shutil.rmtree(self.adapter)
+        if self.storage:
+            self.storage.pull(self.adapter_of(self.winner))
         shutil.copytree(self.adapter_of(self.winner), self.adapter)
 
     def adapter_of(self, record: TrialRecord) -> Path:

@@ -23,6 +23,10 @@ def main(argv: list[str]) -> int:
     """Run a study. Returns the exit code: 0 a winner, 1 no trial completed, 2 bad input, 130 interrupted."""
     try:
         settings = parse(argv)
+        if settings.command.doctor:
+            from tune.doctor import examine
+
+            return examine(settings, say)
         from tune.results import print_summary
 
         if settings.command.show:

@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tune.journal import Event, read_events
-from tune.lane import QueuedTrial
+from tune.lane import MAX_ATTEMPTS, QueuedTrial
 from tune.prepare import Study
 from tune.progress import StudyLog
 from tune.results import TrialRecord, fold
@@ -70,13 +70,15 @@ class DiskSearch(OptunaSearch):
         return {**config, "known_epochs": self._known_epochs.get(config["number"], 0)}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
-        if not isinstance(self.metric, list):
+        if not isinstance(self.metric, list) and "error" not in result:
             self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error:
             self._check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
-        if error or not result or result.get("finished"):
+        if not result or "error" in result:
+            super().on_trial_complete(trial_id, None, error=True)
+        elif error or result.get("finished"):
             super().on_trial_complete(trial_id, result, error)
         else:
             # Tune tells the result that it stopped a trial for here only, not by `on_trial_result`.
@@ -126,7 +128,7 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
     storage = optuna.storages.RDBStorage(f"sqlite:///{study.directory / 'optuna.db'}")
     known = {number: len(record.epochs) for number, record in log.records.items()}
     begun = study.name in optuna.get_all_study_names(storage)
-    past = len(optuna.load_study(study_name=study.name, storage=storage).trials) if begun else 0
+    past = len(optuna.load_study(study_name=study.name, storage=storage).trials) if begun else len(known)
     names, modes = (list(part) for part in zip(*study.goals, strict=True))
     several = len(names) > 1
 
@@ -149,12 +151,36 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
     if not begun:
         if settings.warm_start:
             log.say(warm_start(study, searcher.optuna_study))
-        for first in [guide, *(read_points(settings.first_points) if settings.first_points else [])]:
+        rebuild(study, space, searcher, log.records)
+        points = [guide, *(read_points(settings.first_points) if settings.first_points else [])]
+        for first in points[max(log.records, default=-1) + 1 :]:
             values = {name: value for name, value in first.items() if name not in study.settings.pinned}
             searcher.optuna_study.enqueue_trial(values)
     searcher.num_prior = sum(PRIOR in trial.user_attrs for trial in searcher.optuna_study.trials)
     agree(searcher, log)
     return searcher
+
+
+def rebuild(study: Study, space: Any, searcher: DiskSearch, records: dict[int, TrialRecord]) -> None:
+    """Give an empty optuna.db the trials of the journal: a study that goes on from object storage has no other."""
+    for number in range(max(records, default=-1) + 1):
+        record = records.get(number)
+        fixed = optuna.trial.FixedTrial(record.searched if record else {})
+        if record:
+            searched_settings(study.settings, space, Numbered(fixed, number))
+        ends = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
+        state = ends.get(record.state, TrialState.RUNNING) if record else TrialState.RUNNING
+        complete = record is not None and state == TrialState.COMPLETE
+        epochs = enumerate(record.epochs, 1) if record and len(study.goals) == 1 else ()
+        values = [record.value(name) for name, _ in study.goals] if record and complete else None
+        trial = optuna.trial.create_trial(
+            state=state,
+            params=fixed.params,
+            distributions=fixed.distributions,
+            values=values,
+            intermediate_values={epoch: metrics[study.metric] for epoch, metrics in epochs if study.metric in metrics},
+        )
+        searcher.optuna_study.add_trial(trial)
 
 
 class Numbered:
@@ -260,7 +286,8 @@ class SparingGuide:
         return self.decide(trial.config["number"], result, tune_controller)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
-        super().on_trial_complete(tune_controller, Known(str(trial.config["number"])), result)  # type: ignore[misc]
+        if "error" not in result:
+            super().on_trial_complete(tune_controller, Known(str(trial.config["number"])), result)  # type: ignore[misc]
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_remove(tune_controller, Known(str(trial.config["number"])))  # type: ignore[misc]
@@ -353,10 +380,11 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
             trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
         ),
         run_config=ray.tune.RunConfig(
-            storage_path=str(study.directory / "ray"),
+            storage_path=f"{study.storage.uri or study.directory}/ray",
             name=f"tune-{len([e for e in study.journal.events if e['event'] == 'session'])}",
             verbose=1 if study.settings.study.verbose else 0,
             callbacks=[log],
+            failure_config=ray.tune.FailureConfig(max_failures=MAX_ATTEMPTS - 1),  # of lost Tune processes
             stop=Budget(log),
         ),
     ).fit()

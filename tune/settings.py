@@ -23,13 +23,15 @@ from typing import Any
 
 from train_fn.metrics import MODES
 from train_fn.settings import DTYPES, ModelSettings, TrialSettings
+from train_fn.storage import Storage
+from tune.tracking import keep_credentials
 
 SCHEDULERS = ("asha", "median", "none")
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
 COSTS = {"trainable_params": "min", "train_s": "min"}  # goals beside the metrics: what a trial costs
 # What may change when a study goes on: how it is run and shown, and these, upwards only.
-FREE = ("results", "lanes", "device", "verbose", "report_to", "stop_when", "confirm", "confirm_seeds", "folds",
-        "require", "register")  # fmt: skip
+FREE = ("results", "hang_timeout", "lanes", "device", "verbose", "report_to", "stop_when", "confirm",
+        "confirm_seeds", "folds", "require", "register")  # fmt: skip
 BUDGETS = ("trials", "time_budget", "gpu_hours", "max_failures")
 REPORT_TO = ("mlflow", "tensorboard", "wandb")
 
@@ -113,6 +115,9 @@ class StudySettings:
     """Worker processes (one GPU each, or CPU cores) that train one trial together under ZeRO."""
     lanes: int = 0
     """Trials trained side by side. 0: as many as GPUs (or cores) and workers per trial allow."""
+    hang_timeout: float = 600.0
+    """Seconds without a sign of life after which a worker is taken for frozen: it is ended, and its trial goes on from
+    the last checkpoint. Collectives wait as long."""
     device: str = "auto"
     """gpu, cpu, or auto: GPUs if the cluster has one now. An autoscaling cluster starts without: say gpu there, and
     how many lanes."""
@@ -122,6 +127,9 @@ class StudySettings:
     """Folder for studies: splits, adapters, study.json."""
     name: str = ""
     """Name of the study. Not given: date and time."""
+    storage: str = ""
+    """Object storage (s3://bucket/prefix or gs://) to which the study's folder is copied as it grows, for nodes that
+    share no folder. Not given: --results is a folder that all nodes see."""
     experiment: str = "vlm-tune"
     """MLflow experiment."""
     mlflow_uri: str = ""
@@ -146,6 +154,8 @@ class Command:
     """Train one trial of this study again (--trial) and compare its metrics."""
     trial: int = 0
     """Number of the trial to --replay."""
+    doctor: bool = False
+    """Check machines, model, data and storage for these settings, and start no study."""
 
 
 GROUPS: tuple[type, ...] = (StudySettings, ModelSettings, DataSettings, TrialSettings, Command)
@@ -251,6 +261,8 @@ def parse(argv: Sequence[str]) -> Settings:
         kind = typing.get_type_hints(next(g for g in GROUPS if field in dataclasses.fields(g)))[name]
         try:
             values[name] = text if isinstance(text, bool) else convert(text, kind)
+            if name == "mlflow_uri":
+                values[name] = keep_credentials(text)
         except ValueError:
             what = {int: "a whole number", float: "a number"}.get(kind, "a number")
             problems.append(f"`{flag(name)}` must be {what}, but got {text!r}: for example {show(field.default)}")
@@ -259,6 +271,9 @@ def parse(argv: Sequence[str]) -> Settings:
     if len(commands) > 1:
         problems.append(f"one thing at a time, but got {' and '.join(map(flag, commands))}: keep one")
     elif commands:
+        if "://" in values[commands[0]]:
+            fetched = fetch(values[commands[0]], Path(values.get("results", "results")), problems)
+            values[commands[0]] = fetched
         found = study_directory(values[commands[0]], values.get("results", "results"))
         if found is None:
             problems.append(
@@ -277,6 +292,19 @@ def parse(argv: Sequence[str]) -> Settings:
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def fetch(uri: str, results: Path, problems: list[str]) -> str:
+    """The name of a study that lies on object storage, its files fetched into `results` where they are missing."""
+    uri = uri.rstrip("/")
+    name = uri.rpartition("/")[2]
+    storage = Storage(results.resolve() / name, uri)
+    try:
+        for file in ("splits.json", "journal.jsonl", "plan.json"):  # the last makes the folder a study
+            storage.pull(storage.directory / file)
+    except (OSError, ValueError) as error:
+        problems.append(f"`--resume` must name a study that can be fetched, but {uri!r}: {error}")
+    return name
 
 
 def study_directory(name: str, results: str) -> Path | None:
@@ -401,6 +429,9 @@ def check(settings: Settings) -> list[str]:
             f"`--val-fraction` and `--test-fraction` must leave images to train on, but together are "
             f"{data.val_fraction + data.test_fraction:g}: lower one"
         )
+    rule(
+        "hang_timeout", study.hang_timeout, 1 <= study.hang_timeout < 1e6, "must be at least 1 s", "600 is the default"
+    )
     rule("device", study.device, study.device in ("auto", "gpu", "cpu"), "must be auto, gpu or cpu", "auto is usual")
     known = ("keep", "drop", "train")
     rule(
@@ -421,6 +452,8 @@ def check(settings: Settings) -> list[str]:
          "must be at least 1", "16 is the default")  # fmt: skip
     rule("feature_cache_gib", model.feature_cache_gib, 0 <= model.feature_cache_gib < float("inf"),
          "must not be negative", "0 turns the cache off")  # fmt: skip
+    remote = not study.storage or re.match("(s3|gs)://.+", study.storage)
+    rule("storage", study.storage, bool(remote), "must begin with s3:// or gs://", "a folder is given by --results")
     slash = study.name != Path(study.name).name if study.name else False
     rule("name", study.name, not slash, "must be a plain folder name", "leave out slashes")
     if data.data == "phantoms":

@@ -72,6 +72,11 @@ def start_ray(settings: Settings) -> dict[str, float]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths keep their meaning in workers
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # Tune's own CSV, JSON and TensorBoard files
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial's last result has an error only
+    if not os.environ.get("RAY_ADDRESS"):
+        # A Ray of this machine alone stays on the loopback, as everywhere but on Linux: it would look for a way to the
+        # outside, and where there is none it prints a warning that no log level silences.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import logging
 
     import ray
@@ -87,8 +92,12 @@ def start_ray(settings: Settings) -> dict[str, float]:
     # has just put a handler of its own in place, which would end the process at once.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if quiet:
-        for name in ("ray.tune", "ray.train", "optuna"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        # What Ray has to say in this process goes where its other processes write.
+        handler = logging.FileHandler(f"{session_logs()}/driver.log", delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger("ray").handlers = [handler]
+        logging.getLogger("ray").setLevel(logging.INFO)
+        logging.getLogger("optuna").setLevel(logging.ERROR)
     return ray.cluster_resources()
 
 
@@ -123,6 +132,7 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
         records=[],
         lanes=layout.lanes,
         tracking_uri=study.plan["tracking_uri"],
+        storage=study.storage,
     )
     shown = ", ".join(f"{part} {len(getattr(study.splits, part))}" for part in ("train", "validation", "test"))
     say(
@@ -163,6 +173,7 @@ def start_lanes(study: Study, layout: Layout, dispatcher: Any) -> Any:
             model=study.settings.model,
             splits=study.splits,
             positive=study.positive,
+            storage=study.storage,
             num_threads=layout.num_threads,
         )
         for lane in range(layout.lanes)
@@ -173,21 +184,24 @@ def start_lanes(study: Study, layout: Layout, dispatcher: Any) -> Any:
         workers_per_trial=layout.workers_per_trial,
         use_gpu=layout.use_gpu,
         cpus_per_worker=1,
-        storage=study.directory / "ray" / time.strftime("%Y%m%d-%H%M%S"),
+        storage=f"{study.storage.uri or study.directory}/ray/{time.strftime('%Y%m%d-%H%M%S')}",
         runtime_env={"env_vars": threads},
+        hang_timeout_s=study.settings.study.hang_timeout,
     )
 
 
 def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:
     """Start the lanes, run the trials through them, and score the test split on one of them."""
+    import optuna
     import ray
 
     from tune.lane import start_dispatcher
-    from tune.progress import StudyLog
+    from tune.progress import Footer, StudyLog
     from tune.search import search
+    from tune.terminal import live
 
     settings, journal = study.settings, study.journal
-    dispatcher = start_dispatcher(layout.lanes, layout.workers_per_trial)
+    dispatcher = start_dispatcher(layout.lanes, layout.workers_per_trial, settings.study.hang_timeout)
     lanes = start_lanes(study, layout, dispatcher)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
     journal.write("session", params=study_params(study, layout), tags=tags)
@@ -203,17 +217,21 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
             outcome.hear(event)
 
     try:
-        try:
-            search(study, layout, dispatcher, log)
-        finally:
-            collect()
-        if settings.study.confirm and not outcome.interrupted:
-            confirm(study, dispatcher, outcome, say)
-        outcome.choose_winner()
-        if outcome.winner and not outcome.interrupted:
-            score_test(study, dispatcher, outcome, say)
+        with live(Footer(log, layout)):
+            try:
+                search(study, layout, dispatcher, log)
+            finally:
+                collect()
+            if settings.study.confirm and not outcome.interrupted:
+                confirm(study, dispatcher, outcome, say)
+            outcome.choose_winner()
+            if outcome.winner and not outcome.interrupted:
+                score_test(study, dispatcher, outcome, say)
     except KeyboardInterrupt:
         outcome.interrupted = True
+    except (OSError, optuna.exceptions.StorageInternalError) as error:
+        outcome.interrupted = True
+        outcome.notes.append(f"the study's storage failed: {error}")
     except ray.exceptions.RayActorError as error:
         outcome.interrupted = lanes.over = True
         outcome.notes.append(f"the study lost its dispatcher: {str(error).splitlines()[0]}")
@@ -223,6 +241,8 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
         raise
     if outcome.winner is None:
         outcome.choose_winner()
+    if outcome.interrupted and not lanes.over:
+        lanes.leave()
     outcome.seconds["wall"] = time.perf_counter() - started
     content = outcome.save(study.plan, dataclasses.asdict(layout))
     artifacts = [study.directory / "study.json"]
@@ -285,7 +305,8 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
                 continue
             output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}"
             again = record.settings | {"seed": record.settings["seed"] + run}
-            assignment: dict[str, Any] = {"kind": "train", "settings": again, "output": str(output)}
+            label = f"trial {record.number} again ({run})"
+            assignment: dict[str, Any] = {"kind": "train", "settings": again, "output": str(output), "label": label}
             if folds:
                 assignment["splits"] = folds[run - 1]
             number = CONFIRMING + len(runs)
@@ -293,8 +314,10 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
             ray.get(dispatcher.submit.remote(number, assignment))
     for done, (number, (record, run)) in enumerate(runs.items(), 1):
         report: dict[str, Any] = {"done": False}
+        seen = 0
         while not report.get("done") and "error" not in report:
-            report = ray.get(dispatcher.next_report.remote(number))
+            report = ray.get(dispatcher.next_report.remote(number, seen))
+            seen += 1
         if "error" in report:
             outcome.notes.append(f"a confirmation of trial {record.number} failed: {report['error'].splitlines()[0]}")
             continue
@@ -318,9 +341,10 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     if tested[-1:] == [adapters]:
         return
     say("Scoring the test images, once, with the winner and the guide's defaults")
-    job = {"kind": "score", "adapters": [str(study.directory / path) for path in adapters.values()]}
+    paths = [str(study.directory / path) for path in adapters.values()]
+    job = {"kind": "score", "adapters": paths, "label": "scoring the test images"}
     ray.get(dispatcher.submit.remote(SCORING, job))
-    report = ray.get(dispatcher.next_report.remote(SCORING))
+    report = ray.get(dispatcher.next_report.remote(SCORING, 0))
     if "error" in report:
         outcome.notes.append(f"the test could not be scored: {report['error'].splitlines()[0]}")
         return

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -21,15 +22,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from train_fn.storage import Storage
 from tune.journal import Event, StudyLock, read_events
 
 STATES = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED", "INTERRUPTED": "KILLED"}
+AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 PARAM_LENGTH = 500  # of a parameter's text in MLflow; the whole is in an artifact
 
 
 def tracking_uri(given: str = "") -> str:
-    """--mlflow-uri, or MLFLOW_TRACKING_URI, or the sqlite file that a bare `mlflow ui` in the working folder shows."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    """--mlflow-uri, or MLFLOW_TRACKING_URI, or the sqlite file that a bare `mlflow ui` in the working folder shows;
+    without its credentials."""
+    return bare(given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}")
+
+
+def bare(uri: str) -> str:
+    """A URI without user and password, as it may be written down and shown."""
+    return re.sub(r"(?<=://)[^/]*@", "", uri)
+
+
+def keep_credentials(uri: str) -> str:
+    """The bare URI. One that came with credentials stays whole in this process's MLFLOW_TRACKING_URI only, where
+    `target_of` finds it: a study's files name no secret, so `--resume` and `sync` need it in the environment."""
+    if bare(uri) != uri:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+    return bare(uri)
 
 
 class Away(Exception):
@@ -47,6 +64,8 @@ class Target:
     experiment: str
     uri: str
     report_to: tuple[str, ...]
+    storage_uri: str = ""
+    """The study's own place on object storage, or nothing."""
 
 
 class Sink(Protocol):
@@ -61,6 +80,7 @@ class Tracking:
 
     def __init__(self, target: Target, events: Sequence[Event], retry_s: float = 5.0) -> None:
         self.errors: list[str] = []
+        self.away: dict[str, str] = {}  # why a store could not be told, the last time
         self._events = events  # the journal's own list: it grows
         self._target = target
         self._retry_s = retry_s
@@ -79,7 +99,8 @@ class Tracking:
             self._changed.notify_all()
 
     def close(self, timeout_s: float = 60) -> dict[str, int]:
-        """Wait until all is told, at most so long; the number of events that each store still waits for."""
+        """Wait until all is told, or a store is away once more, at most so long; the number of events that each store
+        still waits for."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -89,17 +110,18 @@ class Tracking:
     def _run(self) -> None:
         away: dict[str, float] = {}  # when to try again
         while True:
+            closing = self._closing
             for name in self._told:
-                if time.monotonic() >= away.get(name, 0.0):
+                if closing or time.monotonic() >= away.get(name, 0.0):
                     away.pop(name, None)
                     if not self._tell(name):
                         away[name] = time.monotonic() + self._retry_s
+            if closing:
+                return
             with self._changed:
                 done = all(told == len(self._events) for told in self._told.values())
-                if self._closing and done:
-                    return
-                if done or away:
-                    self._changed.wait(0.2 if self._closing else self._retry_s)
+                if (done or away) and not self._closing:
+                    self._changed.wait(self._retry_s)
 
     def _tell(self, name: str) -> bool:
         """Tell one store all that it has not been told; False: it is away."""
@@ -108,10 +130,11 @@ class Tracking:
                 if name not in self._sinks:
                     self._sinks[name] = SINKS[name](self._target)
                 self._sinks[name].deliver(self._events[self._told[name]])
-            except Away:
+            except Away as error:
+                self.away[name] = bare(str(error).splitlines()[0])
                 return False
             except Exception as error:  # a store must not end a study; what it refused is told at the end
-                told = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+                told = bare(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
                 if told not in self.errors:
                     self.errors.append(told)
             self._told[name] += 1
@@ -141,43 +164,81 @@ def final_metrics(event: Event) -> dict[str, float]:
     return found
 
 
+def note(directory: Path) -> str:
+    """A study's end in short, as markdown; empty when it ended before its study.json."""
+    from tune.results import number_text, verdict, with_interval
+
+    path = directory / "study.json"
+    study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"winner": None}
+    if study["winner"] is None:
+        return ""
+    metric, trials = study["metric"], {trial["number"]: trial for trial in study["trials"]}
+    states = [trial["state"] for trial in trials.values()]
+    counts = ", ".join(f"{states.count(state)} {state.lower()}" for state in STATES if state in states)
+    lines = [f"**Winner: trial {study['winner']}** of {len(trials)} ({counts}).", ""]
+    gain = study["test"].get("difference", {}).get(metric)
+    lines += [verdict(gain, metric), ""] if gain and gain["interval"] else []
+    lines += [f"| | validation {metric} | test {metric} (95 % interval) | settings |", "| --- | --- | --- | --- |"]
+    for who, number in [("guide", 0), ("winner", study["winner"])][study["winner"] == 0 :]:
+        if number in trials and trials[number]["epochs"]:
+            trial, tested = trials[number], study["test"].get(who, {}).get(metric)
+            values = ", ".join(f"{name} {number_text(value)}" for name, value in trial["searched"].items())
+            score = with_interval(tested) if tested else "-"
+            lines.append(f"| {who} | {number_text(trial['epochs'][-1].get(metric))} | {score} | {values} |")
+    return "\n".join([*lines, "", f"Adapter: `{study['adapter']}`. The whole report: artifact `report.html`."])
+
+
 class MLflowSink:
     """A parent run for the study, a child run per trial, each found again by its tag."""
 
     def __init__(self, target: Target) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # waiting is the thread's own business
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        # Waiting is the thread's own business, and a request that is sent again unasked may make a second run.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised, too
         self.target = target
         self.client = self._reach(lambda: MlflowClient(target.uri))
         self.experiment_id = self._reach(self._experiment)
         self.runs: dict[str, str] = {}
+        self.when = 0  # ms of the event that is told: a run that is told late was not begun late
 
     def deliver(self, event: Event) -> None:
+        self.when = int(event["time"] * 1000)
         self._reach(lambda: getattr(self, f"_{event['event']}")(event))
 
     def _reach(self, call: Callable[[], Any]) -> Any:
-        """Run a call; a store that does not answer, or only says that it cannot now, is away."""
+        """Run a call; a store that does not answer, says that it cannot now, or lets nobody in is away."""
         from mlflow.exceptions import MlflowException
         from requests import RequestException
+        from sqlalchemy.exc import OperationalError
 
         try:
             return call()
-        except RequestException as error:
+        except OperationalError as error:
+            raise Away(str(error)) from error
+        except RequestException as error:  # of an artifact: a 4xx that waiting does not mend is refused
+            if error.response is not None and error.response.status_code in (400, 404, 405, 413):
+                raise
             raise Away(str(error)) from error
         except MlflowException as error:
-            if error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+            if error.error_code in AWAY:
                 raise Away(str(error)) from error
             raise
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.target.experiment)
-        return found.experiment_id if found else self.client.create_experiment(self.target.experiment)
+        if found:
+            return found.experiment_id
+        # Without the kind, `mlflow ui` opens an experiment as traces of a GenAI application.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return self.client.create_experiment(self.target.experiment, tags=kind)
 
     def _run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
         """The run of a key, made where there is none."""
@@ -188,86 +249,94 @@ class MLflowSink:
                 self.runs[key] = found[0].info.run_id
             else:
                 tags = {"vlm_tune.key": full, "study": self.target.study, **tags}
-                self.runs[key] = self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
+                made = self.client.create_run(self.experiment_id, self.when, tags, name)
+                self.runs[key] = made.info.run_id
         return self.runs[key]
 
     def _parent(self) -> str:
         return self._run("study", self.target.study, {})
 
     def _child(self, number: int) -> str:
-        tags = {"mlflow.parentRunId": self._parent(), "trial": str(number)}
-        return self._run(str(number), f"trial {number}", tags)
+        if str(number) in self.runs:
+            return self.runs[str(number)]
+        parent = self._parent()
+        shared = self.client.get_run(parent).data.tags
+        tags = {name: value for name, value in shared.items() if name.startswith("version_")}
+        return self._run(str(number), f"trial {number}", {**tags, "mlflow.parentRunId": parent, "trial": str(number)})
 
     def _session(self, event: Event) -> None:
         run = self._parent()
-        for name, value in event["tags"].items():
-            self.client.set_tag(run, name, str(value)[:5000])
-        known = self.client.get_run(run).data.params
-        params = {name: value for name, value in event["params"].items() if name not in known}
-        self._params(run, params)  # MLflow's parameters never change: what a later session raised is in study.json
+        self._log(run, tags=event["tags"], params=event["params"])
         self.client.update_run(run, status="RUNNING")
 
     def _started(self, event: Event) -> None:
         run = self._child(event["number"])
-        self._params(run, event["params"])
+        self._log(run, params=event["params"])
         self.client.log_dict(run, event["settings"], "settings.json")
         self.client.update_run(run, status="RUNNING")
 
     def _report(self, event: Event) -> None:
-        for step, metrics in log_entries(event):
-            self._metrics(self._child(event["number"]), metrics, step, event["time"])
+        self._log(self._child(event["number"]), metrics=log_entries(event))
 
     def _ended(self, event: Event) -> None:
         run = self._child(event["number"])
-        self._metrics(run, final_metrics(event), event["step"], event["time"])
-        tags = {name: event[name] for name in ("error", "lane", "device", "applied")}
-        self._tags(run, {**tags, "end_state": event["state"], "notes": "; ".join(event["notes"])})
+        tags = {name: event[name] for name in ("error", "lane", "device")}
+        tags |= {"end_state": event["state"], "notes": "; ".join(event["notes"])}
+        self._log(run, metrics=[(event["step"], final_metrics(event))], tags=tags)
+        if event["applied"]:
+            self.client.log_dict(run, event["applied"], "applied.json")
         if event["error"]:
             self.client.log_text(run, event["error"], "error.txt")
-        self.client.set_terminated(run, STATES[event["state"]], int(event["time"] * 1000))
-        if event["best"] is not None:
-            self._metrics(self._parent(), {"best_so_far": event["best"]}, event["num_ended"], event["time"])
+        self.client.set_terminated(run, STATES[event["state"]], self.when)
+        if event["best"] is not None and event["state"] != "INTERRUPTED":
+            self._log(self._parent(), metrics=[(event["num_ended"], {"best_so_far": event["best"]})])
 
     def _confirmed(self, event: Event) -> None:
-        self._metrics(self._child(event["number"]), {"confirmed": event["value"]}, event["run"], event["time"])
+        self._log(self._child(event["number"]), metrics=[(event["run"], {"confirmed": event["value"]})])
 
     def _tested(self, event: Event) -> None:
         found = {f"test_{who}_{name}".replace(",", ""): score["value"] for who, scores in event["tests"].items()
                  for name, score in scores.items()}  # fmt: skip
-        self._metrics(self._parent(), found, event["num_trials"], event["time"])
+        self._log(self._parent(), metrics=[(event["num_trials"], found)])
 
     def _study_ended(self, event: Event) -> None:
         run = self._parent()
-        self._metrics(run, event["metrics"], event["num_trials"], event["time"])
+        tags = {"end_state": event["state"], **event["tags"], "mlflow.note.content": note(self.target.directory)}
+        self._log(run, metrics=[(event["num_trials"], event["metrics"])], tags=tags)
+        self.client.set_terminated(run, STATES[event["state"]], self.when)
         for path in event["artifacts"]:
             folder = "pictures" if Path(path).parent.name == "pictures" else None
             self.client.log_artifact(run, path, folder)
-        self._tags(run, {"end_state": event["state"], **event["tags"]})
         if event["adapter"]:
             from tune.registry import log_model
 
             log_model(self.client, run, Path(event["adapter"]), register=event["register"], tags=event["model_tags"])
-        self.client.set_terminated(run, STATES[event["state"]], int(event["time"] * 1000))
 
-    def _params(self, run: str, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
+    def _log(
+        self,
+        run: str,
+        metrics: Sequence[tuple[int, Mapping[str, float]]] = (),
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Metrics by step, parameters and tags, in as few calls as the store takes. MLflow's parameters never change:
+        what a later session raised is in study.json."""
+        from mlflow.entities import Metric, Param, RunTag
 
-        self.client.log_batch(run, params=[Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items()])
-        if any(len(str(value)) > PARAM_LENGTH for value in params.values()):
-            self.client.log_dict(run, dict(params), "parameters.json")
-
-    def _metrics(self, run: str, metrics: Mapping[str, float], step: int, when: float) -> None:
-        from mlflow.entities import Metric
-
-        entities = [Metric(key, float(value), int(when * 1000), step) for key, value in metrics.items()]
-        self.client.log_batch(run, metrics=entities)
-
-    def _tags(self, run: str, tags: Mapping[str, Any]) -> None:
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(
-            run, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items() if value not in ("", None)]
-        )
+        if params:
+            known = self.client.get_run(run).data.params
+            texts = {name: str(value) for name, value in params.items()}
+            if any(len(text) > PARAM_LENGTH for text in texts.values()):
+                self.client.log_dict(run, texts, "parameters.json")
+            new = [Param(name, text[:PARAM_LENGTH]) for name, text in texts.items() if name not in known]
+            for first in range(0, len(new), 100):
+                self.client.log_batch(run, params=new[first : first + 100])
+        found = [Metric(name, float(value), self.when, step) for step, told in metrics for name, value in told.items()]
+        for first in range(0, len(found), 1000):
+            self.client.log_batch(run, metrics=found[first : first + 1000])
+        if tags:
+            texts = {name: str(value)[:5000] for name, value in tags.items() if value not in ("", None)}
+            self.client.log_batch(run, tags=[RunTag(name, text) for name, text in texts.items()])
 
 
 class TensorBoardSink:
@@ -333,23 +402,47 @@ class WandbSink:
         return self.runs[number]
 
 
+class StorageSink:
+    """The study's files on object storage (`--storage`). Trials copy theirs themselves, from where they run."""
+
+    def __init__(self, target: Target) -> None:
+        self.storage = Storage(target.directory, target.storage_uri)
+
+    def deliver(self, event: Event) -> None:
+        names = {
+            "session": ["splits.json", "journal.jsonl", "plan.json"],
+            "report": [],  # its trial tells it again from its state, if the journal is needed before the next end
+            "study_ended": ["journal.jsonl", "study.json", "report.html", "pictures", "best_adapter"],
+        }.get(event["event"], ["journal.jsonl"])
+        try:
+            for name in names:
+                if (self.storage.directory / name).exists():
+                    self.storage.push(self.storage.directory / name)
+        except OSError as error:
+            raise Away(str(error)) from error
+
+
 SINKS: dict[str, Callable[[Target], Sink]] = {
     "mlflow": MLflowSink,
     "tensorboard": TensorBoardSink,
     "wandb": WandbSink,
+    "storage": StorageSink,
 }
 
 
 def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target:
     """The target of a study that was begun. uri: another MLflow store than the study's own."""
     study = plan["settings"]["study"]
+    uri = uri or plan["tracking_uri"]
+    whole = os.environ.get("MLFLOW_TRACKING_URI", "")
     return Target(
         study=directory.name,
         study_id=plan["study_id"],
         directory=directory,
         experiment=study["experiment"],
-        uri=uri or plan["tracking_uri"],
-        report_to=tuple(study["report_to"]),
+        uri=whole if bare(whole) == uri else uri,
+        report_to=(*study["report_to"], *(["storage"] if study["storage"] else [])),
+        storage_uri=f"{study['storage'].rstrip('/')}/{directory.name}" if study["storage"] else "",
     )
 
 
@@ -378,7 +471,8 @@ def main(argv: list[str]) -> int:
     for error in tracking.errors:
         print(f"refused by {error}", file=sys.stderr)
     for name in plan["settings"]["study"]["report_to"]:
-        print(f"{name}: {f'{left[name]} records wait, it cannot be reached' if name in left else 'all records told'}")
+        waits = f"{left.get(name)} records wait, it cannot be reached: {tracking.away.get(name, 'no answer')}"
+        print(f"{name}: {waits if name in left else 'all records told'}")
     return 1 if left else 0
 
 

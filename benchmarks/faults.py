@@ -1,0 +1,183 @@
+"""Random faults on real studies: nothing may be lost, nothing done twice, and no number may change.
+
+    unshare --pid --fork --mount-proc --mount python benchmarks/faults.py [--faults 50] [--seed 0]
+
+Needs root and a namespace of its own, as above: it mounts the results folder read-only for a while, and looks for
+Ray's processes by name. An undisturbed study of fixed settings comes first. Then studies of the same settings run,
+each disturbed every few seconds, until all faults are spent; a driver that ends is started again with --resume. At
+the end of each study every trial must be COMPLETE, once, in study.json, Optuna and MLflow, with the undisturbed study's numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[1]
+TRIALS = 8
+SPACE = """GUIDE = {}
+def space(trial):
+    return {"lora_r": 4 * (1 + trial.number % 4), "lora_alpha": 8, "learning_rate": 1e-3 * (1 + trial.number % 2),
+            "num_train_epochs": 4}
+"""
+OPTIONS = ["--trials", str(TRIALS), "--scheduler", "none", "--num-phantoms", "120", "--save-steps", "3"]
+OPTIONS += ["--hang-timeout", "6"]
+PROCESSES = {
+    "worker killed": "ray::RayTrainWorker",
+    "rank frozen": "ray::RayTrainWorker",
+    "controller killed": "ray::TrainController",
+    "Tune's trial killed": "ray::QueuedTrial",
+    "dispatcher killed": "ray::Dispatcher",
+    "raylet killed": "raylet/raylet",
+}
+KINDS = [*PROCESSES, "driver killed", "driver terminated", "storage read-only"]
+
+
+def start(folder: Path, layout: list[str], again: bool) -> subprocess.Popen:
+    """A study's driver; its output is appended to a log."""
+    named = ["--resume", "s"] if again else ["--name", "s", "--space", "space.py"]
+    command = [sys.executable, str(ROOT / "tune" / "run.py"), *named, *([] if again else OPTIONS), *layout]
+    log = open(folder / "driver.log", "a")  # noqa: SIM115  # the process's own from here on
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+
+def records(folder: Path) -> int:
+    """Events in the journal: how it grows is how the study goes on."""
+    path = folder / "results" / "s" / "journal.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Random) -> bool:
+    """Do one fault; False when there is nothing to do it to at this moment."""
+    results = folder / "results"
+    if kind.startswith("driver"):
+        driver.send_signal(signal.SIGKILL if kind == "driver killed" else signal.SIGTERM)
+        return True
+    if kind == "storage read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)
+        time.sleep(rng.uniform(1, 4))
+        subprocess.run(["mount", "-o", "remount,rw", str(results)], check=True)
+        return True
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if PROCESSES[kind] in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    if not found:
+        return False
+    rng.choice(found).send_signal(signal.SIGSTOP if kind == "rank frozen" else signal.SIGKILL)
+    return True
+
+
+def check(folder: Path, expected: dict[int, list] | None) -> dict[int, list]:
+    """The epochs of each trial; all must be there once, everywhere, and equal to the expected ones."""
+    trials = json.loads((folder / "results" / "s" / "study.json").read_text())["trials"]
+    assert [(t["number"], t["state"]) for t in trials] == [(n, "COMPLETE") for n in range(TRIALS)], trials
+    found = {trial["number"]: trial["epochs"] for trial in trials}
+    stored = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/results/s/optuna.db").trials
+    assert [t.state.name for t in stored] == ["COMPLETE"] * TRIALS
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert sorted(r.data.tags.get("trial", "study") for r in runs) == [*map(str, range(TRIALS)), "study"]
+    assert {run.info.status for run in runs} == {"FINISHED"}, [(r.info.run_name, r.info.status) for r in runs]
+    for run in runs:
+        if number := run.data.tags.get("trial"):
+            history = client.get_metric_history(run.info.run_id, "auroc")
+            assert [m.value for m in history] == [epoch["auroc"] for epoch in found[int(number)]]
+    assert expected is None or found == expected
+    return found
+
+
+def run_study(folder: Path, layout: list[str], faults: list[str], rng: random.Random) -> list[tuple[str, str, float]]:
+    """One study with faults until they are spent or it ends. Each fault with its outcome and the seconds until the
+    journal grew again."""
+    (folder / "results").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder / "results")], check=True)
+    (folder / "space.py").write_text(SPACE)
+    driver, told = start(folder, layout, again=False), []
+    try:
+        while True:
+            seen, began = records(folder), time.monotonic()
+            while driver.poll() is None and records(folder) <= max(seen, 2):
+                time.sleep(0.1)
+            if told and told[-1][2] < 0:
+                kind, _, since = told[-1]
+                outcome = "resumed" if driver.poll() is not None else "went on"
+                told[-1] = (kind, outcome, time.monotonic() + since)
+            if driver.poll() is not None:
+                if driver.returncode == 0:
+                    return told
+                driver = start(folder, layout, again=True)
+                continue
+            pause = rng.uniform(0, 3)
+            while driver.poll() is None and time.monotonic() < began + pause:
+                time.sleep(0.1)
+            if driver.poll() is None and faults:
+                kind = faults[-1]
+                if disturb(kind, driver, folder, rng):
+                    faults.pop()
+                    told.append((kind, "", -time.monotonic()))
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+        driver.wait()
+
+
+def main() -> None:
+    """Run the campaign and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    assert os.getpid() < 1000 and os.geteuid() == 0, "run it as root in a pid namespace of its own, as told above"
+    rng = random.Random(options.seed)
+    faults = [KINDS[number % len(KINDS)] for number in range(options.faults)]
+    rng.shuffle(faults)
+    table: list[tuple[str, str, float]] = []
+    with tempfile.TemporaryDirectory(prefix="f") as name:
+        expected: dict[str, dict[int, list]] = {}
+        studies = 0
+        layouts = [["--lanes", "1"], ["--lanes", "1", "--workers-per-trial", "2"]]
+        for number, layout in enumerate(layouts):
+            run_study(Path(name) / f"calm{number}", layout, [], rng)
+            expected[" ".join(layout)] = check(Path(name) / f"calm{number}", None)
+        while faults:
+            layout = layouts[studies % len(layouts)]
+            folder = Path(name) / f"study{studies}"
+            some = [faults.pop() for _ in range(min(7, len(faults)))]
+            given = len(some)
+            table += run_study(folder, layout, some, rng)
+            faults += some  # the study was over before they came
+            check(folder, expected[" ".join(layout)])
+            studies += 1
+            print(
+                f"study {studies} ({' '.join(layout)}): {given - len(some)} faults, all {TRIALS} trials whole",
+                flush=True,
+            )
+    print(f"\n{'fault':24}{'times':>8}{'went on':>10}{'resumed':>10}{'median s to go on':>20}{'most':>8}")
+    for kind in KINDS:
+        rows = [row for row in table if row[0] == kind]
+        ends = collections.Counter(row[1] for row in rows)
+        waits = sorted(row[2] for row in rows) or [0.0]
+        middle, most = waits[len(waits) // 2], waits[-1]
+        print(f"{kind:24}{len(rows):8}{ends['went on']:10}{ends['resumed']:10}{middle:20.1f}{most:8.1f}")
+    print(f"{len(table)} faults over {studies} studies: no trial lost, none doubled, all numbers as undisturbed")
+
+
+if __name__ == "__main__":
+    main()

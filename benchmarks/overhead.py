@@ -1,0 +1,215 @@
+"""What the study's own machinery costs per trial, and what of it grows with the number of trials.
+
+    python benchmarks/overhead.py [--trials 20 200 500 1000] [--output table.json]
+
+The product's own path (`prepare`, `run`: Ray Tune, Optuna, dispatcher, journal, MLflow on sqlite, report) around lanes
+that train nothing: threads of the driver that take assignments and answer at once with three epochs of a noisy score.
+Every number of trials is measured in a process of its own. Times of the parts are CPU seconds of their threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT / "benchmarks"))]
+
+EPOCHS = 3
+PARTS = {
+    "Optuna: suggest": "tune.search.DiskSearch.suggest",
+    "Optuna: tell": "tune.search.DiskSearch.on_trial_complete",
+    "Optuna: intermediate": "tune.search.DiskSearch.on_trial_result",
+    "scheduler": "tune.search.SparingGuide.on_trial_result",
+    "budgets": "tune.progress.StudyLog.spent",
+    "journal": "tune.journal.Journal.write",
+    "trial's end": "tune.progress.StudyLog.end",  # holds its line of the journal
+    "Tune's controller": "ray.tune.execution.tune_controller.TuneController.step",  # holds all of the above
+    "footer": "tune.progress.Footer.__call__",
+    "tracking": "tune.tracking.Tracking._run",
+    "report": "tune.report.write_report",
+}
+
+
+def score(settings: dict[str, Any], epoch: int) -> float:
+    """An AUROC that depends on rate and rank, rises with the epochs, and is noisy."""
+    draw = random.Random(f"{settings['learning_rate']} {settings['lora_r']} {epoch}")
+    distance = abs(math.log10(settings["learning_rate"]) + 3) + 0.1 * abs(math.log2(settings["lora_r"]) - 4)
+    return min(0.99, max(0.3, 0.9 - 0.15 * distance - 0.1 / epoch + draw.gauss(0, 0.02)))
+
+
+class StubLanes:
+    """Stands for `tune.lane.Lanes`: a thread per lane does what `train_fn.worker.lane_loop` does, without a model."""
+
+    def __init__(self, study: Any, layout: Any, dispatcher: Any) -> None:
+        self.study, self.dispatcher, self.over, self.cpu_s = study, dispatcher, False, 0.0
+        self.threads = [threading.Thread(target=self.lane, args=(n,), daemon=True) for n in range(layout.lanes)]
+        for thread in self.threads:
+            thread.start()
+
+    def lane(self, lane: int) -> None:
+        import ray
+
+        for turn in range(10**9):
+            assignment = ray.get(self.dispatcher.next_assignment.remote(lane, f"group-{lane}", turn))
+            if assignment is None:
+                self.cpu_s += time.thread_time()
+                return
+            for message in self.predict() if assignment["kind"] == "score" else self.train(assignment):
+                facts = {"lane": lane, "turn": turn, "device": "cpu", "notes": [], "base_gib": 0.1, "system": {}}
+                facts |= {"base_16_bit_gib": 0.1, "wall_s": 0.3 * message["epoch"], "waited_s": 0.01}
+                number, epoch = assignment["number"], message["epoch"]
+                if ray.get(self.dispatcher.report.remote(number, f"group-{lane}", epoch, facts | message)):
+                    break
+
+    def train(self, assignment: dict[str, Any]) -> Any:
+        settings, directory = assignment["settings"], Path(assignment["output"]) / "final_model"
+        for epoch in range(1, EPOCHS + 1):
+            value = score(settings, epoch)
+            if epoch == EPOCHS:
+                directory.mkdir(parents=True)
+                (directory / "adapter_model.safetensors").write_bytes(b"none")
+                (directory / "task.json").write_text(json.dumps({"candidates": self.study.splits.candidates}))
+            log = [{"step": 9 * epoch - 8 + i, "loss": 1 - value, "learning_rate": 1e-4} for i in range(9)]
+            yield {
+                "epoch": epoch,
+                "step": 9 * epoch,
+                "metrics": {"loss": 1 - value, "auroc": value, "macro_f1": value - 0.1, "train_loss": 1 - value},
+                "log": log,
+                "applied": {**settings, "trainable_params": 77824 * settings["lora_r"]},
+                "seconds": {"setup": 0.01, "train": 0.2 * epoch, "evaluation": 0.05 * epoch},
+                "done": epoch == EPOCHS,
+            }
+
+    def predict(self) -> Any:
+        import numpy as np
+
+        shape = (len(self.study.splits.test), len(self.study.splits.candidates))
+        scores = np.random.default_rng(0).normal(size=shape)
+        yield {"epoch": 1, "done": True, "predictions": [{"losses": -scores[:, 0], "scores": scores}] * 2}
+
+    def close(self) -> None:
+        import ray
+
+        ray.get(self.dispatcher.close.remote())
+        for thread in self.threads:
+            thread.join(30)
+
+
+def clocked(path: str, spent: dict[str, float], part: str) -> None:
+    """Book the CPU time of a function under `part`."""
+    owner: Any = __import__(path.split(".")[0])
+    *places, name = path.split(".")[1:]
+    for place in places:
+        if not hasattr(owner, place):
+            __import__(f"{owner.__name__}.{place}")
+        owner = getattr(owner, place)
+    plain: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(plain)
+    def call(*args: Any, **options: Any) -> Any:
+        before = time.thread_time()
+        try:
+            return plain(*args, **options)
+        finally:
+            spent[part] += time.thread_time() - before
+
+    setattr(owner, name, call)
+
+
+def measure(trials: int, keep: Path | None, options: list[str]) -> dict[str, Any]:
+    """One study of so many trials."""
+    import os
+
+    folder = keep or Path(tempfile.mkdtemp(prefix="overhead-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    import tune.prepare
+    import tune.settings
+    import tune.study
+
+    spent: dict[str, float] = defaultdict(float)
+    for part, path in PARTS.items():
+        clocked(path, spent, part)
+    lanes: list[StubLanes] = []
+
+    def start_lanes(*given: Any) -> StubLanes:
+        lanes.append(StubLanes(*given))
+        return lanes[-1]
+
+    tune.study.start_lanes = start_lanes
+    ends: list[float] = []
+
+    def say(text: str) -> None:
+        if "] trial" in text:
+            ends.append(time.perf_counter())
+        if len(ends) % 100 == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    words = ["--trials", str(trials), "--name", f"sweep-{trials}", "--num-phantoms", "60", "--lanes", "2", *options]
+    study = tune.prepare.prepare(tune.settings.parse(words), lambda text: None)
+    wall, cpu = time.perf_counter(), time.process_time()
+    outcome = tune.study.run(study, say, wall)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    assert len(ends) == len(outcome.records) == trials and not outcome.notes, outcome.notes
+    tenth = max(1, trials // 10)
+    return {
+        "trials": trials,
+        "wall_s": wall,
+        "search_s": ends[-1] - ends[0],
+        "first_tenth_s": (ends[tenth] - ends[0]) / tenth,
+        "last_tenth_s": (ends[-1] - ends[-1 - tenth]) / tenth,
+        "cpu_s": cpu - sum(lane.cpu_s for lane in lanes),
+        "journal_bytes": study.journal.path.stat().st_size,
+        "parts": dict(spent),
+    }
+
+
+def main() -> None:
+    """Measure each number of trials and print the table: per trial, and the last column over the first."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, nargs="+", default=[20, 200, 500, 1000])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--keep", type=Path, help="folder for the studies and their mlflow.db")
+    options, others = parser.parse_known_args()  # the rest goes to the study, such as --scheduler none
+    keep, found = options.keep and options.keep.resolve(), []
+    context = multiprocessing.get_context("spawn")
+    for trials in options.trials:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found.append(pool.submit(measure, trials, keep, others).result())
+    rows: dict[str, list[float]] = {
+        "wall of the search, ms": [1000 * study["search_s"] / (study["trials"] - 1) for study in found],
+        "the same, first tenth, ms": [1000 * study["first_tenth_s"] for study in found],
+        "the same, last tenth, ms": [1000 * study["last_tenth_s"] for study in found],
+        "CPU of the driver, ms": [1000 * study["cpu_s"] / study["trials"] for study in found],
+        "journal, bytes": [study["journal_bytes"] / study["trials"] for study in found],
+    }
+    for part in PARTS:
+        rows[f"CPU: {part}, ms"] = [1000 * study["parts"].get(part, 0.0) / study["trials"] for study in found]
+    print(f"{'per trial':32}" + "".join(f"{trials:>10}" for trials in options.trials) + f"{'ratio':>8}")
+    for name, values in rows.items():
+        ratio = f"{values[-1] / values[0]:8.2f}" if values[0] else f"{'-':>8}"
+        print(f"{name:32}" + "".join(f"{value:10.1f}" for value in values) + ratio)
+    print(f"{'report in all, CPU s':32}" + "".join(f"{study['parts']['report']:10.1f}" for study in found))
+    shares = [study["parts"]["tracking"] / study["cpu_s"] for study in found]
+    print(f"{'share of tracking in the CPU':32}" + "".join(f"{share:10.0%}" for share in shares))
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

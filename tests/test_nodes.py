@@ -1,0 +1,52 @@
+"""A study over several Ray nodes: one is lost and another joins, and every trial completes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from studies import finish, start, wait_for
+
+OPTIONS = [
+    "--trials",
+    "6",
+    "--scheduler",
+    "none",
+    "--num-phantoms",
+    "60",
+    "--num-train-epochs",
+    "2",
+    "--save-steps",
+    "2",
+]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head without CPUs for workers, and nodes that are added by the tests."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()
+        made.shutdown()
+
+
+def test_a_node_is_lost_and_another_joins(tmp_path: Path, cluster) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    process = start(tmp_path, *OPTIONS, "--lanes", "2", address=cluster.address)
+    wait_for(process, "[1/6]")
+    time.sleep(1)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    finished = finish(process, tmp_path)
+    assert finished.code == 0, finished.out + finished.err
+    trials = json.loads((tmp_path / "results" / "s" / "study.json").read_text())["trials"]
+    assert [(trial["number"], trial["state"]) for trial in trials] == [(n, "COMPLETE") for n in range(6)]
+    assert {trial["lane"] for trial in trials} == {0, 1}
+    assert sorted(run.info.status for run in finished.runs()) == ["FINISHED"] * 7

@@ -1,0 +1,180 @@
+"""What a terminal shows: the footer from records and snapshots, and a real study under a pseudo-terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console, Group
+from rich.text import Text
+from studies import ROOT, environment
+
+from tune.results import TrialRecord
+from tune.settings import StudySettings
+from tune.terminal import duration, footer, live
+
+STUDY = StudySettings(trials=20, workers_per_trial=2)
+GOALS = (("auroc", "max"),)
+
+
+def record(number: int, state: str, auroc: float, device_seconds: float = 0.0) -> TrialRecord:
+    epochs = [{"auroc": auroc, "loss": 0.5}]
+    return TrialRecord(number, {}, {}, state=state, epochs=epochs, device_seconds=device_seconds)
+
+
+def work(number: int, seconds: float, **place: object) -> dict:
+    told = {"phase": "train", "epoch": 2, "num_epochs": 3, "step": 14, "num_steps": 27, "loss": 0.4123}
+    return {"label": f"trial {number}", "seconds": seconds} | ({**told, **place} if place else {})
+
+
+def lines(shown: Group, width: int = 120) -> list[str]:
+    text = io.StringIO()
+    Console(file=text, width=width).print(shown)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
+def test_a_line_for_each_lane_and_one_for_the_study() -> None:
+    records = [
+        record(0, "COMPLETE", 0.7, 40.0),
+        record(1, "STOPPED", 0.9, 20.0),  # never the best: it was not trained to its end
+        record(2, "FAILED", 0.1, 2.0),
+        record(3, "COMPLETE", 0.812, 60.0),
+        record(7, "RUNNING", 0.99),
+        record(8, "RUNNING", 0.99),
+    ]
+    running = [work(7, 15.0, phase="train"), work(8, 90.0, phase="evaluation", step=27, epoch=3), work(9, 0.0)]
+    one, two, three, last = lines(footer(records, {"lanes": 4, "starting": 1, "running": running}, GOALS, STUDY))
+    assert re.fullmatch(r"trial 7  epoch 2/3  step 14/27  loss 0\.412  \S+", one)
+    assert re.fullmatch(r"trial 8  epoch 3/3  step 27/27  loss 0\.412  \S+  evaluating", two)
+    assert three == "trial 9"
+    # The 16 that are left take 20 s each on a lane; 15 s and, at most, 20 s of two of them are over.
+    left = (16 * 20 - 15 - 20) / 4
+    assert last == (
+        "starting 1 lane: loading the base · best auroc 0.812 (trial 3) · 4 of 20 done, 3 running · "
+        f"about 1 min {round(left) - 60} s left"
+    )
+
+
+def test_before_the_first_trial_and_after_the_last() -> None:
+    start = {"lanes": 2, "starting": 2, "running": []}
+    assert lines(footer([], start, GOALS, STUDY)) == ["starting 2 lanes: loading the base · 0 of 20 done, 0 running"]
+    unlearned = work(0, 1.0, loss=None, epoch=1, step=0)
+    (first, _) = lines(footer([], start | {"starting": 0, "running": [unlearned]}, GOALS, STUDY))
+    assert first.startswith("trial 0  epoch 1/3  step 0/27") and "loss" not in first
+    test = {"lanes": 2, "starting": 0, "running": [{"label": "scoring the test images", "seconds": 1.0}]}
+    done = lines(footer([record(0, "COMPLETE", 0.7, 9.0)], test, GOALS, replace(STUDY, trials=1)))
+    assert done == ["scoring the test images", "best auroc 0.700 (trial 0) · 1 of 1 done, 1 running"]
+
+
+def test_many_lanes_and_a_narrow_terminal_keep_their_height() -> None:
+    running = [work(number, 1.0, epoch=1) for number in range(64)]
+    shown = lines(footer([], {"lanes": 64, "starting": 0, "running": running}, GOALS, STUDY), width=40)
+    assert len(shown) == 9 and shown[-1].startswith("and 56 more lanes")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.6, "1 min 0 s"), (12, "12 s"), (3600 * 2 + 301, "2 h 5 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_where_there_is_no_terminal_nothing_is_added(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with live(lambda: pytest.fail("nobody sees it")):
+        print("one line")
+    assert capsys.readouterr().out == "one line\n"
+
+
+def test_an_interrupt_leaves_the_terminal_as_it_was(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        with pytest.raises(KeyboardInterrupt), live(lambda: Text("the footer")):
+            print("a line that stays")
+            raise KeyboardInterrupt
+        assert sys.stdout is terminal
+        print("after")
+        terminal.flush()
+        shown = os.read(reader, 65536).decode()
+    os.close(reader)
+    assert shown.index("a line that stays") < shown.index("the footer") < shown.rindex("\x1b[2K") < shown.index("after")
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
+
+
+def test_a_trial_tells_how_far_it_is(base, splits) -> None:
+    from train_fn.loop import run_trial
+    from train_fn.settings import TrialSettings
+
+    settings = TrialSettings(num_train_epochs=2, lora_r=4, lora_alpha=8, logging_steps=2)
+    told: list[dict] = []
+    reports: list[dict] = []
+    run_trial(base, splits, settings, lambda report: bool(reports.append(report)), progress=told.append)
+    per_epoch = -(-len(splits.train) // 16)
+    steps = [(entry["phase"], entry["epoch"], entry["step"]) for entry in told]
+    logged = [step for step in range(2, 2 * per_epoch + 1, 2)]
+    wanted = [("train", 1, 0), *(("train", -(-step // per_epoch), step) for step in logged)]
+    wanted += [("evaluation", epoch, epoch * per_epoch) for epoch in (1, 2)]
+    assert sorted(steps, key=lambda place: (place[2], place[0] == "evaluation")) == steps
+    assert sorted(steps) == sorted(wanted)
+    assert {(entry["num_epochs"], entry["num_steps"]) for entry in told} == {(2, 2 * per_epoch)}
+    losses = [entry["loss"] for entry in told if entry["phase"] == "evaluation"]
+    assert told[0]["loss"] is None and losses == [report["metrics"]["train_loss"] for report in reports]
+
+
+# The last one fails: Tune has a traceback to tell of it.
+SPACE = """
+GUIDE = {"learning_rate": 1e-3}
+def space(trial):
+    trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
+    where = {"lora_target_modules": ["nowhere"]} if trial.number == 2 else {}
+    return {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3} | where
+"""
+
+
+def test_a_study_on_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "space.py").write_text(SPACE)
+    options = ["--name", "s", "--trials", "3", "--lanes", "1", "--space", "space.py", "--num-phantoms", "60"]
+    options += ["--num-train-epochs", "2", "--logging-steps", "1", "--scheduler", "none"]
+    reader, writer = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tune" / "run.py"), *options],
+        cwd=tmp_path,
+        env=environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "300"},
+        stdin=writer,
+        stdout=writer,
+        stderr=writer,
+    )
+    os.close(writer)
+    read = b""
+    while True:
+        try:
+            part = os.read(reader, 65536)
+        except OSError:  # how Linux tells that nobody has the other side open
+            break
+        if not part:
+            break
+        read += part
+    os.close(reader)
+    raw = read.decode()
+    assert process.wait() == 0, raw
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)
+    print(shown)
+    during, _, after = shown.rpartition("Study s: ")  # the summary's title
+    assert "starting 1 lane: loading the base · 0 of 3 done, 0 running" in during
+    assert re.search(r"trial [01] +epoch [12]/2 +step [1-6]/6 +loss \d\.\d{3} +\S+", during)
+    assert re.search(r"best auroc \d\.\d{3} \(trial [01]\) · [12] of 3 done, 1 running · about \d+ s left", during)
+    assert re.search(r"\[1/3\] trial 0 complete, +auroc 0\.\d{3}, +\d+\.\d s \(learning_rate 0\.001\)", during)
+    assert re.search(r"\[3/3\] trial 2 failed: .*nowhere", during)
+    # Every line is the study's own: the time first, or the footer's.
+    own = r"\[ *\d+\.\d s\] |trial \d|starting 1 lane|best |\d of 3 done|scoring the test"
+    lines = [line for line in re.split(r"[\r\n]+", during) if line.strip()]
+    assert not [line for line in lines if not re.match(own, line)]
+    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l") and "done," not in after
+    (logs,) = re.findall(r"Starting the lanes \(logs in (\S+)\)", during)
+    assert "nowhere" in Path(logs, "driver.log").read_text()
