@@ -174,7 +174,7 @@ def copy_of(study: Path, folder: Path, uri: str, experiment: str) -> Path:
     """The study under an id of its own, told to an experiment of its own."""
     directory = Path(shutil.copytree(study, folder / "s"))
     settings = {"study": {"experiment": experiment, "report_to": ["mlflow"], "storage": ""}}
-    plan = {"study_id": experiment, "tracking_uri": uri, "settings": settings}
+    plan = {"study_id": experiment, "tracking_uri": uri, "settings": settings, "goals": [("auroc", "max")]}
     (directory / "plan.json").write_text(json.dumps(plan))
     return directory
 

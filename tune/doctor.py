@@ -71,14 +71,14 @@ def examine(settings: Settings, say: Callable[[str], None]) -> int:
     Leaves nothing but the results folder, and the phantoms in it. Returns the exit code: 0 nothing fails, 1 something
     does.
     """
-    import ray
-
     findings: list[Finding] = []
     with contextlib.ExitStack() as stack:
         study = read_data(settings, say, findings)
         storage = probe_folder(settings, stack, findings)
         say("Asking the nodes")
         resources = start_ray(settings)
+        import ray  # after what `start_ray` sets for it
+
         stack.callback(ray.shutdown)
         layout = lay_out(settings, resources, findings)
         facts = ask_nodes(settings, study, storage)

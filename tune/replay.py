@@ -14,16 +14,16 @@ from tune.study import Layout, start_lanes, start_ray
 
 def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     """Train a trial again and print both times' metrics. 0: all are identical; 1: they are not, or it failed."""
-    import ray
-
-    from tune.lane import start_dispatcher
-
     records = fold(study.journal.events)
     if number not in records or not records[number].epochs:
         told = ", ".join(str(n) for n, record in records.items() if record.epochs)
         raise SettingsError([f"`--trial` must be a trial with a result ({told}), but got {number}: choose one of them"])
     record = records[number]
     resources = start_ray(study.settings)
+    import ray  # after what `start_ray` sets for it
+
+    from tune.lane import start_dispatcher
+
     workers = study.settings.study.workers_per_trial
     use_gpu = record.device != "cpu"
     layout = Layout(1, workers, use_gpu, 0 if use_gpu else max(1, int(resources.get("CPU", 1)) // workers))

@@ -14,6 +14,7 @@ import html
 import io
 import math
 import shlex
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -396,7 +397,9 @@ def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
             if labels:
                 figure.legend(handles, labels, loc="outside upper center", ncols=5)
             raw = io.BytesIO()
-            figure.savefig(raw, format="png", dpi=120)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels in a small picture
+                figure.savefig(raw, format="png", dpi=120)
         Image.open(raw).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
         shown[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         paths.append(path)

@@ -61,7 +61,8 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
 
 
 def start_ray(settings: Settings) -> dict[str, float]:
-    """Join the cluster of RAY_ADDRESS or start Ray on this machine; its resources."""
+    """Join the cluster of RAY_ADDRESS or start Ray on this machine; its resources. Nobody may have imported Ray before:
+    it reads some of what is set here when it is imported."""
     quiet = not settings.study.verbose
     # Workers import the project also where it is not installed; Ray hands this to all it starts from here.
     root = str(Path(__file__).resolve().parents[1])
@@ -114,10 +115,10 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
 
     started: `time.perf_counter()` at which the user's waiting began.
     """
-    import ray
-
     settings = study.settings
     resources = start_ray(settings)
+    import ray
+
     try:
         layout = plan_layout(settings, resources)
     except SettingsError:

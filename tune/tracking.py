@@ -62,6 +62,8 @@ class Target:
     """Unique, so that a run is found again and never mistaken for one of another study of the same name."""
     directory: Path
     experiment: str
+    metric: str
+    """The first goal."""
     uri: str
     report_to: tuple[str, ...]
     storage_uri: str = ""
@@ -276,7 +278,9 @@ class MLflowSink:
         self.client.update_run(run, status="RUNNING")
 
     def _report(self, event: Event) -> None:
-        self._log(self._child(event["number"]), metrics=log_entries(event))
+        *steps, (step, found) = log_entries(event)
+        first = {name: found[name] for name in (self.target.metric,) if name in found}  # what MLflow's plots begin with
+        self._log(self._child(event["number"]), metrics=[(step, first | found), *steps])
 
     def _ended(self, event: Event) -> None:
         run = self._child(event["number"])
@@ -440,6 +444,7 @@ def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target
         study_id=plan["study_id"],
         directory=directory,
         experiment=study["experiment"],
+        metric=plan["goals"][0][0],
         uri=whole if bare(whole) == uri else uri,
         report_to=(*study["report_to"], *(["storage"] if study["storage"] else [])),
         storage_uri=f"{study['storage'].rstrip('/')}/{directory.name}" if study["storage"] else "",
@@ -467,7 +472,7 @@ def main(argv: list[str]) -> int:
         return 2
     plan = json.loads((directory / "plan.json").read_text())
     tracking = Tracking(target_of(directory, plan, options.mlflow_uri), read_events(directory / "journal.jsonl"), 1.0)
-    left = tracking.close()
+    left = tracking.close(timeout_s=24 * 3600)  # as long as the stores answer
     for error in tracking.errors:
         print(f"refused by {error}", file=sys.stderr)
     for name in plan["settings"]["study"]["report_to"]:
