@@ -2,8 +2,8 @@
 
     python benchmarks/alternatives.py {b,c,d} WORK.json
 
-WORK.json holds {"splits": file, "trials": [settings], "numbers": [which of them], "folder": for what they leave}; in its
-place comes a list of {"number", "metrics", "wall", ...}, seconds by phase.
+WORK.json holds {"splits": file, "trials": [settings], "numbers": [which of them], "folder": for what they leave}; in
+its place comes a list of {"number", "metrics", "wall", ...}, seconds by phase.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def documented_pattern(work: dict[str, Any]) -> list[dict[str, Any]]:
     found = run_documented(Path(work["folder"]), Path(work["splits"]), len(work["numbers"]))
     seconds = {"wall": "time_total_s", "train": "train_s", "evaluation": "evaluation_s"}
     return [
-        {"number": 0, "metrics": trial, "later": True} | {name: trial[key] for name, key in seconds.items()}
+        {"number": 0, "later": True, "metrics": {name: value for name, value in trial.items() if type(value) is float}}
+        | {name: trial[key] for name, key in seconds.items()}
         for trial in found
     ]
 

@@ -3,9 +3,9 @@
     unshare --pid --fork --mount-proc --mount python benchmarks/faults.py [--faults 50] [--seed 0]
 
 Needs root and a namespace of its own, as above: it mounts the results folder read-only for a while, and looks for
-Ray's processes by name. An undisturbed study of fixed settings comes first. Then studies of the same settings run,
-each disturbed every few seconds, until all faults are spent; a driver that ends is started again with --resume. At
-the end of each study every trial must be COMPLETE, once, in study.json, Optuna and MLflow, with the undisturbed study's numbers.
+Ray's processes by name. An undisturbed study of fixed settings comes first. Then studies of the same settings run, each
+disturbed every few seconds, until all faults are spent; a driver that ends is started again with --resume. After each
+study every trial must be COMPLETE, once, in study.json, Optuna and MLflow, with the undisturbed study's numbers.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_one_process_at_a_time(ended) -> None:
     lock = StudyLock(ended / "results" / "s")
     assert lock.acquire()
     refused = finish(start(ended, "--resume", "s", name=""), ended)
-    assert refused.code == 2 and "is running" in refused.err
+    assert refused.code == 2 and "one process runs a study" in refused.err
 
 
 def test_a_journal_cut_in_its_last_line_is_read_up_to_it(tmp_path) -> None:

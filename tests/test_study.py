@@ -140,7 +140,7 @@ def test_the_difference_to_the_guide_is_paired_and_told(tmp_path) -> None:
     means = {int(number): sum(values) / len(values) for number, values in study["confirmations"].items()}
     assert 0 in means and all(len(values) == 2 for values in study["confirmations"].values())
     assert means[study["winner"]] == max(means.values())
-    assert "Confirmed over 2 fresh seeds" in finished.out
+    assert "Confirmed 2 times: trial" in finished.out
     trial = study["trials"][study["winner"]]
     assert all(value != trial["epochs"][-1]["auroc"] for value in study["confirmations"][str(study["winner"])])
     if study["winner"]:

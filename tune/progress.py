@@ -31,6 +31,7 @@ class StudyLog(ray.tune.Callback):
         self.records = fold(study.journal.events)
         self.running: set[int] = set()  # of this session
         self.ended_by = ""
+        self.heard = -1  # events at the last look at the budgets
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restore that nobody here asks for
@@ -69,9 +70,10 @@ class StudyLog(ray.tune.Callback):
 
     def spent(self) -> bool:
         """Whether a budget of the study is used up."""
-        self.ended_by = self.ended_by or spent(
-            self.records.values(), self.study.journal.events, self.study.settings.study
-        )
+        events, budgets = self.study.journal.events, self.study.settings.study
+        if not self.ended_by and (len(events) > self.heard or budgets.time_budget):  # asked at each turn of Tune's loop
+            self.heard = len(events)
+            self.ended_by = spent(self.records.values(), events, budgets)
         return bool(self.ended_by)
 
     def close(self) -> list[TrialRecord]:

@@ -365,6 +365,8 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
     left = study.settings.study.trials - sum(r.state in ("COMPLETE", "STOPPED", "FAILED") for r in log.records.values())
     if left <= 0 or log.spent():
         return
+    # Asking Optuna may take more than a second on a busy machine; there is nothing to be done about it.
+    warnings.filterwarnings("ignore", "Define-by-run function passed")
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(QueuedTrial, dispatcher=dispatcher, trials=str(study.directory / "trials")),
         {"node:__internal_head__": 0.001},  # it only waits: no CPU of a worker, no place on a GPU node

@@ -171,8 +171,8 @@ def note(directory: Path) -> str:
     from tune.results import number_text, verdict, with_interval
 
     path = directory / "study.json"
-    study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"winner": None}
-    if study["winner"] is None:
+    study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if study.get("winner") is None:
         return ""
     metric, trials = study["metric"], {trial["number"]: trial for trial in study["trials"]}
     states = [trial["state"] for trial in trials.values()]
@@ -238,9 +238,7 @@ class MLflowSink:
         found = self.client.get_experiment_by_name(self.target.experiment)
         if found:
             return found.experiment_id
-        # Without the kind, `mlflow ui` opens an experiment as traces of a GenAI application.
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        return self.client.create_experiment(self.target.experiment, tags=kind)
+        return self.client.create_experiment(self.target.experiment)
 
     def _run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
         """The run of a key, made where there is none."""
