@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from studies import finish, start, wait_for
+from studies import ROOT, finish, start, wait_for
 
 OPTIONS = [
     "--trials",
@@ -28,6 +28,7 @@ OPTIONS = [
 @pytest.fixture
 def cluster(monkeypatch):
     """A head without CPUs for workers, and nodes that are added by the tests."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # every node has the project
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         yield made
