@@ -79,6 +79,10 @@ def lane_loop(config: dict[str, Any]) -> None:
         place = ray.train.torch.get_device()
         if place.type == "cuda":
             torch.cuda.set_device(place)  # else collectives of several workers on a node would all take its first GPU
+        else:
+            # With several threads a sum may otherwise be taken in the order in which they come.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         base = load_base(job.model, place)
     except Exception as error:
         told = "".join(traceback.format_exception_only(error)).strip()
