@@ -64,7 +64,14 @@ def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Rando
     """Do one fault; False when there is nothing to do it to at this moment."""
     results = folder / "results"
     if kind.startswith("driver"):
-        driver.send_signal(signal.SIGKILL if kind == "driver killed" else signal.SIGTERM)
+        if kind == "driver terminated":  # as init systems do: asked first, ended when it does not
+            driver.send_signal(signal.SIGTERM)
+            try:
+                driver.wait(60)
+            except subprocess.TimeoutExpired:
+                driver.kill()
+        else:
+            driver.kill()
         return True
     if kind == "storage read-only":
         subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)

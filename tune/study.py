@@ -195,6 +195,7 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     """Start the lanes, run the trials through them, and score the test split on one of them."""
     import optuna
     import ray
+    import ray.tune
 
     from tune.lane import start_dispatcher
     from tune.progress import Footer, StudyLog
@@ -233,9 +234,13 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     except (OSError, optuna.exceptions.StorageInternalError) as error:
         outcome.interrupted = True
         outcome.notes.append(f"the study's storage failed: {error}")
-    except ray.exceptions.RayActorError as error:
+    except (ray.exceptions.RayActorError, ray.tune.TuneError):
+        if lives(dispatcher):
+            lanes.over = True
+            end_of_study(study, outcome, tracking, {"error": "an error inside Ray Tune"}, [])
+            raise
         outcome.interrupted = lanes.over = True
-        outcome.notes.append(f"the study lost its dispatcher: {str(error).splitlines()[0]}")
+        outcome.notes.append("the study lost its dispatcher")
     except BaseException as error:
         lanes.over = True
         end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
@@ -255,6 +260,17 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     end_of_study(study, outcome, tracking, final, artifacts)
     if not outcome.interrupted:
         lanes.close()
+
+
+def lives(actor: Any) -> bool:
+    """Whether the dispatcher still answers. What Tune raises when it does not is an error of its own."""
+    import ray
+
+    try:
+        ray.get(actor.snapshot.remote(), timeout=30)
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 def end_of_study(
