@@ -2,7 +2,7 @@
 
     unshare --pid --fork --mount-proc --mount python benchmarks/faults.py [--faults 50] [--seed 0]
 
-Needs root and a namespace of its own, as above: it mounts the results folder read-only for a while, and looks for
+Needs root and a namespace of its own, as above: it fills the small disk of the results for a while, and looks for
 Ray's processes by name. An undisturbed study of fixed settings comes first. Then studies of the same settings run, each
 disturbed every few seconds, until all faults are spent; a driver that ends is started again with --resume. After each
 study every trial must be COMPLETE, once, in study.json, Optuna and MLflow, with the undisturbed study's numbers.
@@ -43,7 +43,7 @@ PROCESSES = {
     "dispatcher killed": "ray::Dispatcher",
     "raylet killed": "raylet/raylet",
 }
-KINDS = [*PROCESSES, "driver killed", "driver terminated", "storage read-only"]
+KINDS = [*PROCESSES, "driver killed", "driver terminated", "disk full"]
 
 
 def start(folder: Path, layout: list[str], again: bool) -> subprocess.Popen:
@@ -73,10 +73,11 @@ def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Rando
         else:
             driver.kill()
         return True
-    if kind == "storage read-only":
-        subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)
+    if kind == "disk full":
+        filler = results / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=1M"], stderr=subprocess.DEVNULL)  # to the last byte
         time.sleep(rng.uniform(1, 4))
-        subprocess.run(["mount", "-o", "remount,rw", str(results)], check=True)
+        filler.unlink()
         return True
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
@@ -114,7 +115,7 @@ def run_study(folder: Path, layout: list[str], faults: list[str], rng: random.Ra
     """One study with faults until they are spent or it ends. Each fault with its outcome and the seconds until the
     journal grew again."""
     (folder / "results").mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder / "results")], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder / "results")], check=True)
     (folder / "space.py").write_text(SPACE)
     driver, told = start(folder, layout, again=False), []
     try:

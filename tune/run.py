@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,11 @@ def main(argv: list[str]) -> int:
         print("Interrupted before the first trial.", file=sys.stderr)
         return 130
     print_summary(outcome)
+    if outcome.interrupted:
+        # Lanes still run in threads; one that touches Ray while the interpreter shuts it down ends the process with
+        # another code. Ray's processes end with this one.
+        sys.stdout.flush()
+        os._exit(outcome.exit_code)
     return outcome.exit_code
 
 
