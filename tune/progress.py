@@ -59,7 +59,8 @@ class StudyLog(ray.tune.Callback):
             self.end(number, "COMPLETE" if self.records[number].finished else "STOPPED")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.end(trial.config["number"], "FAILED", f"its Tune process was lost {MAX_ATTEMPTS} times")
+        if trial.config["number"] in self.records:
+            self.end(trial.config["number"], "FAILED", f"its Tune process was lost {MAX_ATTEMPTS} times")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.check_lanes()

@@ -34,9 +34,17 @@ class DiskSearch(OptunaSearch):
     value at full length.
     """
 
-    def __init__(self, known_epochs: dict[int, int], check_lanes: Callable[[], None], **options: Any) -> None:
+    def __init__(
+        self,
+        known_epochs: dict[int, int],
+        check_lanes: Callable[[], None],
+        begun: Callable[[int], bool],
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self._check_lanes = check_lanes
+        self._begun = begun
+        self._numbers: dict[str, int] = {}
         self._known_epochs = known_epochs
         self.unfinished: list[optuna.Trial] = []
         self.num_prior = 0
@@ -67,6 +75,7 @@ class DiskSearch(OptunaSearch):
             return Searcher.FINISHED
         config = super().suggest(trial_id)
         assert config is not None
+        self._numbers[trial_id] = config["number"]
         return {**config, "known_epochs": self._known_epochs.get(config["number"], 0)}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
@@ -76,6 +85,8 @@ class DiskSearch(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error:
             self._check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
+            if not self._begun(self._numbers[trial_id]):
+                return  # it never began: left open for a session that goes on
         if not result or "error" in result:
             super().on_trial_complete(trial_id, None, error=True)
         elif error or result.get("finished"):
@@ -140,6 +151,7 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
     searcher = DiskSearch(
         known,
         log.check_lanes,
+        lambda number: number in log.records,
         space=point,
         metric=names if several else names[0],
         mode=modes if several else modes[0],
