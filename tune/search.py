@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tune.results import TrialRecord, fold
 from tune.settings import load_space, read_points, searched_settings, study_directory
 from tune.study import Layout
 
+ENDS = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
 PRIOR = "from_study"  # user attribute of Optuna trials that another study has run (--warm-start)
 
 
@@ -34,18 +35,10 @@ class DiskSearch(OptunaSearch):
     value at full length.
     """
 
-    def __init__(
-        self,
-        known_epochs: dict[int, int],
-        check_lanes: Callable[[], None],
-        begun: Callable[[int], bool],
-        **options: Any,
-    ) -> None:
+    def __init__(self, log: StudyLog, **options: Any) -> None:
         super().__init__(**options)
-        self._check_lanes = check_lanes
-        self._begun = begun
-        self._numbers: dict[str, int] = {}
-        self._known_epochs = known_epochs
+        self._log = log
+        self._numbers: dict[str, int] = {}  # by Tune's trial id
         self.unfinished: list[optuna.Trial] = []
         self.num_prior = 0
         """Trials in Optuna's study that another study has run."""
@@ -75,8 +68,9 @@ class DiskSearch(OptunaSearch):
             return Searcher.FINISHED
         config = super().suggest(trial_id)
         assert config is not None
-        self._numbers[trial_id] = config["number"]
-        return {**config, "known_epochs": self._known_epochs.get(config["number"], 0)}
+        number = self._numbers[trial_id] = config["number"]
+        known = self._log.records.get(number)
+        return {**config, "known_epochs": len(known.epochs) if known else 0}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         if not isinstance(self.metric, list) and "error" not in result:
@@ -84,13 +78,13 @@ class DiskSearch(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error:
-            self._check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
-            if not self._begun(self._numbers[trial_id]):
+            self._log.check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
+            if self._numbers[trial_id] not in self._log.records:
                 return  # it never began: left open for a session that goes on
         if not result or "error" in result:
             super().on_trial_complete(trial_id, None, error=True)
-        elif error or result.get("finished"):
-            super().on_trial_complete(trial_id, result, error)
+        elif result.get("finished"):
+            super().on_trial_complete(trial_id, result)
         else:
             # Tune tells the result that it stopped a trial for here only, not by `on_trial_result`.
             if not isinstance(self.metric, list):
@@ -137,9 +131,8 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
     settings = study.settings.study
     space, guide = load_space(settings.space)
     storage = optuna.storages.RDBStorage(f"sqlite:///{study.directory / 'optuna.db'}")
-    known = {number: len(record.epochs) for number, record in log.records.items()}
     begun = study.name in optuna.get_all_study_names(storage)
-    past = len(optuna.load_study(study_name=study.name, storage=storage).trials) if begun else len(known)
+    past = len(optuna.load_study(study_name=study.name, storage=storage).trials) if begun else len(log.records)
     names, modes = (list(part) for part in zip(*study.goals, strict=True))
     several = len(names) > 1
 
@@ -149,9 +142,7 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
         return {"number": number, "settings": chosen, "chosen": decided}
 
     searcher = DiskSearch(
-        known,
-        log.check_lanes,
-        lambda number: number in log.records,
+        log,
         space=point,
         metric=names if several else names[0],
         mode=modes if several else modes[0],
@@ -180,8 +171,7 @@ def rebuild(study: Study, space: Any, searcher: DiskSearch, records: dict[int, T
         fixed = optuna.trial.FixedTrial(record.searched if record else {})
         if record:
             searched_settings(study.settings, space, Numbered(fixed, number))
-        ends = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
-        state = ends.get(record.state, TrialState.RUNNING) if record else TrialState.RUNNING
+        state = ENDS.get(record.state, TrialState.RUNNING) if record else TrialState.RUNNING
         complete = record is not None and state == TrialState.COMPLETE
         epochs = enumerate(record.epochs, 1) if record and len(study.goals) == 1 else ()
         values = [record.value(name) for name, _ in study.goals] if record and complete else None
@@ -250,18 +240,18 @@ def fits(study: Study, space: Any, trial: FrozenTrial) -> bool:
 def agree(search: DiskSearch, log: StudyLog) -> None:
     """After a kill, let Optuna and the journal tell the same of every trial, and note which are unfinished."""
     study, records = search.optuna_study, log.records
-    ends = {TrialState.PRUNED: "STOPPED", TrialState.FAIL: "FAILED", TrialState.COMPLETE: "COMPLETE"}
+    ends = {theirs: ours for ours, theirs in ENDS.items()}
     for trial in study.trials[search.num_prior :]:
         record = records.get(trial.number - search.num_prior)
-        open_here = record is None or record.state in ("RUNNING", "INTERRUPTED")
-        if trial.state in ends and record is not None and open_here:
+        unended = record is not None and record.state not in ENDS
+        if trial.state in ends and record is not None and unended:
             lost = "the study was killed before the error was written down" if trial.state == TrialState.FAIL else ""
             log.end(record.number, ends[trial.state], lost)
-        elif trial.state == TrialState.RUNNING and record is not None and record.finished and open_here:
+        elif trial.state == TrialState.RUNNING and record is not None and unended and record.finished:
             log.end(record.number, "COMPLETE")
         if trial.state == TrialState.RUNNING:
             live = optuna.Trial(study, trial._trial_id)
-            if record is None or record.state in ("RUNNING", "INTERRUPTED"):
+            if record is None or record.state not in ENDS:
                 search.unfinished.append(live)
             else:
                 tell(search, live, record)
@@ -273,8 +263,7 @@ def tell(search: DiskSearch, trial: optuna.Trial, record: TrialRecord) -> None:
     if record.state == "COMPLETE":
         search.optuna_study.tell(trial, [record.value(name) for name in names])
     else:
-        state = TrialState.PRUNED if record.state == "STOPPED" else TrialState.FAIL
-        search.optuna_study.tell(trial, state=state)
+        search.optuna_study.tell(trial, state=ENDS[record.state])
 
 
 # ------------------------------------------------------------------------------------------------ early stopping
@@ -374,7 +363,7 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
                 searcher.unfinished.remove(trial)
                 log.end(number, "STOPPED")
                 tell(searcher, trial, log.records[number])
-    left = study.settings.study.trials - sum(r.state in ("COMPLETE", "STOPPED", "FAILED") for r in log.records.values())
+    left = study.settings.study.trials - sum(r.state in ENDS for r in log.records.values())
     if left <= 0 or log.spent():
         return
     # Asking Optuna may take more than a second on a busy machine; there is nothing to be done about it.
