@@ -8,12 +8,14 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,6 +46,29 @@ def perceptual_hash(image: Image.Image) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_known(cache: Path) -> dict[str, Any]:
+    """What a cache file remembers; nothing when it is not there or not whole."""
+    try:
+        return json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_known(cache: Path, known: dict[str, Any]) -> None:
+    """Remember it, written aside and renamed. A cache that cannot be written only costs the next study its time."""
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(known))
+        partial.replace(cache)
+
+
 def default_cache() -> Path:
     """Where hashes are kept between studies."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm-tune" / "phash.json"
@@ -52,13 +77,10 @@ def default_cache() -> Path:
 def hash_images(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
     """Perceptual hashes [N] uint64, looked up by the files' content before they are computed."""
     cache = cache or default_cache()
-    try:
-        known: dict[str, int] = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = read_known(cache)
 
     def one(path: str) -> tuple[str, int]:
-        content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        content = file_hash(path)
         if content not in known:
             with Image.open(path) as image:
                 return content, perceptual_hash(image)
@@ -67,13 +89,7 @@ def hash_images(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(one, paths))
     if fresh := {content: value for content, value in found if content not in known}:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = cache.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(known | fresh))
-            partial.replace(cache)
-        except OSError:
-            pass  # a cache that cannot be written only costs the next study its time
+        write_known(cache, known | fresh)
     return np.array([value for _, value in found], dtype=np.uint64)
 
 

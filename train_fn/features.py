@@ -29,7 +29,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from train_fn.copies import default_cache
+from train_fn.copies import default_cache, file_hash
 
 WRITES_PER_COUNT = 16  # files that a process writes before it looks again how full the cache is
 # Seconds before its start in which what others have touched still counts as in use; also covers coarse file clocks.
@@ -84,7 +84,7 @@ class FeatureStore:
     def file(self, image: str) -> Path:
         """Where an image's features are, if they are."""
         if image not in self.contents:
-            self.contents[image] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+            self.contents[image] = file_hash(image)
         return self.directory / f"{self.contents[image]}.safetensors"
 
     def find(self, image: str, shape: tuple[int, int]) -> torch.Tensor | None:

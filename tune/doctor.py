@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train_fn.copies import file_hash
 from train_fn.memory import GIB, measure, memory_needed
 from train_fn.settings import TrialSettings
 from train_fn.storage import Storage
 from tune.prepare import Study, model_directory, prepare
-from tune.provenance import ROOT, file_hash, versions
+from tune.provenance import ROOT, versions
 from tune.settings import Probe, Settings, SettingsError, load_space, searched_settings
 from tune.study import Layout, plan_layout, session_logs, start_ray
 from tune.tracking import bare, tracking_uri

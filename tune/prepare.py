@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train_fn.copies import file_hash
 from train_fn.data import DataReport, Splits, load_splits, make_splits, read_manifest, unreadable_images
 from train_fn.metrics import MODES
 from train_fn.nano import CHECKPOINT
 from train_fn.storage import Storage
 from tune.journal import Journal, StudyLock
-from tune.provenance import base_hash, data_hash, file_hash, git_state, versions
+from tune.provenance import base_hash, data_hash, git_state, versions
 from tune.results import Goal
 from tune.settings import Settings, SettingsError, flag, goal, load_space, study_directory
 from tune.tracking import tracking_uri

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from train_fn.copies import default_cache
+from train_fn.copies import default_cache, file_hash, read_known, write_known
 from train_fn.data import Splits
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
@@ -25,17 +24,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def data_hash(splits: Splits) -> str:
     """sha256 over every image's content, question and answer, in the order of the splits; file names do not count."""
     samples = [*splits.train, *splits.validation, *splits.test]
     with ThreadPoolExecutor(8) as pool:
-        contents = pool.map(lambda sample: file_hash(Path(sample.image)), samples)
+        contents = pool.map(lambda sample: file_hash(sample.image), samples)
     told = [[content, sample.text, sample.answer] for content, sample in zip(contents, samples, strict=True)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -44,10 +37,7 @@ def base_hash(directory: Path) -> str:
     """sha256 over a model directory's configuration and weights. Hashes of large files are remembered by size and time
     of change: 8 GB take some seconds once."""
     memory = default_cache().with_name("hashes.json")
-    try:
-        known: dict[str, str] = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = read_known(memory)
     found = {}
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.json")]):
         state = path.stat()
@@ -55,13 +45,7 @@ def base_hash(directory: Path) -> str:
         if key not in known:
             known[key] = file_hash(path)
         found[path.name] = known[key]
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known))
-        partial.replace(memory)
-    except OSError:
-        pass  # a memory that cannot be written only costs the next study its time
+    write_known(memory, known)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 

@@ -5,13 +5,14 @@ All goes through the client: MLflow's fluent calls act on the run and the store 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from train_fn.copies import file_hash
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,8 +36,7 @@ def log_model(client: MlflowClient, run_id: str, adapter: Path, *, register: str
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_hash(adapter / "adapter_model.safetensors")
     tags = {**tags, "adapter_sha256": digest}
     experiment = client.get_run(run_id).info.experiment_id
     # A study that goes on may find another winner: the same run then has two models.

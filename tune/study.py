@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
 from tune.prepare import Study
-from tune.provenance import file_hash, versions
+from tune.provenance import versions
 from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, with_intervals
 from tune.settings import Settings, SettingsError
 from tune.tracking import Tracking, target_of
