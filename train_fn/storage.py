@@ -37,6 +37,11 @@ class Storage:
     uri: str = ""
     """The study's own place, such as s3://bucket/results/STUDY."""
 
+    @classmethod
+    def under(cls, place: str, directory: Path) -> Storage:
+        """That of a folder whose copy lies under `place` (s3://bucket/prefix) by its own name; "": nowhere."""
+        return cls(directory, f"{place.rstrip('/')}/{directory.name}" if place else "")
+
     def push(self, path: Path) -> None:
         """Copy a file or folder of the study there. Raises OSError."""
         if self.uri:

@@ -31,7 +31,7 @@ from tune.prepare import Study, model_directory, prepare
 from tune.provenance import ROOT, versions
 from tune.settings import Probe, Settings, SettingsError, load_space, searched_settings
 from tune.study import Layout, plan_layout, session_logs, start_ray
-from tune.tracking import bare, tracking_uri
+from tune.tracking import bare, tracking_uri, with_credentials
 
 FULL_DISK = 0.95  # above this Ray spills no more objects (its local_fs_capacity_threshold)
 MESSAGES_MIB = (1, 16, 64)
@@ -123,8 +123,7 @@ def probe_folder(settings: Settings, stack: contextlib.ExitStack, findings: list
     try:
         results.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=results))
-        place = settings.study.storage.rstrip("/")
-        storage = Storage(folder, f"{place}/{folder.name}" if place else "")
+        storage = Storage.under(settings.study.storage, folder)
         stack.callback(storage.remove, folder)
         folder.chmod(0o777)  # nodes may work under another account
         (folder / "driver").write_text("driver")
@@ -485,9 +484,8 @@ def check_records(settings: Settings) -> Iterator[Finding]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
 
-    whole = os.environ.get("MLFLOW_TRACKING_URI", "")  # with credentials
     try:
-        mlflow.MlflowClient(whole if bare(whole) == uri else uri).search_experiments(max_results=1)
+        mlflow.MlflowClient(with_credentials(uri)).search_experiments(max_results=1)
         yield Finding("MLflow", "driver", f"{uri} answers")
     except mlflow.exceptions.MlflowException as error:
         fix = f"MLflow must answer at {uri}, but {bare(last_line(error))}: start it, or give --mlflow-uri"

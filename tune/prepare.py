@@ -120,7 +120,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     }
     held = lock(directory)
     journal = Journal(directory / "journal.jsonl")
-    storage = storage_of(settings, directory)
+    storage = Storage.under(settings.study.storage, directory)
     return Study(settings, name, directory, goals, positive, splits, report, plan, storage, journal, held)
 
 
@@ -160,16 +160,10 @@ def resume(settings: Settings) -> Study:
         splits=splits,
         data_report=DataReport(**plan["data_report"]),
         plan=plan,
-        storage=storage_of(settings, directory),
+        storage=Storage.under(settings.study.storage, directory),
         journal=Journal(directory / "journal.jsonl"),
         lock=held,
     )
-
-
-def storage_of(settings: Settings, directory: Path) -> Storage:
-    """Where the study's folder is kept."""
-    place = settings.study.storage.rstrip("/")
-    return Storage(directory, f"{place}/{directory.name}" if place else "")
 
 
 def lock(directory: Path) -> StudyLock:

@@ -49,6 +49,12 @@ def keep_credentials(uri: str) -> str:
     return bare(uri)
 
 
+def with_credentials(uri: str) -> str:
+    """A bare URI as `keep_credentials` got it, if this process has it."""
+    whole = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return whole if bare(whole) == uri else uri
+
+
 class Away(Exception):
     """A store cannot be reached now; what it was to be told is told later."""
 
@@ -436,16 +442,15 @@ def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target
     """The target of a study that was begun. uri: another MLflow store than the study's own."""
     study = plan["settings"]["study"]
     uri = uri or plan["tracking_uri"]
-    whole = os.environ.get("MLFLOW_TRACKING_URI", "")
     return Target(
         study=directory.name,
         study_id=plan["study_id"],
         directory=directory,
         experiment=study["experiment"],
         metric=plan["goals"][0][0],
-        uri=whole if bare(whole) == uri else uri,
+        uri=with_credentials(uri),
         report_to=(*study["report_to"], *(["storage"] if study["storage"] else [])),
-        storage_uri=f"{study['storage'].rstrip('/')}/{directory.name}" if study["storage"] else "",
+        storage_uri=Storage.under(study["storage"], directory).uri,
     )
 
 
