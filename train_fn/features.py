@@ -51,7 +51,8 @@ def features_key(tower: torch.nn.Module, tower_config: Any, image_processor: Any
     if device.type == "cuda":
         place = torch.cuda.get_device_name(device)
     else:
-        place = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        place = f"{capability}, {threads} threads, {os.environ.get('MKL_CBWR')}"
     with ThreadPoolExecutor(8) as pool:  # sha256 lets other threads run
         parts = [
             *pool.map(weights, sorted(tower.state_dict().items())),

@@ -93,7 +93,8 @@ def lane_loop(config: dict[str, Any]) -> None:
     startup_s = time.perf_counter() - started
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
     held, whole = base_gib(base.model)
-    facts = {"lane": job.lane, "device": device, "startup_s": startup_s, "base_gib": held, "base_16_bit_gib": whole}
+    facts = {"lane": job.lane, "device": device, "num_threads": job.num_threads, "startup_s": startup_s}
+    facts |= {"base_gib": held, "base_16_bit_gib": whole}
     pulse = Pulse(job, group[0], rank)
     pulse.start()
     idle_since = time.perf_counter()

@@ -17,7 +17,7 @@ from tune.terminal import footer
 from tune.tracking import Tracking
 
 REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished", "lane", "turn", "device", "notes",
-            "base_gib", "base_16_bit_gib", "wall_s", "waited_s", "device_s", "system")  # fmt: skip
+            "num_threads", "base_gib", "base_16_bit_gib", "wall_s", "waited_s", "device_s", "system")  # fmt: skip
 
 
 class StudyLog(ray.tune.Callback):

@@ -19,14 +19,13 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
         told = ", ".join(str(n) for n, record in records.items() if record.epochs)
         raise SettingsError([f"`--trial` must be a trial with a result ({told}), but got {number}: choose one of them"])
     record = records[number]
-    resources = start_ray(study.settings)
+    start_ray(study.settings)
     import ray  # after what `start_ray` sets for it
 
     from tune.lane import start_dispatcher
 
     workers = study.settings.study.workers_per_trial
-    use_gpu = record.device != "cpu"
-    layout = Layout(1, workers, use_gpu, 0 if use_gpu else max(1, int(resources.get("CPU", 1)) // workers))
+    layout = Layout(1, workers, record.device != "cpu", record.num_threads)
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         dispatcher = start_dispatcher(1, workers, study.settings.study.hang_timeout)
         lanes = start_lanes(study, layout, dispatcher)

@@ -46,6 +46,8 @@ class TrialRecord:
     turn: int | None = None
     """How many assignments the lane's worker group had had before this one."""
     device: str = ""
+    num_threads: int = 0
+    """torch threads of each worker; 0: torch's default."""
     notes: list[str] = field(default_factory=list)
     """What was changed so that the trial could run, such as a smaller micro-batch."""
     base_gib: float = 0.0
@@ -73,17 +75,8 @@ class TrialRecord:
             self.spent_before = self.device_seconds
         elif event["event"] == "report":
             self.epochs.append(event["metrics"])
-            for name in (
-                "finished",
-                "applied",
-                "lane",
-                "turn",
-                "device",
-                "notes",
-                "base_gib",
-                "base_16_bit_gib",
-                "step",
-            ):
+            for name in ("finished", "applied", "lane", "turn", "device", "num_threads", "notes", "base_gib",
+                         "base_16_bit_gib", "step"):  # fmt: skip
                 setattr(self, name, event[name])
             self.seconds = event["seconds"] | {"wall": event["wall_s"], "waited": event["waited_s"]}
             self.device_seconds = self.spent_before + event["device_s"]

@@ -1,4 +1,4 @@
-"""Train the nano base from phantoms: `python -m train_fn.nano.make [--output DIR] [--seed 0]`.
+"""Train the nano base from phantoms: `python benchmarks/nano.py [--output DIR] [--seed 0]`.
 
 The result is a base model that can see and talk a little and has never met a diagnosis: its images show attributes
 drawn uniformly and independently (`draw_attributes(rng, None)`), its questions are about these attributes. Two stages:
@@ -11,7 +11,7 @@ drawn uniformly and independently (`draw_attributes(rng, None)`), its questions 
    gives every word a life of its own and keeps answers to the listed ones; it says nothing about what a diagnosis
    looks like.
 
-The checkpoint beside this file: seed 0, one thread, about 20 minutes; mean accuracy 0.710 over the nine attributes on
+The checkpoint in train_fn/nano/: seed 0, one thread, about 20 minutes; mean accuracy 0.710 over the nine attributes on
 400 new phantoms, where the commonest answer of each has 0.470. Its answers on shape and margin are no better than that;
 size, depth, location, posterior features and echo pattern (0.78 to 0.83) carry the mean.
 """
