@@ -46,6 +46,7 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | {
         "PATH": str(bare),
         "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",  # numbers are compared to the last bit
         "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
         "COLUMNS": "200",
     }

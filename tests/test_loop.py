@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -336,8 +339,62 @@ def test_the_state_of_other_settings_is_not_continued(base, splits, tmp_path) ->
     assert train(base, splits, other, tmp_path)[-1]["metrics"] == train(base, splits, other)[-1]["metrics"]
 
 
+def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, tmp_path) -> None:
+    settings = replace(SHORT, max_steps=6)
+    plain, told = train(base, splits, settings), []
+    was = torch.distributed.all_reduce
+
+    def report(message: dict) -> bool:
+        told.append(message)
+        time.sleep(0.2)  # the study's time, not the trial's
+        return False
+
+    run_trial(base, splits, settings, report, positive="Malignant", output=tmp_path, profile=True, trace=True)
+    assert [one["metrics"] for one in told] == [one["metrics"] for one in plain]
+    seconds = told[-1]["seconds"]
+    inside = sum(seconds[f"profile_{name}"] for name in ("data", "forward", "backward", "optimizer", "communication"))
+    assert 0 < inside <= seconds["train"]
+    assert seconds["profile_evaluation"] + seconds.get("profile_encoder", 0) <= seconds["evaluation"] + seconds["train"]
+    assert 0.2 * (len(told) - 1) <= seconds["profile_idle"] <= seconds["report"]
+    assert torch.distributed.all_reduce is was
+    with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("backward") >= 3 and "aten::mm" in names
+
+
 def test_a_loss_that_is_not_finite_fails_before_the_step(base, splits, monkeypatch) -> None:
     forward = engine_module.AnswerLoss.forward
     monkeypatch.setattr(engine_module.AnswerLoss, "forward", lambda *args: forward(*args) * float("nan"))
     with pytest.raises(TrialFailed, match="nan in step 1"):
         train(base, splits, SHORT)
+
+
+def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) -> None:
+    """Two sizes in turn: no micro-batch mixes them, and the step is the one of the order as given."""
+    from PIL import Image
+
+    from train_fn import loop
+
+    samples = []
+    for number in range(8):
+        path = tmp_path / f"{number}.png"
+        Image.effect_noise((140, 140) if number % 2 else (252, 224), 60).convert("RGB").save(path)
+        samples.append(Sample(image=str(path), text="What is it?", answer="Malignant", label=0))
+    splits = Splits(train=samples, validation=samples, test=samples, candidates=["Malignant"])
+    settings = replace(SHORT, max_steps=1, lora_dropout=0.0, gradient_accumulation_steps=4)
+    assert settings.global_batch_size == 8
+    batches: list[list[int]] = []
+    collate_plainly = loop.collate
+
+    def spy(base, chosen, with_answers):
+        batches.append([int(Path(sample.image).stem) for sample in chosen])
+        return collate_plainly(base, chosen, with_answers)
+
+    monkeypatch.setattr(loop, "collate", spy)
+    sorted_loss = train(base, splits, settings)[0]["metrics"]["train_loss"]
+    assert sorted(sum(batches, [])) == list(range(8))
+    assert all(len({number % 2 for number in batch}) == 1 for batch in batches), batches
+    monkeypatch.setattr(loop, "prompt_size", lambda base, sample: 0)
+    batches.clear()
+    assert train(base, splits, settings)[0]["metrics"]["train_loss"] == pytest.approx(sorted_loss, rel=1e-5)
+    assert any(len({number % 2 for number in batch}) == 2 for batch in batches)

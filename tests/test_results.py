@@ -101,6 +101,7 @@ def events(*told: tuple) -> list[dict]:
 
 def report_of(epoch: int, auroc: float, seconds: float) -> tuple[str, dict]:
     facts = {"finished": epoch == 2, "applied": {"trainable_params": 10}, "lane": 0, "turn": 0, "device": "cpu"}
+    facts["num_threads"] = 1
     facts |= {"notes": [], "base_gib": 0.0, "base_16_bit_gib": 0.0, "step": epoch, "seconds": {"train": 1.0}}
     facts |= {"wall_s": 1.0, "waited_s": 0.0, "device_s": seconds, "metrics": {"auroc": auroc, "loss": 1.0}}
     return "report", {"number": 0, "epoch": epoch, **facts}

@@ -31,7 +31,7 @@ def mixed(tmp_path_factory) -> Finished:
     """Eight trials on one lane, the sixth of which fails."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "space.py").write_text(SPACE)
-    everywhere = ("--report-to", "mlflow,tensorboard,wandb", "--logging-steps", "1")
+    everywhere = ("--report-to", "mlflow,tensorboard,wandb", "--logging-steps", "1", "--profile")
     finished = finish(
         start(folder, "--trials", "8", "--lanes", "1", "--space", "space.py", *SMALL, *everywhere), folder
     )
@@ -62,6 +62,16 @@ def test_mlflow_tells_the_same(mixed) -> None:
     assert children[1].data.tags["lane"] == "0" and children[1].data.tags["device"] == "cpu"
     assert parent.data.tags["version_ray"] == children[1].data.tags["version_ray"] == "2.60.0"
     assert parent.data.tags["winner"] == str(mixed.study["winner"])
+
+
+def test_the_profile_is_told_everywhere(mixed) -> None:
+    shares = mixed.study["profile"]
+    assert {"data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "idle"} <= shares.keys()
+    assert sum(shares.values()) == pytest.approx(1) and shares["forward"] > shares["optimizer"]
+    assert f"Profile: {next(iter(shares))} {max(shares.values()):.1%}, " in mixed.out
+    (child,) = [run for run in mixed.runs() if run.data.tags.get("trial") == "3"]
+    seconds = mixed.study["trials"][3]["seconds"]
+    assert child.data.metrics["profile_forward_s"] == seconds["profile_forward"] > 0
 
 
 def test_tensorboard_and_wandb_tell_the_same(mixed) -> None:

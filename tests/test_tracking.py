@@ -96,6 +96,7 @@ def report(epoch: int, seed: int, last: int = 3) -> dict[str, Any]:
         "lane": seed % 2,
         "turn": seed // 2,
         "device": "cpu",
+        "num_threads": 1,
         "notes": ["out of memory: micro-batch 2 -> 1, same global batch"] if seed == 4 else [],
         "base_gib": 0.1,
         "base_16_bit_gib": 0.05,

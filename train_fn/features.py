@@ -51,8 +51,7 @@ def features_key(tower: torch.nn.Module, tower_config: Any, image_processor: Any
     if device.type == "cuda":
         place = torch.cuda.get_device_name(device)
     else:
-        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-        place = f"{capability}, {threads} threads, {os.environ.get('MKL_CBWR')}"
+        place = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     with ThreadPoolExecutor(8) as pool:  # sha256 lets other threads run
         parts = [
             *pool.map(weights, sorted(tower.state_dict().items())),

@@ -33,7 +33,8 @@ from train_fn.engine import (
 )
 from train_fn.evaluation import predict
 from train_fn.lora import adapted, load_adapter, save_adapter
-from train_fn.model import Base, collate
+from train_fn.model import Base, collate, prompt_size
+from train_fn.profile import phase, profiled, traced
 from train_fn.scores import metrics_of
 from train_fn.settings import TrialSettings
 from train_fn.storage import Storage, patiently
@@ -83,6 +84,8 @@ def run_trial(
     storage: Storage | None = None,
     progress: Progress | None = None,
     leaving: Callable[[], bool] = lambda: False,
+    profile: bool = False,
+    trace: bool = False,
 ) -> None:
     """Train one adapter and report after each epoch.
 
@@ -95,6 +98,8 @@ def run_trial(
         every `logging_steps` optimizer steps, and when an evaluation begins; it must not wait.
 
     leaving: whether this process must leave soon; asked after each optimizer step.
+    profile: measure phases (see `train_fn.profile`) and report their seconds with the others.
+    trace: write `trace.json.gz` into `output`, of a few optimizer steps.
 
     Raises Leaving, on all ranks alike and with `state/` just written, when one of them must leave.
     Raises TrialFailed, on all ranks alike, for what the trial itself has done wrong: no module to adapt, a setting
@@ -123,6 +128,11 @@ def run_trial(
         losses: list[float] = []
         reports: list[dict[str, Any]] = []
         storage = storage or Storage(output or Path())
+        if trace and output is not None and rank == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            traced_step = stack.enter_context(traced(output / "trace.json.gz"))
+        else:
+            traced_step = lambda: None  # noqa: E731
         state = ResumeState(output, storage, settings, rank, world_size)
         if found := state.load():
             load_engine_state(engine, found["engine"], rank)
@@ -133,11 +143,14 @@ def run_trial(
             for old in output.glob("checkpoint-*"):
                 shutil.rmtree(old)  # of an attempt that cannot be continued
         clock.lap("setup")
+        if profile:
+            stack.enter_context(profiled(clock.spent, base.device))
 
         troubles: list[str] = []
 
         def write(action: Callable[[], None]) -> None:
-            patiently(action, lambda text: None if text in troubles else troubles.append(text))
+            with phase("checkpoint"):
+                patiently(action, lambda text: None if text in troubles else troubles.append(text))
 
         def save_state() -> None:
             place = {"step": log.step, "entries": log.entries, "told": log.told, "losses": losses, "epoch": epoch}
@@ -158,6 +171,7 @@ def run_trial(
             for indices in order[log.step - done : num_steps - done]:
                 losses.append(train_step(base, splits, settings, engine, indices, log.step + 1))
                 log.step += 1
+                traced_step()
                 if log.step % settings.logging_steps == 0:
                     recent = losses[-settings.logging_steps :]
                     loss = sum(recent) / len(recent)
@@ -175,7 +189,8 @@ def run_trial(
             train_loss = sum(losses) / len(losses)
             tell("evaluation", train_loss)
             clock.lap("train")
-            metrics = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss, positive)
+            with phase("evaluation"):
+                metrics = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss, positive)
             log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
             last = log.step == num_steps
@@ -195,7 +210,8 @@ def run_trial(
             reports.append(message)
             epoch, losses = epoch + 1, []
             save_state()
-            stop = report(message)
+            with phase("idle"):
+                stop = report(message)
             clock.lap("report")
         if not stop:
             state.remove()  # one that was told to stop may be asked to go on, by a study that goes on
@@ -213,18 +229,28 @@ def train_step(
     total = torch.zeros((), device=base.device)
     micro_batch_size = settings.per_device_train_batch_size
     num_micro_batches = len(indices) // (micro_batch_size * world_size)
+    # Images of like size go into one micro-batch: less padding, and workers wait less for each other. The step's sum
+    # stays the same. Images of one size keep their order.
+    sizes = [prompt_size(base, splits.train[index]) for index in indices]
+    indices = indices[np.argsort(sizes, kind="stable")]
     for number, images in enumerate(micro_batches(indices, micro_batch_size, rank, world_size), 1):
-        samples = [splits.train[index] for index in images]
-        labels = torch.tensor([sample.label for sample in samples], device=base.device)
-        loss = engine(collate(base, samples, with_answers=True), labels)
-        engine.backward(loss)
+        with phase("data"):
+            samples = [splits.train[index] for index in images]
+            labels = torch.tensor([sample.label for sample in samples], device=base.device)
+            batch = collate(base, samples, with_answers=True)
+        with phase("forward"):
+            loss = engine(batch, labels)
+        with phase("backward"):
+            engine.backward(loss)
         total += loss.detach()
         if number == num_micro_batches:
             # The one place where a step waits for the device: all ranks agree on the loss before the weights move.
-            mean_loss = mean_over_ranks(total.item() / num_micro_batches, base.device)
+            with phase("communication"):
+                mean_loss = mean_over_ranks(total.item() / num_micro_batches, base.device)
             if not np.isfinite(mean_loss):
                 raise TrialFailed(f"the training loss became {mean_loss} in step {step}: lower the learning rate")
-        engine.step()
+        with phase("optimizer"):
+            engine.step()
     return mean_loss
 
 

@@ -35,6 +35,7 @@ from train_fn import hulumed
 from train_fn.data import Sample
 from train_fn.features import FeatureStore, features_key
 from train_fn.nano import CHECKPOINT as NANO
+from train_fn.profile import phase
 from train_fn.settings import ModelSettings
 
 # Where transformers' image-text-to-text models keep their parts, by attribute path from the inner model.
@@ -57,7 +58,7 @@ class Base:
     settings: ModelSettings
     hulumed: bool = False  # loaded under transformers' names from a Hulu-Med checkpoint
     tokens: dict[tuple, Any] = field(default_factory=dict)  # tokenized prompts and answers: few, but needed every step
-    patches: dict[str, int] = field(default_factory=dict)  # image path -> P
+    patches: dict[str, int] = field(default_factory=dict)  # image path -> P, or pixels
 
     def __post_init__(self) -> None:
         self.loaded_tower = self.tower_weights()
@@ -367,6 +368,16 @@ def num_patches(base: Base, image: str) -> int:
     return base.patches[image]
 
 
+def prompt_size(base: Base, sample: Sample) -> int:
+    """A number that grows with the tokens of a prompt: an image's patches, or its pixels where those are not known."""
+    if base.takes_features:
+        return num_patches(base, sample.image)
+    if sample.image not in base.patches:
+        width, height = image_size(sample.image)
+        base.patches[sample.image] = width * height
+    return base.patches[sample.image]
+
+
 @torch.no_grad()
 def image_features(base: Base, image: str) -> torch.Tensor:
     """What the vision tower makes of an image: [P, D], before the projector; from the store, or newly computed.
@@ -380,11 +391,12 @@ def image_features(base: Base, image: str) -> torch.Tensor:
         return found
     tower = base.model.get_submodule(base.vision_tower).eval()
     pixels = base.processor.image_processor([read_image(image)], return_tensors="pt").to(base.device)
-    computed = tower(
-        pixel_values=pixels["pixel_values"].to(base.model.dtype),
-        grid_thw=pixels["image_grid_thw"],
-        merge_sizes=pixels["image_merge_sizes"],
-    ).last_hidden_state
+    with phase("encoder"):
+        computed = tower(
+            pixel_values=pixels["pixel_values"].to(base.model.dtype),
+            grid_thw=pixels["image_grid_thw"],
+            merge_sizes=pixels["image_merge_sizes"],
+        ).last_hidden_state
     if base.features:
         base.features.keep(image, computed)
     return computed

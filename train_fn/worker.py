@@ -45,6 +45,8 @@ class LaneJob:
     storage: Storage
     num_threads: int
     """torch threads of each worker; 0 leaves torch's default (GPU workers)."""
+    profile: bool = False
+    trace: bool = False
 
 
 def lane_loop(config: dict[str, Any]) -> None:
@@ -127,6 +129,8 @@ def lane_loop(config: dict[str, Any]) -> None:
                 output=Path(assignment["output"]),
                 storage=job.storage,
                 leaving=lambda: pulse.leaving,
+                profile=job.profile,
+                trace=job.trace,
                 progress=functools.partial(job.dispatcher.progress.remote, number),  # nobody waits for its answer
             )
         except torch.OutOfMemoryError as error:

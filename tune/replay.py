@@ -60,5 +60,6 @@ def compare(record: TrialRecord, found: list[dict[str, Any]]) -> int:
                 str(epoch), name, repr(value), repr(now[name]), "none" if equal else f"{now[name] - value:+.3g}"
             )
     Console(width=110).print(table)
-    print("Identical." if same else "Not identical.")
+    threads = "" if record.num_threads <= 1 else f" (with {record.num_threads} threads last bits may differ)"
+    print("Identical." if same else f"Not identical{threads}.")
     return 0 if same else 1

@@ -22,6 +22,7 @@ from train_fn.storage import Storage
 from tune.journal import Event
 from tune.settings import StudySettings, comparison, holds, seconds
 
+PROFILE = "profile_"  # seconds that `train_fn.profile` measures begin so
 Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
 END_STATES = ("COMPLETE", "STOPPED", "FAILED", "INTERRUPTED")
 
@@ -262,6 +263,18 @@ class Outcome:
         busy = sum(r.seconds.get("train", 0) + r.seconds.get("evaluation", 0) for r in self.records)
         return busy / (self.seconds["wall"] * max(1, self.lanes)) if self.seconds.get("wall") else 0.0
 
+    @property
+    def profile(self) -> dict[str, float]:
+        """Share of the trials' time by phase, the largest first (`--profile`); empty: not measured."""
+        found: dict[str, float] = {}
+        for record in self.records:
+            for name, value in record.seconds.items():
+                if name.startswith(PROFILE):
+                    found[name.removeprefix(PROFILE)] = found.get(name.removeprefix(PROFILE), 0.0) + value
+        if found:
+            found["idle"] = found.get("idle", 0.0) + sum(r.seconds.get("waited", 0.0) for r in self.records)
+        return {name: value / sum(found.values()) for name, value in sorted(found.items(), key=lambda one: -one[1])}
+
     def hear(self, event: Event) -> None:
         """Take in one event that is not a trial's own."""
         if event["event"] == "confirmed":
@@ -320,6 +333,7 @@ class Outcome:
                 "confirmations": self.confirmations,
                 "seconds": self.seconds,
                 "share_training_and_evaluation": self.busy_share,
+                "profile": self.profile,
                 "device_seconds": sum(r.device_seconds for r in self.records),
                 "lanes": self.lanes,
                 "layout": layout,
@@ -434,6 +448,8 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
         f"Wall time {outcome.seconds.get('wall', 0):.0f} s, {outcome.busy_share:.0%} of it training and evaluation "
         f"on {outcome.lanes} lane{'s' if outcome.lanes != 1 else ''}."
     )
+    if outcome.profile:
+        print(f"Profile: {', '.join(f'{name} {share:.1%}' for name, share in outcome.profile.items())}.")
     print(f"Results        {outcome.directory}/study.json")
     if outcome.adapter:
         print(f"Adapter        {outcome.adapter}")

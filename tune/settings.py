@@ -30,8 +30,8 @@ SCHEDULERS = ("asha", "median", "none")
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
 COSTS = {"trainable_params": "min", "train_s": "min"}  # goals beside the metrics: what a trial costs
 # What may change when a study goes on: how it is run and shown, and these, upwards only.
-FREE = ("results", "hang_timeout", "lanes", "device", "verbose", "report_to", "stop_when", "confirm",
-        "confirm_seeds", "folds", "require", "register")  # fmt: skip
+FREE = ("results", "hang_timeout", "lanes", "device", "verbose", "profile", "trace", "report_to", "stop_when",
+        "confirm", "confirm_seeds", "folds", "require", "register")  # fmt: skip
 BUDGETS = ("trials", "time_budget", "gpu_hours", "max_failures")
 REPORT_TO = ("mlflow", "tensorboard", "wandb")
 
@@ -140,6 +140,10 @@ class StudySettings:
     """Where to record: mlflow, tensorboard (event files in each trial's runs/), wandb; several with commas."""
     verbose: bool = False
     """Show what Ray and the workers print."""
+    profile: bool = False
+    """Measure where each trial's time goes: data, encoder, forward, backward, optimizer, communication, and so on."""
+    trace: bool = False
+    """Write a torch profiler trace of three optimizer steps of each trial (trace.json.gz in its folder)."""
 
 
 @dataclass(frozen=True, kw_only=True)

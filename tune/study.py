@@ -34,6 +34,7 @@ class Layout:
     workers_per_trial: int
     use_gpu: bool
     num_threads: int
+    """torch threads of each CPU worker, no more than OMP_NUM_THREADS says; 0 for GPUs: torch's default."""
 
 
 def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
@@ -58,6 +59,8 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
         )
     lanes = min(study.lanes or most, study.trials)
     threads = 0 if use_gpu else max(1, cores // (lanes * study.workers_per_trial))
+    if asked := os.environ.get("OMP_NUM_THREADS", ""):
+        threads = min(threads, max(1, int(asked))) if asked.isdecimal() else threads
     return Layout(lanes, study.workers_per_trial, use_gpu, threads)
 
 
@@ -177,6 +180,8 @@ def start_lanes(study: Study, layout: Layout, dispatcher: Any) -> Any:
             positive=study.positive,
             storage=study.storage,
             num_threads=layout.num_threads,
+            profile=study.settings.study.profile,
+            trace=study.settings.study.trace,
         )
         for lane in range(layout.lanes)
     ]
