@@ -392,7 +392,7 @@ def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) ->
 
     monkeypatch.setattr(loop, "collate", spy)
     sorted_loss = train(base, splits, settings)[0]["metrics"]["train_loss"]
-    assert sorted(sum(batches, [])) == list(range(8))
+    assert sorted(number for batch in batches for number in batch) == list(range(8))
     assert all(len({number % 2 for number in batch}) == 1 for batch in batches), batches
     monkeypatch.setattr(loop, "prompt_size", lambda base, sample: 0)
     batches.clear()

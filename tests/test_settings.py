@@ -184,3 +184,14 @@ def test_settings_survive_json() -> None:
 def test_accumulation_keeps_the_global_batch() -> None:
     settings = TrialSettings()
     assert [settings.accumulation_steps(n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+def test_threads_of_cpu_workers(monkeypatch) -> None:
+    """The cores are shared out, and OMP_NUM_THREADS is the most that a worker takes."""
+    from tune.study import plan_layout
+
+    settings = parse(["--lanes", "2"])
+    for asked, threads in (("", 4), ("1", 1), ("3", 3), ("64", 4), ("4,2", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert plan_layout(settings, {"CPU": 8}).num_threads == threads
+    assert plan_layout(parse(["--device", "gpu", "--lanes", "1"]), {"CPU": 8, "GPU": 2}).num_threads == 0
