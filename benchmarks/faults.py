@@ -95,7 +95,8 @@ def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Rando
 def check(folder: Path, expected: dict[int, list] | None) -> dict[int, list]:
     """The epochs of each trial; all must be there once, everywhere, and equal to the expected ones."""
     trials = json.loads((folder / "results" / "s" / "study.json").read_text())["trials"]
-    assert [(t["number"], t["state"]) for t in trials] == [(n, "COMPLETE") for n in range(TRIALS)], trials
+    states = [(trial["number"], trial["state"], trial["error"][:200]) for trial in trials]
+    assert states == [(number, "COMPLETE", "") for number in range(TRIALS)], states
     found = {trial["number"]: trial["epochs"] for trial in trials}
     stored = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/results/s/optuna.db").trials
     assert [t.state.name for t in stored] == ["COMPLETE"] * TRIALS
@@ -107,7 +108,8 @@ def check(folder: Path, expected: dict[int, list] | None) -> dict[int, list]:
         if number := run.data.tags.get("trial"):
             history = client.get_metric_history(run.info.run_id, "auroc")
             assert [m.value for m in history] == [epoch["auroc"] for epoch in found[int(number)]]
-    assert expected is None or found == expected
+    other = [number for number in found if expected is not None and found[number] != expected[number]]
+    assert not other, f"trials {other} differ from the undisturbed study"
     return found
 
 
@@ -153,11 +155,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     assert os.getpid() < 1000 and os.geteuid() == 0, "run it as root in a pid namespace of its own, as told above"
+    os.environ["OMP_NUM_THREADS"] = "1"  # numbers are compared to the last bit
     rng = random.Random(options.seed)
     faults = [KINDS[number % len(KINDS)] for number in range(options.faults)]
     rng.shuffle(faults)
     table: list[tuple[str, str, float]] = []
-    with tempfile.TemporaryDirectory(prefix="f") as name:
+    with tempfile.TemporaryDirectory(prefix="f", ignore_cleanup_errors=True) as name:
         expected: dict[str, dict[int, list]] = {}
         studies = 0
         layouts = [["--lanes", "1"], ["--lanes", "1", "--workers-per-trial", "2"]]
