@@ -36,6 +36,7 @@ def mixed(tmp_path_factory) -> Finished:
         start(folder, "--trials", "8", "--lanes", "1", "--space", "space.py", *SMALL, *everywhere), folder
     )
     assert finished.code == 0, finished.out + finished.err
+    assert "raylet" not in finished.out + finished.err  # a study is quiet
     return finished
 
 

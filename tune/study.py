@@ -103,6 +103,13 @@ def start_ray(settings: Settings) -> dict[str, float]:
         logging.getLogger("ray").handlers = [handler]
         logging.getLogger("ray").setLevel(logging.INFO)
         logging.getLogger("optuna").setLevel(logging.ERROR)
+        # Raylets' messages come through a thread of their own, which prints them whatever `log_to_driver` says.
+        import ray._private.worker
+
+        def tell(data: Any, ignore_prefix: bool) -> None:
+            logging.getLogger("ray").warning("\n".join(data["lines"]))
+
+        ray._private.worker.print_to_stdstream = tell
     return ray.cluster_resources()
 
 
