@@ -136,7 +136,7 @@ def study(tmp_path_factory) -> Path:
 
     def end(state: str, adapter: Path | None) -> None:
         scores, found = {"best_auroc": 0.9, "wall_s": 10.0}, {"state": state, "register": "", "adapter": adapter}
-        tags, files = {"winner": 0, "ended_by": ""}, [directory / "report.html", directory / "pictures" / "one.png"]
+        tags, files = {"winner": 0, "ended_by": ""}, ["report.html", "pictures/one.png"]
         journal.write(
             "study_ended", tags=tags, metrics=scores, num_trials=6, artifacts=files, model_tags={"study": "s"}, **found
         )
@@ -167,7 +167,7 @@ def study(tmp_path_factory) -> Path:
     score = {"auroc": {"value": 0.8, "interval": [0.7, 0.9]}}
     tests = {"winner": score, "winner, clean part": score}
     journal.write("tested", tests=tests, predictions={}, adapters={"winner": "a"}, num_trials=6)
-    end("COMPLETE", adapter)
+    end("COMPLETE", Path("best_adapter"))
     return directory
 
 

@@ -82,6 +82,7 @@ def start_ray(settings: Settings) -> dict[str, float]:
         # A Ray of this machine alone stays on the loopback, as everywhere but on Linux: it would look for a way to the
         # outside, and where there is none it prints a warning that no log level silences.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process per lane; nobody drains this node
     import logging
 
     import ray
@@ -299,8 +300,8 @@ def end_of_study(
         tags=tags | {"ended_by": outcome.ended_by},
         metrics=scores | {"wall_s": outcome.seconds.get("wall", 0.0)},
         num_trials=len(outcome.records),
-        artifacts=artifacts,
-        adapter=outcome.adapter if not outcome.interrupted else None,
+        artifacts=[path.relative_to(study.directory) for path in artifacts],  # the folder may be moved
+        adapter=outcome.adapter.relative_to(study.directory) if outcome.adapter and not outcome.interrupted else None,
         register=study.settings.study.register,
         model_tags=hashes | tests | {"base_model": study.settings.model.model, "study": study.name},
     )

@@ -314,11 +314,12 @@ class MLflowSink:
         self.client.set_terminated(run, STATES[event["state"]], self.when)
         for path in event["artifacts"]:
             folder = "pictures" if Path(path).parent.name == "pictures" else None
-            self.client.log_artifact(run, path, folder)
+            self.client.log_artifact(run, str(self.target.directory / path), folder)
         if event["adapter"]:
             from tune.registry import log_model
 
-            log_model(self.client, run, Path(event["adapter"]), register=event["register"], tags=event["model_tags"])
+            adapter = self.target.directory / event["adapter"]
+            log_model(self.client, run, adapter, register=event["register"], tags=event["model_tags"])
 
     def _log(
         self,
