@@ -50,9 +50,8 @@ def test_a_node_is_lost_and_another_joins(tmp_path: Path, cluster, num_nodes: in
     cluster.add_node(num_cpus=1)
     finished = finish(process, tmp_path)
     assert finished.code == 0, finished.out + finished.err
-    print(
-        f"{num_nodes} nodes: {lost - began:.0f} s to the loss of one, {time.monotonic() - lost:.0f} s from it to the end"
-    )
+    seconds = lost - began, time.monotonic() - lost
+    print(f"{num_nodes} nodes: {seconds[0]:.0f} s to the loss of one, {seconds[1]:.0f} s from it to the end")
     trials = json.loads((tmp_path / "results" / "s" / "study.json").read_text())["trials"]
     assert [(trial["number"], trial["state"]) for trial in trials] == [(n, "COMPLETE") for n in range(6)]
     assert len({trial["lane"] for trial in trials}) >= 2
