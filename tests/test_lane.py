@@ -93,6 +93,22 @@ def test_a_lost_group_begins_its_trial_again_and_known_epochs_are_not_told_twice
     run(scenario)
 
 
+def test_a_trial_that_gets_further_each_time_may_lose_more_groups() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        for attempt, step in enumerate((2, 4, 6, 8, 8)):
+            assert (await dispatcher.next_assignment(0, f"g{attempt}", 0))["number"] == 0
+            await dispatcher.progress(0, {"phase": "train", "step": step})
+        begin(dispatcher.next_assignment(0, "last but one", 0))
+        await asyncio.sleep(0.01)
+        assert dispatcher.running[0] == 0 and dispatcher.tickets[0].attempts == 3
+        begin(dispatcher.next_assignment(0, "last", 0))
+        assert "worker group died" in (await dispatcher.next_report(0, 0))["error"]
+
+    run(scenario)
+
+
 def test_a_trial_that_loses_every_group_fails() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)

@@ -22,8 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from train_fn.worker import LaneJob, lane_loop
 
-MAX_ATTEMPTS = 3  # how often a trial is begun that loses its worker group by no known fault of its own
-
+# How often a trial is begun that loses its worker group by no known fault of its own, and gets no further.
+MAX_ATTEMPTS = 3
 
 # The fine-tuning guide's advice, in its order.
 OUT_OF_MEMORY_ADVICE = (
@@ -43,6 +43,7 @@ class Ticket:
     open_verdict: tuple[str, int] | None = None  # a report whose sender waits for the answer
     last_epoch: int = 0
     attempts: int = 0
+    furthest: int = 0  # optimizer step to which any attempt came
     error: str = ""
     out_of_memory_in: str = ""  # the worker group that told of it last
     stopped: bool = False
@@ -287,6 +288,9 @@ class Dispatcher:
         ticket = self.tickets[number]
         if ticket.ended or ticket.stopped:
             return
+        step = ticket.progress.get("step", 0)
+        if step > ticket.furthest:  # further than ever: the losses so far say nothing against it
+            ticket.furthest, ticket.attempts = step, 1
         ticket.let_go()
         ticket.open_verdict = None
         if ticket.attempts >= MAX_ATTEMPTS or not self.lanes:

@@ -10,7 +10,6 @@ import ray
 import ray.tune
 from rich.console import Group
 
-from tune.lane import MAX_ATTEMPTS
 from tune.results import TrialRecord, fold, number_text, sign, spent
 from tune.study import Layout, Study
 from tune.terminal import footer
@@ -60,7 +59,7 @@ class StudyLog(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         if trial.config["number"] in self.records:
-            self.end(trial.config["number"], "FAILED", f"its Tune process was lost {MAX_ATTEMPTS} times")
+            self.end(trial.config["number"], "FAILED", "its Tune process was lost again and again")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.check_lanes()

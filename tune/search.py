@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tune.journal import Event, read_events
-from tune.lane import MAX_ATTEMPTS, QueuedTrial
+from tune.lane import QueuedTrial
 from tune.prepare import Study
 from tune.progress import StudyLog
 from tune.results import TrialRecord, fold
@@ -24,6 +24,7 @@ from tune.settings import load_space, read_points, searched_settings, study_dire
 from tune.study import Layout
 
 ENDS = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
+MAX_LOST = 20  # Tune's processes of one trial: they hand over and wait, so that no trial is to blame for their loss
 PRIOR = "from_study"  # user attribute of Optuna trials that another study has run (--warm-start)
 
 
@@ -387,7 +388,7 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
             name=f"tune-{len([e for e in study.journal.events if e['event'] == 'session'])}",
             verbose=1 if study.settings.study.verbose else 0,
             callbacks=[log],
-            failure_config=ray.tune.FailureConfig(max_failures=MAX_ATTEMPTS - 1),  # of lost Tune processes
+            failure_config=ray.tune.FailureConfig(max_failures=MAX_LOST),
             stop=Budget(log),
         ),
     ).fit()
