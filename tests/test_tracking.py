@@ -451,6 +451,8 @@ def test_no_secret_is_written_down_or_told(way, server, study, tmp_path, monkeyp
     made.journal.write("session", params=study_params(made, Layout(1, 1, False, 1)), tags=tags)
     for event in read_events(study / "journal.jsonl")[1:-1]:
         made.journal.write(event["event"], **{name: value for name, value in event.items() if name != "event"})
+    shutil.copy(study / "report.html", made.directory)
+    shutil.copytree(study / "pictures", made.directory / "pictures")
     tracking = Tracking(target, made.journal.events, 0.3)
     assert tracking.close() == {} and not tracking.errors, tracking.errors
     del made
