@@ -132,7 +132,8 @@ def run_study(folder: Path, layout: list[str], faults: list[str], rng: random.Ra
             if driver.poll() is not None:
                 if driver.returncode == 0:
                     return told
-                driver = start(folder, layout, again=True)
+                # Killed in its first seconds, it has left no study to go on with.
+                driver = start(folder, layout, again=(folder / "results" / "s" / "plan.json").exists())
                 continue
             pause = rng.uniform(0, 3)
             while driver.poll() is None and time.monotonic() < began + pause:
