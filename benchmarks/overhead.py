@@ -69,16 +69,8 @@ class StubLanes:
                 self.cpu_s += time.thread_time()
                 return
             for message in self.predict() if assignment["kind"] == "score" else self.train(assignment):
-                facts = {
-                    "lane": lane,
-                    "turn": turn,
-                    "device": "cpu",
-                    "num_threads": 1,
-                    "notes": [],
-                    "base_gib": 0.1,
-                    "system": {},
-                }
-                facts |= {"base_16_bit_gib": 0.1, "wall_s": 0.3 * message["epoch"], "waited_s": 0.01}
+                facts = {"lane": lane, "turn": turn, "device": "cpu", "num_threads": 1, "notes": [], "system": {}}
+                facts |= {"base_gib": 0.1, "base_16_bit_gib": 0.1, "waited_s": 0.01, "wall_s": 0.3 * message["epoch"]}
                 number, epoch = assignment["number"], message["epoch"]
                 if ray.get(self.dispatcher.report.remote(number, f"group-{lane}", epoch, facts | message)):
                     break

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from train_fn.data import Sample
-from train_fn.model import Base, answer_ids, answer_losses, collate, forward_hidden, image_size, num_patches
+from train_fn.model import Base, answer_ids, answer_losses, collate, forward_hidden, prompt_size
 
 
 @torch.no_grad()
@@ -43,11 +43,9 @@ def score_candidates(base: Base, samples: Sequence[Sample], candidates: Sequence
 def prompt_length_batches(base: Base, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
     """Indices in batches of equal prompt length, so that no padding stands between a prompt and its answer."""
     by_length: dict[Any, list[int]] = defaultdict(list)
-    known = base.takes_features
     for index, sample in enumerate(samples):
         # Question and image size decide the length; where patches are known, they join images of several sizes.
-        size = num_patches(base, sample.image) if known else image_size(sample.image)
-        by_length[size, sample.text].append(index)
+        by_length[prompt_size(base, sample), sample.text].append(index)
     return [
         indices[start : start + batch_size]
         for indices in by_length.values()

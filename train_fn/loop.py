@@ -128,11 +128,8 @@ def run_trial(
         losses: list[float] = []
         reports: list[dict[str, Any]] = []
         storage = storage or Storage(output or Path())
-        if trace and output is not None and rank == 0:
-            output.mkdir(parents=True, exist_ok=True)
-            traced_step = stack.enter_context(traced(output / "trace.json.gz"))
-        else:
-            traced_step = lambda: None  # noqa: E731
+        tracer = traced(output / "trace.json.gz") if trace and output and rank == 0 else None
+        traced_step = stack.enter_context(tracer or contextlib.nullcontext(lambda: None))
         state = ResumeState(output, storage, settings, rank, world_size)
         if found := state.load():
             load_engine_state(engine, found["engine"], rank)
@@ -231,8 +228,7 @@ def train_step(
     num_micro_batches = len(indices) // (micro_batch_size * world_size)
     # Images of like size go into one micro-batch: less padding, and workers wait less for each other. The step's sum
     # stays the same. Images of one size keep their order.
-    sizes = [prompt_size(base, splits.train[index]) for index in indices]
-    indices = indices[np.argsort(sizes, kind="stable")]
+    indices = np.array(sorted(indices, key=lambda index: prompt_size(base, splits.train[index])))
     for number, images in enumerate(micro_batches(indices, micro_batch_size, rank, world_size), 1):
         with phase("data"):
             samples = [splits.train[index] for index in images]

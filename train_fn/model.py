@@ -58,7 +58,8 @@ class Base:
     settings: ModelSettings
     hulumed: bool = False  # loaded under transformers' names from a Hulu-Med checkpoint
     tokens: dict[tuple, Any] = field(default_factory=dict)  # tokenized prompts and answers: few, but needed every step
-    patches: dict[str, int] = field(default_factory=dict)  # image path -> P, or pixels
+    patches: dict[str, int] = field(default_factory=dict)  # image path -> P
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image path -> width and height
 
     def __post_init__(self) -> None:
         self.loaded_tower = self.tower_weights()
@@ -368,14 +369,15 @@ def num_patches(base: Base, image: str) -> int:
     return base.patches[image]
 
 
-def prompt_size(base: Base, sample: Sample) -> int:
-    """A number that grows with the tokens of a prompt: an image's patches, or its pixels where those are not known."""
+def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
+    """What decides how many tokens an image takes, and grows with them: its patches, or where those are not known its
+    pixels, width and height."""
     if base.takes_features:
-        return num_patches(base, sample.image)
-    if sample.image not in base.patches:
-        width, height = image_size(sample.image)
-        base.patches[sample.image] = width * height
-    return base.patches[sample.image]
+        return (num_patches(base, sample.image),)
+    if sample.image not in base.sizes:
+        base.sizes[sample.image] = image_size(sample.image)
+    width, height = base.sizes[sample.image]
+    return width * height, width, height
 
 
 @torch.no_grad()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-PREFIX = "profile_"  # of the names of its seconds
+from train_fn.settings import PROFILE_PREFIX
+
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object",
                "reduce_scatter_tensor", "barrier")  # fmt: skip
 TRACED = {"skip_first": 2, "wait": 0, "warmup": 1, "active": 3, "repeat": 1}  # optimizer steps
@@ -36,7 +37,7 @@ class Profile:
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self.open:
-            key = PREFIX + self.open[-1]
+            key = PROFILE_PREFIX + self.open[-1]
             self.spent[key] = self.spent.get(key, 0.0) + now - self.last
         self.last = now
 
@@ -87,9 +88,10 @@ def profiled(spent: dict[str, float], device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def traced(path: Path) -> Iterator[Any]:
+def traced(path: Path) -> Iterator[Callable[[], None]]:
     """torch's profiler over optimizer steps 4 to 6, whose trace (for chrome://tracing or ui.perfetto.dev) it writes;
-    gives the function to call after each step."""
+    gives the function to call after each step. Fewer steps leave no trace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(
         schedule=torch.profiler.schedule(**TRACED),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),

@@ -12,6 +12,7 @@ from typing import Any
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial")
+PROFILE_PREFIX = "profile_"  # of the seconds that `--profile` adds to those of a trial
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -18,11 +18,11 @@ import numpy as np
 from train_fn.data import Sample, Splits
 from train_fn.metrics import MODES, bootstrap_intervals
 from train_fn.scores import metrics_of
+from train_fn.settings import PROFILE_PREFIX
 from train_fn.storage import Storage
 from tune.journal import Event
 from tune.settings import StudySettings, comparison, holds, seconds
 
-PROFILE = "profile_"  # seconds that `train_fn.profile` measures begin so
 Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
 END_STATES = ("COMPLETE", "STOPPED", "FAILED", "INTERRUPTED")
 
@@ -269,8 +269,9 @@ class Outcome:
         found: dict[str, float] = {}
         for record in self.records:
             for name, value in record.seconds.items():
-                if name.startswith(PROFILE):
-                    found[name.removeprefix(PROFILE)] = found.get(name.removeprefix(PROFILE), 0.0) + value
+                if name.startswith(PROFILE_PREFIX):
+                    phase = name.removeprefix(PROFILE_PREFIX)
+                    found[phase] = found.get(phase, 0.0) + value
         if found:
             found["idle"] = found.get("idle", 0.0) + sum(r.seconds.get("waited", 0.0) for r in self.records)
         return {name: value / sum(found.values()) for name, value in sorted(found.items(), key=lambda one: -one[1])}

@@ -143,7 +143,7 @@ class StudySettings:
     profile: bool = False
     """Measure where each trial's time goes: data, encoder, forward, backward, optimizer, communication, and so on."""
     trace: bool = False
-    """Write a torch profiler trace of three optimizer steps of each trial (trace.json.gz in its folder)."""
+    """Write a torch profiler trace of optimizer steps 4 to 6 of each trial (trace.json.gz in its folder)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,9 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
         )
     lanes = min(study.lanes or most, study.trials)
     threads = 0 if use_gpu else max(1, cores // (lanes * study.workers_per_trial))
-    if asked := os.environ.get("OMP_NUM_THREADS", ""):
-        threads = min(threads, max(1, int(asked))) if asked.isdecimal() else threads
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal():
+        threads = min(threads, max(1, int(asked)))
     return Layout(lanes, study.workers_per_trial, use_gpu, threads)
 
 
