@@ -204,3 +204,19 @@ def test_manifest_that_is_no_file(root: Path) -> None:
 def test_image_root_that_is_no_folder(root: Path, image_root: str) -> None:
     (root / "m.json").write_bytes(b"[" + ENTRY + b"]")
     assert "must be a folder" in read_manifest(root / "m.json", root / image_root)[1][0]
+
+
+def test_faults_of_entries_and_of_images_are_told_together(tmp_path: Path) -> None:
+    from tune.prepare import prepare
+    from tune.settings import SettingsError, parse
+
+    Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    images = ("gone.png", "cut.png", "whole.png")
+    entries = [{"image": image, "text": "?", "answer": "yes", "label": 1} for image in images]
+    (tmp_path / "m.json").write_text(json.dumps(entries))
+    with pytest.raises(SettingsError) as refused:
+        prepare(parse(["--data", str(tmp_path / "m.json"), "--results", str(tmp_path / "results")]), print)
+    missing, unreadable = refused.value.problems
+    assert "entry 0" in missing and "gone.png" in missing
+    assert "cut.png" in unreadable and "decodable" in unreadable

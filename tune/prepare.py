@@ -67,11 +67,10 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         if path:
             parts[name], found = read_manifest(Path(path), root)
             problems += [f"`{flag(name)}`: {text}" for text in found]
-    if problems:
-        raise SettingsError(problems)
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
-    say(f"Checking {len(images)} images")
-    problems = unreadable_images(images)
+    if images:
+        say(f"Checking {len(images)} images")
+    problems += unreadable_images(images)
     if problems:
         raise SettingsError(problems)
     say("Looking for near-copies")
