@@ -114,7 +114,14 @@ def test_a_trial_is_folded_over_its_sessions() -> None:
     trial = fold(told)[0]
     assert trial.state == "RUNNING" and trial.finished and trial.searched == {"lora_r": 4}
     assert [epoch["auroc"] for epoch in trial.epochs] == [0.5, 0.7]
-    assert trial.device_seconds == 6.0 and trial.started_at == 1.0
+    assert trial.device_seconds == 6.0 and trial.started_at == 1.0 and trial.num_threads == 1
+
+
+def test_a_journal_from_before_threads_were_told_is_read() -> None:
+    begun = ("started", {"number": 0, "searched": {"lora_r": 4}, "settings": {}})
+    told = events(begun, report_of(1, 0.5, 3.0))
+    del told[1]["num_threads"]
+    assert fold(told)[0].num_threads == 0 and fold(told)[0].step == 1
 
 
 def test_the_front_and_rules_decide() -> None:

@@ -78,7 +78,8 @@ class TrialRecord:
             self.epochs.append(event["metrics"])
             for name in ("finished", "applied", "lane", "turn", "device", "num_threads", "notes", "base_gib",
                          "base_16_bit_gib", "step"):  # fmt: skip
-                setattr(self, name, event[name])
+                # An older journal may not know every one of them.
+                setattr(self, name, event.get(name, getattr(self, name)))
             self.seconds = event["seconds"] | {"wall": event["wall_s"], "waited": event["waited_s"]}
             self.device_seconds = self.spent_before + event["device_s"]
         elif event["event"] == "ended":
