@@ -35,6 +35,7 @@ def space(trial):
 """
 OPTIONS = ["--trials", str(TRIALS), "--scheduler", "none", "--num-phantoms", "120", "--save-steps", "3"]
 OPTIONS += ["--hang-timeout", "6"]
+PATIENCE = 300.0  # seconds without an event in the journal after which the study is taken for stuck
 PROCESSES = {
     "worker killed": "ray::RayTrainWorker",
     "rank frozen": "ray::RayTrainWorker",
@@ -125,6 +126,7 @@ def run_study(folder: Path, layout: list[str], faults: list[str], rng: random.Ra
             seen, began = records(folder), time.monotonic()
             while driver.poll() is None and records(folder) <= max(seen, 2):
                 time.sleep(0.1)
+                assert time.monotonic() < began + PATIENCE, f"nothing for {PATIENCE} s after {told[-1:]}"
             if told and told[-1][2] < 0:
                 kind, _, since = told[-1]
                 outcome = "resumed" if driver.poll() is not None else "went on"
@@ -177,10 +179,12 @@ def main() -> None:
             faults += some  # the study was over before they came
             check(folder, expected[" ".join(layout)])
             studies += 1
-            print(
-                f"study {studies} ({' '.join(layout)}): {given - len(some)} faults, all {TRIALS} trials whole",
-                flush=True,
-            )
+            print(f"study {studies} ({' '.join(layout)}): {given - len(some)} faults, all {TRIALS} trials whole")
+            show(table, studies)  # so far: an interrupted campaign has shown something, too
+
+
+def show(table: list[tuple[str, str, float]], studies: int) -> None:
+    """Print the faults with their outcomes, of studies that were found whole."""
     print(f"\n{'fault':24}{'times':>8}{'went on':>10}{'resumed':>10}{'median s to go on':>20}{'most':>8}")
     for kind in KINDS:
         rows = [row for row in table if row[0] == kind]
@@ -188,7 +192,10 @@ def main() -> None:
         waits = sorted(row[2] for row in rows) or [0.0]
         middle, most = waits[len(waits) // 2], waits[-1]
         print(f"{kind:24}{len(rows):8}{ends['went on']:10}{ends['resumed']:10}{middle:20.1f}{most:8.1f}")
-    print(f"{len(table)} faults over {studies} studies: no trial lost, none doubled, all numbers as undisturbed")
+    print(
+        f"{len(table)} faults over {studies} studies: no trial lost, none doubled, all numbers as undisturbed",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
