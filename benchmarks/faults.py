@@ -31,7 +31,7 @@ TRIALS = 8
 SPACE = """GUIDE = {}
 def space(trial):
     return {"lora_r": 4 * (1 + trial.number % 4), "lora_alpha": 8, "learning_rate": 1e-3 * (1 + trial.number % 2),
-            "num_train_epochs": 4}
+            "num_train_epochs": 8}
 """
 OPTIONS = ["--trials", str(TRIALS), "--scheduler", "none", "--num-phantoms", "120", "--save-steps", "3"]
 OPTIONS += ["--hang-timeout", "6"]
@@ -116,35 +116,30 @@ def check(folder: Path, expected: dict[int, list] | None) -> dict[int, list]:
 
 def run_study(folder: Path, layout: list[str], faults: list[str], rng: random.Random) -> list[tuple[str, str, float]]:
     """One study with faults until they are spent or it ends. Each fault with its outcome and the seconds until the
-    journal grew again."""
+    journal had grown by two events."""
     (folder / "results").mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder / "results")], check=True)
     (folder / "space.py").write_text(SPACE)
-    driver, told = start(folder, layout, again=False), []
+    driver, told, fault = start(folder, layout, again=False), [], ""
     try:
         while True:
-            seen, began = records(folder), time.monotonic()
-            while driver.poll() is None and records(folder) <= max(seen, 2):
+            seen, began, outcome = records(folder), time.monotonic(), "went on"
+            # One event may have been on its way already; with the second, the study goes on.
+            while records(folder) < max(seen + 2, 4) and driver.poll() != 0:
+                if driver.poll() is not None:  # killed in its first seconds, it has left no study to go on with
+                    outcome = "resumed"
+                    driver = start(folder, layout, again=(folder / "results" / "s" / "plan.json").exists())
+                assert time.monotonic() < began + PATIENCE, f"nothing for {PATIENCE} s after {fault or told[-1:]}"
                 time.sleep(0.1)
-                assert time.monotonic() < began + PATIENCE, f"nothing for {PATIENCE} s after {told[-1:]}"
-            if told and told[-1][2] < 0:
-                kind, _, since = told[-1]
-                outcome = "resumed" if driver.poll() is not None else "went on"
-                told[-1] = (kind, outcome, time.monotonic() + since)
-            if driver.poll() is not None:
-                if driver.returncode == 0:
-                    return told
-                # Killed in its first seconds, it has left no study to go on with.
-                driver = start(folder, layout, again=(folder / "results" / "s" / "plan.json").exists())
-                continue
-            pause = rng.uniform(0, 3)
-            while driver.poll() is None and time.monotonic() < began + pause:
-                time.sleep(0.1)
-            if driver.poll() is None and faults:
-                kind = faults[-1]
-                if disturb(kind, driver, folder, rng):
-                    faults.pop()
-                    told.append((kind, "", -time.monotonic()))
+            if fault:
+                told.append((fault, outcome, time.monotonic() - began))
+            elif outcome == "resumed":  # the last fault's late effect
+                told[-1] = (told[-1][0], outcome, told[-1][2] + time.monotonic() - began)
+            if driver.poll() == 0:
+                return told
+            time.sleep(rng.uniform(0, 3))
+            hit = driver.poll() is None and faults and disturb(faults[-1], driver, folder, rng)
+            fault = faults.pop() if hit else ""
     finally:
         if driver.poll() is None:
             driver.kill()
@@ -173,7 +168,7 @@ def main() -> None:
         while faults:
             layout = layouts[studies % len(layouts)]
             folder = Path(name) / f"study{studies}"
-            some = [faults.pop() for _ in range(min(7, len(faults)))]
+            some = [faults.pop() for _ in range(min(10, len(faults)))]
             given = len(some)
             table += run_study(folder, layout, some, rng)
             faults += some  # the study was over before they came
