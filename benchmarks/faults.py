@@ -37,12 +37,12 @@ OPTIONS = ["--trials", str(TRIALS), "--scheduler", "none", "--num-phantoms", "12
 OPTIONS += ["--hang-timeout", "6"]
 PATIENCE = 300.0  # seconds without an event in the journal after which the study is taken for stuck
 PROCESSES = {
-    "worker killed": "ray::RayTrainWorker",
-    "rank frozen": "ray::RayTrainWorker",
-    "controller killed": "ray::TrainController",
-    "Tune's trial killed": "ray::QueuedTrial",
-    "dispatcher killed": "ray::Dispatcher",
-    "raylet killed": "raylet/raylet",
+    "worker killed": ("ray::RayTrainWorker",),
+    "rank frozen": ("ray::RayTrainWorker",),
+    "controller killed": ("ray::TrainController",),
+    "Tune's trial killed": ("ray::QueuedTrial", "ray::ResourceTrainable"),  # Ray uses either name
+    "dispatcher killed": ("ray::Dispatcher",),
+    "raylet killed": ("raylet/raylet",),
 }
 KINDS = [*PROCESSES, "driver killed", "driver terminated", "disk full"]
 
@@ -83,7 +83,7 @@ def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Rando
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
-            if PROCESSES[kind] in " ".join(process.cmdline()):
+            if any(title in " ".join(process.cmdline()) for title in PROCESSES[kind]):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -154,6 +154,10 @@ def main() -> None:
     options = parser.parse_args()
     assert os.getpid() < 1000 and os.geteuid() == 0, "run it as root in a pid namespace of its own, as told above"
     os.environ["OMP_NUM_THREADS"] = "1"  # numbers are compared to the last bit
+    if os.getpid() == 1 and (campaign := os.fork()):  # the namespace's first process: somebody must bury the dead
+        while (ended := os.wait())[0] != campaign:
+            pass
+        sys.exit(os.waitstatus_to_exitcode(ended[1]))
     rng = random.Random(options.seed)
     faults = [KINDS[number % len(KINDS)] for number in range(options.faults)]
     rng.shuffle(faults)

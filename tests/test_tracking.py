@@ -357,6 +357,19 @@ def test_a_server_that_stays_away_and_sync(server, study, undisturbed, tmp_path)
         assert stored(server.uri, "away") == undisturbed
 
 
+def test_a_store_that_was_lost_is_told_everything_again(study, undisturbed, tmp_path) -> None:
+    """As with the head of a cluster and its sqlite file; a tracking.json that cannot be written costs nothing."""
+    directory = copy_of(study, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "lost")
+    (directory / "tracking.json").write_text(json.dumps({"mlflow": len(read_events(directory / "journal.jsonl"))}))
+    (directory / "tracking.partial").mkdir()
+    done = sync(directory)
+    assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
+    found = stored(f"sqlite:///{tmp_path}/mlflow.db", "lost")
+    assert {key: run["metrics"] for key, run in found.items() if key != "models"} == {
+        key: run["metrics"] for key, run in undisturbed.items() if key != "models"
+    }
+
+
 def run_as(user: str) -> Callable[[], None]:
     """What makes a child process another user, for PostgreSQL will not run as root."""
     import pwd
@@ -431,19 +444,28 @@ def test_a_uri_is_shown_without_its_credentials(uri, shown) -> None:
     assert bare(uri) == shown
 
 
-@pytest.mark.parametrize("way", ["--mlflow-uri", "MLFLOW_TRACKING_URI"])
-def test_no_secret_is_written_down_or_told(way, server, study, tmp_path, monkeypatch, capfd) -> None:
+@pytest.mark.parametrize(
+    "words", [["--mlflow-uri", "http://somebody:SECRET@host"], ["--storage", "s3://KEY:SECRET@bucket/results"]]
+)
+def test_a_secret_on_the_command_line_is_refused_and_not_shown(words) -> None:
+    from tune.settings import SettingsError, parse
+
+    with pytest.raises(SettingsError) as refused:
+        parse(words)
+    assert "must hold no key or password" in str(refused.value) and "SECRET" not in str(refused.value)
+
+
+def test_no_secret_is_written_down_or_told(server, study, tmp_path, monkeypatch, capfd) -> None:
     from tune.prepare import prepare
     from tune.settings import parse
     from tune.study import Layout, study_params, write_plan
 
     whole = server.uri.replace("://", "://somebody:SECRET-1@")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole if way == "MLFLOW_TRACKING_URI" else "http://elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
     for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN", "DB_PASSWORD"):
         monkeypatch.setenv(name, "SECRET-2")
     monkeypatch.chdir(tmp_path)
-    words = ["--num-phantoms", "40", "--name", "s", "--experiment", f"secret {way}"]
-    made = prepare(parse([*words, *(["--mlflow-uri", whole] if way == "--mlflow-uri" else [])]), print)
+    made = prepare(parse(["--num-phantoms", "40", "--name", "s", "--experiment", "secret"]), print)
     write_plan(made)
     target = target_of(made.directory, made.plan)
     assert target.uri == whole and made.plan["tracking_uri"] == server.uri
@@ -459,7 +481,7 @@ def test_no_secret_is_written_down_or_told(way, server, study, tmp_path, monkeyp
     files = [path for path in (tmp_path / "results" / "s").rglob("*") if path.is_file()]
     assert len(files) >= 4 and not [path for path in files if b"SECRET" in path.read_bytes()]
     told = capfd.readouterr()
-    assert "SECRET" not in repr(stored(server.uri, f"secret {way}")) + told.out + told.err
+    assert "SECRET" not in repr(stored(server.uri, "secret")) + told.out + told.err
 
 
 def test_a_store_that_refuses_is_named_without_its_credentials(study, tmp_path, monkeypatch) -> None:

@@ -137,8 +137,8 @@ def run_trial(
             log.step, log.entries, log.told = (found[key] for key in ("step", "entries", "told"))
             losses, epoch, reports, clock.spent = (found[key] for key in ("losses", "epoch", "reports", "seconds"))
         elif output is not None and rank == 0:
-            for old in output.glob("checkpoint-*"):
-                shutil.rmtree(old)  # of an attempt that cannot be continued
+            for old in checkpoints(output, storage):
+                storage.remove(old)  # of an attempt that cannot be continued
         clock.lap("setup")
         if profile:
             stack.enter_context(profiled(clock.spent, base.device))
@@ -282,8 +282,8 @@ class ResumeState:
 
     def points(self) -> list[str]:
         """Points of which every rank's file is there, in order."""
-        names = [path.stem for path in self.directory.glob("*.pt")] if self.directory else []
-        points = Counter(name.partition("-")[0] for name in names)
+        names = self.storage.names(self.directory) if self.directory else []
+        points = Counter(name.partition("-")[0] for name in names if name.endswith(".pt"))
         return sorted(point for point, count in points.items() if count == self.world_size)
 
     def save(self, progress: dict[str, Any], engine: Any) -> None:
@@ -304,14 +304,14 @@ class ResumeState:
 
     def load(self) -> dict[str, Any] | None:
         """This rank's newest state that all ranks have, if its trial is the same; every rank finds the same point."""
-        if self.directory is not None:
-            self.storage.pull(self.directory)
-        found = [self.points()]
+        found = [self.points() if self.rank == 0 else []]
         if self.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         if not found[0] or self.directory is None:
             return None
         path = self.directory / f"{found[0][-1]}-{self.rank}.pt"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.storage.pull(path)  # this node may have had other points, or none
         content = torch.load(path, map_location="cpu", weights_only=True)
         progress = json.loads(content.pop("progress"))
         return progress | content if progress["settings"] == self.settings else None
@@ -336,9 +336,14 @@ def save_checkpoint(
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     storage.push(directory)
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for old in found[: -settings.save_total_limit] if settings.save_total_limit else []:
+    for old in checkpoints(output, storage)[: -settings.save_total_limit] if settings.save_total_limit else []:
         storage.remove(old)
+
+
+def checkpoints(output: Path, storage: Storage) -> list[Path]:
+    """The folders `checkpoint-N/` of a trial, the oldest first."""
+    found = [name for name in storage.names(output) if name.startswith("checkpoint-")]
+    return [output / name for name in sorted(found, key=lambda name: int(name.rpartition("-")[2]))]
 
 
 def save_final(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ class Storage:
                                   destination_filesystem=remote)  # fmt: skip
 
     def pull(self, path: Path) -> None:
-        """Fetch a file or folder that is missing here, if it is there. Raises OSError."""
+        """Fetch a file or folder that is missing here, if it is there; several processes of a node may want it at once.
+        Raises OSError."""
         if not self.uri or path.exists():
             return
         import pyarrow.fs
@@ -62,12 +64,26 @@ class Storage:
         kind = remote.get_file_info(there).type
         if kind == pyarrow.fs.FileType.NotFound:
             return
-        partial = path.with_name(f".{path.name}.partial")  # a half-fetched one must not look like one
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a half-fetched one must not look like one
         (partial if kind == pyarrow.fs.FileType.Directory else partial.parent).mkdir(parents=True, exist_ok=True)
         pyarrow.fs.copy_files(there, str(partial), source_filesystem=remote,
                               destination_filesystem=pyarrow.fs.LocalFileSystem())  # fmt: skip
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process was faster
+                raise
+            shutil.rmtree(partial)
+
+    def names(self, directory: Path) -> list[str]:
+        """What lies in a folder of the study, there if it is kept there. Raises OSError."""
+        if not self.uri:
+            return [path.name for path in directory.glob("*")]
+        import pyarrow.fs
+
+        remote, there = self._there(directory)
+        found = remote.get_file_info(pyarrow.fs.FileSelector(there, allow_not_found=True))
+        return [one.base_name for one in found]
 
     def remove(self, path: Path) -> None:
         """Remove a file or folder of the study, here and there."""

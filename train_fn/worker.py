@@ -67,7 +67,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     if node_leaves():
         time.sleep(10)  # Ray may place the next group elsewhere
         raise RuntimeError("this node leaves")
-    if not ray.get(job.dispatcher.wants.remote(job.lane)):
+    if not ray.get(job.dispatcher.wants.remote(job.lane, ray.util.get_current_placement_group())):
         return
     if job.num_threads:
         torch.set_num_threads(job.num_threads)

@@ -24,6 +24,7 @@ from train_fn.worker import LaneJob, lane_loop
 
 # How often a trial is begun that loses its worker group by no known fault of its own, and gets no further.
 MAX_ATTEMPTS = 3
+MAX_CONTROLLERS = 20  # of one lane, lost ones; no trial is to blame for them
 
 # The fine-tuning guide's advice, in its order.
 OUT_OF_MEMORY_ADVICE = (
@@ -85,6 +86,7 @@ class Dispatcher:
         self.watch: asyncio.Task | None = None
         self.leaving = False
         self.reasons: dict[int, str] = {}  # why a lane's group is about to end
+        self.places: dict[int, Any] = {}  # lane -> the placement group of its last worker group
 
     # -------------------------------------------------------------------------------- the study's side
 
@@ -228,9 +230,14 @@ class Dispatcher:
         ticket.open_verdict = None
         await self._enqueue(number)
 
-    async def wants(self, lane: int) -> bool:
+    async def wants(self, lane: int, place: Any = None) -> bool:
         """Whether a lane's worker group should load the base at all: not when the lane has been given up."""
+        self.places[lane] = place
         return lane in self.lanes
+
+    async def place(self, lane: int) -> Any:
+        """The placement group that the lane's last worker group had."""
+        return self.places.get(lane)
 
     async def start_failed(self, lane: int, error: str) -> None:
         """A worker group could not load its base. A lane that has worked before may have had bad luck, once."""
@@ -370,7 +377,7 @@ class Lanes:
 
     def _run(self, lane: int, trainer: Any) -> None:
         error = ""
-        for _ in range(MAX_ATTEMPTS):  # its controller may be lost too
+        for _ in range(MAX_CONTROLLERS):  # it may be lost too
             try:
                 trainer.fit()
                 error = ""
@@ -380,6 +387,10 @@ class Lanes:
                 return  # touching Ray after its shutdown would end the whole process
             if not error:
                 break
+            # What a lost controller held is held as long as the study lives: Ray's own cleaner learns of the loss only
+            # through the dashboard, which a single machine does not run.
+            if place := ray.get(self.dispatcher.place.remote(lane)):
+                ray.util.remove_placement_group(place)
         ray.get(self.dispatcher.lane_ended.remote(lane, error))
 
     def leave(self, timeout_s: float = 30) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from train_fn.metrics import MODES
 from train_fn.settings import DTYPES, ModelSettings, TrialSettings
 from train_fn.storage import Storage
-from tune.tracking import keep_credentials
+from tune.tracking import bare
 
 SCHEDULERS = ("asha", "median", "none")
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
@@ -265,8 +265,6 @@ def parse(argv: Sequence[str]) -> Settings:
         kind = typing.get_type_hints(next(g for g in GROUPS if field in dataclasses.fields(g)))[name]
         try:
             values[name] = text if isinstance(text, bool) else convert(text, kind)
-            if name == "mlflow_uri":
-                values[name] = keep_credentials(text)
         except ValueError:
             what = {int: "a whole number", float: "a number"}.get(kind, "a number")
             problems.append(f"`{flag(name)}` must be {what}, but got {text!r}: for example {show(field.default)}")
@@ -458,6 +456,11 @@ def check(settings: Settings) -> list[str]:
          "must not be negative", "0 turns the cache off")  # fmt: skip
     remote = not study.storage or re.match("(s3|gs)://.+", study.storage)
     rule("storage", study.storage, bool(remote), "must begin with s3:// or gs://", "a folder is given by --results")
+    # Others see command lines, and settings are written down.
+    own = "must hold no key or password"
+    rule("storage", bare(study.storage), bare(study.storage) == study.storage, own, "leave them to AWS_ACCESS_KEY_ID")
+    rule("mlflow_uri", bare(study.mlflow_uri), bare(study.mlflow_uri) == study.mlflow_uri, own,
+         "give the whole address as MLFLOW_TRACKING_URI instead")  # fmt: skip
     slash = study.name != Path(study.name).name if study.name else False
     rule("name", study.name, not slash, "must be a plain folder name", "leave out slashes")
     if data.data == "phantoms":

@@ -10,6 +10,7 @@ Telling an event twice changes nothing, so a kill between telling and noting it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,16 +42,9 @@ def bare(uri: str) -> str:
     return re.sub(r"(?<=://)[^/]*@", "", uri)
 
 
-def keep_credentials(uri: str) -> str:
-    """The bare URI. One that came with credentials stays whole in this process's MLFLOW_TRACKING_URI only, where
-    `target_of` finds it: a study's files name no secret, so `--resume` and `sync` need it in the environment."""
-    if bare(uri) != uri:
-        os.environ["MLFLOW_TRACKING_URI"] = uri
-    return bare(uri)
-
-
 def with_credentials(uri: str) -> str:
-    """A bare URI as `keep_credentials` got it, if this process has it."""
+    """A bare URI as this process's MLFLOW_TRACKING_URI has it: a study's files name no secret, so `--resume` and `sync`
+    need it in the environment, too."""
     whole = os.environ.get("MLFLOW_TRACKING_URI", "")
     return whole if bare(whole) == uri else uri
 
@@ -137,6 +131,8 @@ class Tracking:
             try:
                 if name not in self._sinks:
                     self._sinks[name] = SINKS[name](self._target)
+                    if getattr(self._sinks[name], "knows_nothing", False):
+                        self._told[name] = 0  # another store than before, or it was lost with its machine
                 self._sinks[name].deliver(self._events[self._told[name]])
             except Away as error:
                 self.away[name] = bare(str(error).splitlines()[0])
@@ -147,8 +143,10 @@ class Tracking:
                     self.errors.append(told)
             self._told[name] += 1
             partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._told))
-            partial.replace(self._path)
+            # A full disk costs no record: after a kill, some are told again.
+            with contextlib.suppress(OSError):
+                partial.write_text(json.dumps(self._told))
+                partial.replace(self._path)
         return True
 
 
@@ -215,6 +213,7 @@ class MLflowSink:
         self.client = self._reach(lambda: MlflowClient(target.uri))
         self.experiment_id = self._reach(self._experiment)
         self.runs: dict[str, str] = {}
+        self.knows_nothing = not self._reach(lambda: self._find("study"))
         self.when = 0  # ms of the event that is told: a run that is told late was not begun late
 
     def deliver(self, event: Event) -> None:
@@ -249,15 +248,17 @@ class MLflowSink:
     def _run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
         """The run of a key, made where there is none."""
         if key not in self.runs:
-            full = f"{self.target.study_id}/{key}"
-            found = self.client.search_runs([self.experiment_id], f"tags.`vlm_tune.key` = '{full}'", max_results=1)
-            if found:
-                self.runs[key] = found[0].info.run_id
-            else:
-                tags = {"vlm_tune.key": full, "study": self.target.study, **tags}
-                made = self.client.create_run(self.experiment_id, self.when, tags, name)
-                self.runs[key] = made.info.run_id
+            found = self._find(key)
+            if not found:
+                tags = {"vlm_tune.key": f"{self.target.study_id}/{key}", "study": self.target.study, **tags}
+                found = [self.client.create_run(self.experiment_id, self.when, tags, name)]
+            self.runs[key] = found[0].info.run_id
         return self.runs[key]
+
+    def _find(self, key: str) -> Any:
+        """The run of a key in a list, if it is there."""
+        wanted = f"tags.`vlm_tune.key` = '{self.target.study_id}/{key}'"
+        return self.client.search_runs([self.experiment_id], wanted, max_results=1)
 
     def _parent(self) -> str:
         return self._run("study", self.target.study, {})
@@ -449,7 +450,7 @@ def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target
         directory=directory,
         experiment=study["experiment"],
         metric=plan["goals"][0][0],
-        uri=with_credentials(uri),
+        uri=with_credentials(bare(uri)),
         report_to=(*study["report_to"], *(["storage"] if study["storage"] else [])),
         storage_uri=Storage.under(study["storage"], directory).uri,
     )
