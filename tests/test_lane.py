@@ -49,6 +49,48 @@ def test_all_ranks_get_the_same_trial_and_the_same_verdict() -> None:
     run(scenario)
 
 
+def test_last_report_lets_a_job_run_through() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {})
+        last = begin(dispatcher.last_report(0))
+        await dispatcher.next_assignment(0, "g", 0)
+        for epoch in (1, 2, 3):
+            assert await dispatcher.report(0, "g", epoch, message(epoch, done=epoch == 3)) is False
+        assert message(3, done=True).items() <= (await last).items()
+
+    run(scenario)
+
+
+def test_two_hiccups_far_apart_do_not_give_a_lane_up() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1, workers_per_trial=2)
+        for group in ("a", "b"):
+            begin(dispatcher.next_assignment(0, group, 0))
+            await asyncio.sleep(0.01)
+            for _ in range(2):  # each rank tells
+                await dispatcher.start_failed(0, "no memory")
+            assert await dispatcher.wants(0)
+        for _ in range(2):
+            await dispatcher.start_failed(0, "no memory")
+        assert not await dispatcher.wants(0)
+
+    run(scenario)
+
+
+def test_a_stopped_trial_is_not_begun_again_after_out_of_memory() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(0, {"settings": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}})
+        await dispatcher.next_assignment(0, "g", 0)
+        await dispatcher.stop(0)
+        await dispatcher.stop(1)  # never submitted: nothing to stop
+        await dispatcher.out_of_memory(0, "g", "out of memory")
+        assert not dispatcher.queue
+
+    run(scenario)
+
+
 def test_stop_answers_the_report_that_waits() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)

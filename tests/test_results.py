@@ -16,6 +16,7 @@ from tune.results import (
     fold,
     front,
     make_scorer,
+    print_summary,
     ranked,
     spent,
     verdict,
@@ -48,10 +49,40 @@ def test_confirmation_decides_by_the_mean(tmp_path) -> None:
     records = [record(0, auroc=0.7, loss=1), record(1, auroc=0.9, loss=1), record(2, auroc=0.8, loss=1)]
     for number in (0, 1, 2):
         (tmp_path / "trials" / f"{number:04d}" / "confirm-1" / "final_model").mkdir(parents=True)
-    outcome = Outcome("s", tmp_path, AUROC, records, confirmations={1: [0.7, 0.7], 2: [0.9, 0.7], 0: [0.6, 0.7]})
+    (tmp_path / "trials" / "0002" / "confirm-2" / "final_model").mkdir(parents=True)
+    outcome = Outcome("s", tmp_path, AUROC, records)
+    # The first seed of trial 2 has failed.
+    for number, run, value in [(1, 1, 0.7), (1, 2, 0.7), (2, 2, 0.9), (2, 3, 0.7), (0, 1, 0.6), (0, 2, 0.7)]:
+        outcome.hear({"event": "confirmed", "number": number, "run": run, "value": value})
     outcome.choose_winner()
     assert outcome.winner is records[2]
-    assert outcome.adapter_of(records[2]) == tmp_path / "trials" / "0002" / "confirm-1" / "final_model"
+    assert outcome.adapter_of(records[2]) == tmp_path / "trials" / "0002" / "confirm-2" / "final_model"
+
+
+def test_a_new_winner_does_not_inherit_test_scores(tmp_path) -> None:
+    records = [record(0, auroc=0.7, loss=1), record(1, auroc=0.9, loss=1)]
+    for number in (0, 1):
+        (tmp_path / "trials" / f"{number:04d}" / "final_model").mkdir(parents=True)
+    outcome = Outcome("s", tmp_path, AUROC, records)
+    event = {"event": "tested", "tests": {"winner": {}}, "predictions": {}}
+    outcome.hear(event | {"adapters": {"winner": "trials/0001/final_model"}})
+    outcome.choose_winner()
+    assert outcome.tests == {"winner": {}}
+    outcome.hear(event | {"adapters": {"winner": "trials/0000/final_model"}})
+    outcome.choose_winner()
+    assert outcome.tests == {}
+
+
+def test_a_summary_of_a_cost_and_of_a_score_without_interval(tmp_path, capsys) -> None:
+    for goals, tests in [
+        ((("trainable_params", "min"), ("auroc", "max")), {"auroc": {"value": 0.7, "interval": [0.6, 0.8]}}),
+        (AUROC, {"auroc": {"value": None, "interval": None}}),
+    ]:
+        outcome = Outcome("s", tmp_path, goals, [record(0, auroc=0.7, loss=1), record(1, auroc=0.9, loss=1)])
+        outcome.winner = outcome.records[1]
+        outcome.tests = {"winner": tests, "guide": tests, "difference": tests}
+        print_summary(outcome)
+        assert "Test scores" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

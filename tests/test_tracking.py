@@ -121,11 +121,13 @@ def study(tmp_path_factory) -> Path:
     journal = Journal(directory / "journal.jsonl")
     parts = {"journal": journal, "directory": directory, "storage": Storage(directory, "")}
     made: Any = SimpleNamespace(goals=(("auroc", "max"),), settings=settings, **parts)
+    stopped: list[int] = []
+    dispatcher = SimpleNamespace(stop=SimpleNamespace(remote=stopped.append))
 
     def session() -> StudyLog:
         tags = {"metric": "auroc", "version_ray": "2.60.0"}
         journal.write("session", params={"trials": 6, "notes": LONG, "seed": 0}, tags=tags)
-        return StudyLog(made, None, Silent(), lambda text: None)  # type: ignore[arg-type]
+        return StudyLog(made, dispatcher, Silent(), lambda text: None)  # type: ignore[arg-type]
 
     def begin(log: StudyLog, number: int) -> Any:
         chosen = {"learning_rate": 1e-3 * (number + 1), "lora_target_modules": [LONG[:600]] if number == 5 else ["q"]}
@@ -162,6 +164,7 @@ def study(tmp_path_factory) -> Path:
         if number < 5:
             second.end(number, "COMPLETE")
     second.close()
+    assert stopped == [3, 5]  # what still ran when a session ended is told to its lane
     for run_number in (1, 2):
         journal.write("confirmed", number=0, run=run_number, value=0.8 + run_number / 100)
     score = {"auroc": {"value": 0.8, "interval": [0.7, 0.9]}}

@@ -45,7 +45,6 @@ class Ticket:
     last_epoch: int = 0
     attempts: int = 0
     furthest: int = 0  # optimizer step to which any attempt came
-    error: str = ""
     out_of_memory_in: str = ""  # the worker group that told of it last
     stopped: bool = False
     ended: bool = False
@@ -112,9 +111,18 @@ class Dispatcher:
             await ticket.told.wait()
         return ticket.reports[seen]
 
+    async def last_report(self, number: int) -> dict[str, Any]:
+        """A job's last report: nobody decides on those before."""
+        report: dict[str, Any] = {"done": False}
+        seen = 0
+        while not report.get("done") and "error" not in report:
+            report, seen = await self.next_report(number, seen), seen + 1
+        return report
+
     async def stop(self, number: int) -> None:
         """End a trial early: at once if its lane waits for an answer, else at its next report."""
-        ticket = self.tickets[number]
+        if (ticket := self.tickets.get(number)) is None:
+            return
         ticket.stopped = True
         if number in self.queue:
             self.queue.remove(number)
@@ -147,6 +155,7 @@ class Dispatcher:
         """What a worker group does next; None: nothing more. A group not seen before means the old one was lost."""
         if self.groups.get(lane) != group:
             self.groups[lane] = group
+            self.failed_starts.pop(lane, None)
             if lane in self.running:
                 await self._lost(lane, self.reasons.pop(lane, "its worker group died"))
             self.reasons.pop(lane, None)
@@ -204,7 +213,7 @@ class Dispatcher:
         Several ranks of a group may tell of the same one. A micro-batch of one that still does not fit fails the trial.
         """
         ticket = self.tickets[number]
-        if ticket.ended or ticket.out_of_memory_in == group:
+        if ticket.ended or ticket.stopped or ticket.out_of_memory_in == group:
             return
         ticket.out_of_memory_in = group
         if "settings" not in ticket.assignment:
@@ -241,8 +250,8 @@ class Dispatcher:
 
     async def start_failed(self, lane: int, error: str) -> None:
         """A worker group could not load its base. A lane that has worked before may have had bad luck, once."""
-        self.failed_starts[lane] = self.failed_starts.get(lane, 0) + 1
-        if lane not in self.groups or self.failed_starts[lane] > 1:
+        self.failed_starts[lane] = self.failed_starts.get(lane, 0) + 1  # each rank tells
+        if lane not in self.groups or self.failed_starts[lane] > self.workers_per_trial:
             await self.lane_ended(lane, error)
 
     async def lane_ended(self, lane: int, error: str) -> None:
@@ -308,7 +317,7 @@ class Dispatcher:
     def _error(self, number: int, error: str) -> None:
         ticket = self.tickets[number]
         if not ticket.ended:
-            ticket.ended, ticket.error = True, error
+            ticket.ended = True
             self._tell(ticket, {"error": error, "device_s": ticket.lane_s() * self.workers_per_trial})
 
     @staticmethod
@@ -432,12 +441,6 @@ class QueuedTrial(ray.tune.Trainable):
         # Tune overwrites `done` when it stops a trial itself.
         costs = {"trainable_params": report["applied"]["trainable_params"], "train_s": report["seconds"]["train"]}
         return {**report["metrics"], **costs, **report, "finished": report["done"]}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        return {"number": self.number}
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        pass
 
     def cleanup(self) -> None:
         self._stop()

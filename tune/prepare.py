@@ -192,6 +192,10 @@ def with_absolute_paths(settings: Settings) -> Settings:
         model = dataclasses.replace(model, model=str(Path(model.model).resolve()))
     if study.space.endswith(".py"):
         study = dataclasses.replace(study, space=str(Path(study.space).resolve()))
+    if study.first_points:
+        study = dataclasses.replace(study, first_points=str(Path(study.first_points).resolve()))
+    if prior := study_directory(study.warm_start, study.results) if study.warm_start else None:
+        study = dataclasses.replace(study, warm_start=str(prior.resolve()))
     return dataclasses.replace(settings, study=study, model=model)
 
 

@@ -19,8 +19,9 @@ REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished",
             "num_threads", "base_gib", "base_16_bit_gib", "wall_s", "waited_s", "device_s", "system")  # fmt: skip
 
 
-class StudyLog(ray.tune.Callback):
-    """Tune's callbacks, turned into events. `records` is what the journal has told so far."""
+class StudyLog(ray.tune.Callback, ray.tune.Stopper):
+    """Tune's callbacks, turned into events; and what ends the search, with all that runs, when a budget is used up.
+    `records` is what the journal has told so far."""
 
     def __init__(self, study: Study, dispatcher: Any, tracking: Tracking, say: Callable[[str], None]) -> None:
         self.study = study
@@ -33,7 +34,13 @@ class StudyLog(ray.tune.Callback):
         self.heard = -1  # events at the last look at the budgets
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks for a restore that nobody here asks for
+        return {}  # Tune pickles it for a restore that nobody here asks for
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.spent()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         config = trial.config
@@ -80,6 +87,8 @@ class StudyLog(ray.tune.Callback):
         """All records, in the order of their numbers; a trial without an end was interrupted."""
         for record in list(self.records.values()):
             if record.state == "RUNNING":
+                # Tune kills a process that waits for its trial's next report, which then cannot stop it any more.
+                self.dispatcher.stop.remote(record.number)
                 self.end(record.number, "INTERRUPTED")
         return [self.records[number] for number in sorted(self.records)]
 

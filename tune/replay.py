@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from train_fn.storage import Storage
 from tune.prepare import Study
 from tune.results import TrialRecord, fold
 from tune.settings import SettingsError
@@ -28,7 +31,7 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         dispatcher = start_dispatcher(1, workers, study.settings.study.hang_timeout)
-        lanes = start_lanes(study, layout, dispatcher)
+        lanes = start_lanes(dataclasses.replace(study, storage=Storage(Path(folder))), layout, dispatcher)
         say(f"Training trial {number} of {study.name} again")
         job = {"kind": "train", "settings": record.settings, "output": folder}
         ray.get(dispatcher.submit.remote(number, job))

@@ -23,7 +23,17 @@ import numpy as np
 
 from train_fn.data import DataReport, load_splits
 from train_fn.metrics import confusion
-from tune.results import TrialRecord, failures, next_mlflow, number_text, ranked, score_text, verdict, with_interval
+from tune.results import (
+    TrialRecord,
+    defined,
+    failures,
+    next_mlflow,
+    number_text,
+    ranked,
+    score_text,
+    verdict,
+    with_interval,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -442,11 +452,6 @@ def write_explorer(view: View, path: Path) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------------------------ page
-
-
-def defined(score: dict[str, Any] | None) -> bool:
-    """Whether a test score is a number with an interval."""
-    return bool(score and score["interval"] and score["value"] is not None and math.isfinite(score["value"]))
 
 
 def mistakes(view: View) -> list[tuple[str, str, str, float]]:

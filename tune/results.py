@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,6 +238,10 @@ class Outcome:
     """By "winner" and "guide": the `answers` (class indices) and `probabilities` of the test images."""
     confirmations: dict[int, list[float]] = field(default_factory=dict)
     """The first goal's values over fresh seeds or folds, by trial number (`--confirm`)."""
+    confirmed_runs: dict[int, list[int]] = field(default_factory=dict)
+    """Which of the seeds or folds, from 1, those values are of."""
+    tested_winner: str = ""
+    """The adapter that `tests` are of, from the study's folder."""
     seconds: dict[str, float] = field(default_factory=dict)
     lanes: int = 0
     notes: list[str] = field(default_factory=list)
@@ -267,22 +272,23 @@ class Outcome:
     @property
     def profile(self) -> dict[str, float]:
         """Share of the trials' time by phase, the largest first (`--profile`); empty: not measured."""
-        found: dict[str, float] = {}
+        found: dict[str, float] = defaultdict(float)
         for record in self.records:
             for name, value in record.seconds.items():
                 if name.startswith(PROFILE_PREFIX):
-                    phase = name.removeprefix(PROFILE_PREFIX)
-                    found[phase] = found.get(phase, 0.0) + value
+                    found[name.removeprefix(PROFILE_PREFIX)] += value
         if found:
-            found["idle"] = found.get("idle", 0.0) + sum(r.seconds.get("waited", 0.0) for r in self.records)
+            found["idle"] += sum(r.seconds.get("waited", 0.0) for r in self.records)
         return {name: value / sum(found.values()) for name, value in sorted(found.items(), key=lambda one: -one[1])}
 
     def hear(self, event: Event) -> None:
         """Take in one event that is not a trial's own."""
         if event["event"] == "confirmed":
             self.confirmations.setdefault(event["number"], []).append(event["value"])
+            self.confirmed_runs.setdefault(event["number"], []).append(event["run"])
         elif event["event"] == "tested":
             self.tests, self.predictions = event["tests"], event["predictions"]
+            self.tested_winner = event["adapters"]["winner"]
             self.tested += 1
 
     def best(self) -> list[TrialRecord]:
@@ -299,6 +305,7 @@ class Outcome:
         if not best:
             return
         self.winner = best[0]
+        self.forget_old_tests()
         broken = [rule for rule in self.require if not holds(comparison(rule), self.winner.metrics)]
         if broken:
             self.notes.append(f"no trial keeps every rule: the winner breaks {', '.join(broken)}")
@@ -309,11 +316,18 @@ class Outcome:
             self.storage.pull(self.adapter_of(self.winner))
         shutil.copytree(self.adapter_of(self.winner), self.adapter)
 
+    def forget_old_tests(self) -> None:
+        """Test scores of another winner are not this one's."""
+        assert self.winner
+        if self.tests and self.directory / self.tested_winner != self.adapter_of(self.winner):
+            self.tests, self.predictions = {}, {}
+
     def adapter_of(self, record: TrialRecord) -> Path:
         """Where a trial's adapter lies. With confirmation it is the first fresh seed's (or fold's): nothing chose that
         one for its score."""
         trial = self.directory / "trials" / f"{record.number:04d}"
-        return (trial / "confirm-1" if record.number in self.confirmations else trial) / "final_model"
+        runs = self.confirmed_runs.get(record.number)
+        return (trial / f"confirm-{min(runs)}" if runs else trial) / "final_model"
 
     def save(self, plan: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
         """Write study.json: all of this, and the study's plan. Returns it."""
@@ -375,6 +389,11 @@ def number_text(value: Any) -> str:
 def score_text(value: float) -> str:
     """A score or cost in a table."""
     return "-" if not math.isfinite(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def defined(score: dict[str, Any] | None) -> bool:
+    """Whether a test score is a number with an interval."""
+    return bool(score and score["interval"] and score["value"] is not None and math.isfinite(score["value"]))
 
 
 def with_interval(score: dict[str, Any]) -> str:
@@ -440,8 +459,9 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
         for name in next(iter(outcome.tests.values())):
             table.add_row(name, *(with_interval(scores[name]) for scores in outcome.tests.values()))
         console.print(table)
-        if "difference" in outcome.tests:
-            print(verdict(outcome.tests["difference"][outcome.metric], outcome.metric))
+        gain = outcome.tests.get("difference", {}).get(outcome.metric)
+        if gain and defined(gain):
+            print(verdict(gain, outcome.metric))
     if outcome.ended_by:
         print(f"Ended because {outcome.ended_by}.")
     for note in outcome.notes:
@@ -474,9 +494,5 @@ def next_mlflow(uri: str) -> str:
 
 def failures(records: Sequence[TrialRecord]) -> dict[str, int]:
     """First lines of the errors, with how many trials ended by each."""
-    found: dict[str, int] = {}
-    for record in records:
-        if record.state == "FAILED":
-            line = record.error.strip().splitlines()[0] if record.error.strip() else "unknown error"
-            found[line] = found.get(line, 0) + 1
-    return found
+    errors = [record.error.strip() or "unknown error" for record in records if record.state == "FAILED"]
+    return Counter(error.splitlines()[0] for error in errors)

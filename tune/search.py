@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import ray.tune
@@ -20,7 +19,7 @@ from tune.lane import QueuedTrial
 from tune.prepare import Study
 from tune.progress import StudyLog
 from tune.results import TrialRecord, fold
-from tune.settings import load_space, read_points, searched_settings, study_directory
+from tune.settings import first_points, load_space, searched_settings, study_directory
 from tune.study import Layout
 
 ENDS = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
@@ -50,11 +49,6 @@ class DiskSearch(OptunaSearch):
         assert self._ot_study is not None
         return self._ot_study
 
-    @property
-    def sampler(self) -> optuna.samplers.BaseSampler:
-        """Its sampler."""
-        return self.optuna_study.sampler
-
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it for a restore that nobody here asks for
 
@@ -65,7 +59,7 @@ class DiskSearch(OptunaSearch):
         if self.unfinished:
             # Optuna gives a running trial the values that it already has, and samples those that are missing.
             self._ot_trials[trial_id] = self.unfinished.pop(0)
-        elif isinstance(self.sampler, GridSampler) and self.sampler.exhausted:
+        elif isinstance(self._sampler, GridSampler) and self._sampler.exhausted:
             return Searcher.FINISHED
         config = super().suggest(trial_id)
         assert config is not None
@@ -130,7 +124,7 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
     journal."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     settings = study.settings.study
-    space, guide = load_space(settings.space)
+    space, _ = load_space(settings.space)
     storage = optuna.storages.RDBStorage(f"sqlite:///{study.directory / 'optuna.db'}")
     begun = study.name in optuna.get_all_study_names(storage)
     past = len(optuna.load_study(study_name=study.name, storage=storage).trials) if begun else len(log.records)
@@ -139,7 +133,7 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
 
     def point(trial: Any) -> dict[str, Any]:
         number = trial.number - searcher.num_prior
-        chosen, decided = searched_settings(study.settings, space, Numbered(trial, number))
+        chosen, decided = searched_settings(study.settings, space, trial, number)
         return {"number": number, "settings": chosen, "chosen": decided}
 
     searcher = DiskSearch(
@@ -156,12 +150,14 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
         if settings.warm_start:
             log.say(warm_start(study, searcher.optuna_study))
         rebuild(study, space, searcher, log.records)
-        points = [guide, *(read_points(settings.first_points) if settings.first_points else [])]
-        for first in points[max(log.records, default=-1) + 1 :]:
+        for first in first_points(settings.space, settings.first_points)[max(log.records, default=-1) + 1 :]:
             values = {name: value for name, value in first.items() if name not in study.settings.pinned}
             searcher.optuna_study.enqueue_trial(values)
     searcher.num_prior = sum(PRIOR in trial.user_attrs for trial in searcher.optuna_study.trials)
     agree(searcher, log)
+    ended = [trial for trial in searcher.optuna_study.trials if trial.state.is_finished()]
+    if isinstance(searcher._sampler, GridSampler) and ended:
+        searcher._sampler.after_trial(searcher.optuna_study, ended[-1], ended[-1].state, ended[-1].values)
     return searcher
 
 
@@ -171,7 +167,7 @@ def rebuild(study: Study, space: Any, searcher: DiskSearch, records: dict[int, T
         record = records.get(number)
         fixed = optuna.trial.FixedTrial(record.searched if record else {})
         if record:
-            searched_settings(study.settings, space, Numbered(fixed, number))
+            searched_settings(study.settings, space, fixed, number)
         state = ENDS.get(record.state, TrialState.RUNNING) if record else TrialState.RUNNING
         complete = record is not None and state == TrialState.COMPLETE
         epochs = enumerate(record.epochs, 1) if record and len(study.goals) == 1 else ()
@@ -184,17 +180,6 @@ def rebuild(study: Study, space: Any, searcher: DiskSearch, records: dict[int, T
             intermediate_values={epoch: metrics[study.metric] for epoch, metrics in epochs if study.metric in metrics},
         )
         searcher.optuna_study.add_trial(trial)
-
-
-class Numbered:
-    """An Optuna trial under its number in this study."""
-
-    def __init__(self, trial: Any, number: int) -> None:
-        self._trial = trial
-        self.number = number
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trial, name)
 
 
 def warm_start(study: Study, optuna_study: optuna.Study) -> str:
@@ -270,8 +255,7 @@ def tell(search: DiskSearch, trial: optuna.Trial, record: TrialRecord) -> None:
 # ------------------------------------------------------------------------------------------------ early stopping
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """A trial as a scheduler knows it: by its number, under which a later session finds it again."""
 
     trial_id: str
@@ -319,7 +303,14 @@ class SparingASHA(SparingGuide, AsyncHyperBandScheduler):
 
 
 class SparingMedian(SparingGuide, MedianStoppingRule):
-    """The median rule."""
+    """The median rule, without its pauses."""
+
+    def decide(self, number: int, result: dict, tune_controller: Any = None) -> str:
+        self._stopped_trials.clear()  # it refuses to hear again of one that it has stopped, but the guide's goes on
+        return super().decide(number, result, tune_controller)
+
+    def _on_insufficient_samples(self, *told: Any) -> str:
+        return TrialScheduler.CONTINUE
 
 
 def make_scheduler(study: Study) -> SparingASHA | SparingMedian | None:
@@ -334,22 +325,6 @@ def make_scheduler(study: Study) -> SparingASHA | SparingMedian | None:
         # No upper end: a trial's own last epoch ends it, which the space may choose.
         return SparingASHA(max_t=10**6, reduction_factor=3, **goal)
     return SparingMedian(min_samples_required=3, **goal)
-
-
-class Budget(ray.tune.Stopper):
-    """Ends the search, with all that runs, when a budget of the study is used up."""
-
-    def __init__(self, log: StudyLog) -> None:
-        self.log = log
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it for a restore that nobody here asks for
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.log.spent()
 
 
 def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None:
@@ -389,8 +364,10 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
             verbose=1 if study.settings.study.verbose else 0,
             callbacks=[log],
             failure_config=ray.tune.FailureConfig(max_failures=MAX_LOST),
-            stop=Budget(log),
+            stop=log,
+            # A trial's own files tell all that there is to go on from.
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()
-    if isinstance(searcher.sampler, GridSampler) and searcher.sampler.exhausted:
+    if isinstance(searcher._sampler, GridSampler) and searcher._sampler.exhausted:
         log.ended_by = log.ended_by or "every point of the grid has been tried"

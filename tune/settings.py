@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -417,12 +418,13 @@ def check(settings: Settings) -> list[str]:
     rule(
         "sampler", study.sampler, not (several and study.sampler == "cmaes"), "knows one goal only", "take tpe or nsga2"
     )
-    if study.warm_start and study_directory(study.warm_start, study.results) is None:
+    if study.warm_start and not goes_on and study_directory(study.warm_start, study.results) is None:
         found.append(f"`--warm-start` must name a study, but got {study.warm_start!r}: give its name or its folder")
     for name in study.report_to:
         rule("report_to", name, name in REPORT_TO, "must be a known place", f"choose from {', '.join(REPORT_TO)}")
-    if "wandb" in study.report_to and importlib.util.find_spec("wandb") is None:
-        found.append("`--report-to` wandb needs the package wandb: pip install wandb")
+    for name, needed in (("report_to", "wandb"), ("sampler", "cmaes")):
+        if needed in getattr(study, name) and importlib.util.find_spec(needed) is None:
+            found.append(f"`{flag(name)}` {needed} needs the package {needed}: pip install {needed}")
     for name in ("val_fraction", "test_fraction"):
         value = getattr(data, name)
         rule(name, value, 0 < value < 1, "must be between 0 and 1", "0.2 is usual")
@@ -521,12 +523,16 @@ GRID_POINTS = 4  # of a range, its ends among them
 
 
 class Pinned:
-    """An Optuna trial in which some parameters have been decided on the command line: they are not asked for. With
-    `grid`, ranges are asked for at a few points only."""
+    """An Optuna trial, under its number in this study, in which some parameters have been decided on the command line:
+    they are not asked for. With `grid`, ranges are asked for at a few points only, and at those of the `first` ones."""
 
-    def __init__(self, trial: Any, values: dict[str, Any], grid: bool = False) -> None:
+    def __init__(
+        self, trial: Any, values: dict[str, Any], number: int, grid: bool = False, first: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self._trial = trial
         self._values = values
+        self._first = first
+        self.number = number
         if grid:
             self.suggest_float = self._suggest_from_grid(float)
             self.suggest_int = self._suggest_from_grid(int)
@@ -537,8 +543,9 @@ class Pinned:
                 return self._values[name]
             shares = [step / (GRID_POINTS - 1) for step in range(GRID_POINTS)]
             points = [low * (high / low) ** share if log else low + (high - low) * share for share in shares]
-            choices = list(dict.fromkeys(float(f"{point:.6g}") if kind is float else round(point) for point in points))
-            return self._trial.suggest_categorical(name, choices)
+            choices = {float(f"{point:.6g}") if kind is float else round(point) for point in points}
+            choices |= {kind(point[name]) for point in self._first if name in point}
+            return self._trial.suggest_categorical(name, sorted(choices))
 
         return suggest
 
@@ -552,12 +559,13 @@ class Pinned:
 
 
 def searched_settings(
-    settings: Settings, space: Callable[[Any], dict[str, Any]], trial: Any
+    settings: Settings, space: Callable[[Any], dict[str, Any]], trial: Any, number: int = 0
 ) -> tuple[dict[str, Any], list[str]]:
     """The trial settings of one point of the space, over those of the command line, and the names of those that the
     space decides. Raises ValueError for an unknown name, or a pinned one that the space computes from others."""
     pinned = {name: getattr(settings.trial, name) for name in settings.pinned}
-    found = space(Pinned(trial, pinned, grid=settings.study.sampler == "grid"))
+    study, grid = settings.study, settings.study.sampler == "grid"
+    found = space(Pinned(trial, pinned, number, grid, first_points(study.space, study.first_points) if grid else ()))
     clash = [name for name in pinned if name in found and found[name] != pinned[name]]
     if clash:
         options = ", ".join(map(flag, clash))
@@ -571,7 +579,6 @@ class Probe:
     def __init__(self, values: dict[str, Any], end: int) -> None:
         self._values = values
         self._end = end
-        self.number = 0
         self.asked: set[str] = set()
         self.outside: list[str] = []
 
@@ -607,6 +614,12 @@ def read_points(path: str) -> list[dict[str, Any]]:
     return points
 
 
+@functools.cache
+def first_points(space: str, path: str) -> list[dict[str, Any]]:
+    """What a search begins with: the space's guide, and the points of --first-points. Raises ValueError."""
+    return [load_space(space)[1], *(read_points(path) if path else [])]
+
+
 def check_space(settings: Settings) -> list[str]:
     """Whether the space exists and its first points and both ends of its ranges make settings that can be trained."""
     where = f"`--space` {settings.study.space!r}"
@@ -617,7 +630,7 @@ def check_space(settings: Settings) -> list[str]:
     except Exception as error:  # a user's own file: whatever it raises is what they must mend
         return [f"{where} must be importable, but raised {type(error).__name__}: {error}"]
     points = [(f"{where}: GUIDE", guide, 0), (where, {}, 0), (where, {}, -1)]
-    if settings.study.first_points:
+    if settings.study.first_points and not (settings.command.resume or settings.command.replay):
         try:
             given = read_points(settings.study.first_points)
         except ValueError as error:

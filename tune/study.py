@@ -16,9 +16,10 @@ import numpy as np
 
 from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
+from train_fn.scores import probabilities
 from tune.prepare import Study
 from tune.provenance import versions
-from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, with_intervals
+from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, ranked, with_intervals
 from tune.settings import Settings, SettingsError
 from tune.tracking import Tracking, target_of
 
@@ -167,7 +168,7 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
 def write_plan(study: Study) -> None:
     """Fix on disk what the study rests on: splits.json, then plan.json, which makes the folder a study."""
     path = study.directory / "splits.json"
-    if not path.exists():
+    if "splits_hash" not in study.plan:  # new
         save_splits(study.splits, path)
         study.plan["splits_hash"] = file_hash(path)
     partial = study.directory / "plan.partial"
@@ -324,7 +325,8 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     import ray
 
     settings = study.settings.study
-    best = outcome.best()
+    # Not `outcome.best()`: what an earlier session has confirmed would keep new trials out.
+    best = ranked(outcome.records, outcome.goals, outcome.require)
     chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
     folds = fold_splits(study.splits, settings.folds, study.settings.data.split_seed) if settings.folds else []
     count = settings.folds or settings.confirm_seeds
@@ -333,7 +335,7 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     runs: dict[int, tuple[TrialRecord, int]] = {}
     for run in range(1, count + 1):
         for record in chosen:
-            if run <= len(outcome.confirmations.get(record.number, [])):
+            if run in outcome.confirmed_runs.get(record.number, []):
                 continue
             output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}"
             again = record.settings | {"seed": record.settings["seed"] + run}
@@ -344,12 +346,9 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
             number = CONFIRMING + len(runs)
             runs[number] = (record, run)
             ray.get(dispatcher.submit.remote(number, assignment))
-    for done, (number, (record, run)) in enumerate(runs.items(), 1):
-        report: dict[str, Any] = {"done": False}
-        seen = 0
-        while not report.get("done") and "error" not in report:
-            report = ray.get(dispatcher.next_report.remote(number, seen))
-            seen += 1
+    waiting = [dispatcher.last_report.remote(number) for number in runs]
+    for done, (answer, (record, run)) in enumerate(zip(waiting, runs.values(), strict=True), 1):
+        report = ray.get(answer)
         if "error" in report:
             outcome.notes.append(f"a confirmation of trial {record.number} failed: {report['error'].splitlines()[0]}")
             continue
@@ -393,7 +392,10 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     if "guide" in scorers:
         tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
     predictions = {
-        who: {"answers": [sample.label for sample in study.splits.test], "probabilities": softmax(found["scores"])}
+        who: {
+            "answers": [sample.label for sample in study.splits.test],
+            "probabilities": probabilities(found["scores"]).round(6).tolist(),
+        }
         for who, found in zip(chosen, report["predictions"], strict=True)
         if study.splits.candidates
     }
@@ -401,12 +403,6 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
         "tested", tests=tests, predictions=predictions, adapters=adapters, num_trials=len(outcome.records)
     )
     outcome.hear(event)
-
-
-def softmax(scores: np.ndarray) -> list[list[float]]:
-    """Probabilities [N, C] from log-likelihoods, rounded for the file."""
-    shifted = np.exp(scores - scores.max(1, keepdims=True))
-    return (shifted / shifted.sum(1, keepdims=True)).round(6).tolist()
 
 
 def show(directory: Path) -> Outcome:
@@ -431,6 +427,7 @@ def show(directory: Path) -> Outcome:
     best = outcome.best()
     if best and (directory / "best_adapter").exists():
         outcome.winner, outcome.adapter = best[0], directory / "best_adapter"
+        outcome.forget_old_tests()
     if not StudyLock(directory).acquire():
         outcome.notes.append("the study is running")
     elif not ended or events[-1]["event"] != "study_ended":
