@@ -256,7 +256,7 @@ def main() -> None:
         else:
             found = growth(Path(name), options.growth or [100, 1000], options.tiny_trials)
     if options.output:
-        from tune.provenance import versions
+        from train_fn.worker import versions
 
         options.output.write_text(json.dumps({**found, "cores": os.cpu_count(), "versions": versions()}, indent=1))
 

@@ -322,12 +322,40 @@ def test_an_interrupted_study_lets_every_trial_leave_and_begins_none() -> None:
         await dispatcher.submit(0, {})
         await dispatcher.submit(1, {})
         await dispatcher.next_assignment(0, "g", 0)
-        assert await dispatcher.pulse(0, "g", 0, None) is False
+        assert await dispatcher.pulse(0, "g", 0, None, 1) is False
         await dispatcher.leave()
-        assert await dispatcher.pulse(0, "g", 0, None) is True
+        assert await dispatcher.pulse(0, "g", 0, None, 1) is True
         await dispatcher.interrupted(0, "g", "left at step 3", True)
         assert (await dispatcher.snapshot())["running"] == []
         assert await dispatcher.next_assignment(0, "h", 0) is None
+
+    run(scenario)
+
+
+def test_a_worker_that_lives_but_gets_no_further_is_ended_if_it_has_a_trial(monkeypatch) -> None:
+    killed = []
+    monkeypatch.setattr("tune.lane.ray.kill", killed.append)
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1, hang_timeout_s=0.4)
+
+        async def lives() -> None:
+            for _ in range(6):
+                await asyncio.sleep(0.1)
+                await dispatcher.pulse(0, "g", 0, "zero", 1)
+
+        waiting = begin(dispatcher.next_assignment(0, "g", 0))
+        await lives()
+        assert not killed  # it has nothing to do
+        await dispatcher.submit(0, {})
+        await waiting
+        begin(dispatcher.report(0, "g", 1, message(1)))
+        await lives()
+        assert not killed  # it waits to be told whether to go on
+        begin(dispatcher.next_report(0, 0))
+        begin(dispatcher.next_report(0, 1))
+        await lives()
+        assert killed == ["zero"]
 
     run(scenario)
 
@@ -340,11 +368,11 @@ def test_a_silent_worker_is_ended(monkeypatch) -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.4)
         await dispatcher.submit(0, {})
         await dispatcher.next_assignment(0, "g", 0)
-        await dispatcher.pulse(0, "g", 0, "zero")
-        await dispatcher.pulse(0, "g", 1, "one")
-        for _ in range(6):
+        await dispatcher.pulse(0, "g", 0, "zero", 1)
+        await dispatcher.pulse(0, "g", 1, "one", 1)
+        for beats in range(6):
             await asyncio.sleep(0.1)
-            await dispatcher.pulse(0, "g", 0, "zero")
+            await dispatcher.pulse(0, "g", 0, "zero", beats)
         assert killed == ["one"]
         assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 0
 

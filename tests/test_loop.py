@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from train_fn import engine as engine_module
 from train_fn.data import Sample, Splits
 from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
-from train_fn.evaluation import score_candidates
-from train_fn.loop import run_trial, score_adapter
+from train_fn.evaluation import predict, score_candidates
+from train_fn.loop import Leaving, run_trial, score_adapter
 from train_fn.lora import adapted, adapter_layers
-from train_fn.model import collate, forward_hidden, read_image
+from train_fn.model import answer_losses, collate, forward_hidden, load_base, read_image
 from train_fn.scores import metrics_of
-from train_fn.settings import TrialSettings
+from train_fn.settings import ModelSettings, TrialSettings
 
 SHORT = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 PROJECTOR = replace(SHORT, train_projector=True, projector_learning_rate=5e-4, lora_r=8, lora_alpha=8, seed=5)
@@ -182,7 +182,8 @@ def test_the_path_never_reaches_the_model(base, splits, tmp_path) -> None:
     moved = Sample(str(copy), sample.text, sample.answer, sample.label)
     one, two = collate(base, [sample], True), collate(base, [moved], True)
     assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    places, same = one.pop("places"), two.pop("places")
+    assert all(map(torch.equal, places, same)) and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_the_batch_gives_the_models_own_logits(base, splits) -> None:
@@ -294,7 +295,7 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monk
     step = loop.train_step
 
     def dies(*args):
-        if args[-1] == killed_in:
+        if args[5] == killed_in:
             raise Killed
         return step(*args)
 
@@ -304,7 +305,7 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monk
         run_trial(base, splits, settings, lambda report: reports.append(report) or False, positive="Malignant",
                   output=tmp_path / "killed")  # fmt: skip
     steps_done: list[int] = []
-    monkeypatch.setattr(loop, "train_step", lambda *args: steps_done.append(args[-1]) or step(*args))
+    monkeypatch.setattr(loop, "train_step", lambda *args: steps_done.append(args[5]) or step(*args))
     again = train(base, splits, settings, tmp_path / "killed")
     # From the last checkpoint: of every third step, or of the epoch's end (two steps).
     saved = max([s for s in range(killed_in) if s % 2 == 0 or s % 3 == 0])
@@ -330,6 +331,74 @@ def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tm
     again = train(base, splits, LONG, tmp_path)
     assert [report["done"] for report in again] == [False, False, True]
     assert [report["metrics"] for report in again] == [report["metrics"] for report in train(base, splits, LONG)]
+
+
+def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) -> None:
+    whole, asked = train(base, splits, LONG), iter([False] * 3 + [True])
+    with pytest.raises(Leaving, match="left at step 4"):
+        run_trial(base, splits, LONG, lambda report: False, positive="Malignant", output=tmp_path,
+                  leaving=lambda: next(asked))  # fmt: skip
+    again = train(base, splits, LONG, tmp_path)
+    assert [report["metrics"] for report in again] == [report["metrics"] for report in whole]
+    assert [entry for report in again for entry in report["log"]] == [e for report in whole for e in report["log"]]
+
+
+def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch) -> None:
+    from train_fn import engine
+
+    losses = engine.answer_losses
+
+    def poisoned(*args):
+        found = losses(*args)
+        return found + 0 * torch.sqrt(found - found.detach())  # finite, but its derivative is not
+
+    monkeypatch.setattr(engine, "answer_losses", poisoned)
+    with pytest.raises(TrialFailed, match="gradient was not finite in step 1"):
+        train(base, splits, SHORT)
+
+
+def test_an_fp16_base_trains_in_the_direction_of_a_float32_one(base, splits, tmp_path) -> None:
+    half = load_base(ModelSettings(dtype="float16"), torch.device("cpu"))
+    step = replace(SHORT, max_steps=1, warmup_ratio=0.0, lora_dropout=0.0)
+    moved = {}
+    for name, one in (("whole", base), ("half", half)):
+        train(one, splits, step, tmp_path / name)
+        found = load_file(tmp_path / name / "final_model" / "adapter_model.safetensors")
+        moved[name] = torch.cat([found[key].flatten() for key in sorted(found) if "lora_B" in key])
+    assert (moved["half"] != 0).float().mean() > 0.99
+    assert torch.nn.functional.cosine_similarity(moved["half"], moved["whole"], dim=0) > 0.9
+
+
+def test_evaluation_that_does_not_fit_is_cut_into_smaller_batches(base, splits, monkeypatch) -> None:
+    from train_fn import evaluation
+
+    score, sizes = evaluation.score_candidates, []
+
+    def small(base, samples, candidates):
+        if len(samples) > 3:
+            raise torch.OutOfMemoryError("no more")
+        sizes.append(len(samples))
+        return score(base, samples, candidates)
+
+    plain = predict(base, splits.validation, splits.candidates, 16, 0, 1)
+    monkeypatch.setattr(evaluation, "score_candidates", small)
+    found = predict(base, splits.validation, splits.candidates, 16, 0, 1)
+    assert max(sizes) <= 3 and sum(sizes) == len(splits.validation)
+    np.testing.assert_allclose(found["scores"], plain["scores"], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(evaluation, "score_candidates", lambda *args: small(base, [0] * 4, ()))
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(base, splits.validation, splits.candidates, 16, 0, 1)
+
+
+def test_right_padding_without_a_mask_touches_nothing(base, splits) -> None:
+    """A batch of prompts of several lengths has the losses that each of them has alone."""
+    samples = list(splits.train[:4])
+    samples[1] = replace(samples[1], text=samples[1].text + " Look at the margin and at the shadow behind it.")
+    samples[2] = replace(samples[2], text="Which?")
+    with torch.no_grad():
+        together = answer_losses(base, collate(base, samples, True))
+        alone = torch.cat([answer_losses(base, collate(base, [sample], True)) for sample in samples])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_state_of_other_settings_is_not_continued(base, splits, tmp_path) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 # Of the 64 bits of a hash, how many may differ between copies. On BUSI pairs up to 8 apart are copies by eye, and
 # false ones begin at 10; two unrelated images differ in about 32.
 MAX_DISTANCE = 8
-BLOCK = 2048  # rows of the distance matrix held at once
+BLOCK = 2**26  # entries of the distance matrix held at once
 
 
 def dct_matrix(size: int) -> np.ndarray:
@@ -96,8 +96,9 @@ def hash_images(paths: Sequence[str], cache: Path | None = None) -> np.ndarray:
 def near_pairs(hashes: np.ndarray, max_distance: int = MAX_DISTANCE) -> np.ndarray:
     """All pairs of near-copies as [M, 2] indices, first below second."""
     pairs = []
-    for start in range(0, len(hashes), BLOCK):
-        rows = hashes[start : start + BLOCK]
+    block = max(1, BLOCK // max(1, len(hashes)))
+    for start in range(0, len(hashes), block):
+        rows = hashes[start : start + block]
         near = np.bitwise_count(rows[:, None] ^ hashes[None, start:]) <= max_distance
         first, second = np.nonzero(near)
         pairs.append(np.stack([first + start, second + start], 1)[first < second])

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from train_fn.lora import adapter_layers, parameter_groups
 from train_fn.model import Base, answer_losses
-from train_fn.settings import TrialSettings
+from train_fn.settings import BUCKET, TrialSettings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -28,6 +28,9 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 OPTIMIZER_CLASSES = {"adamw_torch": "AdamW", "adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+
+
+FP16_LOSS_SCALE = 2.0**10  # keeps the gradients of long prompts above what fp16 can hold
 
 
 class TrialFailed(Exception):
@@ -62,11 +65,13 @@ def deepspeed_config(settings: TrialSettings, world_size: int, num_trainable: in
         "zero_optimization": {
             "stage": settings.zero_stage,
             "contiguous_gradients": True,
-            "overlap_comm": on_gpu,
-            # The guide's 5e8 elements are a ceiling: the buffer is allocated whole, per trial.
-            "reduce_bucket_size": min(int(5e8), num_trainable),
-            "allgather_bucket_size": min(int(5e8), num_trainable),
+            "overlap_comm": on_gpu and world_size > 1,
+            # Buckets are allocated whole, per trial, and only one that is full before the backward pass ends overlaps
+            # with it: a tenth of the guide's 5e8 elements at most.
+            "reduce_bucket_size": min(BUCKET, num_trainable),
+            "allgather_bucket_size": min(BUCKET, num_trainable),
         },
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,  # bitsandbytes'
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also when offloaded: DeepSpeed's own is compiled
@@ -81,11 +86,10 @@ def build_optimizer(model: PeftModel, settings: TrialSettings, on_gpu: bool) -> 
     groups = parameter_groups(model, settings)
     options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
     if settings.optim == "adamw_torch":
-        return torch.optim.AdamW(groups, fused=on_gpu and not settings.offload_optimizer, **options)
+        return torch.optim.AdamW(groups, fused=not (on_gpu and settings.offload_optimizer), **options)
     import bitsandbytes.optim
 
-    kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[settings.optim](groups, **options)
+    return getattr(bitsandbytes.optim, OPTIMIZER_CLASSES[settings.optim])(groups, **options)
 
 
 def build_engine(
@@ -106,6 +110,8 @@ def build_engine(
         config=deepspeed_config(settings, world_size, num_trainable, on_gpu),
         dist_init_required=False,
     )
+    if settings.zero_stage and base.model.dtype == torch.float16:
+        engine.optimizer.override_loss_scale(FP16_LOSS_SCALE)  # ZeRO divides the gradients by it
     return engine
 
 
@@ -156,8 +162,7 @@ def read_applied(engine: Any) -> dict[str, Any]:
 
 
 # What of ZeRO's state says how far training has come; the rest is made anew, and is no plain data.
-ZERO_STATE = ("base_optimizer_state", "single_partition_of_fp32_groups", "group_paddings", "param_alignment_paddings",
-              "clip_grad", "ds_version")  # fmt: skip
+ZERO_STATE = ("base_optimizer_state", "group_paddings", "param_alignment_paddings", "clip_grad", "ds_version")
 
 
 def engine_state(engine: Any) -> dict[str, Any]:
@@ -178,9 +183,10 @@ def load_engine_state(engine: Any, state: dict[str, Any], rank: int) -> None:
         for name, saved in state["trainable"].items():
             parameters[name].copy_(saved)
     if engine.zero_optimization_stage() > 0:
-        # ZeRO asks for every rank's state and takes its own.
+        # ZeRO asks for every rank's state and takes its own. Its copy of the weights it takes from the model, which is
+        # float32, too.
         states = [None] * rank + [state["optimizer"]]
-        engine.optimizer.load_state_dict(states, load_optimizer_states=True, load_from_fp32_weights=True)
+        engine.optimizer.load_state_dict(states, load_optimizer_states=True, load_from_fp32_weights=False)
     else:
         engine.optimizer.load_state_dict(state["optimizer"])
     engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **state["schedule"]})
@@ -195,14 +201,12 @@ def check_applied(applied: dict[str, Any], settings: TrialSettings) -> None:
         wanted["lora_scaling"] = settings.lora_alpha / root
     if settings.train_projector:
         wanted["projector_learning_rate"] = settings.projector_learning_rate or settings.learning_rate
+
+    def same(got: Any, value: Any) -> bool:
+        """Computed numbers may differ in their last digits."""
+        return got == value or (isinstance(got, float) and math.isclose(got, value, rel_tol=1e-9))
+
     wrong = {name: (value, applied[name]) for name, value in wanted.items() if not same(applied[name], value)}
     if wrong:
         told = "; ".join(f"{name} should be {want!r} but is {got!r}" for name, (want, got) in wrong.items())
         raise TrialFailed(f"the engine does not train what the search asked for: {told}")
-
-
-def same(got: Any, wanted: Any) -> bool:
-    """Equality; computed numbers may differ in their last digits."""
-    if isinstance(got, float) and isinstance(wanted, float | int):
-        return math.isclose(got, wanted, rel_tol=1e-9)
-    return got == wanted

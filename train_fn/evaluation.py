@@ -6,7 +6,7 @@ Shapes: N images, B of a batch, C candidates, T tokens of the longest candidate,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from train_fn.data import Sample
-from train_fn.model import Base, answer_ids, answer_losses, collate, forward_hidden, prompt_size
+from train_fn.model import Base, answer_ids, answer_losses, collate, forward_hidden, prompt_length
+from train_fn.profile import beat
 
 
 @torch.no_grad()
@@ -40,17 +41,19 @@ def score_candidates(base: Base, samples: Sequence[Sample], candidates: Sequence
     return -losses.sum(1).view(len(samples), len(candidates))
 
 
-def prompt_length_batches(base: Base, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+def prompt_length_batches(
+    base: Base, samples: Sequence[Sample], indices: Iterable[int], batch_size: int
+) -> list[list[int]]:
     """Indices in batches of equal prompt length, so that no padding stands between a prompt and its answer."""
     by_length: dict[Any, list[int]] = defaultdict(list)
-    for index, sample in enumerate(samples):
-        # Question and image size decide the length; where patches are known, they join images of several sizes.
-        by_length[prompt_size(base, sample), sample.text].append(index)
-    return [
-        indices[start : start + batch_size]
-        for indices in by_length.values()
-        for start in range(0, len(indices), batch_size)
-    ]
+    for index in indices:
+        by_length[prompt_length(base, samples[index])].append(index)
+    return in_parts(by_length.values(), batch_size)
+
+
+def in_parts(batches: Iterable[list[int]], size: int) -> list[list[int]]:
+    """Batches of at most that size."""
+    return [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
 
 
 @torch.no_grad()
@@ -61,23 +64,29 @@ def predict(
 
     Returns `losses` [N], the mean loss over the true answer's tokens, and, with candidates, `scores` [N, C], their
     log-likelihoods. Each worker takes every world_size-th sample; results travel with their index, so uneven shares
-    neither repeat nor drop one.
+    neither repeat nor drop one. A batch that does not fit the memory is cut in halves, and so are those after it.
     """
     base.model.eval()
-    mine = list(range(rank, len(samples), world_size))
-    shard = [samples[index] for index in mine]
     found: list[tuple[int, float, list[float]]] = []
-    for batch in prompt_length_batches(base, shard, batch_size):
-        chosen = [shard[index] for index in batch]
-        if candidates:
-            scores = score_candidates(base, chosen, candidates).cpu()
-            lengths = [len(answer_ids(base, sample.text, sample.answer)) for sample in chosen]
-            losses = [-scores[row, s.label].item() / lengths[row] for row, s in enumerate(chosen)]
-            rows = scores.tolist()
-        else:
-            losses = answer_losses(base, collate(base, chosen, with_answers=True)).tolist()
-            rows = [[] for _ in chosen]
-        found += zip((mine[index] for index in batch), losses, rows, strict=True)
+    left = prompt_length_batches(base, samples, range(rank, len(samples), world_size), batch_size)
+    while left:
+        beat()
+        chosen = [samples[index] for index in left[0]]
+        try:
+            if candidates:
+                scores = score_candidates(base, chosen, candidates).cpu()
+                lengths = [len(answer_ids(base, sample.text, sample.answer)) for sample in chosen]
+                losses = [-scores[row, s.label].item() / lengths[row] for row, s in enumerate(chosen)]
+                rows = scores.tolist()
+            else:
+                losses = answer_losses(base, collate(base, chosen, with_answers=True)).tolist()
+                rows = [[] for _ in chosen]
+        except torch.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise
+            left = in_parts(left, (len(chosen) + 1) // 2)
+            continue
+        found += zip(left.pop(0), losses, rows, strict=True)
     if world_size > 1:
         shares: list[Any] = [None] * world_size
         dist.all_gather_object(shares, found)

@@ -33,8 +33,8 @@ from train_fn.engine import (
 )
 from train_fn.evaluation import predict
 from train_fn.lora import adapted, load_adapter, save_adapter
-from train_fn.model import Base, collate, prompt_size
-from train_fn.profile import phase, profiled, traced
+from train_fn.model import Base, collate, prompt_size, to_device
+from train_fn.profile import beat, phase, profiled, traced
 from train_fn.scores import metrics_of
 from train_fn.settings import TrialSettings
 from train_fn.storage import Storage, patiently
@@ -59,14 +59,14 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + 100_003 * rank)
 
 
-def mean_over_ranks(value: float, device: torch.device) -> float:
-    """The mean of one number per rank. Every rank gets the same answer, so all decide alike on it."""
+def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """The mean of each number over the ranks. Every rank gets the same answer, so all decide alike on it."""
     _, world_size = world()
     if world_size == 1:
-        return value
-    tensor = torch.tensor(value, device=device, dtype=torch.float64)
+        return values
+    tensor = torch.tensor(values, device=device, dtype=torch.float64)
     dist.all_reduce(tensor)
-    return tensor.item() / world_size
+    return (tensor / world_size).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ one trial
@@ -97,7 +97,7 @@ def run_trial(
     progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training begins,
         every `logging_steps` optimizer steps, and when an evaluation begins; it must not wait.
 
-    leaving: whether this process must leave soon; asked after each optimizer step.
+    leaving: whether this process must leave soon; asked in each optimizer step.
     profile: measure phases (see `train_fn.profile`) and report their seconds with the others.
     trace: write `trace.json.gz` into `output`, of a few optimizer steps.
 
@@ -130,11 +130,14 @@ def run_trial(
         storage = storage or Storage(output or Path())
         tracer = traced(output / "trace.json.gz") if trace and output and rank == 0 else None
         traced_step = stack.enter_context(tracer or contextlib.nullcontext(lambda: None))
-        state = ResumeState(output, storage, settings, rank, world_size)
+        state = ResumeState(output, storage, settings)
         if found := state.load():
             load_engine_state(engine, found["engine"], rank)
-            set_random_state(found["random"])
+            torch.set_rng_state(found["random"]["cpu"])
+            if "cuda" in found["random"]:
+                torch.cuda.set_rng_state(found["random"]["cuda"])
             log.step, log.entries, log.told = (found[key] for key in ("step", "entries", "told"))
+            log.recent = found.get("recent", [])
             losses, epoch, reports, clock.spent = (found[key] for key in ("losses", "epoch", "reports", "seconds"))
         elif output is not None and rank == 0:
             for old in checkpoints(output, storage):
@@ -145,13 +148,19 @@ def run_trial(
 
         troubles: list[str] = []
 
+        def trouble(text: str) -> None:
+            beat()
+            if text not in troubles:
+                troubles.append(text)
+
         def write(action: Callable[[], None]) -> None:
             with phase("checkpoint"):
-                patiently(action, lambda text: None if text in troubles else troubles.append(text))
+                patiently(action, trouble)
 
         def save_state() -> None:
-            place = {"step": log.step, "entries": log.entries, "told": log.told, "losses": losses, "epoch": epoch}
-            write(lambda: state.save(place | {"reports": reports, "seconds": clock.seconds()}, engine))
+            place = {"step": log.step, "entries": log.entries, "told": log.told, "recent": log.recent}
+            place |= {"losses": losses, "epoch": epoch, "reports": reports, "seconds": clock.seconds()}
+            write(lambda: state.save(place, engine))
             clock.lap("checkpoint")
 
         def tell(phase: str, loss: float | None) -> None:
@@ -166,20 +175,22 @@ def run_trial(
             done = (epoch - 1) * steps_per_epoch
             order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
             for indices in order[log.step - done : num_steps - done]:
-                losses.append(train_step(base, splits, settings, engine, indices, log.step + 1))
+                loss, leave = train_step(base, splits, settings, engine, indices, log.step + 1, leaving())
+                losses.append(loss)
+                log.recent.append(loss)
                 log.step += 1
                 traced_step()
                 if log.step % settings.logging_steps == 0:
-                    recent = losses[-settings.logging_steps :]
-                    loss = sum(recent) / len(recent)
+                    loss = sum(log.recent) / len(log.recent)
                     log.add(epoch=log.step / steps_per_epoch, loss=loss, learning_rate=engine.get_lr()[0])
+                    log.recent = []
                     tell("train", loss)
                 if settings.save_steps and log.step % settings.save_steps == 0 and output is not None:
                     clock.lap("train")
                     if rank == 0:
                         write(lambda: save_checkpoint(base, model, settings, log, output, storage))
                     save_state()
-                if mean_over_ranks(float(leaving()), base.device) > 0:
+                if leave:
                     clock.lap("train")
                     save_state()
                     raise Leaving(f"left at step {log.step}")
@@ -211,15 +222,16 @@ def run_trial(
                 stop = report(message)
             clock.lap("report")
         if not stop:
-            state.remove()  # one that was told to stop may be asked to go on, by a study that goes on
+            write(state.remove)  # one that was told to stop may be asked to go on, by a study that goes on
 
 
 def train_step(
-    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int
-) -> float:
-    """Optimizer step number `step` on the images `indices` [global_batch_size]; their mean loss over all workers.
+    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int, leaving: bool
+) -> tuple[float, bool]:
+    """Optimizer step number `step` on the images `indices` [global_batch_size]; their mean loss over all workers, and
+    whether any worker is `leaving`.
 
-    Raises TrialFailed, on all ranks, when it is not finite on any of them: before the weights are touched.
+    Raises TrialFailed, on all ranks and before the weights are touched, when loss or gradient is not finite on one.
     """
     rank, world_size = world()
     engine.train()
@@ -232,7 +244,7 @@ def train_step(
     for number, images in enumerate(micro_batches(indices, micro_batch_size, rank, world_size), 1):
         with phase("data"):
             samples = [splits.train[index] for index in images]
-            labels = torch.tensor([sample.label for sample in samples], device=base.device)
+            labels = to_device(torch.tensor([sample.label for sample in samples]), base.device)
             batch = collate(base, samples, with_answers=True)
         with phase("forward"):
             loss = engine(batch, labels)
@@ -240,42 +252,30 @@ def train_step(
             engine.backward(loss)
         total += loss.detach()
         if number == num_micro_batches:
-            # The one place where a step waits for the device: all ranks agree on the loss before the weights move.
+            # Here the step waits for the device: all ranks agree on the loss before the weights move.
             with phase("communication"):
-                mean_loss = mean_over_ranks(total.item() / num_micro_batches, base.device)
+                told = [total.item() / num_micro_batches, float(leaving)]
+                mean_loss, leave = mean_over_ranks(told, base.device)
             if not np.isfinite(mean_loss):
                 raise TrialFailed(f"the training loss became {mean_loss} in step {step}: lower the learning rate")
         with phase("optimizer"):
             engine.step()
-    return mean_loss
+    if engine.skipped_steps:  # ZeRO's answer to a gradient that is not finite, on all ranks alike
+        raise TrialFailed(f"a gradient was not finite in step {step}: lower the learning rate (or not --fp16)")
+    return mean_loss, leave > 0
 
 
 # ------------------------------------------------------------------------------------------------ going on after a kill
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """This rank's generators that training draws from: torch's."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Put a `random_state` back."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 class ResumeState:
     """`state/` of an unfinished trial: one file per rank and point, the last two of which are kept: ranks may be killed
     between their writes."""
 
-    def __init__(
-        self, output: Path | None, storage: Storage, settings: TrialSettings, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, output: Path | None, storage: Storage, settings: TrialSettings) -> None:
         self.directory = output / "state" if output else None
         self.storage = storage
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = world()
         # A micro-batch that was halved for want of memory changes nothing that is kept here.
         micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": settings.global_batch_size}
         self.settings = json.loads(json.dumps(dataclasses.asdict(settings) | micro))
@@ -292,7 +292,9 @@ class ResumeState:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         told = json.dumps(progress | {"settings": self.settings})
-        content = {"progress": told, "engine": engine_state(engine), "random": random_state()}
+        drawn = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+        random_state = {"cpu": torch.get_rng_state(), **drawn}
+        content = {"progress": told, "engine": engine_state(engine), "random": random_state}
         # An epoch's last step and its end, evaluation included, are two points.
         path = self.directory / f"{2 * progress['step'] + (not progress['losses']):08d}-{self.rank}.pt"
         partial = path.with_suffix(".partial")
@@ -375,6 +377,7 @@ class History:
         self.step = 0
         self.entries: list[dict[str, float]] = []
         self.told = 0
+        self.recent: list[float] = []  # losses of the steps since the last entry on training
 
     def add(self, **values: float) -> None:
         """Append an entry for the present step."""

@@ -21,8 +21,13 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print(f"one settings file is needed, but got {len(argv)}: {(__doc__ or '').splitlines()[0]}", file=sys.stderr)
         return 2
-    wanted = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-    trial, model = TrialSettings.from_dict(wanted["trial"]), ModelSettings(**wanted.get("model", {}))
+    try:
+        wanted = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        trial, model = TrialSettings.from_dict(wanted["trial"]), ModelSettings(**wanted.get("model", {}))
+        splits, output = load_splits(Path(wanted["splits"])), Path(wanted["output"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        print(f"{argv[0]} must describe a trial, but {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if problems := trial.problems(world_size):
         print("\n".join(problems), file=sys.stderr)
@@ -51,12 +56,12 @@ def main(argv: list[str]) -> int:
     base = load_base(model, device)
     run_trial(
         base,
-        load_splits(Path(wanted["splits"])),
+        splits,
         trial,
         report,
         eval_batch_size=model.per_device_eval_batch_size,
         positive=wanted.get("positive", ""),
-        output=Path(wanted["output"]),
+        output=output,
     )
     dist.destroy_process_group()
     return 0

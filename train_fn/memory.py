@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train_fn.data import Sample
-from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.settings import BUCKET, ModelSettings, TrialSettings
 
 GIB = 2**30
 WORKER_GIB = 1.0  # a worker's libraries in RAM, or a GPU's context, workspaces and fragments: a guess, not from shapes
@@ -37,11 +37,11 @@ def memory_needed(
 
     A trained weight is float32: 4 bytes, 4 for its gradient, 8 for AdamW's moments (2 in 8 bit). ZeRO
     (arXiv:1910.02054) shares moments out over the workers from stage 1 on, gradients in stage 2; DeepSpeed adds a copy
-    of a worker's own weights and a bucket for the reduction (two on a GPU, where it overlaps the backward pass).
+    of a worker's own weights and a bucket for the reduction (two where it overlaps the backward pass of a GPU).
     """
     trained, stage = sizes.trained, trial.zero_stage
     shared = workers if stage else 1
-    bucket = min(trained, 500_000_000) * 4 * (1 + on_gpu) if stage else 0
+    bucket = min(trained, BUCKET) * 4 * (1 + (on_gpu and workers > 1)) if stage else 0
     training = sizes.activations * trial.per_device_train_batch_size
     taken = {
         "worker": WORKER_GIB * GIB,
@@ -76,11 +76,11 @@ def measure(
     answers = candidates or {sample.answer for sample in samples}
     tokens = max(prompts) + max(len(answer_ids(base, question, answer)) for answer in answers)
     held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
-    if settings.use_qlora:  # embeddings, norms and what passes between the layers are float32 then
-        base.model.float()
+    if settings.use_qlora:
         layers = base.model.get_submodule(base.language_model).modules()
         linear = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
-        held = linear * FOUR_BIT_BYTES + 4 * (sum(p.numel() for p in base.model.parameters()) - linear)
+        rest = sum(p.numel() for p in base.model.parameters()) - linear
+        held = linear * FOUR_BIT_BYTES + base.model.dtype.itemsize * rest
     with torch.device("meta"), adapted(base, dataclasses.replace(trial, gradient_checkpointing=False)) as model:
         model.train()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

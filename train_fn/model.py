@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import prepare_model_for_kbit_training
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -70,9 +69,14 @@ class Base:
 
     @property
     def takes_features(self) -> bool:
-        """Whether batches carry vision features instead of pixels: where they can be taken apart by image (VideoLlama3
-        packs the patches of a batch) and the tower is as it was loaded."""
-        return self.model.config.model_type == "video_llama_3" and self.tower_weights() == self.loaded_tower
+        """Whether batches carry vision features instead of pixels: where they can be taken apart by image and the tower
+        is as it was loaded."""
+        return self.counts_patches and self.tower_weights() == self.loaded_tower
+
+    @property
+    def counts_patches(self) -> bool:
+        """Whether an image's size tells its tokens: VideoLlama3's, which packs the patches of a batch."""
+        return self.model.config.model_type == "video_llama_3"
 
     @functools.cached_property
     def features(self) -> FeatureStore | None:
@@ -218,12 +222,17 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
     }
     if settings.use_qlora:
         options |= four_bit(settings, options["dtype"], device)
+    elif device.type == "cuda":
+        options["device_map"] = {"": device}  # straight there: all lanes of a machine would need its memory otherwise
+    if device.type == "cuda" and options["dtype"] != torch.float32:
+        # The adapters are float32, which tensor cores do not multiply; TF32 holds what a 16-bit base gives them.
+        torch.set_float32_matmul_precision("high")
     from_hulumed = hulumed.is_hulumed(directory)
     load = hulumed.load_model if from_hulumed else AutoModelForImageTextToText.from_pretrained
     model = load(directory, **options)
     if settings.use_qlora:
-        # Norms and what else is not in 4 bit become float32. Checkpointing is a trial's own choice: see `lora.adapted`.
-        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        # What is not in 4 bit keeps the base's format. PEFT's preparation would make it float32, and with it all that
+        # passes between the layers, for nothing here casts it back.
         for module in model.modules():
             # On a CPU, bitsandbytes would repack the weights at the first evaluation, for a faster kernel that rounds
             # to bfloat16: the base would change under the trial.
@@ -232,6 +241,8 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
     else:
         model.to(device)  # type: ignore[arg-type]
     model.requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # read by all ranks: DeepSpeed need not send it
     base = Base(
         model=model,
         processor=load_processor(directory, settings),
@@ -372,12 +383,20 @@ def num_patches(base: Base, image: str) -> int:
 def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
     """What decides how many tokens an image takes, and grows with them: its patches, or where those are not known its
     pixels, width and height."""
-    if base.takes_features:
+    if base.counts_patches:
         return (num_patches(base, sample.image),)
     if sample.image not in base.sizes:
         base.sizes[sample.image] = image_size(sample.image)
     width, height = base.sizes[sample.image]
     return width * height, width, height
+
+
+def prompt_length(base: Base, sample: Sample) -> Any:
+    """Equal for prompts of equal length: their tokens where they can be counted, else the image's size and the
+    question."""
+    if base.counts_patches:
+        return prompt_tokens(base, sample.text, num_patches(base, sample.image))["input_ids"].shape[1]
+    return prompt_size(base, sample), sample.text
 
 
 @torch.no_grad()
@@ -423,9 +442,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
-    """One batch for `forward_hidden`: token tensors, `vision_features` or pixels, and, with answers, `labels` [B, S].
+    """One batch for `forward_hidden`: token tensors, `vision_features` or pixels, and, with answers, `labels` [B, S]
+    and their `places`.
 
-    labels: -100 outside the answer and its end token. Sequences are padded on the right, where causal attention keeps
+    labels: -100 outside the answer and its end token. places: row and column of the others, in the labels [B, S-1] that
+    follow a position's token. Sequences are padded on the right, where causal attention keeps
     padding from touching anything.
     """
     batch: dict[str, Any] = {}
@@ -456,7 +477,11 @@ def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[s
             torch.tensor([[-100] * one["input_ids"].shape[1] + answer + [-100] * len(after)])
             for one, (answer, after) in zip(encoded, tails, strict=True)
         ]
-        batch["labels"] = to_device(pad_and_stack(labels, -100), base.device)
+        joined = pad_and_stack(labels, -100)
+        # Found on the CPU: a GPU would have to be waited for.
+        places = (joined[:, 1:] != -100).nonzero(as_tuple=True)
+        batch["labels"] = to_device(joined, base.device)
+        batch["places"] = tuple(to_device(place, base.device) for place in places)
     return batch
 
 
@@ -469,12 +494,16 @@ def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
     The projector runs here, on features or pixels, so that it can be trained. The head does not: with a vocabulary of
     152 k, logits at every position of a batch are gigabytes.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "vision_features")}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "places", "vision_features")}
     if "vision_features" in batch:
         projected = base.model.get_submodule(base.projector)(batch["vision_features"])
         # The model joins a tuple of images; here they are joined already.
         encoded = BaseModelOutputWithPooling(pooler_output=(projected,))  # type: ignore[arg-type]
         inputs["mm_encoder_outputs"] = {"image": encoded}
+        # Padding stands on the right, where causal attention keeps it from the rest. With a mask, the fastest attention
+        # could not be taken, and keys and values would be copied for every query head.
+        if set(base.model.config.get_text_config().layer_types) == {"full_attention"}:
+            inputs["attention_mask"] = {"full_attention": None}
     inner = getattr(base.model, base.model.base_model_prefix)
     return inner(**inputs, **options)
 
@@ -483,10 +512,10 @@ def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
     """Mean cross-entropy over each answer's tokens: [B], logits computed at those positions only."""
     hidden = forward_hidden(base, batch, use_cache=False).last_hidden_state[:, :-1]
     targets = batch["labels"][:, 1:]
-    rows, columns = (targets != -100).nonzero(as_tuple=True)
+    rows, columns = batch["places"]
     logits = base.model.get_output_embeddings()(hidden[rows, columns]).float()  # [answer tokens, V]
     losses = torch.nn.functional.cross_entropy(logits, targets[rows, columns], reduction="none")
-    counts = torch.bincount(rows, minlength=len(targets))
+    counts = (targets != -100).sum(1)
     return torch.zeros(len(targets), device=losses.device).index_add(0, rows, losses) / counts
 
 

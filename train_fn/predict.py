@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_fn.data import Sample, read_manifest
-from train_fn.settings import ModelSettings
+from train_fn.settings import DTYPES, ModelSettings
 
 if TYPE_CHECKING:
     from train_fn.model import Base
@@ -41,19 +41,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--candidates", default="", help="answers to choose from, comma-separated")
     parser.add_argument("--no-generate", action="store_true", help="leave out the generated answer")
     parser.add_argument("--merge-into", type=Path, help="write base and adapter as one checkpoint to this folder")
-    parser.add_argument("--dtype", default="", help="number format of base or merged checkpoint")
+    parser.add_argument("--dtype", default="", choices=DTYPES, help="number format of base or merged checkpoint")
     options = parser.parse_args(list(argv))
     try:
         task = read_task(options.adapter)
         settings = ModelSettings(**task["model"])
-        settings = replace(settings, model=options.model or settings.model, dtype=options.dtype or settings.dtype)
+        settings = replace(settings, model=options.model or settings.model)
+        if options.dtype:
+            settings = replace(settings, dtype=options.dtype, bf16=False, fp16=False)
         if options.merge_into:
             merge(settings, options.adapter, options.merge_into)
             return 0
         if not options.inputs:
             raise InputError("nothing to predict: name an image, a folder or a manifest")
         question = options.question or task["question"]
-        candidates = tuple(options.candidates.split(",")) if options.candidates else tuple(task["candidates"])
+        given = tuple(filter(None, map(str.strip, options.candidates.split(","))))
+        candidates = given or tuple(task["candidates"])
         samples = [s for path in options.inputs for s in find_samples(path, options.image_root, question)]
         for line in predict_lines(settings, options.adapter, samples, candidates, not options.no_generate):
             print(json.dumps(line), flush=True)

@@ -146,6 +146,9 @@ class TrialSettings:
         return cls(**values)
 
 
+BUCKET = 50_000_000  # elements of DeepSpeed's communication buffers at most
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The frozen base that all trials of a study share."""

@@ -7,13 +7,16 @@ Every rank asks the dispatcher by itself, so an idle lane waits in no collective
 from __future__ import annotations
 
 import functools
+import gc
+import importlib.metadata
 import os
+import platform
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from train_fn.data import Splits
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.storage import Storage
 
+PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
 LEAVE = Path("/tmp/vlm-tune-leave")  # made by a node's watcher for spot notices: see cluster.yaml
 
 
@@ -47,6 +51,31 @@ class LaneJob:
     """torch threads of each worker; 0 leaves torch's default (GPU workers)."""
     profile: bool = False
     trace: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+    """The driver's, which every worker must have."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what every node must agree on."""
+    return {f"version_{name}": importlib.metadata.version(name) for name in PACKAGES} | {
+        "version_python": platform.python_version()
+    }
+
+
+def check_node(job: LaneJob) -> None:
+    """Whether this machine sees what the driver sees. Raises RuntimeError with all that it does not."""
+    ours = versions()
+    found = [f"{name[8:]} is {ours[name]}, the driver's {value}" for name, value in job.versions.items()
+             if ours[name] != value]  # fmt: skip
+    samples = (*job.splits.train, *job.splits.validation, *job.splits.test)
+    missing = [sample.image for sample in samples if not os.access(sample.image, os.R_OK)]
+    found += [f"{len(missing)} images cannot be read, {missing[0]} among them"] if missing else []
+    if not job.storage.uri and not os.access(job.storage.directory, os.W_OK):
+        found.append(
+            f"{job.storage.directory} cannot be written: it must be one folder for all nodes, or give --storage"
+        )
+    if found:
+        raise RuntimeError("; ".join(found))
 
 
 def lane_loop(config: dict[str, Any]) -> None:
@@ -85,10 +114,12 @@ def lane_loop(config: dict[str, Any]) -> None:
             # With several threads a sum may otherwise be taken in the order in which they come.
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        check_node(job)
         base = load_base(job.model, place)
     except Exception as error:
         told = "".join(traceback.format_exception_only(error)).strip()
-        ray.get(job.dispatcher.start_failed.remote(job.lane, f"the base could not be loaded: {told}"))
+        where = f"a worker on {ray.util.get_node_ip_address()} could not begin"
+        ray.get(job.dispatcher.start_failed.remote(job.lane, f"{where}: {told}"))
         raise
     group = [uuid.uuid4().hex if rank == 0 else ""]
     dist.broadcast_object_list(group, src=0)  # a name for this worker group, new after every restart
@@ -124,7 +155,7 @@ def lane_loop(config: dict[str, Any]) -> None:
                 assignment.get("splits", job.splits),
                 TrialSettings.from_dict(assignment["settings"]),
                 reporter(job, number, group[0], rank, extra, idle_since, received),
-                eval_batch_size=assignment.get("eval_batch_size", job.model.per_device_eval_batch_size),
+                eval_batch_size=job.model.per_device_eval_batch_size,
                 positive=job.positive,
                 output=Path(assignment["output"]),
                 storage=job.storage,
@@ -139,8 +170,7 @@ def lane_loop(config: dict[str, Any]) -> None:
             ray.get(job.dispatcher.out_of_memory.remote(number, group[0], str(error)))
             if dist.get_world_size() > 1:
                 raise
-            torch.cuda.empty_cache()
-        except (Leaving, OSError) as reason:
+        except (Leaving, OSError, torch.AcceleratorError) as reason:
             # No fault of the trial's: it goes on from its last checkpoint, on another group.
             free = isinstance(reason, Leaving)
             ray.get(job.dispatcher.interrupted.remote(job.lane, group[0], str(reason), free))
@@ -156,11 +186,13 @@ def lane_loop(config: dict[str, Any]) -> None:
             raise
         finally:
             idle_since = time.perf_counter()
+            gc.collect()  # DeepSpeed's engine is a cycle, and holds its trial's memory
+            torch.cuda.empty_cache()
 
 
 class Pulse(threading.Thread):
-    """Tells the dispatcher every second that this process lives, and hears from it, or from the file that a node's
-    watcher for spot notices makes, whether it must leave."""
+    """Tells the dispatcher every second that this process lives and how far its work has come, and hears from it, or
+    from the file that a node's watcher for spot notices makes, whether it must leave."""
 
     def __init__(self, job: LaneJob, group: str, rank: int) -> None:
         super().__init__(daemon=True)
@@ -173,9 +205,11 @@ class Pulse(threading.Thread):
     def run(self) -> None:
         import ray
 
+        from train_fn import profile
+
         while not self.leaving:
             try:
-                self.leaving = ray.get(self.dispatcher.pulse.remote(*self.told)) or node_leaves()
+                self.leaving = ray.get(self.dispatcher.pulse.remote(*self.told, profile.beats)) or node_leaves()
             except ray.exceptions.RayError:
                 return  # the study is gone, and soon this process
             time.sleep(1)

@@ -27,8 +27,9 @@ from train_fn.copies import file_hash
 from train_fn.memory import GIB, measure, memory_needed
 from train_fn.settings import TrialSettings
 from train_fn.storage import Storage
+from train_fn.worker import versions
 from tune.prepare import Study, model_directory, prepare
-from tune.provenance import ROOT, versions
+from tune.provenance import ROOT
 from tune.settings import Probe, Settings, SettingsError, load_space, searched_settings
 from tune.study import Layout, plan_layout, session_logs, start_ray
 from tune.tracking import bare, tracking_uri, with_credentials
@@ -200,7 +201,9 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
         # Their content is hashed where a study begins; gigabytes on every node would take minutes.
         "model": files | ({"config": file_hash(config)} if config.is_file() else {}),
         "num_images": len(images),
-        "missing": [path for path, size in images.items() if not os.path.isfile(path) or os.path.getsize(path) != size],
+        "missing": [
+            path for path, size in images.items() if not os.access(path, os.R_OK) or os.path.getsize(path) != size
+        ],
         "storage": try_storage(storage) if storage else "could not be tried",
         "free_gib": shutil.disk_usage(place).free / GIB,
         "session": str(session),
@@ -483,11 +486,12 @@ def check_records(settings: Settings) -> Iterator[Finding]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
+    import sqlalchemy
 
     try:
         mlflow.MlflowClient(with_credentials(uri)).search_experiments(max_results=1)
         yield Finding("MLflow", "driver", f"{uri} answers")
-    except mlflow.exceptions.MlflowException as error:
+    except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         fix = f"MLflow must answer at {uri}, but {bare(last_line(error))}: start it, or give --mlflow-uri"
         yield Finding("MLflow", "driver", "no answer", fix)
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.tune
@@ -61,6 +61,16 @@ class Ticket:
         self.spent_s, self.taken_at, self.progress = self.lane_s(), None, {}
 
 
+class Heard(NamedTuple):
+    """The last that was heard of a worker."""
+
+    group: str
+    actor: Any
+    when: float
+    beats: int
+    moved: float  # when it last had got further, or had nothing to do
+
+
 class Dispatcher:
     """Async actor: a queue of assignments on one side, reports on the other. The study makes one (`start_dispatcher`).
 
@@ -81,7 +91,7 @@ class Dispatcher:
         self.closed = False
         self.last_error = ""
         self.hang_timeout_s = hang_timeout_s
-        self.pulses: dict[tuple[int, int], tuple[str, Any, float]] = {}  # of lane and rank: group, actor, when
+        self.pulses: dict[tuple[int, int], Heard] = {}  # by lane and rank
         self.watch: asyncio.Task | None = None
         self.leaving = False
         self.reasons: dict[int, str] = {}  # why a lane's group is about to end
@@ -189,9 +199,12 @@ class Dispatcher:
         """How far a trial is, from rank 0."""
         self.tickets[number].progress = message
 
-    async def pulse(self, lane: int, group: str, rank: int, actor: Any) -> bool:
-        """A worker lives; True: it must leave."""
-        self.pulses[lane, rank] = (group, actor, time.monotonic())
+    async def pulse(self, lane: int, group: str, rank: int, actor: Any, beats: int) -> bool:
+        """A worker lives, and its work has come so far; True: it must leave."""
+        now, last = time.monotonic(), self.pulses.get((lane, rank))
+        busy = lane in self.running and self.tickets[self.running[lane]].open_verdict is None
+        stands = busy and last is not None and (last.group, last.beats) == (group, beats)
+        self.pulses[lane, rank] = Heard(group, actor, now, beats, last.moved if last and stands else now)
         self.watch = self.watch or asyncio.create_task(self._watch())
         return self.leaving
 
@@ -217,7 +230,7 @@ class Dispatcher:
             return
         ticket.out_of_memory_in = group
         if "settings" not in ticket.assignment:
-            self._error(number, f"out of memory while scoring: lower --per-device-eval-batch-size\n\n{error}")
+            self._error(number, f"out of memory while scoring a single image\n\n{error}")
             return
         lane = next(lane for lane, running in self.running.items() if running == number)
         del self.running[lane]
@@ -233,7 +246,6 @@ class Dispatcher:
         ticket.assignment |= {
             "settings": settings,
             "notes": [*ticket.assignment.get("notes", []), note],
-            "eval_batch_size": settings["per_device_train_batch_size"],
         }
         ticket.attempts -= 1
         ticket.open_verdict = None
@@ -269,17 +281,17 @@ class Dispatcher:
     # -------------------------------------------------------------------------------- within
 
     async def _watch(self) -> None:
-        """End workers that have been silent for long: frozen, they would hold their lane for ever. (One that hangs but
-        lives is ended by the timeout of its group's collectives, which is as long.)"""
+        """End workers that have been silent for long, or that have a trial and get no further: they would hold their
+        lane for ever."""
         while True:
             await asyncio.sleep(min(1.0, self.hang_timeout_s / 4))
-            for (lane, rank), (group, actor, when) in list(self.pulses.items()):
-                if self.groups.get(lane) != group or lane not in self.lanes:
+            for (lane, rank), heard in list(self.pulses.items()):
+                if self.groups.get(lane) != heard.group or lane not in self.lanes:
                     del self.pulses[lane, rank]
-                elif time.monotonic() - when > self.hang_timeout_s:
+                elif time.monotonic() - min(heard.when, heard.moved) > self.hang_timeout_s:
                     del self.pulses[lane, rank]
-                    self.reasons[lane] = f"its rank {rank} gave no sign for {self.hang_timeout_s:g} s"
-                    ray.kill(actor)
+                    self.reasons[lane] = f"its rank {rank} gave no sign of work for {self.hang_timeout_s:g} s"
+                    ray.kill(heard.actor)
 
     async def _take(self, lane: int, group: str) -> dict[str, Any] | None:
         self.running.pop(lane, None)

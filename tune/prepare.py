@@ -19,8 +19,9 @@ from train_fn.data import DataReport, Splits, load_splits, make_splits, read_man
 from train_fn.metrics import MODES
 from train_fn.nano import CHECKPOINT
 from train_fn.storage import Storage
+from train_fn.worker import versions
 from tune.journal import Journal, StudyLock
-from tune.provenance import base_hash, data_hash, git_state, versions
+from tune.provenance import base_hash, data_hash, git_state
 from tune.results import Goal
 from tune.settings import Settings, SettingsError, flag, goal, load_space, study_directory
 from tune.tracking import tracking_uri

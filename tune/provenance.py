@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,15 +11,7 @@ from pathlib import Path
 from train_fn.copies import default_cache, file_hash, read_known, write_known
 from train_fn.data import Splits
 
-PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what every node must agree on."""
-    return {f"version_{name}": importlib.metadata.version(name) for name in PACKAGES} | {
-        "version_python": platform.python_version()
-    }
 
 
 def data_hash(splits: Splits) -> str:

@@ -17,8 +17,8 @@ import numpy as np
 from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
 from train_fn.scores import probabilities
+from train_fn.worker import versions
 from tune.prepare import Study
-from tune.provenance import versions
 from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, ranked, with_intervals
 from tune.settings import Settings, SettingsError
 from tune.tracking import Tracking, target_of
@@ -157,6 +157,9 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     for sentence in study.data_report.sentences():
         say(f"Data: {sentence}")
     say(f"Starting the lanes (logs in {session_logs()})")
+    there, wanted = int(resources.get("GPU", 0)), layout.lanes * layout.workers_per_trial
+    if layout.use_gpu and there < wanted:
+        say(f"The cluster has {there} of the {wanted} GPUs: the lanes wait until its autoscaler has brought the rest")
     search_and_test(study, layout, outcome, say, started)
     # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
     # led here would never be seen. The interpreter's exit shuts Ray down in any case.
@@ -192,6 +195,7 @@ def start_lanes(study: Study, layout: Layout, dispatcher: Any) -> Any:
             num_threads=layout.num_threads,
             profile=study.settings.study.profile,
             trace=study.settings.study.trace,
+            versions=versions(),
         )
         for lane in range(layout.lanes)
     ]
