@@ -26,7 +26,7 @@ def documented_pattern(work: dict[str, Any]) -> list[dict[str, Any]]:
     """(b) The guide's settings, which are trial 0, as often as asked."""
     from benchmarks.lanes import run_documented
 
-    found = run_documented(Path(work["folder"]), Path(work["splits"]), len(work["numbers"]))
+    found = run_documented(Path(work["folder"]), Path(work["splits"]), len(work["numbers"]), work["at_once"])
     seconds = {"wall": "time_total_s", "train": "train_s", "evaluation": "evaluation_s"}
     return [
         {"number": 0, "later": True, "metrics": {name: value for name, value in trial.items() if type(value) is float}}

@@ -73,8 +73,8 @@ def documented_trial(config: dict[str, Any]) -> None:
     ).fit()
 
 
-def run_documented(folder: Path, splits_file: Path, trials: int) -> list[dict[str, Any]]:
-    """Metrics of each trial of the documented pattern, one after the other so that each is timed alone."""
+def run_documented(folder: Path, splits_file: Path, trials: int, at_once: int = 1) -> list[dict[str, Any]]:
+    """Metrics of each trial of the documented pattern; one after the other, each is timed alone."""
     os.environ["PYTHONPATH"] = str(ROOT)
     import ray
     import ray.tune
@@ -85,7 +85,7 @@ def run_documented(folder: Path, splits_file: Path, trials: int) -> list[dict[st
     results = ray.tune.Tuner(
         ray.tune.with_resources(documented_trial, {"CPU": 0.01}),
         param_space={"splits": load_splits(splits_file), "output": str(folder / "documented")},
-        tune_config=ray.tune.TuneConfig(num_samples=trials, max_concurrent_trials=1),
+        tune_config=ray.tune.TuneConfig(num_samples=trials, max_concurrent_trials=at_once),
         run_config=ray.tune.RunConfig(storage_path=str(folder / "documented"), verbose=0),
     ).fit()
     found = [result.metrics for result in results]

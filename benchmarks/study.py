@@ -5,8 +5,8 @@
 
 a   `python tune/run.py`, process start to end, as two lanes of one worker
 a1  the same as one lane of one worker with all cores; a2: as one lane of two ZeRO-2 workers (three trials each)
-b   Ray's documented pattern, one TorchTrainer per trial (benchmarks/lanes.py): three times trial 0; its time for as
-    many trials as the others train is its start-up and that many times its median trial
+b   Ray's documented pattern, one TorchTrainer per trial (benchmarks/lanes.py), two at once: four times trial 0; its
+    time for as many trials as the others train adds the rounds that are missing, each as long as its median trial
 c   transformers' `Trainer.hyperparameter_search` over Optuna in one process, base loaded per trial by `model_init`
 d   the floor: a bare PyTorch loop in two processes, features and batches in memory, no framework; d1: in one process
 
@@ -36,7 +36,7 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(Path(__file
 
 ALTERNATIVES = ROOT / "benchmarks" / "alternatives.py"
 PARTS = ("a", "a1", "a2", "b", "c", "d", "d1")
-FEW = 3  # trials of the parts that are not trained through
+FEW = {"a1": 3, "a2": 3, "b": 4}  # trials of the parts that are not trained through
 # Sums of the same terms in another order differ in the last bits, and training lets them grow; what counts images may
 # then decide one of them otherwise (the smallest class of the validation part has 13).
 TOLERANCES = {"loss": 0.002, "auroc": 0.005}
@@ -98,7 +98,7 @@ def run_study(folder: Path, trials: int, *options: str) -> dict[str, Any]:
 def run_part(part: str, folder: Path, work: dict[str, Any]) -> dict[str, Any]:
     """One alternative in a folder of its own: what was measured, and the seconds and metrics of each trial."""
     folder.mkdir()
-    count = len(work["trials"]) if part in ("a", "c", "d", "d1") else min(FEW, len(work["trials"]))
+    count = min(FEW.get(part, len(work["trials"])), len(work["trials"]))
     if part.startswith("a"):
         space = f"TRIALS = {work['trials']!r}\nGUIDE = {{}}\n\n\ndef space(trial):\n    return TRIALS[trial.number]\n"
         (folder / "listed.py").write_text(space)
@@ -110,10 +110,10 @@ def run_part(part: str, folder: Path, work: dict[str, Any]) -> dict[str, Any]:
         assert splits == Path(work["splits"]).read_bytes(), "the study has divided the images otherwise"
         return {name: value for name, value in measured.items() if name not in ("reports", "driver_gib")}
     shares = 2 if part == "d" else 1
-    threads = str(max(1, (os.cpu_count() or 1) // shares))
+    threads = str(max(1, (os.cpu_count() or 1) // (2 if part in "bd" else 1)))
     commands = []
     for share in range(shares):
-        told = work | {"numbers": list(range(share, count, shares)), "folder": str(folder)}
+        told = work | {"numbers": list(range(share, count, shares)), "folder": str(folder), "at_once": 2}
         (folder / f"work-{share}.json").write_text(json.dumps(told))
         commands.append([sys.executable, str(ALTERNATIVES), part[0], str(folder / f"work-{share}.json")])
     measured = measure(commands, folder, OMP_NUM_THREADS=threads, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -153,7 +153,7 @@ def row(part: str, run: dict[str, Any], count: int) -> dict[str, float]:
     later = [trial for trial in trials if trial["later"]] or trials
     trial_s = median(trial["wall"] for trial in later)
     count = count if part == "b" else len(trials)
-    wall_s = run["wall_s"] + (count - len(trials)) * trial_s
+    wall_s = run["wall_s"] + (count - len(trials)) / 2 * trial_s
     found = {"trials": count, "wall_s": wall_s, "wall_per_trial_s": wall_s / count, "trial_s": trial_s}
     if "step" in later[0]:
         found["step_s"] = median(trial["train"] / trial["step"] for trial in later)

@@ -374,9 +374,18 @@ class Lanes:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        class Plain(TorchTrainer):
+            """Without the processes that Ray adds to each trainer for datasets, which there are none of, and, on a single
+            machine, for removing placement groups by what the dashboard tells, which is off."""
+
+            def _create_default_callbacks(self) -> list[Any]:
+                needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone else set())
+                return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
+
+        alone = not os.environ.get("RAY_ADDRESS")
         self.threads = []
         for job in jobs:
-            trainer = TorchTrainer(
+            trainer = Plain(
                 lane_loop,
                 train_loop_config={"job": job},
                 torch_config=TorchConfig(timeout_s=max(1, round(hang_timeout_s))),
