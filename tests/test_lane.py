@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from train_fn.data import Sample, Splits
+from train_fn.settings import ModelSettings
+from train_fn.storage import Storage
+from train_fn.worker import LaneJob, check_node, versions
 from tune.lane import MAX_ATTEMPTS, Dispatcher
 
 
@@ -60,6 +68,24 @@ def test_last_report_lets_a_job_run_through() -> None:
         assert message(3, done=True).items() <= (await last).items()
 
     run(scenario)
+
+
+def test_a_node_that_sees_other_things_than_the_driver_is_told_all_at_once(tmp_path) -> None:
+    image = tmp_path / "one.png"
+    image.write_bytes(b"")
+    job = LaneJob(lane=0, dispatcher=None, model=ModelSettings(), splits=splits_of(image), positive="",
+                  storage=Storage(tmp_path), num_threads=1, versions=versions())  # fmt: skip
+    check_node(job)
+    other = replace(job, splits=splits_of(tmp_path / "two.png"), storage=Storage(tmp_path / "nowhere"),
+                    versions={**versions(), "version_torch": "1.0"})  # fmt: skip
+    with pytest.raises(RuntimeError) as refused:
+        check_node(other)
+    for part in ("torch is ", "the driver's 1.0", "two.png", "nowhere cannot be written"):
+        assert part in str(refused.value)
+
+
+def splits_of(image: Path) -> Splits:
+    return Splits((Sample(str(image), "?", "a", 0),), (), (), ("a", "b"))
 
 
 def test_two_hiccups_far_apart_do_not_give_a_lane_up() -> None:

@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from studies import finish, start, wait_for
 from test_resume import OPTIONS, SPACE, check_whole
 
+from train_fn.loop import ResumeState
+from train_fn.settings import TrialSettings
 from train_fn.storage import Storage
 
 pytest.importorskip("moto")
@@ -66,6 +69,35 @@ def test_push_pull_remove(bucket, tmp_path) -> None:
     shutil.rmtree(other)
     elsewhere.pull(other / "trials" / "0001")
     assert not (here / "trials" / "0001").exists() and not (other / "trials" / "0001").exists()
+
+
+def test_several_workers_of_a_node_fetch_the_same_at_once(bucket, tmp_path) -> None:
+    here, other = tmp_path / "here" / "s", tmp_path / "other" / "s"
+    (here / "adapter").mkdir(parents=True)
+    (here / "adapter" / "a.txt").write_text("a")
+    Storage(here, f"{bucket}/many/s").push(here / "adapter")
+    elsewhere = Storage(other, f"{bucket}/many/s")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(elsewhere.pull, [other / "adapter"] * 8))
+    assert [path.name for path in other.iterdir()] == ["adapter"] and (other / "adapter" / "a.txt").read_text() == "a"
+
+
+def test_a_trial_goes_on_from_the_newest_point_of_the_storage(bucket, tmp_path) -> None:
+    """Whatever this node still has: the trial was elsewhere meanwhile."""
+    there, here = (Storage(tmp_path / name / "s", f"{bucket}/moved/s") for name in ("there", "here"))
+    for storage, names in [
+        (there, ["00000002-0", "00000002-1", "00000004-0", "00000004-1", "00000006-0"]),
+        (here, ["00000002-0", "00000002-1"]),
+    ]:
+        folder = storage.directory / "trials" / "0001" / "state"
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / f"{name}.pt").write_text("state")
+    there.push(there.directory / "trials")
+    state = ResumeState(here.directory / "trials" / "0001", here, TrialSettings())
+    state.world_size = 2
+    assert state.points() == ["00000002", "00000004"]
+    assert ResumeState(here.directory / "trials" / "0002", here, TrialSettings()).points() == []
 
 
 def test_a_shared_folder_copies_nothing(tmp_path) -> None:

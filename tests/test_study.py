@@ -230,7 +230,7 @@ def test_a_base_that_cannot_be_loaded_ends_the_study(tmp_path) -> None:
     (model / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
     finished = finish(start(tmp_path, "--trials", "2", "--lanes", "1", "--model", str(model), *SMALL), tmp_path)
     assert finished.code == 1, finished.out + finished.err
-    assert "could not be loaded" in finished.out and "no winner" in finished.out
+    assert "could not begin" in finished.out and "no winner" in finished.out
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path) -> None:

@@ -8,19 +8,24 @@ trial (`QueuedTrial`) only hands settings to the dispatcher and waits for report
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import ray.tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from train_fn.worker import LaneJob, lane_loop
+from train_fn.worker import LaneJob, lane_loop, versions
+
+if TYPE_CHECKING:
+    from tune.prepare import Study
+    from tune.study import Layout
 
 # How often a trial is begun that loses its worker group by no known fault of its own, and gets no further.
 MAX_ATTEMPTS = 3
@@ -356,27 +361,32 @@ def start_dispatcher(num_lanes: int, workers_per_trial: int, hang_timeout_s: flo
 class Lanes:
     """The study's lanes: each a TorchTrainer whose fit() runs in a thread of the driver."""
 
-    def __init__(
-        self,
-        jobs: list[LaneJob],
-        *,
-        workers_per_trial: int,
-        use_gpu: bool,
-        cpus_per_worker: float,
-        storage: str,
-        runtime_env: dict[str, Any],
-        hang_timeout_s: float,
-    ) -> None:
-        self.dispatcher = jobs[0].dispatcher
+    def __init__(self, study: Study, layout: Layout, dispatcher: Any) -> None:
+        self.dispatcher = dispatcher
         self.over = False
+        settings = study.settings
+        job = LaneJob(
+            lane=0,
+            dispatcher=dispatcher,
+            model=settings.model,
+            splits=study.splits,
+            positive=study.positive,
+            storage=study.storage,
+            num_threads=layout.num_threads,
+            profile=settings.study.profile,
+            trace=settings.study.trace,
+            versions=versions(),
+        )
+        threads = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
+        place = f"{study.storage.uri or study.directory}/ray/{time.strftime('%Y%m%d-%H%M%S')}"
         # The default of 2 s would be added to the lane's end and to the rebuilding of a lost group.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         class Plain(TorchTrainer):
-            """Without the processes that Ray adds to each trainer for datasets, which there are none of, and, on a single
-            machine, for removing placement groups by what the dashboard tells, which is off."""
+            """Without the processes that Ray adds to each trainer for datasets, which there are none of, and, where
+            there is no dashboard, for removing placement groups by what it tells."""
 
             def _create_default_callbacks(self) -> list[Any]:
                 needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone else set())
@@ -384,24 +394,24 @@ class Lanes:
 
         alone = not os.environ.get("RAY_ADDRESS")
         self.threads = []
-        for job in jobs:
+        for lane in range(layout.lanes):
             trainer = Plain(
                 lane_loop,
-                train_loop_config={"job": job},
-                torch_config=TorchConfig(timeout_s=max(1, round(hang_timeout_s))),
+                train_loop_config={"job": dataclasses.replace(job, lane=lane)},
+                torch_config=TorchConfig(timeout_s=max(1, round(settings.study.hang_timeout))),
                 scaling_config=ScalingConfig(
-                    num_workers=workers_per_trial,
-                    use_gpu=use_gpu,
-                    resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                    num_workers=layout.workers_per_trial,
+                    use_gpu=layout.use_gpu,
+                    resources_per_worker={"CPU": 1, **({"GPU": 1} if layout.use_gpu else {})},
                 ),
                 run_config=RunConfig(
-                    name=f"lane-{job.lane}",
-                    storage_path=storage,
+                    name=f"lane-{lane}",
+                    storage_path=place,
                     failure_config=FailureConfig(max_failures=-1),
-                    worker_runtime_env=runtime_env,  # type: ignore[call-arg]  # of Train V2's RunConfig
+                    worker_runtime_env={"env_vars": threads},  # type: ignore[call-arg]  # of Train V2's RunConfig
                 ),
             )
-            self.threads.append(threading.Thread(target=self._run, args=(job.lane, trainer), daemon=True))
+            self.threads.append(threading.Thread(target=self._run, args=(lane, trainer), daemon=True))
         for thread in self.threads:
             thread.start()
 

@@ -12,7 +12,7 @@ from train_fn.storage import Storage
 from tune.prepare import Study
 from tune.results import TrialRecord, fold
 from tune.settings import SettingsError
-from tune.study import Layout, start_lanes, start_ray
+from tune.study import Layout, start_ray
 
 
 def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
@@ -25,13 +25,13 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     start_ray(study.settings)
     import ray  # after what `start_ray` sets for it
 
-    from tune.lane import start_dispatcher
+    from tune.lane import Lanes, start_dispatcher
 
     workers = study.settings.study.workers_per_trial
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         dispatcher = start_dispatcher(1, workers, study.settings.study.hang_timeout)
-        lanes = start_lanes(dataclasses.replace(study, storage=Storage(Path(folder))), layout, dispatcher)
+        lanes = Lanes(dataclasses.replace(study, storage=Storage(Path(folder))), layout, dispatcher)
         say(f"Training trial {number} of {study.name} again")
         job = {"kind": "train", "settings": record.settings, "output": folder}
         ray.get(dispatcher.submit.remote(number, job))

@@ -378,29 +378,25 @@ def check(settings: Settings) -> list[str]:
     study, data, model = settings.study, settings.data, settings.model
     goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and is not needed again
     found: list[str] = []
+    given = {**vars(study), **vars(data), **vars(model)}
+    given |= {name: bare(given[name]) for name in ("storage", "mlflow_uri")}
 
-    def rule(name: str, value: Any, holds: bool, text: str, fix: str) -> None:
+    def rule(name: str, holds: object, text: str, fix: str) -> None:
         if not holds:
-            found.append(f"`{flag(name)}` {text}, but got {value!r}: {fix}")
+            found.append(f"`{flag(name)}` {text}, but got {given[name]!r}: {fix}")
 
-    at_least = {
-        "confirm": 0,
-        "confirm_seeds": 1,
-        "trials": 1,
-        "workers_per_trial": 1,
-        "lanes": 0,
-        "max_failures": 0,
-    }
+    at_least = {"confirm": 0, "confirm_seeds": 1, "trials": 1, "workers_per_trial": 1, "lanes": 0, "max_failures": 0,
+                "grace_period": 1, "num_phantoms": 30, "per_device_eval_batch_size": 1, "max_image_tokens": 0}  # fmt: skip
     for name, least in at_least.items():
-        value = getattr(study, name)
-        rule(name, value, value >= least, f"must be at least {least}", "give a larger whole number")
-    schedulers, samplers = ", ".join(SCHEDULERS), ", ".join(SAMPLERS)
-    rule("scheduler", study.scheduler, study.scheduler in SCHEDULERS, "must be known", f"choose from {schedulers}")
-    rule("sampler", study.sampler, study.sampler in SAMPLERS, "must be known", f"choose from {samplers}")
-    rule("grace_period", study.grace_period, study.grace_period >= 1, "must be at least 1", "1 is the default")
-    rule("folds", study.folds, study.folds == 0 or study.folds >= 2, "must be at least 2", "0 confirms over seeds")
-    rule("folds", study.folds, not study.folds or study.confirm > 0, "needs --confirm", "add --confirm 3")
-    rule("gpu_hours", study.gpu_hours, 0 <= study.gpu_hours < float("inf"), "must not be negative", "0: no limit")
+        rule(name, given[name] >= least, f"must be at least {least}", "give a larger whole number")
+    for name, no_limit in (("gpu_hours", "0: no limit"), ("feature_cache_gib", "0 turns the cache off")):
+        rule(name, 0 <= given[name] < float("inf"), "must not be negative", no_limit)
+    one_of = {"scheduler": SCHEDULERS, "sampler": SAMPLERS, "dtype": DTYPES, "device": ("auto", "gpu", "cpu"),
+              "contradictions": ("keep", "drop", "train")}  # fmt: skip
+    for name, known in one_of.items():
+        rule(name, given[name] in known, "must be a known one", f"choose from {', '.join(known)}")
+    rule("folds", study.folds == 0 or study.folds >= 2, "must be at least 2", "0 confirms over seeds")
+    rule("folds", not study.folds or study.confirm > 0, "needs --confirm", "add --confirm 3")
     readers: list[tuple[str, Callable[[str], Any], tuple[str, ...]]] = [
         ("metric", goal, study.metric),
         ("require", comparison, study.require),
@@ -415,66 +411,49 @@ def check(settings: Settings) -> list[str]:
                 why = "must be a number with s, m or h, such as 90m" if name == "time_budget" else error
                 found.append(f"`{flag(name)}` {why}, but got {text!r}: see --help")
     several = len(study.metric) > 1
-    rule(
-        "sampler", study.sampler, not (several and study.sampler == "cmaes"), "knows one goal only", "take tpe or nsga2"
-    )
+    rule("sampler", not (several and study.sampler == "cmaes"), "knows one goal only", "take tpe or nsga2")
     if study.warm_start and not goes_on and study_directory(study.warm_start, study.results) is None:
         found.append(f"`--warm-start` must name a study, but got {study.warm_start!r}: give its name or its folder")
-    for name in study.report_to:
-        rule("report_to", name, name in REPORT_TO, "must be a known place", f"choose from {', '.join(REPORT_TO)}")
+    rule(
+        "report_to",
+        set(study.report_to) <= set(REPORT_TO),
+        "must name known places",
+        f"choose from {', '.join(REPORT_TO)}",
+    )
     for name, needed in (("report_to", "wandb"), ("sampler", "cmaes")):
         if needed in getattr(study, name) and importlib.util.find_spec(needed) is None:
             found.append(f"`{flag(name)}` {needed} needs the package {needed}: pip install {needed}")
     for name in ("val_fraction", "test_fraction"):
-        value = getattr(data, name)
-        rule(name, value, 0 < value < 1, "must be between 0 and 1", "0.2 is usual")
+        rule(name, 0 < given[name] < 1, "must be between 0 and 1", "0.2 is usual")
     if max(data.val_fraction, data.test_fraction) < 1 <= data.val_fraction + data.test_fraction:
         found.append(
             f"`--val-fraction` and `--test-fraction` must leave images to train on, but together are "
             f"{data.val_fraction + data.test_fraction:g}: lower one"
         )
-    rule(
-        "hang_timeout", study.hang_timeout, 1 <= study.hang_timeout < 1e6, "must be at least 1 s", "600 is the default"
-    )
-    rule("device", study.device, study.device in ("auto", "gpu", "cpu"), "must be auto, gpu or cpu", "auto is usual")
-    known = ("keep", "drop", "train")
-    rule(
-        "contradictions", data.contradictions, data.contradictions in known, "must be keep, drop or train", "see --help"
-    )
-    rule("num_phantoms", data.num_phantoms, data.num_phantoms >= 30, "must be at least 30", "the default works")
-    rule("dtype", model.dtype, model.dtype in DTYPES, "must be a known format", f"choose from {', '.join(DTYPES)}")
+    rule("hang_timeout", 1 <= study.hang_timeout < 1e6, "must be at least 1 s", "600 is the default")
     asked = [name for name in ("bf16", "fp16") if getattr(model, name)]
     if len(asked) + (model.dtype != "auto") > 1:
         found.append(
             f"`--bf16`, `--fp16` and `--dtype` must not contradict each other, but got {', '.join(map(flag, asked))} "
             f"and --dtype {model.dtype}: keep one"
         )
-    rule("max_image_tokens", model.max_image_tokens, model.max_image_tokens >= 0, "must not be negative", "0: no limit")
-    for name, value in (("split_seed", data.split_seed), ("study_seed", study.study_seed)):
-        rule(name, value, 0 <= value < 2**32, "must fit 32 bits", "give a whole number from 0 to 4294967295")
-    rule("per_device_eval_batch_size", model.per_device_eval_batch_size, model.per_device_eval_batch_size >= 1,
-         "must be at least 1", "16 is the default")  # fmt: skip
-    rule("feature_cache_gib", model.feature_cache_gib, 0 <= model.feature_cache_gib < float("inf"),
-         "must not be negative", "0 turns the cache off")  # fmt: skip
+    for name in ("split_seed", "study_seed"):
+        rule(name, 0 <= given[name] < 2**32, "must fit 32 bits", "give a whole number from 0 to 4294967295")
     remote = not study.storage or re.match("(s3|gs)://.+", study.storage)
-    rule("storage", study.storage, bool(remote), "must begin with s3:// or gs://", "a folder is given by --results")
+    rule("storage", remote, "must begin with s3:// or gs://", "a folder is given by --results")
     # Others see command lines, and settings are written down.
-    own = "must hold no key or password"
-    rule("storage", bare(study.storage), bare(study.storage) == study.storage, own, "leave them to AWS_ACCESS_KEY_ID")
-    rule("mlflow_uri", bare(study.mlflow_uri), bare(study.mlflow_uri) == study.mlflow_uri, own,
-         "give the whole address as MLFLOW_TRACKING_URI instead")  # fmt: skip
-    slash = study.name != Path(study.name).name if study.name else False
-    rule("name", study.name, not slash, "must be a plain folder name", "leave out slashes")
+    for name, fix in (("storage", "leave them to AWS_ACCESS_KEY_ID and the like"),
+                      ("mlflow_uri", "give the whole address as MLFLOW_TRACKING_URI instead")):  # fmt: skip
+        rule(name, given[name] == getattr(study, name), "must hold no key or password", fix)
+    rule("name", study.name == Path(study.name).name, "must be a plain folder name", "leave out slashes")
     if data.data == "phantoms":
         for name in ("image_root", "val_data", "test_data"):
-            value = getattr(data, name)
-            rule(name, value, not value, "goes with --data", "give --data MANIFEST, or leave it out")
+            rule(name, not given[name], "goes with --data", "give --data MANIFEST, or leave it out")
     for name in ("data", "val_data", "test_data"):
-        value = getattr(data, name)
-        if value and not (name == "data" and value == "phantoms") and not goes_on:
-            rule(name, value, Path(value).is_file(), "must be an existing manifest", "check the path")
+        if given[name] and not (name == "data" and data.data == "phantoms") and not goes_on:
+            rule(name, Path(given[name]).is_file(), "must be an existing manifest", "check the path")
     if data.image_root and not goes_on:
-        rule("image_root", data.image_root, Path(data.image_root).is_dir(), "must be a folder", "check the path")
+        rule("image_root", Path(data.image_root).is_dir(), "must be a folder", "check the path")
     if model.model != "nano":
         found += check_model_directory(Path(model.model))
     found += settings.trial.problems(max(1, study.workers_per_trial))

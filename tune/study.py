@@ -179,52 +179,20 @@ def write_plan(study: Study) -> None:
     partial.replace(study.directory / "plan.json")
 
 
-def start_lanes(study: Study, layout: Layout, dispatcher: Any) -> Any:
-    """The study's lanes, starting up."""
-    from train_fn.worker import LaneJob
-    from tune.lane import Lanes
-
-    jobs = [
-        LaneJob(
-            lane=lane,
-            dispatcher=dispatcher,
-            model=study.settings.model,
-            splits=study.splits,
-            positive=study.positive,
-            storage=study.storage,
-            num_threads=layout.num_threads,
-            profile=study.settings.study.profile,
-            trace=study.settings.study.trace,
-            versions=versions(),
-        )
-        for lane in range(layout.lanes)
-    ]
-    threads = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
-    return Lanes(
-        jobs,
-        workers_per_trial=layout.workers_per_trial,
-        use_gpu=layout.use_gpu,
-        cpus_per_worker=1,
-        storage=f"{study.storage.uri or study.directory}/ray/{time.strftime('%Y%m%d-%H%M%S')}",
-        runtime_env={"env_vars": threads},
-        hang_timeout_s=study.settings.study.hang_timeout,
-    )
-
-
 def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:
     """Start the lanes, run the trials through them, and score the test split on one of them."""
     import optuna
     import ray
     import ray.tune
 
-    from tune.lane import start_dispatcher
+    from tune.lane import Lanes, start_dispatcher
     from tune.progress import Footer, StudyLog
     from tune.search import search
     from tune.terminal import live
 
     settings, journal = study.settings, study.journal
     dispatcher = start_dispatcher(layout.lanes, layout.workers_per_trial, settings.study.hang_timeout)
-    lanes = start_lanes(study, layout, dispatcher)
+    lanes = Lanes(study, layout, dispatcher)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
     journal.write("session", params=study_params(study, layout), tags=tags)
     tracking = Tracking(target_of(study.directory, study.plan), journal.events)
