@@ -390,7 +390,8 @@ class Lanes:
 
             def _create_default_callbacks(self) -> list[Any]:
                 needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone else set())
-                return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
+                callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's TorchTrainer
+                return [callback for callback in callbacks if type(callback).__name__ not in needless]
 
         alone = not os.environ.get("RAY_ADDRESS")
         self.threads = []

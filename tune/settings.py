@@ -386,7 +386,8 @@ def check(settings: Settings) -> list[str]:
             found.append(f"`{flag(name)}` {text}, but got {given[name]!r}: {fix}")
 
     at_least = {"confirm": 0, "confirm_seeds": 1, "trials": 1, "workers_per_trial": 1, "lanes": 0, "max_failures": 0,
-                "grace_period": 1, "num_phantoms": 30, "per_device_eval_batch_size": 1, "max_image_tokens": 0}  # fmt: skip
+                "grace_period": 1, "num_phantoms": 30, "per_device_eval_batch_size": 1,
+                "max_image_tokens": 0}  # fmt: skip
     for name, least in at_least.items():
         rule(name, given[name] >= least, f"must be at least {least}", "give a larger whole number")
     for name, no_limit in (("gpu_hours", "0: no limit"), ("feature_cache_gib", "0 turns the cache off")):
@@ -414,12 +415,8 @@ def check(settings: Settings) -> list[str]:
     rule("sampler", not (several and study.sampler == "cmaes"), "knows one goal only", "take tpe or nsga2")
     if study.warm_start and not goes_on and study_directory(study.warm_start, study.results) is None:
         found.append(f"`--warm-start` must name a study, but got {study.warm_start!r}: give its name or its folder")
-    rule(
-        "report_to",
-        set(study.report_to) <= set(REPORT_TO),
-        "must name known places",
-        f"choose from {', '.join(REPORT_TO)}",
-    )
+    places = ", ".join(REPORT_TO)
+    rule("report_to", set(study.report_to) <= set(REPORT_TO), "must name known places", f"choose from {places}")
     for name, needed in (("report_to", "wandb"), ("sampler", "cmaes")):
         if needed in getattr(study, name) and importlib.util.find_spec(needed) is None:
             found.append(f"`{flag(name)}` {needed} needs the package {needed}: pip install {needed}")
