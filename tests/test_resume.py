@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import random
 import shutil
@@ -85,6 +86,13 @@ def test_worker_driver_and_dispatcher_killed(tmp_path, base) -> None:
     (tmp_path / "space.py").write_text(SPACE)
     process = start(tmp_path, "--space", "space.py", *OPTIONS)
     wait_for(process, "[1/6]")
+    listening = {
+        (p.name(), c.laddr.ip)
+        for p in processes(process)
+        for c in p.net_connections()
+        if c.status == psutil.CONN_LISTEN and not ipaddress.ip_address(c.laddr.ip.removeprefix("::ffff:")).is_loopback
+    }
+    assert not listening  # nothing of a study can be reached from another machine
     random_moment()
     (worker,) = processes(process, "ray::RayTrainWorker")
     worker.send_signal(signal.SIGKILL)

@@ -376,8 +376,9 @@ def measure_collectives(
     kind = "GPU" if layout.use_gpu else "CPU"
     slots = [int(told["resources"].get(kind, 0)) for told in facts.values() if "resources" in told]
     workers = max(layout.workers_per_trial, 2 if sum(map(bool, slots)) > 1 else 1)
-    if workers == 1 or sum(slots) < workers:
-        why = "a trial has one worker" if workers == 1 else f"{workers} {kind}s are not there yet"
+    single = workers == 1 and not layout.use_gpu  # a single GPU is tried all the same: its driver must suit torch
+    if single or sum(slots) < workers:
+        why = "a trial has one worker" if single else f"{workers} {kind}s are not there yet"
         yield Finding("collectives", "cluster", f"skipped: {why}")
         return
     say(f"Measuring collectives between {workers} workers")
@@ -385,10 +386,12 @@ def measure_collectives(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
 
+    from tune.loopback import LoopbackConfig
+
     trainer = TorchTrainer(
         collectives_loop,
         train_loop_config={"storage": storage},
-        torch_config=TorchConfig(timeout_s=ANSWER_S),
+        torch_config=(TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=ANSWER_S),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=layout.use_gpu,
@@ -410,7 +413,8 @@ def measure_collectives(
         yield Finding("collectives", "cluster", "failed", f"{fix} (NCCL: NCCL_SOCKET_IFNAME)")
         return
     speeds = ", ".join(f"{speed:.2f} GB/s at {mib} MiB" for mib, speed in told["gb_per_s"].items())
-    yield Finding("collectives", "cluster", f"{workers} workers, {told['backend']}: all-reduce {speeds}")
+    if workers > 1:
+        yield Finding("collectives", "cluster", f"{workers} workers, {told['backend']}: all-reduce {speeds}")
     yield Finding("ZeRO-2", "cluster", f"a step over {told['trained']:,} weights takes {told['step_s']:.3f} s")
 
 

@@ -377,12 +377,17 @@ class Lanes:
             trace=settings.study.trace,
             versions=versions(),
         )
-        threads = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
         place = f"{study.storage.uri or study.directory}/ray/{time.strftime('%Y%m%d-%H%M%S')}"
         # The default of 2 s would be added to the lane's end and to the rebuilding of a lost group.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+
+        from tune.loopback import INTERFACE, LoopbackConfig
+
+        alone = not os.environ.get("RAY_ADDRESS")
+        environment = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
+        environment |= {name: os.environ.get(name, value) for name, value in INTERFACE.items()} if alone else {}
 
         class Plain(TorchTrainer):
             """Without the processes that Ray adds to each trainer for datasets, which there are none of, and, where
@@ -393,13 +398,14 @@ class Lanes:
                 callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's TorchTrainer
                 return [callback for callback in callbacks if type(callback).__name__ not in needless]
 
-        alone = not os.environ.get("RAY_ADDRESS")
         self.threads = []
         for lane in range(layout.lanes):
             trainer = Plain(
                 lane_loop,
                 train_loop_config={"job": dataclasses.replace(job, lane=lane)},
-                torch_config=TorchConfig(timeout_s=max(1, round(settings.study.hang_timeout))),
+                torch_config=(LoopbackConfig if alone else TorchConfig)(
+                    timeout_s=max(1, round(settings.study.hang_timeout))
+                ),
                 scaling_config=ScalingConfig(
                     num_workers=layout.workers_per_trial,
                     use_gpu=layout.use_gpu,
@@ -409,7 +415,7 @@ class Lanes:
                     name=f"lane-{lane}",
                     storage_path=place,
                     failure_config=FailureConfig(max_failures=-1),
-                    worker_runtime_env={"env_vars": threads},  # type: ignore[call-arg]  # of Train V2's RunConfig
+                    worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]  # of Train V2's RunConfig
                 ),
             )
             self.threads.append(threading.Thread(target=self._run, args=(lane, trainer), daemon=True))
