@@ -37,6 +37,7 @@ def documented_pattern(work: dict[str, Any]) -> list[dict[str, Any]]:
 
 def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
     """(c) As transformers' guide on hyperparameter search has it; projector by PEFT's `modules_to_save`."""
+    import optuna
     import torch
     from peft import get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -128,6 +129,7 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
         n_trials=len(trials),
         direction="maximize",
         backend="optuna",
+        pruner=optuna.pruners.NopPruner(),  # the default would end trials that the others train through
     )
     return found
 
