@@ -255,12 +255,12 @@ class Finder(importlib.abc.MetaPathFinder):
         def patched(module):
             execute(module)
             step = module.train_step
-            def train_step(base, splits, settings, engine, indices, number):
+            def train_step(base, splits, settings, *others):
                 import torch
                 rank, _ = module.world()
                 if settings.per_device_train_batch_size > 1 and (settings.lora_r == 4 or rank == 1):
                     raise torch.OutOfMemoryError("simulated: CUDA out of memory")
-                return step(base, splits, settings, engine, indices, number)
+                return step(base, splits, settings, *others)
             module.train_step = train_step
         spec.loader.exec_module = patched
         return spec

@@ -86,7 +86,7 @@ class Storage:
         return [one.base_name for one in found]
 
     def remove(self, path: Path) -> None:
-        """Remove a file or folder of the study, here and there."""
+        """Remove a file or folder of the study, here and there; another process may be at it, too. Raises OSError."""
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -96,10 +96,14 @@ class Storage:
 
             remote, there = self._there(path)
             kind = remote.get_file_info(there).type
-            if kind == pyarrow.fs.FileType.Directory:
-                remote.delete_dir(there)
-            elif kind == pyarrow.fs.FileType.File:
-                remote.delete_file(there)
+            try:
+                if kind == pyarrow.fs.FileType.Directory:
+                    remote.delete_dir(there)
+                elif kind == pyarrow.fs.FileType.File:
+                    remote.delete_file(there)
+            except OSError:
+                if remote.get_file_info(there).type != pyarrow.fs.FileType.NotFound:
+                    raise
 
     def _there(self, path: Path) -> tuple[Any, str]:
         import pyarrow.fs

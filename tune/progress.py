@@ -104,7 +104,9 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         facts["device_s"] = max(device_s + record.spent_before, record.device_seconds)
         self._tell("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
         if state != "INTERRUPTED":
-            self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
+            # What storage that fails keeps of it does no harm; an error here, Tune would take for the trial's.
+            with contextlib.suppress(OSError):
+                self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
         score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
         values = ", ".join(f"{key} {number_text(value)}" for key, value in record.searched.items())
         values += "; " + "; ".join(record.notes) if record.notes else ""

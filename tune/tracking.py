@@ -127,12 +127,13 @@ class Tracking:
 
     def _tell(self, name: str) -> bool:
         """Tell one store all that it has not been told; False: it is away."""
-        while self._told[name] < len(self._events):
+        while name not in self._sinks or self._told[name] < len(self._events):
             try:
                 if name not in self._sinks:
                     self._sinks[name] = SINKS[name](self._target)
                     if getattr(self._sinks[name], "knows_nothing", False):
                         self._told[name] = 0  # another store than before, or it was lost with its machine
+                    continue
                 self._sinks[name].deliver(self._events[self._told[name]])
             except Away as error:
                 self.away[name] = bare(str(error).splitlines()[0])
@@ -141,6 +142,8 @@ class Tracking:
                 told = bare(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
                 if told not in self.errors:
                     self.errors.append(told)
+                if self._told[name] == len(self._events):
+                    return True
             self._told[name] += 1
             partial = self._path.with_suffix(".partial")
             # A full disk costs no record: after a kill, some are told again.
