@@ -188,10 +188,13 @@ def compare(folder: Path, parts: Sequence[str], num_trials: int, num_phantoms: i
     for repeat in range(repeats):
         repeated.append({part: run_part(part, folder / f"{part}-{repeat}", work) for part in parts})
         print(f"largest differences of metrics: {dict(check_equal(repeated[-1]))}", flush=True)
+        for part, run in repeated[-1].items():  # so far, should the rest be interrupted
+            print(f"{part}: {row(part, run, num_trials)}", flush=True)
     rows = [{part: row(part, run, num_trials) for part, run in runs.items()} for runs in repeated]
     ratios = [("wall_s", part, "a") for part in parts if part in ("b", "c", "d", "d1")]
     ratios += [("step_s", "a", "d"), ("trial_s", "a", "d"), ("trial_s", "b", "a"), ("images_per_s", "a2", "a1")]
-    told = {part: {name: [found[part][name] for found in rows] for name in rows[0][part]} for part in parts}
+    # A second in which another process was seen may be in one repeat only.
+    told = {part: {name: [found[part].get(name, 0.0) for found in rows] for name in rows[0][part]} for part in parts}
     names = dict.fromkeys(name for part in parts for name in told[part])
     print(f"{'medians':20}" + "".join(f"{part:>12}" for part in parts))
     for name in names:

@@ -32,6 +32,7 @@ def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
         for name, parameter in projector.named_parameters():
             parameter.data = pristine[name]
             parameter.grad = None
+            vars(parameter).pop("_zero_optimizer", None)  # DeepSpeed's, which would keep the trial's engine
         model.unload()
         base.model.requires_grad_(False).eval()
 
