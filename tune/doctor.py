@@ -383,15 +383,15 @@ def measure_collectives(
         return
     say(f"Measuring collectives between {workers} workers")
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig
 
-    from tune.loopback import LoopbackConfig
+    from tune.loopback import torch_config
 
     trainer = TorchTrainer(
         collectives_loop,
         train_loop_config={"storage": storage},
-        torch_config=(TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=ANSWER_S),
+        torch_config=torch_config(ANSWER_S),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=layout.use_gpu,

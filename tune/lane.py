@@ -381,9 +381,9 @@ class Lanes:
         # The default of 2 s would be added to the lane's end and to the rebuilding of a lost group.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
-        from tune.loopback import INTERFACE, LoopbackConfig
+        from tune.loopback import INTERFACE, torch_config
 
         alone = not os.environ.get("RAY_ADDRESS")
         environment = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
@@ -403,9 +403,7 @@ class Lanes:
             trainer = Plain(
                 lane_loop,
                 train_loop_config={"job": dataclasses.replace(job, lane=lane)},
-                torch_config=(LoopbackConfig if alone else TorchConfig)(
-                    timeout_s=max(1, round(settings.study.hang_timeout))
-                ),
+                torch_config=torch_config(max(1, round(settings.study.hang_timeout))),
                 scaling_config=ScalingConfig(
                     num_workers=layout.workers_per_trial,
                     use_gpu=layout.use_gpu,

@@ -3,6 +3,7 @@ listens on every interface."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from typing import Any
 
@@ -11,6 +12,11 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
 INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # of the workers' environment
+
+
+def torch_config(timeout_s: int) -> TorchConfig:
+    """How the workers of a trainer meet: as Ray has it in a cluster that was joined, else out of reach for others."""
+    return (TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=timeout_s)
 
 
 class LoopbackConfig(TorchConfig):
