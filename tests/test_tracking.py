@@ -200,8 +200,8 @@ def wait_until_told(directory: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def sync(directory: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tune.tracking", "sync", str(directory)]
+def sync(directory: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tune.tracking", "sync", str(directory), *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -456,6 +456,12 @@ def test_a_secret_on_the_command_line_is_refused_and_not_shown(words) -> None:
     with pytest.raises(SettingsError) as refused:
         parse(words)
     assert "must hold no key or password" in str(refused.value) and "SECRET" not in str(refused.value)
+
+
+def test_sync_refuses_a_secret_on_its_command_line(study, tmp_path) -> None:
+    refused = sync(copy_of(study, tmp_path, "http://host", "secret"), "--mlflow-uri", "http://somebody:SECRET@host")
+    assert refused.returncode == 2 and "must hold no key or password" in refused.stderr
+    assert "SECRET" not in refused.stdout + refused.stderr
 
 
 def test_no_secret_is_written_down_or_told(server, study, tmp_path, monkeypatch, capfd) -> None:

@@ -453,7 +453,7 @@ def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target
         directory=directory,
         experiment=study["experiment"],
         metric=plan["goals"][0][0],
-        uri=with_credentials(bare(uri)),
+        uri=with_credentials(uri),
         report_to=(*study["report_to"], *(["storage"] if study["storage"] else [])),
         storage_uri=Storage.under(study["storage"], directory).uri,
     )
@@ -473,6 +473,10 @@ def main(argv: list[str]) -> int:
         print(
             f"STUDY must be the folder of a study, but {directory} holds no plan.json: check the path", file=sys.stderr
         )
+        return 2
+    if bare(options.mlflow_uri) != options.mlflow_uri:
+        print("--mlflow-uri must hold no key or password: give the whole address as MLFLOW_TRACKING_URI, too",
+              file=sys.stderr)  # fmt: skip
         return 2
     lock = StudyLock(directory)
     if not lock.acquire():
