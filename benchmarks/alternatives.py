@@ -137,17 +137,33 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
 def bare_loop(work: dict[str, Any]) -> list[dict[str, Any]]:
     """(d) The floor. Trials of one process share its base, and the batches, which all trials take in the same order."""
     import torch
+
+    from train_fn.data import load_splits
+    from train_fn.model import image_features, load_base
+    from train_fn.settings import ModelSettings, TrialSettings
+
+    splits, base = load_splits(Path(work["splits"])), load_base(ModelSettings(), torch.device("cpu"))
+    assert base.features
+    base.features.on_disk = False
+    for sample in (*splits.train, *splits.validation):
+        image_features(base, sample.image)
+    trials = {number: TrialSettings.from_dict(work["trials"][number]) for number in work["numbers"]}
+    return bare_trials(base, splits, trials, Path(work["folder"]))
+
+
+def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) -> list[dict[str, Any]]:
+    """Train the trials one after another in plain PyTorch, each to its end, and write their weights into the folder."""
+    import torch
     from safetensors.torch import save_file
     from transformers import get_scheduler
 
     from train_fn import loop
-    from train_fn.data import class_weights, epoch_order, load_splits, micro_batches
+    from train_fn.data import class_weights, epoch_order, micro_batches
     from train_fn.lora import parameter_groups
-    from train_fn.model import adapter_pattern, answer_losses, collate, image_features, load_base
-    from train_fn.settings import ModelSettings, TrialSettings
+    from train_fn.model import adapter_pattern, answer_losses, collate
 
     class Adapted(torch.nn.Module):
-        def __init__(self, frozen: torch.nn.Linear, settings: TrialSettings) -> None:
+        def __init__(self, frozen: torch.nn.Linear, settings: Any) -> None:
             super().__init__()
             self.frozen, self.dropout = frozen, torch.nn.Dropout(settings.lora_dropout)
             self.lora_A = torch.nn.Linear(frozen.in_features, settings.lora_r, bias=False)
@@ -159,12 +175,9 @@ def bare_loop(work: dict[str, Any]) -> list[dict[str, Any]]:
         def forward(self, given: torch.Tensor) -> torch.Tensor:
             return self.frozen(given) + self.lora_B(self.lora_A(self.dropout(given))) * self.scaling
 
-    splits, base = load_splits(Path(work["splits"])), load_base(ModelSettings(), torch.device("cpu"))
-    assert base.features
-    base.features.on_disk = False
-    for sample in (*splits.train, *splits.validation):
-        image_features(base, sample.image)
-    weights, pristine = torch.tensor(class_weights(splits.class_counts("train"))), dict(base.model.named_modules())
+    device = base.device
+    weights = torch.tensor(class_weights(splits.class_counts("train")), device=device)
+    pristine = dict(base.model.named_modules())
 
     @functools.cache
     def batch(*images: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -172,13 +185,13 @@ def bare_loop(work: dict[str, Any]) -> list[dict[str, Any]]:
         return collate(base, samples, with_answers=True), weights[[sample.label for sample in samples]]
 
     found = []
-    for turn, number in enumerate(work["numbers"]):
-        settings, clock = TrialSettings.from_dict(work["trials"][number]), loop.Clock()
+    for turn, (number, settings) in enumerate(trials.items()):
+        clock = loop.Clock()
         loop.seed_everything(settings.seed, 0)
         pattern = adapter_pattern(base, settings.lora_target_modules, settings.lora_exclude_patterns)
         adapted = [name for name in pristine if re.fullmatch(pattern, name)]
         for name in adapted:
-            base.model.set_submodule(name, Adapted(pristine[name], settings))
+            base.model.set_submodule(name, Adapted(pristine[name], settings).to(device))
         projector = {name: weight.clone() for name, weight in pristine[base.projector].state_dict().items()}
         pristine[base.projector].requires_grad_(settings.train_projector)
         groups = parameter_groups(base.model, settings)
@@ -199,11 +212,13 @@ def bare_loop(work: dict[str, Any]) -> list[dict[str, Any]]:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            clock.lap("train")
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            clock.lap("warm-up" if epoch == 1 and device.type == "cuda" else "train")
             metrics = loop.evaluate(base, splits, "validation", 16, True, POSITIVE)
             clock.lap("evaluation")
-        tensors = {name: p.detach() for name, p in base.model.named_parameters() if p.requires_grad}
-        save_file(tensors, Path(work["folder"]) / f"{number}.safetensors")
+        tensors = {name: p.detach().cpu() for name, p in base.model.named_parameters() if p.requires_grad}
+        save_file(tensors, folder / f"{number}.safetensors")
         for name in adapted:
             base.model.set_submodule(name, pristine[name])
         pristine[base.projector].requires_grad_(False).load_state_dict(projector)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,10 +21,15 @@ SHORT = TrialSettings(num_train_epochs=2, lora_r=8, lora_alpha=8, learning_rate=
 
 
 @pytest.fixture(scope="module", params=["bf16", "qlora"])
-def on_gpu(request, base):
-    """The nano base on the GPU; `base` only for the process group that it opens."""
+def on_gpu(request):
+    """The nano base on the GPU, in a process group of one."""
+    import torch.distributed as dist
+
     from train_fn.model import load_base
 
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return load_base(ModelSettings(use_qlora=request.param == "qlora"), torch.device("cuda", 0))
 
 

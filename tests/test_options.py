@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def test_gradient_checkpointing_does_not_change_the_numbers(base, splits) -> Non
     plain = train(base, splits, replace(SHORT, lora_dropout=0.0))
     saving = train(base, splits, replace(SHORT, lora_dropout=0.0, gradient_checkpointing=True))
     assert saving["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-5)
+
+
+def test_compiled_layers_train_the_same(base, splits, monkeypatch) -> None:
+    """Without the inductor, whose compilation takes half a minute."""
+    from torch._dynamo.utils import counters
+
+    plain = train(base, splits, replace(SHORT, lora_dropout=0.0))
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    counters.clear()
+    compiled = train(base, splits, replace(SHORT, lora_dropout=0.0, torch_compile=True, gradient_checkpointing=True))
+    assert compiled["applied"]["torch_compile"] and not plain["applied"]["torch_compile"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
+    assert compiled["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-4)
+    assert not any(module._compiled_call_impl for module in base.model.modules())
 
 
 def test_offloading_does_not_change_the_numbers(base, splits) -> None:

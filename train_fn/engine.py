@@ -138,6 +138,7 @@ def read_applied(engine: Any) -> dict[str, Any]:
         "zero_stage": engine.zero_optimization_stage(),
         "optimizer_class": type(client).__name__,
         "gradient_checkpointing": engine.module.base.model.is_gradient_checkpointing,
+        "torch_compile": any(layer._compiled_call_impl for layer in engine.module.base.model.modules()),
         "trainable_params": sum(p.numel() for p in trainable.values()),
         "trainable_dtype": only(str(p.dtype).removeprefix("torch.") for p in trainable.values()),
         "base_dtype": str(engine.module.base.model.dtype).removeprefix("torch."),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train_fn.hulumed import native_name, original_name
 from train_fn.model import Base, adapter_pattern
@@ -26,6 +28,8 @@ def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
     pristine = {name: parameter.data for name, parameter in projector.named_parameters()}
     # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
     model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+    for layer in adapter_layers(model).values():
+        layer.cast_input_dtype_enabled = not base.autocasts
     try:
         yield model
     finally:
@@ -56,7 +60,32 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
             # Re-entrant checkpointing gives no gradient where no input needs one: the frozen embeddings.
             base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             stack.callback(base.model.gradient_checkpointing_disable)
+        if settings.torch_compile:
+            stack.enter_context(compiled(base))
         yield model
+
+
+@contextlib.contextmanager
+def compiled(base: Base) -> Iterator[None]:
+    """The language model's layers compiled, for training only: an evaluation's cache of keys and values would be
+    compiled anew for every layer. All layers are alike and share what is compiled."""
+    layers = [layer for layer in base.model.get_submodule(base.language_model).modules()
+              if isinstance(layer, GradientCheckpointingLayer)]  # fmt: skip
+    for layer in layers:
+        layer.compile()
+        # What nn.Module.compile sets, and what nn.Module.__call__ looks for.
+        layer._compiled_call_impl = functools.partial(call, layer, layer._compiled_call_impl)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        torch._dynamo.reset()  # it would keep up to eight ranks, and then give up
+
+
+def call(layer: torch.nn.Module, as_compiled: Callable, *given: Any, **named: Any) -> Any:
+    """A layer's output, compiled where gradients are wanted."""
+    return (as_compiled if torch.is_grad_enabled() else layer._call_impl)(*given, **named)
 
 
 def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:

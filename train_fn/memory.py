@@ -81,9 +81,12 @@ def measure(
         linear = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
         rest = sum(p.numel() for p in base.model.parameters()) - linear
         held = linear * FOUR_BIT_BYTES + base.model.dtype.itemsize * rest
-    with torch.device("meta"), adapted(base, dataclasses.replace(trial, gradient_checkpointing=False)) as model:
+    plain = dataclasses.replace(trial, gradient_checkpointing=False, torch_compile=False)
+    with torch.device("meta"), adapted(base, plain) as model:
         model.train()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        for parameter in model.parameters():  # what autocast does, which the meta device has not
+            parameter.data = parameter.to(base.model.dtype)
         # Fused attention keeps no probabilities, but on the meta device torch takes the plain one. They are all that
         # grows with the square of the length, so two lengths tell them from the rest.
         kept = 4 * saved_bytes(base, tokens // 2) - saved_bytes(base, tokens // 2 * 2)

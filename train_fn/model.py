@@ -78,6 +78,13 @@ class Base:
         """Whether an image's size tells its tokens: VideoLlama3's, which packs the patches of a batch."""
         return self.model.config.model_type == "video_llama_3"
 
+    @property
+    def autocasts(self) -> bool:
+        """Whether the float32 adapters of a bfloat16 base multiply in its format, as in the guide's training. In
+        float32 each of the seven in a layer would keep its input for the backward pass at twice the size. Not so in
+        float16, whose range is narrow."""
+        return self.model.dtype == torch.bfloat16
+
     @functools.cached_property
     def features(self) -> FeatureStore | None:
         """Where features are kept; None when they are not."""
@@ -505,7 +512,8 @@ def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
         if set(base.model.config.get_text_config().layer_types) == {"full_attention"}:
             inputs["attention_mask"] = {"full_attention": None}
     inner = getattr(base.model, base.model.base_model_prefix)
-    return inner(**inputs, **options)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.autocasts):
+        return inner(**inputs, **options)
 
 
 def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:

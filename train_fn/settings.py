@@ -46,6 +46,9 @@ class TrialSettings:
     moves to the CPU when the GPU is full)."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
+    torch_compile: bool = False
+    """Compile the language model's layers with torch.compile: fewer and larger GPU kernels, after a wait for the
+    compiler at the begin of every trial. Changes numbers in their last digits."""
     use_lora: bool = True
     """Train an adapter. Without it only the projector is trained (--train-projector)."""
     lora_r: int = 64
