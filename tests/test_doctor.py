@@ -88,6 +88,17 @@ def test_gpus_and_their_memory(changes, need, wrong) -> None:
     assert {check: verdict for check, (verdict, _) in found.items() if verdict != "ok"} == wrong
 
 
+def test_the_largest_micro_batch_that_fits_a_gpu_is_told() -> None:
+    def told(**larger: float) -> str:
+        need = Need(layout=GPU, memory={"base": 8.0}, larger={int(name[1:]): gib for name, gib in larger.items()})
+        found = verdicts({"driver": GOOD, "node": GOOD | ON_GPU}, need)
+        return next(finding.found for finding in found if finding.check == "memory")
+
+    fitting = "--per-device-train-batch-size 8 --gradient-accumulation-steps 2"
+    assert fitting in told(m4=12.0, m8=18.0, m16=30.0)
+    assert "--per-device" not in told(m4=22.0, m8=30.0, m16=50.0)
+
+
 def test_a_head_without_slots_needs_no_memory() -> None:
     found = judged({"resources": {"CPU": 0.0}, "ram_gib": 0.1}, Need(layout=CPU, memory={"base": 4.0}, least=4.0))
     assert "memory" not in found and all(verdict == "ok" for verdict, _ in found.values())

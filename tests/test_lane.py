@@ -221,6 +221,37 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch() -> No
     run(scenario)
 
 
+def test_what_did_not_fit_is_not_tried_again_by_a_trial_as_large() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+
+        async def micro_batch(number: int, **settings) -> int:
+            batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+            await dispatcher.submit(number, {"settings": batch | settings})
+            found = await dispatcher.next_assignment(0, f"group {number}", 0)
+            assert found["settings"]["gradient_accumulation_steps"] * found["settings"][
+                "per_device_train_batch_size"] == 16  # fmt: skip
+            return found["settings"]["per_device_train_batch_size"]
+
+        assert await micro_batch(0, lora_r=16) == 8
+        for group, micro in (("again", 4), ("and again", 2)):
+            await dispatcher.out_of_memory(0, dispatcher.groups[0], "CUDA out of memory")
+            found = await dispatcher.next_assignment(0, group, 0)
+            assert found["settings"]["per_device_train_batch_size"] == micro
+        dispatcher.tickets[0].ended = True
+        assert await micro_batch(1, lora_r=64) == 2
+        assert "earlier trial" in dispatcher.tickets[1].assignment["notes"][0]
+        dispatcher.tickets[1].ended = True
+        for number, settings in ((2, {"lora_r": 8}), (3, {"lora_r": 64, "gradient_checkpointing": True})):
+            assert await micro_batch(number, **settings) == 8
+            assert "notes" not in dispatcher.tickets[number].assignment
+            dispatcher.tickets[number].ended = True
+        await dispatcher.submit(4, {"adapter": "of a scoring job"})
+        assert "settings" not in await dispatcher.next_assignment(0, "group 4", 0)
+
+    run(scenario)
+
+
 def test_out_of_memory_is_no_lost_group() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)

@@ -273,7 +273,7 @@ def test_out_of_memory_on_all_ranks_and_on_one(tmp_path) -> None:
     (tmp_path / "patch").mkdir()
     (tmp_path / "patch" / "sitecustomize.py").write_text(ALLOCATOR_ERROR)
     (tmp_path / "space.py").write_text(
-        'GUIDE = {}\ndef space(trial):\n    return {"lora_r": [4, 8][trial.number % 2], "lora_alpha": 8}\n'
+        'GUIDE = {}\ndef space(trial):\n    return {"lora_r": [8, 4][trial.number % 2], "lora_alpha": 8}\n'
     )
     options = ["--trials", "2", "--workers-per-trial", "2", "--space", "space.py", *SMALL]
     finished = finish(start(tmp_path, *options, path=str(tmp_path / "patch")), tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unittest.mock
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,9 +88,7 @@ def measure(
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         for parameter in model.parameters():  # what autocast does, which the meta device has not
             parameter.data = parameter.to(base.model.dtype)
-        # Fused attention keeps no probabilities, but on the meta device torch takes the plain one. They are all that
-        # grows with the square of the length, so two lengths tell them from the rest.
-        kept = 4 * saved_bytes(base, tokens // 2) - saved_bytes(base, tokens // 2 * 2)
+        kept = saved_bytes(base, tokens)
     if trial.gradient_checkpointing:  # every layer's input, and one layer at a time again
         kept /= text.num_hidden_layers
         kept += tokens * text.num_hidden_layers * text.hidden_size * base.model.dtype.itemsize
@@ -142,7 +141,28 @@ def saved_bytes(base: Any, tokens: int) -> int:
     width = base.model.get_input_embeddings().weight.shape[1]
     embedded = torch.empty(1, tokens, width, dtype=base.model.dtype, device=base.device)
     # Ready-made: transformers would look into one of its own, and on the meta device there is nothing to see.
-    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=base.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        base.model.get_submodule(base.language_model)(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+    mask: Any = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=base.device)
+    if base.needs_no_mask:
+        mask = {"full_attention": None}
+    language_model = base.model.get_submodule(base.language_model)
+    with (
+        unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        language_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
     return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
+
+
+def fused_attention(query: Any, key: Any, value: Any, *others: Any, **options: Any) -> Any:
+    """What a fused attention keeps: its inputs and its output. On the meta device torch takes the plain one, which
+    keeps all probabilities."""
+    import torch
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, *inputs: Any) -> Any:  # type: ignore[override]
+            output = torch.empty_like(inputs[0])
+            context.save_for_backward(*inputs, output)
+            return output
+
+    return Fused.apply(query, key, value)

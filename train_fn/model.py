@@ -79,6 +79,12 @@ class Base:
         return self.model.config.model_type == "video_llama_3"
 
     @property
+    def needs_no_mask(self) -> bool:
+        """Whether causal attention alone keeps the padding, which stands on the right, from the rest. With a mask, the
+        fastest attention could not be taken, and keys and values would be copied for every query head."""
+        return self.counts_patches and set(self.model.config.get_text_config().layer_types) == {"full_attention"}
+
+    @property
     def autocasts(self) -> bool:
         """Whether the float32 adapters of a bfloat16 base multiply in its format, as in the guide's training. In
         float32 each of the seven in a layer would keep its input for the backward pass at twice the size. Not so in
@@ -507,9 +513,7 @@ def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
         # The model joins a tuple of images; here they are joined already.
         encoded = BaseModelOutputWithPooling(pooler_output=(projected,))  # type: ignore[arg-type]
         inputs["mm_encoder_outputs"] = {"image": encoded}
-        # Padding stands on the right, where causal attention keeps it from the rest. With a mask, the fastest attention
-        # could not be taken, and keys and values would be copied for every query head.
-        if set(base.model.config.get_text_config().layer_types) == {"full_attention"}:
+        if base.needs_no_mask:
             inputs["attention_mask"] = {"full_attention": None}
     inner = getattr(base.model, base.model.base_model_prefix)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=base.autocasts):

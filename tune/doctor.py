@@ -58,12 +58,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What the study asks of a node: its lanes, GiB of one worker by what takes them and at a micro-batch of one image,
-    GiB of results."""
+    """What the study asks of a node: its lanes, GiB of one worker by what takes them, at a micro-batch of one image and
+    at larger ones than asked for, GiB of results."""
 
     layout: Layout | None = None
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
     least: float = 0.0
+    larger: dict[int, float] = dataclasses.field(default_factory=dict)
     disk: float = 0.0
 
 
@@ -321,6 +322,11 @@ def judge_device(told: dict[str, Any], need: Need) -> Iterator[tuple]:
         yield "memory", text, f"a micro-batch of one image needs {need.least:.2f} GiB: {SMALLER}"
     else:
         fix = f"trials will run out of memory and halve their micro-batch: {SMALLER}"
+        fitting = [micro_batch for micro_batch, gib in need.larger.items() if gib < 0.95 * present]
+        if layout.use_gpu and fitting:
+            steps = max(need.larger) // max(fitting) * layout.workers_per_trial
+            text += (f"; the same images a step in larger micro-batches also fit, and are faster: "
+                     f"--per-device-train-batch-size {max(fitting)} --gradient-accumulation-steps {steps}")  # fmt: skip
         yield "memory", text, fix if whole > present else "", True
 
 
@@ -338,9 +344,15 @@ def reckon(study: Study, need: Need, findings: list[Finding]) -> Need:
         findings.append(Finding("model", "driver", "cannot be built", str(error)))
         return need
     memory = memory_needed(sizes, trial, workers, on_gpu, study.settings.model.per_device_eval_batch_size)
-    one = dataclasses.replace(trial, per_device_train_batch_size=1)
-    least = sum(memory_needed(sizes, one, workers, on_gpu, 1).values())
-    return dataclasses.replace(need, memory=memory, least=least, disk=disk_needed(study, trial, sizes.trained))
+
+    def at(micro_batch: int, eval_batch_size: int) -> float:
+        resized = dataclasses.replace(trial, per_device_train_batch_size=micro_batch)
+        return sum(memory_needed(sizes, resized, workers, on_gpu, eval_batch_size).values())
+
+    asked, most = trial.per_device_train_batch_size, trial.global_batch_size // workers
+    larger = {m: at(m, 1) for m in range(asked + 1, most + 1) if most % m == 0}
+    disk = disk_needed(study, trial, sizes.trained)
+    return dataclasses.replace(need, memory=memory, least=at(1, 1), larger=larger, disk=disk)
 
 
 def largest_trial(settings: Settings) -> TrialSettings:

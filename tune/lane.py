@@ -38,6 +38,32 @@ OUT_OF_MEMORY_ADVICE = (
 )
 
 
+# Settings that decide, beside the rank, how much memory a micro-batch takes.
+MEMORY_SETTINGS = ("use_lora", "use_dora", "lora_target_modules", "train_projector", "gradient_checkpointing",
+                   "torch_compile", "optim", "zero_stage", "offload_optimizer")  # fmt: skip
+
+
+def takes_as_much(settings: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether a trial needs at least the memory of another one."""
+    grows = ("lora_r", "per_device_train_batch_size")
+    return (
+        bool(settings)
+        and all(settings.get(name) == known.get(name) for name in MEMORY_SETTINGS)
+        and all(settings.get(name, 0) >= known.get(name, 0) for name in grows)
+        and settings["per_device_train_batch_size"] > 1
+    )
+
+
+def halve(assignment: dict[str, Any], reason: str) -> None:
+    """Half the micro-batch at the same global batch, with a note why."""
+    settings = dict(assignment["settings"])
+    micro = settings["per_device_train_batch_size"]
+    settings["per_device_train_batch_size"] = micro // 2 if micro % 2 == 0 else 1
+    settings["gradient_accumulation_steps"] *= micro // settings["per_device_train_batch_size"]
+    note = f"{reason}: micro-batch {micro} -> {settings['per_device_train_batch_size']}, same global batch"
+    assignment |= {"settings": settings, "notes": [*assignment.get("notes", []), note]}
+
+
 @dataclass
 class Ticket:
     """One trial (or scoring job) between the study and a lane."""
@@ -92,6 +118,7 @@ class Dispatcher:
         self.running: dict[int, int] = {}  # lane -> number
         self.groups: dict[int, str] = {}  # lane -> its living worker group
         self.lanes = set(range(num_lanes))
+        self.too_large: list[dict[str, Any]] = []  # settings of trials that ran out of memory
         self.failed_starts: dict[int, int] = {}
         self.closed = False
         self.last_error = ""
@@ -240,18 +267,11 @@ class Dispatcher:
         lane = next(lane for lane, running in self.running.items() if running == number)
         del self.running[lane]
         ticket.let_go()
-        settings = dict(ticket.assignment["settings"])
-        micro = settings["per_device_train_batch_size"]
-        if micro == 1:
+        if ticket.assignment["settings"]["per_device_train_batch_size"] == 1:
             self._error(number, f"out of memory with one image a step. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
             return
-        settings["per_device_train_batch_size"] = micro // 2 if micro % 2 == 0 else 1
-        settings["gradient_accumulation_steps"] *= micro // settings["per_device_train_batch_size"]
-        note = f"out of memory: micro-batch {micro} -> {settings['per_device_train_batch_size']}, same global batch"
-        ticket.assignment |= {
-            "settings": settings,
-            "notes": [*ticket.assignment.get("notes", []), note],
-        }
+        self.too_large.append(ticket.assignment["settings"])
+        halve(ticket.assignment, "out of memory")
         ticket.attempts -= 1
         ticket.open_verdict = None
         await self._enqueue(number)
@@ -306,6 +326,10 @@ class Dispatcher:
                 return None
             number = self.queue.popleft()
         ticket = self.tickets[number]
+        settings = ticket.assignment.get("settings", {})
+        while any(takes_as_much(settings, known) for known in self.too_large):
+            halve(ticket.assignment, "an earlier trial of this size ran out of memory")
+            settings = ticket.assignment["settings"]
         ticket.attempts += 1
         ticket.taken_at = time.monotonic()
         self.running[lane] = number
