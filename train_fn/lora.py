@@ -72,9 +72,8 @@ def compiled(base: Base) -> Iterator[None]:
     layers = [layer for layer in base.model.get_submodule(base.language_model).modules()
               if isinstance(layer, GradientCheckpointingLayer)]  # fmt: skip
     for layer in layers:
-        layer.compile()
         # What nn.Module.compile sets, and what nn.Module.__call__ looks for.
-        layer._compiled_call_impl = functools.partial(call, layer, layer._compiled_call_impl)
+        layer._compiled_call_impl = functools.partial(call, layer, torch.compile(layer._call_impl))
     try:
         yield
     finally:
