@@ -1,6 +1,6 @@
 """What training Hulu-Med-4B costs on one GPU: seconds a step and peak memory, by setting, against a bare PyTorch loop.
 
-    HULUMED_FIXTURES=DIR python benchmarks/gpu.py [--model DIR] [--image-tokens 1225] [--only NAME,...]
+    HULUMED_FIXTURES=DIR python benchmarks/gpu.py [--model DIR] [--image-tokens 1225] [--only 'NAME;...']
 
 Without `--model` the model has the published shape and random weights (for speed and memory the same), and the
 tokenizer of HULUMED_FIXTURES (see tests/test_hulumed.py). One process, as one worker of a lane runs; nothing is

@@ -33,6 +33,7 @@ GOOD = {
     "ram_gib": 16.0,
     "gpus": [],
     "cuda": None,
+    "compiler": "cc",
     "token": True,
     "resources": {"CPU": 4.0},
 }
@@ -86,6 +87,13 @@ def test_gpus_and_their_memory(changes, need, wrong) -> None:
         ON_GPU | changes, Need(layout=GPU, memory={"base": 8.0, "activations": 2.0}, **{"least": 1.0} | need)
     )
     assert {check: verdict for check, (verdict, _) in found.items() if verdict != "ok"} == wrong
+
+
+def test_compiling_needs_a_compiler_where_workers_run() -> None:
+    need = Need(layout=CPU, memory={"base": 1.0}, compiler=True)
+    assert judged({"compiler": ""}, need)["compiler"][0] == "FAIL" and judged({}, need)["compiler"][0] == "ok"
+    assert "compiler" not in judged({"compiler": ""}, Need(layout=CPU))
+    assert "compiler" not in judged({"compiler": "", "resources": {"CPU": 0.0}}, need)
 
 
 def test_the_largest_micro_batch_that_fits_a_gpu_is_told() -> None:

@@ -111,7 +111,7 @@ def test_a_stopped_trial_is_not_begun_again_after_out_of_memory() -> None:
         await dispatcher.next_assignment(0, "g", 0)
         await dispatcher.stop(0)
         await dispatcher.stop(1)  # never submitted: nothing to stop
-        await dispatcher.out_of_memory(0, "g", "out of memory")
+        await dispatcher.out_of_memory(0, "g", "out of memory", True)
         assert not dispatcher.queue
 
     run(scenario)
@@ -212,7 +212,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch() -> No
             found = assignment["settings"]
             assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (micro, accumulation)
             for _ in range(2):  # both ranks tell of it
-                await dispatcher.out_of_memory(0, group, "CUDA out of memory")
+                await dispatcher.out_of_memory(0, group, "CUDA out of memory", True)
         assert len(assignment["notes"]) == 2 and "micro-batch 2 -> 1" in assignment["notes"][1]
         error = (await dispatcher.next_report(0, 0))["error"]
         places = [error.index(word) for word in ("--use-qlora", "size 1", "--lora-r", "checkpointing", "paged")]
@@ -235,7 +235,7 @@ def test_what_did_not_fit_is_not_tried_again_by_a_trial_as_large() -> None:
 
         assert await micro_batch(0, lora_r=16) == 8
         for group, micro in (("again", 4), ("and again", 2)):
-            await dispatcher.out_of_memory(0, dispatcher.groups[0], "CUDA out of memory")
+            await dispatcher.out_of_memory(0, dispatcher.groups[0], "CUDA out of memory", True)
             found = await dispatcher.next_assignment(0, group, 0)
             assert found["settings"]["per_device_train_batch_size"] == micro
         dispatcher.tickets[0].ended = True
@@ -252,12 +252,41 @@ def test_what_did_not_fit_is_not_tried_again_by_a_trial_as_large() -> None:
     run(scenario)
 
 
+def test_only_a_step_that_did_not_fit_is_remembered_and_by_its_lane_alone() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(2)
+        batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "lora_target_modules": ("q_proj",)}
+
+        async def ran_out(number: int, lane: int, turn: int, in_step: bool) -> None:
+            await dispatcher.submit(number, {"settings": batch})
+            await dispatcher.next_assignment(lane, f"of lane {lane}", turn)
+            await dispatcher.out_of_memory(number, f"of lane {lane}", "CUDA out of memory", in_step)
+            # The same group, for a lone rank goes on; a rank of another group is late and says nothing new.
+            again = await dispatcher.next_assignment(lane, f"of lane {lane}", turn + 1)
+            await dispatcher.out_of_memory(number, "gone by now", "CUDA out of memory", in_step)
+            assert dispatcher.running[lane] == number and again["settings"]["per_device_train_batch_size"] == 2
+            dispatcher.tickets[number].ended = True
+
+        async def begun(number: int, lane: int, turn: int) -> int:
+            await dispatcher.submit(number, {"settings": batch | {"lora_target_modules": ["q_proj"]}})  # out of a file
+            found = await dispatcher.next_assignment(lane, f"of lane {lane}", turn)
+            dispatcher.tickets[number].ended = True
+            return found["settings"]["per_device_train_batch_size"]
+
+        await ran_out(0, 0, 0, in_step=False)
+        assert await begun(1, 0, 2) == 4
+        await ran_out(2, 0, 3, in_step=True)
+        assert await begun(3, 0, 5) == 2 and await begun(4, 1, 0) == 4
+
+    run(scenario)
+
+
 def test_out_of_memory_is_no_lost_group() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(0, {"settings": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}})
         await dispatcher.next_assignment(0, "a", 0)
-        await dispatcher.out_of_memory(0, "a", "")
+        await dispatcher.out_of_memory(0, "a", "", True)
         assert (await dispatcher.next_assignment(0, "b", 0))["settings"]["per_device_train_batch_size"] == 1
         assert dispatcher.tickets[0].attempts == 1 and not dispatcher.queue
 

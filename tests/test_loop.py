@@ -343,7 +343,8 @@ def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) 
     assert [entry for report in again for entry in report["log"]] == [e for report in whole for e in report["log"]]
 
 
-def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch, stage) -> None:
     from train_fn import engine
 
     losses = engine.answer_losses
@@ -354,7 +355,7 @@ def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch
 
     monkeypatch.setattr(engine, "answer_losses", poisoned)
     with pytest.raises(TrialFailed, match="gradient was not finite in step 1"):
-        train(base, splits, SHORT)
+        train(base, splits, replace(SHORT, zero_stage=stage))
 
 
 def test_an_fp16_base_trains_in_the_direction_of_a_float32_one(base, splits, tmp_path) -> None:

@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 import torch
 
-from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
+from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied, recycling
 from train_fn.loop import run_trial, score_adapter
-from train_fn.lora import adapted
+from train_fn.lora import adapted, load_adapter
 from train_fn.model import base_gib, load_base
+from train_fn.predict import generated_answer
 from train_fn.settings import ModelSettings, TrialSettings
 
 SHORT = TrialSettings(num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=1e-3)
@@ -70,6 +71,61 @@ def test_compiled_layers_train_the_same(base, splits, monkeypatch) -> None:
     assert 1 <= counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
     assert compiled["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-4)
     assert not any(module._compiled_call_impl for module in base.model.modules())
+
+
+@pytest.mark.parametrize("qlora", [False, True])
+@pytest.mark.parametrize("options", [{}, {"train_projector": True, "gradient_checkpointing": True}, {"use_dora": True}])
+def test_a_bfloat16_base_trains_scores_and_generates(base, splits, tmp_path, qlora, options) -> None:
+    bf16 = load_base(ModelSettings(dtype="bfloat16", use_qlora=qlora), torch.device("cpu"))
+    before = {name: parameter.clone() for name, parameter in bf16.model.named_parameters()}
+    kept: set[torch.dtype] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1:] == (8,):  # what an adapter's A makes
+            kept.add(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        report = train(bf16, splits, replace(SHORT, **options), tmp_path)
+    assert report["applied"]["trainable_dtype"] == "float32" and report["applied"]["base_dtype"] == "bfloat16"
+    assert "gradient_checkpointing" in options or (torch.float32 in kept) == bool(options)
+    predicted = score_adapter(bf16, splits, "validation", 16, tmp_path / "final_model")
+    assert predicted["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-3)
+    with load_adapter(bf16, tmp_path / "final_model"):
+        assert generated_answer(bf16, splits.validation[0], 4)
+    after = dict(bf16.model.named_parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_paged_state_is_taken_over_from_the_optimizer_before(monkeypatch) -> None:
+    """The bookkeeping alone: a CPU has no paged memory."""
+    import bitsandbytes.functional
+    import bitsandbytes.optim
+
+    def get_paged(*shape, dtype, device):
+        buffer = torch.ones(shape, dtype=dtype)
+        buffer.is_paged, buffer.page_deviceid = True, 0
+        return buffer
+
+    manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+    monkeypatch.setattr(manager, "paged_tensors", [])
+    monkeypatch.setattr(bitsandbytes.functional, "get_paged", get_paged)
+    monkeypatch.setattr(bitsandbytes.functional, "fill", lambda buffer, value: buffer.fill_(value))
+    optimizer_class = recycling(bitsandbytes.optim.PagedAdamW8bit)
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    for size, held in ((200_000, 2), (150_000, 2), (200_000, 2), (300_000, 4), (300_000, 4)):
+        optimizer = optimizer_class(weight)
+        p = torch.empty(size, device="meta")
+        states = [optimizer.get_state_buffer(p, torch.uint8) for _ in range(2)]
+        assert all(state.shape == (size,) and not state.any() and state.is_paged for state in states)
+        states[0].fill_(1)
+        assert not states[1].any() and len(manager.paged_tensors) == held
+
+
+def test_float16_without_zero_is_refused(base, splits) -> None:
+    half = load_base(ModelSettings(dtype="float16"), torch.device("cpu"))
+    with pytest.raises(TrialFailed, match="--zero-stage"):
+        train(half, splits, replace(SHORT, zero_stage=0))
 
 
 def test_offloading_does_not_change_the_numbers(base, splits) -> None:

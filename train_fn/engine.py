@@ -33,6 +33,10 @@ OPTIMIZER_CLASSES = {"adamw_torch": "AdamW", "adamw_8bit": "AdamW8bit", "paged_a
 FP16_LOSS_SCALE = 2.0**10  # keeps the gradients of long prompts above what fp16 can hold
 
 
+class MicroBatchTooLarge(torch.OutOfMemoryError):
+    """Out of memory in a training step."""
+
+
 class TrialFailed(Exception):
     """The trial cannot go on by its own fault, and every rank knows it: the worker group is sound and goes on."""
 
@@ -89,7 +93,28 @@ def build_optimizer(model: PeftModel, settings: TrialSettings, on_gpu: bool) -> 
         return torch.optim.AdamW(groups, fused=not (on_gpu and settings.offload_optimizer), **options)
     import bitsandbytes.optim
 
-    return getattr(bitsandbytes.optim, OPTIMIZER_CLASSES[settings.optim])(groups, **options)
+    chosen = getattr(bitsandbytes.optim, OPTIMIZER_CLASSES[settings.optim])
+    return (recycling(chosen) if settings.optim.startswith("paged") else chosen)(groups, **options)
+
+
+def recycling(paged: type) -> type:
+    """A paged optimizer of bitsandbytes that takes the memory of those before it in this process, which have ended:
+    bitsandbytes keeps all that it ever took, a quarter of a GiB a trial at Hulu-Med-4B's size."""
+
+    def __init__(self: Any, *given: Any, **named: Any) -> None:
+        paged.__init__(self, *given, **named)  # type: ignore[misc]
+        self.free = sorted(self.page_mng.paged_tensors, key=torch.Tensor.numel)
+
+    def get_state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        found = next((one for one in self.free if one.dtype == dtype and one.numel() >= p.numel()), None)
+        if found is None or p.device.type == "cpu":
+            return paged.get_state_buffer(self, p, dtype)  # type: ignore[attr-defined]
+        self.free = [one for one in self.free if one is not found]
+        taken = found.view(-1)[: p.numel()].view(p.shape).zero_()
+        taken.is_paged, taken.page_deviceid = True, found.page_deviceid  # type: ignore[attr-defined]
+        return taken
+
+    return type(paged.__name__, (paged,), {"__init__": __init__, "get_state_buffer": get_state_buffer})
 
 
 def build_engine(
@@ -97,6 +122,8 @@ def build_engine(
 ) -> Any:
     """A DeepSpeed engine around the adapted base: AdamW, learning-rate schedule over `num_steps`, ZeRO."""
     on_gpu = base.device.type == "cuda"
+    if base.model.dtype == torch.float16 and not settings.zero_stage:
+        raise TrialFailed("a float16 base needs the loss scale of ZeRO: give --zero-stage 1 or 2, or another --dtype")
     optimizer = build_optimizer(model, settings, on_gpu)
     warmup = round(settings.warmup_ratio * num_steps)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup, num_steps)
@@ -110,7 +137,7 @@ def build_engine(
         config=deepspeed_config(settings, world_size, num_trainable, on_gpu),
         dist_init_required=False,
     )
-    if settings.zero_stage and base.model.dtype == torch.float16:
+    if base.model.dtype == torch.float16:
         engine.optimizer.override_loss_scale(FP16_LOSS_SCALE)  # ZeRO divides the gradients by it
     return engine
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from train_fn.data import Splits, class_weights, epoch_order, micro_batches
 from train_fn.engine import (
+    MicroBatchTooLarge,
     TrialFailed,
     build_engine,
     check_applied,
@@ -231,8 +232,30 @@ def train_step(
     """Optimizer step number `step` on the images `indices` [global_batch_size]; their mean loss over all workers, and
     whether any worker is `leaving`.
 
-    Raises TrialFailed, on all ranks and before the weights are touched, when loss or gradient is not finite on one.
+    Raises TrialFailed, on all ranks and before the weights are touched, when loss or gradient is not finite on one;
+    MicroBatchTooLarge, on those that have run out of memory.
     """
+    try:
+        return one_step(base, splits, settings, engine, indices, step, leaving)
+    except torch.OutOfMemoryError as error:
+        raise MicroBatchTooLarge(str(error)) from error
+
+
+NOT_FINITE = "a gradient was not finite in step {}: lower the learning rate (or not --fp16)"
+
+
+def finite_gradient(engine: Any) -> bool:
+    """Whether the step may be taken. ZeRO looks by itself; without it, all ranks have the same mean gradient by now."""
+    if engine.zero_optimization_stage():
+        return True
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
+def one_step(
+    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int, leaving: bool
+) -> tuple[float, bool]:
+    """See `train_step`."""
     rank, world_size = world()
     engine.train()
     total = torch.zeros((), device=base.device)
@@ -258,10 +281,12 @@ def train_step(
                 mean_loss, leave = mean_over_ranks(told, base.device)
             if not np.isfinite(mean_loss):
                 raise TrialFailed(f"the training loss became {mean_loss} in step {step}: lower the learning rate")
+            if not finite_gradient(engine):
+                raise TrialFailed(NOT_FINITE.format(step))
         with phase("optimizer"):
             engine.step()
     if engine.skipped_steps:  # ZeRO's answer to a gradient that is not finite, on all ranks alike
-        raise TrialFailed(f"a gradient was not finite in step {step}: lower the learning rate (or not --fp16)")
+        raise TrialFailed(NOT_FINITE.format(step))
     return mean_loss, leave > 0
 
 

@@ -24,8 +24,9 @@ from train_fn.settings import TrialSettings
 @contextlib.contextmanager
 def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
     """The base with an adapter of this configuration; afterwards the base as it was, projector included."""
-    projector = base.model.get_submodule(base.projector)
-    pristine = {name: parameter.data for name, parameter in projector.named_parameters()}
+    projector, autocasts = base.model.get_submodule(base.projector), base.autocasts
+    pristine = [(module, dict(module._parameters)) for module in projector.modules()]
+    base.autocasts = autocasts and not config.use_dora  # whose norms need float32
     # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
     model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
     for layer in adapter_layers(model).values():
@@ -33,12 +34,19 @@ def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
     try:
         yield model
     finally:
-        for name, parameter in projector.named_parameters():
-            parameter.data = pristine[name]
-            parameter.grad = None
-            vars(parameter).pop("_zero_optimizer", None)  # DeepSpeed's, which would keep the trial's engine
+        base.autocasts = autocasts
+        for module, parameters in pristine:
+            module._parameters.update(parameters)  # DeepSpeed may have left hooks on those that were trained
         model.unload()
         base.model.requires_grad_(False).eval()
+
+
+def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
+    """Put other weights in the projector's place; `attached` puts back those that it found."""
+    projector = base.model.get_submodule(base.projector)
+    for name, weight in weights.items():
+        module, _, last = name.rpartition(".")
+        projector.get_submodule(module)._parameters[last] = torch.nn.Parameter(weight.to(base.device))
 
 
 @contextlib.contextmanager
@@ -53,9 +61,8 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         if not settings.use_lora:  # the adapter stays what it begins as, without effect
             model.requires_grad_(False)
         if settings.train_projector:
-            for parameter in base.model.get_submodule(base.projector).parameters():
-                parameter.data = parameter.data.to(torch.float32, copy=True)
-                parameter.requires_grad_(True)
+            weights = base.model.get_submodule(base.projector).named_parameters()
+            replace_projector(base, {name: p.detach().to(torch.float32, copy=True) for name, p in weights})
         if settings.gradient_checkpointing:
             # Re-entrant checkpointing gives no gradient where no input needs one: the frozen embeddings.
             base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -173,9 +180,8 @@ def fill_adapter(base: Base, model: PeftModel, tensors: dict[str, torch.Tensor])
     """Put saved tensors on an attached adapter and the projector. Raises ValueError when they do not fit."""
     prefix = f"base_model.model.{base.projector}."
     tensors = dict(tensors)
-    for name, parameter in base.model.get_submodule(base.projector).named_parameters():
-        if (saved := tensors.pop(prefix + name, None)) is not None:
-            parameter.data = saved.to(base.device)
+    names = [name for name, _ in base.model.get_submodule(base.projector).named_parameters()]
+    replace_projector(base, {name: tensors.pop(prefix + name) for name in names if prefix + name in tensors})
     expected = get_peft_model_state_dict(model).keys()
     if different := sorted(expected ^ tensors.keys()):
         raise ValueError(f"the adapter does not fit the base: {', '.join(different[:5])} on one side only")

@@ -86,7 +86,7 @@ def measure(
     with torch.device("meta"), adapted(base, plain) as model:
         model.train()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        for parameter in model.parameters():  # what autocast does, which the meta device has not
+        for parameter in model.parameters() if base.autocasts else ():  # the meta device has no autocast
             parameter.data = parameter.to(base.model.dtype)
         kept = saved_bytes(base, tokens)
     if trial.gradient_checkpointing:  # every layer's input, and one layer at a time again

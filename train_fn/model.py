@@ -60,8 +60,11 @@ class Base:
     patches: dict[str, int] = field(default_factory=dict)  # image path -> P
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image path -> width and height
 
+    autocasts: bool = field(init=False)  # whether the language model's float32 adapters multiply in bfloat16
+
     def __post_init__(self) -> None:
         self.loaded_tower = self.tower_weights()
+        self.autocasts = self.model.dtype == torch.bfloat16
 
     def tower_weights(self) -> list[tuple[int, bool]]:
         """Where the vision tower's weights lie, and which are trained: other weights, an adapter's too, change it."""
@@ -83,13 +86,6 @@ class Base:
         """Whether causal attention alone keeps the padding, which stands on the right, from the rest. With a mask, the
         fastest attention could not be taken, and keys and values would be copied for every query head."""
         return self.counts_patches and set(self.model.config.get_text_config().layer_types) == {"full_attention"}
-
-    @property
-    def autocasts(self) -> bool:
-        """Whether the float32 adapters of a bfloat16 base multiply in its format, as in the guide's training. In
-        float32 each of the seven in a layer would keep its input for the backward pass at twice the size. Not so in
-        float16, whose range is narrow."""
-        return self.model.dtype == torch.bfloat16
 
     @functools.cached_property
     def features(self) -> FeatureStore | None:
@@ -238,7 +234,8 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
     elif device.type == "cuda":
         options["device_map"] = {"": device}  # straight there: all lanes of a machine would need its memory otherwise
     if device.type == "cuda" and options["dtype"] != torch.float32:
-        # The adapters are float32, which tensor cores do not multiply; TF32 holds what a 16-bit base gives them.
+        # What is multiplied in float32 all the same (a trained projector, DoRA, all adapters of a float16 base) tensor
+        # cores do not take; TF32 holds what a 16-bit base gives.
         torch.set_float32_matmul_precision("high")
     from_hulumed = hulumed.is_hulumed(directory)
     load = hulumed.load_model if from_hulumed else AutoModelForImageTextToText.from_pretrained
@@ -267,11 +264,32 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
         hulumed=from_hulumed,
     )
     bridge_formats(model.get_submodule(base.projector), model.dtype)
+    autocast_language_model(base)
     # Without this every later full collection, which DeepSpeed and torch ask for, walks the million objects that
     # transformers and torch have made by now: 0.5 to 1 s each.
     gc.collect()
     gc.freeze()
     return base
+
+
+def autocast_language_model(base: Base) -> None:
+    """Let the float32 adapters of a bfloat16 base multiply in its format, as in the guide's training.
+
+    In float32 each of the seven in a layer would keep its input for the backward pass at twice the size. Not so in
+    float16, whose range is narrow.
+    """
+    language_model = base.model.get_submodule(base.language_model)
+    plain = language_model.forward
+
+    @functools.wraps(plain)
+    def forward(*given: Any, **named: Any) -> Any:
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=base.autocasts):
+            found = plain(*given, **named)
+        # A layer norm leaves float32 behind, which the head does not take.
+        found.last_hidden_state = found.last_hidden_state.to(base.model.dtype)
+        return found
+
+    language_model.forward = forward
 
 
 def bridge_formats(projector: torch.nn.Module, outside: torch.dtype) -> None:
@@ -516,8 +534,7 @@ def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
         if base.needs_no_mask:
             inputs["attention_mask"] = {"full_attention": None}
     inner = getattr(base.model, base.model.base_model_prefix)
-    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.autocasts):
-        return inner(**inputs, **options)
+    return inner(**inputs, **options)
 
 
 def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:

@@ -103,7 +103,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     started = time.perf_counter()
     rank = ray.train.get_context().get_world_rank()
     try:
-        from train_fn.engine import TrialFailed
+        from train_fn.engine import MicroBatchTooLarge, TrialFailed
         from train_fn.loop import Leaving, run_trial, score_adapter
         from train_fn.model import base_gib, load_base
 
@@ -136,6 +136,8 @@ def lane_loop(config: dict[str, Any]) -> None:
         if assignment is None:
             return
         received = time.perf_counter()
+        if base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         number = assignment["number"]
         extra = facts | {"turn": turn, "notes": assignment.get("notes", [])}
         try:
@@ -164,23 +166,23 @@ def lane_loop(config: dict[str, Any]) -> None:
                 trace=job.trace,
                 progress=functools.partial(job.dispatcher.progress.remote, number),  # nobody waits for its answer
             )
-        except torch.OutOfMemoryError as error:
-            # Begun again with half the micro-batch. With several ranks the others may wait in a collective for this
-            # one: only a new worker group is sure to be sound.
-            ray.get(job.dispatcher.out_of_memory.remote(number, group[0], str(error)))
-            if dist.get_world_size() > 1:
-                raise
-        except (Leaving, OSError, torch.AcceleratorError) as reason:
-            # No fault of the trial's: it goes on from its last checkpoint, on another group.
-            free = isinstance(reason, Leaving)
-            ray.get(job.dispatcher.interrupted.remote(job.lane, group[0], str(reason), free))
-            raise
         except TrialFailed as failure:
             if rank == 0:
                 ray.get(job.dispatcher.fail.remote(number, str(failure)))
         except Exception as error:
-            # A broken collective only says that another rank is gone; if that rank had a fault to tell, it has told it.
-            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if out_of_memory(error):
+                # Begun again with half the micro-batch. With several ranks the others may wait in a collective for
+                # this one, and CUDA's own errors may stay: only a new worker group is sure to be sound.
+                in_step = isinstance(error, MicroBatchTooLarge)
+                ray.get(job.dispatcher.out_of_memory.remote(number, group[0], str(error), in_step))
+                if isinstance(error, torch.OutOfMemoryError) and dist.get_world_size() == 1:
+                    continue
+            elif isinstance(error, (Leaving, OSError, torch.AcceleratorError)):
+                # No fault of the trial's: it goes on from its last checkpoint, on another group.
+                free = isinstance(error, Leaving)
+                ray.get(job.dispatcher.interrupted.remote(job.lane, group[0], str(error), free))
+            elif not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                # A broken collective only says that another rank is gone; if that one had a fault to tell, it has.
                 told = "".join(traceback.format_exception_only(error)).strip()
                 ray.get(job.dispatcher.fail.remote(number, f"{told}\n\n{traceback.format_exc()}"))
             raise
@@ -188,6 +190,15 @@ def lane_loop(config: dict[str, Any]) -> None:
             idle_since = time.perf_counter()
             gc.collect()  # DeepSpeed's engine is a cycle, and holds its trial's memory
             torch.cuda.empty_cache()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """torch's own error, or CUDA's, NCCL's or Triton's."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
 
 
 class Pulse(threading.Thread):

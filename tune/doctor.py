@@ -58,10 +58,11 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What the study asks of a node: its lanes, GiB of one worker by what takes them, at a micro-batch of one image and
-    at larger ones than asked for, GiB of results."""
+    """What the study asks of a node: its lanes, a C compiler, GiB of one worker by what takes them, at a micro-batch of
+    one image and at larger ones than asked for, GiB of results."""
 
     layout: Layout | None = None
+    compiler: bool = False
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
     least: float = 0.0
     larger: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -85,10 +86,10 @@ def examine(settings: Settings, say: Callable[[str], None]) -> int:
         stack.callback(ray.shutdown)
         layout = lay_out(settings, resources, findings)
         facts = ask_nodes(settings, study, storage)
-        need = Need(layout=layout)
+        need = Need(layout=layout, compiler=settings.trial.torch_compile)
         if study:
             say("Reckoning memory from the model's shapes")
-            need = reckon(study, need, findings)
+            need = reckon(study, need, facts, findings)
         findings += verdicts(facts, need)
         findings += measure_collectives(layout, facts, storage, say)
         findings += [*check_records(settings), *check_access(facts)]
@@ -212,6 +213,7 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
         "ram_gib": psutil.virtual_memory().available / GIB,
         "gpus": read_gpus(),
         "cuda": torch.version.cuda,
+        "compiler": next(filter(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))), ""),
         "token": is_token_auth_enabled(),
     }
 
@@ -310,6 +312,9 @@ def judge_device(told: dict[str, Any], need: Need) -> Iterator[tuple]:
         lack = "torch is built without CUDA" if not told["cuda"] else "" if gpus else "nvidia-smi shows no GPU"
         fix = f"GPUs must be usable, but {lack}: install driver and torch for them" if lack else ""
         yield "GPU", f"{slots} x {'; '.join(sorted(names))}", fix
+    if need.compiler:
+        fix = "`--torch-compile` needs a C compiler on every node: install one (Debian: build-essential python3-dev)"
+        yield "compiler", told["compiler"] or "none", "" if told["compiler"] else fix
     workers = 1 if layout.use_gpu else min(slots, layout.lanes * layout.workers_per_trial)
     ram = told["ram_gib"] / workers
     present = min((gpu["free_gib"] for gpu in gpus), default=0.0) if layout.use_gpu else ram
@@ -333,26 +338,29 @@ def judge_device(told: dict[str, Any], need: Need) -> Iterator[tuple]:
 # ------------------------------------------------------------------------------------------------ memory and disk
 
 
-def reckon(study: Study, need: Need, findings: list[Finding]) -> Need:
-    """The need with memory and disk of the largest trial of the space."""
+def reckon(study: Study, need: Need, facts: dict[str, dict[str, Any]], findings: list[Finding]) -> Need:
+    """The need with memory and disk of the largest trial of the space. facts: as `ask_nodes` gives them."""
     trial, workers = largest_trial(study.settings), study.settings.study.workers_per_trial
     on_gpu = need.layout is not None and need.layout.use_gpu
     samples = [*study.splits.train, *study.splits.validation, *study.splits.test]
+    gpus = [gpu for told in facts.values() for gpu in told.get("gpus", ())]
+    model = study.settings.model
+    if on_gpu and model.base_dtype == "auto" and not all(gpu["bf16"] for gpu in gpus):
+        model = dataclasses.replace(model, dtype="float16")  # which keeps more
     try:
-        sizes = measure(study.settings.model, trial, on_gpu, samples, study.splits.candidates)
+        sizes = measure(model, trial, on_gpu, samples, study.splits.candidates)
     except (ValueError, OSError) as error:
         findings.append(Finding("model", "driver", "cannot be built", str(error)))
         return need
-    memory = memory_needed(sizes, trial, workers, on_gpu, study.settings.model.per_device_eval_batch_size)
 
-    def at(micro_batch: int, eval_batch_size: int) -> float:
+    def at(micro_batch: int) -> dict[str, float]:
         resized = dataclasses.replace(trial, per_device_train_batch_size=micro_batch)
-        return sum(memory_needed(sizes, resized, workers, on_gpu, eval_batch_size).values())
+        return memory_needed(sizes, resized, workers, on_gpu, 1)  # an evaluation halves its batch by itself
 
     asked, most = trial.per_device_train_batch_size, trial.global_batch_size // workers
-    larger = {m: at(m, 1) for m in range(asked + 1, most + 1) if most % m == 0}
+    larger = {m: sum(at(m).values()) for m in range(asked + 1, most + 1) if most % m == 0}
     disk = disk_needed(study, trial, sizes.trained)
-    return dataclasses.replace(need, memory=memory, least=at(1, 1), larger=larger, disk=disk)
+    return dataclasses.replace(need, memory=at(asked), least=sum(at(1).values()), larger=larger, disk=disk)
 
 
 def largest_trial(settings: Settings) -> TrialSettings:

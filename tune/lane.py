@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import threading
 import time
@@ -38,20 +39,22 @@ OUT_OF_MEMORY_ADVICE = (
 )
 
 
-# Settings that decide, beside the rank, how much memory a micro-batch takes.
+# Settings that decide, beside rank and dropout, how much memory a micro-batch takes.
 MEMORY_SETTINGS = ("use_lora", "use_dora", "lora_target_modules", "train_projector", "gradient_checkpointing",
                    "torch_compile", "optim", "zero_stage", "offload_optimizer")  # fmt: skip
 
 
 def takes_as_much(settings: dict[str, Any], known: dict[str, Any]) -> bool:
     """Whether a trial needs at least the memory of another one."""
-    grows = ("lora_r", "per_device_train_batch_size")
-    return (
-        bool(settings)
-        and all(settings.get(name) == known.get(name) for name in MEMORY_SETTINGS)
-        and all(settings.get(name, 0) >= known.get(name, 0) for name in grows)
-        and settings["per_device_train_batch_size"] > 1
-    )
+    if settings.get("per_device_train_batch_size", 1) == 1:
+        return False
+    # A list where it has been in a file, else a tuple.
+    alike = all(json.dumps(settings.get(name)) == json.dumps(known.get(name)) for name in MEMORY_SETTINGS)
+    sizes = [
+        (one["per_device_train_batch_size"], one.get("lora_r", 0), one.get("lora_dropout", 0.0) > 0)
+        for one in (settings, known)
+    ]
+    return alike and all(own >= other for own, other in zip(*sizes, strict=True))
 
 
 def halve(assignment: dict[str, Any], reason: str) -> None:
@@ -76,7 +79,6 @@ class Ticket:
     last_epoch: int = 0
     attempts: int = 0
     furthest: int = 0  # optimizer step to which any attempt came
-    out_of_memory_in: str = ""  # the worker group that told of it last
     stopped: bool = False
     ended: bool = False
     spent_s: float = 0.0  # of attempts that were lost
@@ -118,7 +120,7 @@ class Dispatcher:
         self.running: dict[int, int] = {}  # lane -> number
         self.groups: dict[int, str] = {}  # lane -> its living worker group
         self.lanes = set(range(num_lanes))
-        self.too_large: list[dict[str, Any]] = []  # settings of trials that ran out of memory
+        self.too_large: dict[int, list[dict[str, Any]]] = {lane: [] for lane in self.lanes}  # settings that did not fit
         self.failed_starts: dict[int, int] = {}
         self.closed = False
         self.last_error = ""
@@ -252,25 +254,26 @@ class Dispatcher:
         """A trial's own fault, from any rank: the trial ends and is not tried again."""
         self._error(number, error)
 
-    async def out_of_memory(self, number: int, group: str, error: str) -> None:
+    async def out_of_memory(self, number: int, group: str, error: str, in_step: bool) -> None:
         """A rank ran out of memory: the trial begins again with half the micro-batch and the same global batch.
 
         Several ranks of a group may tell of the same one. A micro-batch of one that still does not fit fails the trial.
+        in_step: in a training step, so that on this lane no trial as large need try the same.
         """
         ticket = self.tickets[number]
-        if ticket.ended or ticket.stopped or ticket.out_of_memory_in == group:
+        lane = next((lane for lane, running in self.running.items() if running == number), None)
+        if ticket.ended or ticket.stopped or lane is None or self.groups[lane] != group:
             return
-        ticket.out_of_memory_in = group
         if "settings" not in ticket.assignment:
             self._error(number, f"out of memory while scoring a single image\n\n{error}")
             return
-        lane = next(lane for lane, running in self.running.items() if running == number)
         del self.running[lane]
         ticket.let_go()
         if ticket.assignment["settings"]["per_device_train_batch_size"] == 1:
             self._error(number, f"out of memory with one image a step. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
             return
-        self.too_large.append(ticket.assignment["settings"])
+        if in_step:
+            self.too_large[lane].append(ticket.assignment["settings"])
         halve(ticket.assignment, "out of memory")
         ticket.attempts -= 1
         ticket.open_verdict = None
@@ -327,8 +330,8 @@ class Dispatcher:
             number = self.queue.popleft()
         ticket = self.tickets[number]
         settings = ticket.assignment.get("settings", {})
-        while any(takes_as_much(settings, known) for known in self.too_large):
-            halve(ticket.assignment, "an earlier trial of this size ran out of memory")
+        while any(takes_as_much(settings, known) for known in self.too_large[lane]):
+            halve(ticket.assignment, "an earlier trial of this size ran out of memory here")
             settings = ticket.assignment["settings"]
         ticket.attempts += 1
         ticket.taken_at = time.monotonic()
