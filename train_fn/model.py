@@ -285,8 +285,8 @@ def autocast_language_model(base: Base) -> None:
     def forward(*given: Any, **named: Any) -> Any:
         with torch.autocast(base.device.type, torch.bfloat16, enabled=base.autocasts):
             found = plain(*given, **named)
-        # A layer norm leaves float32 behind, which the head does not take.
-        found.last_hidden_state = found.last_hidden_state.to(base.model.dtype)
+        if base.autocasts:  # a layer norm leaves float32 behind, which the head does not take
+            found.last_hidden_state = found.last_hidden_state.to(base.model.dtype)
         return found
 
     language_model.forward = forward
