@@ -84,13 +84,14 @@ def test_two_gpus_under_torchrun(splits, tmp_path) -> None:
     assert last["train_loss"] < first["train_loss"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_study_on_gpus(tmp_path, workers) -> None:
+@pytest.mark.parametrize(("workers", "sharing"), [(1, 1), (1, 2), (2, 1)])
+def test_a_study_on_gpus(tmp_path, workers, sharing) -> None:
     if torch.cuda.device_count() < workers:
         pytest.skip("one GPU only")
     command = [sys.executable, str(ROOT / "tune" / "run.py"), "--trials", "3", "--name", "s", "--num-phantoms", "60",
-               "--workers-per-trial", str(workers)]  # fmt: skip
+               "--workers-per-trial", str(workers), "--lanes-per-gpu", str(sharing)]  # fmt: skip
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     study = json.loads((tmp_path / "results" / "s" / "study.json").read_text())
-    assert study["layout"]["use_gpu"] and all(trial["device"] != "cpu" for trial in study["trials"])
+    assert study["layout"]["use_gpu"] and study["layout"]["lanes_per_gpu"] == sharing
+    assert all(trial["device"] != "cpu" for trial in study["trials"])

@@ -195,3 +195,18 @@ def test_threads_of_cpu_workers(monkeypatch) -> None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert plan_layout(settings, {"CPU": 8}).num_threads == threads
     assert plan_layout(parse(["--device", "gpu", "--lanes", "1"]), {"CPU": 8, "GPU": 2}).num_threads == 0
+
+
+def test_lanes_share_a_gpu() -> None:
+    from tune.study import plan_layout
+
+    shared = plan_layout(parse(["--lanes-per-gpu", "3"]), {"CPU": 8, "GPU": 2})
+    assert (shared.lanes, shared.worker_resources) == (6, {"CPU": 1, "GPU": pytest.approx(1 / 3)})
+    assert shared.devices_per_trial == pytest.approx(1 / 3)
+    whole = plan_layout(parse([]), {"CPU": 8, "GPU": 2})
+    assert (whole.lanes, whole.worker_resources) == (2, {"CPU": 1, "GPU": 1})
+    with pytest.raises(SettingsError, match="6 shares of GPUs"):
+        plan_layout(parse(["--lanes-per-gpu", "3", "--lanes", "7"]), {"CPU": 8, "GPU": 2})
+    assert plan_layout(parse(["--lanes-per-gpu", "3", "--device", "cpu"]), {"CPU": 4}).worker_resources == {"CPU": 1}
+    with pytest.raises(SettingsError, match="--lanes-per-gpu"):
+        parse(["--lanes-per-gpu", "2", "--workers-per-trial", "2"])

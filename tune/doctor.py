@@ -147,7 +147,7 @@ def lay_out(settings: Settings, resources: dict[str, float], findings: list[Find
         findings.append(Finding("lanes", "cluster", found, error.problems[0]))
         return None
     kind, workers = "GPU" if layout.use_gpu else "CPU", layout.workers_per_trial
-    awaited = layout.lanes * workers > resources.get(kind, 0)
+    awaited = layout.lanes * workers * layout.worker_resources[kind] > resources.get(kind, 0) + 1e-6
     fix = "what is missing must come from the autoscaler: run the doctor again when the nodes are there"
     asked = f"{found}: {layout.lanes} lane(s) of {workers} {kind} worker(s)"
     findings.append(Finding("lanes", "cluster", asked, fix if awaited else "", warning=True))
@@ -317,7 +317,8 @@ def judge_device(told: dict[str, Any], need: Need) -> Iterator[tuple]:
         yield "compiler", told["compiler"] or "none", "" if told["compiler"] else fix
     workers = 1 if layout.use_gpu else min(slots, layout.lanes * layout.workers_per_trial)
     ram = told["ram_gib"] / workers
-    present = min((gpu["free_gib"] for gpu in gpus), default=0.0) if layout.use_gpu else ram
+    share = min((gpu["free_gib"] for gpu in gpus), default=0.0) / layout.lanes_per_gpu
+    present = share if layout.use_gpu else ram
     if not need.memory:
         return
     whole = sum(need.memory.values())
@@ -415,7 +416,7 @@ def measure_collectives(
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=layout.use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if layout.use_gpu else {})},
+            resources_per_worker=layout.worker_resources,
             placement_strategy="PACK" if layout.workers_per_trial > 1 else "SPREAD",
         ),
         run_config=RunConfig(

@@ -111,8 +111,11 @@ class Dispatcher:
     early stop wastes no compute. All ranks of a group ask, and get the same answer.
     """
 
-    def __init__(self, num_lanes: int, workers_per_trial: int = 1, hang_timeout_s: float = 600) -> None:
+    def __init__(
+        self, num_lanes: int, workers_per_trial: int = 1, hang_timeout_s: float = 600, devices_per_trial: float = 1
+    ) -> None:
         self.workers_per_trial = workers_per_trial
+        self.devices_per_trial = devices_per_trial  # of which seconds are counted
         self.tickets: dict[int, Ticket] = {}
         self.queue: deque[int] = deque()
         self.changed = asyncio.Condition()
@@ -223,7 +226,7 @@ class Dispatcher:
             else:
                 ticket.last_epoch = epoch
                 ticket.open_verdict = (group, epoch)
-                self._tell(ticket, message | {"device_s": ticket.lane_s() * self.workers_per_trial})
+                self._tell(ticket, message | {"device_s": ticket.lane_s() * self.devices_per_trial})
                 if message["done"]:
                     ticket.ended = True
                     self._answer(ticket, stop=False)
@@ -362,7 +365,7 @@ class Dispatcher:
         ticket = self.tickets[number]
         if not ticket.ended:
             ticket.ended = True
-            self._tell(ticket, {"error": error, "device_s": ticket.lane_s() * self.workers_per_trial})
+            self._tell(ticket, {"error": error, "device_s": ticket.lane_s() * self.devices_per_trial})
 
     @staticmethod
     def _tell(ticket: Ticket, report: dict[str, Any]) -> None:
@@ -376,12 +379,12 @@ class Dispatcher:
             ticket.open_verdict = None
 
 
-def start_dispatcher(num_lanes: int, workers_per_trial: int, hang_timeout_s: float) -> Any:
+def start_dispatcher(layout: Layout, hang_timeout_s: float) -> Any:
     """The study's dispatcher actor; it takes no CPU and stays on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Dispatcher)
     return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(
-        num_lanes, workers_per_trial, hang_timeout_s
+        layout.lanes, layout.workers_per_trial, hang_timeout_s, layout.devices_per_trial
     )
 
 
@@ -434,7 +437,7 @@ class Lanes:
                 scaling_config=ScalingConfig(
                     num_workers=layout.workers_per_trial,
                     use_gpu=layout.use_gpu,
-                    resources_per_worker={"CPU": 1, **({"GPU": 1} if layout.use_gpu else {})},
+                    resources_per_worker=layout.worker_resources,
                 ),
                 run_config=RunConfig(
                     name=f"lane-{lane}",

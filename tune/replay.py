@@ -30,7 +30,7 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     workers = study.settings.study.workers_per_trial
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
-        dispatcher = start_dispatcher(1, workers, study.settings.study.hang_timeout)
+        dispatcher = start_dispatcher(layout, study.settings.study.hang_timeout)
         lanes = Lanes(dataclasses.replace(study, storage=Storage(Path(folder))), layout, dispatcher)
         say(f"Training trial {number} of {study.name} again")
         job = {"kind": "train", "settings": record.settings, "output": folder}

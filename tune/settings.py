@@ -31,8 +31,8 @@ SCHEDULERS = ("asha", "median", "none")
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
 COSTS = {"trainable_params": "min", "train_s": "min"}  # goals beside the metrics: what a trial costs
 # What may change when a study goes on: how it is run and shown, and these, upwards only.
-FREE = ("results", "hang_timeout", "lanes", "device", "verbose", "profile", "trace", "report_to", "stop_when",
-        "confirm", "confirm_seeds", "folds", "require", "register")  # fmt: skip
+FREE = ("results", "hang_timeout", "lanes", "lanes_per_gpu", "device", "verbose", "profile", "trace", "report_to",
+        "stop_when", "confirm", "confirm_seeds", "folds", "require", "register")  # fmt: skip
 BUDGETS = ("trials", "time_budget", "gpu_hours", "max_failures")
 REPORT_TO = ("mlflow", "tensorboard", "wandb")
 
@@ -116,6 +116,9 @@ class StudySettings:
     """Worker processes (one GPU each, or CPU cores) that train one trial together under ZeRO."""
     lanes: int = 0
     """Trials trained side by side. 0: as many as GPUs (or cores) and workers per trial allow."""
+    lanes_per_gpu: int = 1
+    """Lanes that share a GPU, where a trial has one worker: what a small model or micro-batch leaves idle, another
+    trial uses."""
     hang_timeout: float = 600.0
     """Seconds without a sign of life after which a worker is taken for frozen: it is ended, and its trial goes on from
     the last checkpoint. Collectives wait as long."""
@@ -385,7 +388,8 @@ def check(settings: Settings) -> list[str]:
         if not holds:
             found.append(f"`{flag(name)}` {text}, but got {given[name]!r}: {fix}")
 
-    at_least = {"confirm": 0, "confirm_seeds": 1, "trials": 1, "workers_per_trial": 1, "lanes": 0, "max_failures": 0,
+    at_least = {"confirm": 0, "confirm_seeds": 1, "trials": 1, "workers_per_trial": 1, "lanes": 0, "lanes_per_gpu": 1,
+                "max_failures": 0,
                 "grace_period": 1, "num_phantoms": 30, "per_device_eval_batch_size": 1,
                 "max_image_tokens": 0}  # fmt: skip
     for name, least in at_least.items():
@@ -396,6 +400,8 @@ def check(settings: Settings) -> list[str]:
               "contradictions": ("keep", "drop", "train")}  # fmt: skip
     for name, known in one_of.items():
         rule(name, given[name] in known, "must be a known one", f"choose from {', '.join(known)}")
+    alone = study.lanes_per_gpu == 1 or study.workers_per_trial == 1
+    rule("lanes_per_gpu", alone, "must be 1 for trials of several workers, which need a GPU each", "leave one out")
     rule("folds", study.folds == 0 or study.folds >= 2, "must be at least 2", "0 confirms over seeds")
     rule("folds", not study.folds or study.confirm > 0, "needs --confirm", "add --confirm 3")
     readers: list[tuple[str, Callable[[str], Any], tuple[str, ...]]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import time
@@ -36,6 +37,17 @@ class Layout:
     use_gpu: bool
     num_threads: int
     """torch threads of each CPU worker, no more than OMP_NUM_THREADS says; 0 for GPUs: torch's default."""
+    lanes_per_gpu: int = 1
+
+    @property
+    def devices_per_trial(self) -> float:
+        """GPUs or CPU workers that a trial holds."""
+        return self.workers_per_trial / (self.lanes_per_gpu if self.use_gpu else 1)
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray sets aside for a worker."""
+        return {"CPU": 1} | ({"GPU": 1 / self.lanes_per_gpu} if self.use_gpu else {})
 
 
 def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
@@ -46,7 +58,8 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
     study = settings.study
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     use_gpu = study.device == "gpu" or (study.device == "auto" and gpus > 0)
-    slots, what = (gpus, "GPUs") if use_gpu else (cores, "CPU cores")
+    slots, what = (gpus * study.lanes_per_gpu, "shares of GPUs") if use_gpu else (cores, "CPU cores")
+    what = what if study.lanes_per_gpu > 1 else what.rpartition(" of ")[2]
     most = slots // study.workers_per_trial
     # An autoscaler brings GPUs on request: there, what is missing now says nothing, but somebody must say how many.
     awaited = study.device == "gpu" and study.lanes > 0 and bool(os.environ.get("RAY_ADDRESS"))
@@ -63,7 +76,7 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal():
         threads = min(threads, max(1, int(asked)))
-    return Layout(lanes, study.workers_per_trial, use_gpu, threads)
+    return Layout(lanes, study.workers_per_trial, use_gpu, threads, study.lanes_per_gpu)
 
 
 def start_ray(settings: Settings) -> dict[str, float]:
@@ -157,9 +170,10 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     for sentence in study.data_report.sentences():
         say(f"Data: {sentence}")
     say(f"Starting the lanes (logs in {session_logs()})")
-    there, wanted = int(resources.get("GPU", 0)), layout.lanes * layout.workers_per_trial
+    there, wanted = int(resources.get("GPU", 0)), layout.lanes * layout.devices_per_trial
     if layout.use_gpu and there < wanted:
-        say(f"The cluster has {there} of the {wanted} GPUs: the lanes wait until its autoscaler has brought the rest")
+        awaited = f"the {math.ceil(wanted)} GPUs: the lanes wait until its autoscaler has brought the rest"
+        say(f"The cluster has {there} of {awaited}")
     search_and_test(study, layout, outcome, say, started)
     # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
     # led here would never be seen. The interpreter's exit shuts Ray down in any case.
@@ -191,7 +205,7 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     from tune.terminal import live
 
     settings, journal = study.settings, study.journal
-    dispatcher = start_dispatcher(layout.lanes, layout.workers_per_trial, settings.study.hang_timeout)
+    dispatcher = start_dispatcher(layout, settings.study.hang_timeout)
     lanes = Lanes(study, layout, dispatcher)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
     journal.write("session", params=study_params(study, layout), tags=tags)

@@ -58,7 +58,7 @@ def footer(
         told.append(f"best {name} {score_text(best[0].value(name))} (trial {best[0].number})")
     done = sum(record.state in ("COMPLETE", "STOPPED", "FAILED") for record in records)
     told.append(f"{done} of {study.trials} done, {len(running)} running")
-    left = seconds_left(records, snapshot, study.trials - done, study.workers_per_trial)
+    left = seconds_left(records, snapshot, study.trials - done, study.workers_per_trial / study.lanes_per_gpu)
     if left is not None:
         told.append(f"about {duration(left)} left")
     return Group(lanes, Text(" · ".join(told), no_wrap=True, overflow="ellipsis"))
@@ -78,10 +78,12 @@ def work_cells(work: dict[str, Any]) -> list[RenderableType]:
     ]
 
 
-def seconds_left(records: Sequence[TrialRecord], snapshot: dict[str, Any], num_left: int, workers: int) -> float | None:
+def seconds_left(
+    records: Sequence[TrialRecord], snapshot: dict[str, Any], num_left: int, devices: float
+) -> float | None:
     """Seconds to the end of the search if a trial goes on taking as long as one has so far; None before the first has
     ended, and after the last."""
-    took = [record.device_seconds / workers for record in records if record.state in ("COMPLETE", "STOPPED")]
+    took = [record.device_seconds / devices for record in records if record.state in ("COMPLETE", "STOPPED")]
     if not took or num_left <= 0:
         return None
     mean = statistics.fmean(took)
