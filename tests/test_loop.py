@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from train_fn import engine as engine_module
 from train_fn.data import Sample, Splits
-from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied
+from train_fn.engine import MicroBatchTooLarge, TrialFailed, build_engine, check_applied, read_applied
 from train_fn.evaluation import predict, score_candidates
 from train_fn.loop import Leaving, run_trial, score_adapter
 from train_fn.lora import adapted, adapter_layers
@@ -356,6 +356,17 @@ def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch
     monkeypatch.setattr(engine, "answer_losses", poisoned)
     with pytest.raises(TrialFailed, match="gradient was not finite in step 1"):
         train(base, splits, replace(SHORT, zero_stage=stage))
+
+
+@pytest.mark.parametrize("place", ["train_fn.engine.answer_losses", "train_fn.loop.predict"])
+def test_out_of_memory_in_a_step_is_told_apart(base, splits, monkeypatch, place) -> None:
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as caught:
+        train(base, splits, SHORT)
+    assert isinstance(caught.value, MicroBatchTooLarge) == ("engine" in place)
 
 
 def test_an_fp16_base_trains_in_the_direction_of_a_float32_one(base, splits, tmp_path) -> None:

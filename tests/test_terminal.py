@@ -50,7 +50,7 @@ def test_a_line_for_each_lane_and_one_for_the_study() -> None:
         record(8, "RUNNING", 0.99),
     ]
     running = [work(7, 15.0, phase="train"), work(8, 90.0, phase="evaluation", step=27, epoch=3), work(9, 0.0)]
-    one, two, three, last = lines(footer(records, {"lanes": 4, "starting": 1, "running": running}, GOALS, STUDY))
+    one, two, three, last = lines(footer(records, {"lanes": 4, "starting": 1, "running": running}, GOALS, STUDY, 2))
     assert re.fullmatch(r"trial 7  epoch 2/3  step 14/27  loss 0\.412  \S+", one)
     assert re.fullmatch(r"trial 8  epoch 3/3  step 27/27  loss 0\.412  \S+  evaluating", two)
     assert three == "trial 9"
@@ -64,18 +64,18 @@ def test_a_line_for_each_lane_and_one_for_the_study() -> None:
 
 def test_before_the_first_trial_and_after_the_last() -> None:
     start = {"lanes": 2, "starting": 2, "running": []}
-    assert lines(footer([], start, GOALS, STUDY)) == ["starting 2 lanes: loading the base · 0 of 20 done, 0 running"]
+    assert lines(footer([], start, GOALS, STUDY, 2)) == ["starting 2 lanes: loading the base · 0 of 20 done, 0 running"]
     unlearned = work(0, 1.0, loss=None, epoch=1, step=0)
-    (first, _) = lines(footer([], start | {"starting": 0, "running": [unlearned]}, GOALS, STUDY))
+    (first, _) = lines(footer([], start | {"starting": 0, "running": [unlearned]}, GOALS, STUDY, 2))
     assert first.startswith("trial 0  epoch 1/3  step 0/27") and "loss" not in first
     test = {"lanes": 2, "starting": 0, "running": [{"label": "scoring the test images", "seconds": 1.0}]}
-    done = lines(footer([record(0, "COMPLETE", 0.7, 9.0)], test, GOALS, replace(STUDY, trials=1)))
+    done = lines(footer([record(0, "COMPLETE", 0.7, 9.0)], test, GOALS, replace(STUDY, trials=1), 2))
     assert done == ["scoring the test images", "best auroc 0.700 (trial 0) · 1 of 1 done, 1 running"]
 
 
 def test_many_lanes_and_a_narrow_terminal_keep_their_height() -> None:
     running = [work(number, 1.0, epoch=1) for number in range(64)]
-    shown = lines(footer([], {"lanes": 64, "starting": 0, "running": running}, GOALS, STUDY), width=40)
+    shown = lines(footer([], {"lanes": 64, "starting": 0, "running": running}, GOALS, STUDY, 2), width=40)
     assert len(shown) == 9 and shown[-1].startswith("and 56 more lanes")
 
 

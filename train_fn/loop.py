@@ -14,7 +14,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,21 +226,6 @@ def run_trial(
             write(state.remove)  # one that was told to stop may be asked to go on, by a study that goes on
 
 
-def train_step(
-    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int, leaving: bool
-) -> tuple[float, bool]:
-    """Optimizer step number `step` on the images `indices` [global_batch_size]; their mean loss over all workers, and
-    whether any worker is `leaving`.
-
-    Raises TrialFailed, on all ranks and before the weights are touched, when loss or gradient is not finite on one;
-    MicroBatchTooLarge, on those that have run out of memory.
-    """
-    try:
-        return one_step(base, splits, settings, engine, indices, step, leaving)
-    except torch.OutOfMemoryError as error:
-        raise MicroBatchTooLarge(str(error)) from error
-
-
 NOT_FINITE = "a gradient was not finite in step {}: lower the learning rate (or not --fp16)"
 
 
@@ -252,10 +237,25 @@ def finite_gradient(engine: Any) -> bool:
     return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
-def one_step(
+@contextlib.contextmanager
+def out_of_memory_told_apart() -> Iterator[None]:
+    """Of what runs in here, for a step that does not fit is told otherwise than an evaluation that does not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MicroBatchTooLarge(str(error)) from error
+
+
+@out_of_memory_told_apart()
+def train_step(
     base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int, leaving: bool
 ) -> tuple[float, bool]:
-    """See `train_step`."""
+    """Optimizer step number `step` on the images `indices` [global_batch_size]; their mean loss over all workers, and
+    whether any worker is `leaving`.
+
+    Raises TrialFailed, on all ranks and before the weights are touched, when loss or gradient is not finite on one;
+    MicroBatchTooLarge, on those that have run out of memory.
+    """
     rank, world_size = world()
     engine.train()
     total = torch.zeros((), device=base.device)

@@ -129,6 +129,7 @@ class Footer:
 
     def __init__(self, log: StudyLog, layout: Layout) -> None:
         self.log = log
+        self.devices_per_trial = layout.devices_per_trial
         self.snapshot: dict[str, Any] = {"lanes": layout.lanes, "starting": layout.lanes, "running": []}
         self.asked = log.dispatcher.snapshot.remote()
 
@@ -140,4 +141,5 @@ class Footer:
                 self.snapshot = ray.get(self.asked)
             self.asked = self.log.dispatcher.snapshot.remote()
         study = self.log.study
-        return footer(list(self.log.records.values()), self.snapshot, study.goals, study.settings.study)
+        records = list(self.log.records.values())
+        return footer(records, self.snapshot, study.goals, study.settings.study, self.devices_per_trial)

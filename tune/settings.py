@@ -389,8 +389,7 @@ def check(settings: Settings) -> list[str]:
             found.append(f"`{flag(name)}` {text}, but got {given[name]!r}: {fix}")
 
     at_least = {"confirm": 0, "confirm_seeds": 1, "trials": 1, "workers_per_trial": 1, "lanes": 0, "lanes_per_gpu": 1,
-                "max_failures": 0,
-                "grace_period": 1, "num_phantoms": 30, "per_device_eval_batch_size": 1,
+                "max_failures": 0, "grace_period": 1, "num_phantoms": 30, "per_device_eval_batch_size": 1,
                 "max_image_tokens": 0}  # fmt: skip
     for name, least in at_least.items():
         rule(name, given[name] >= least, f"must be at least {least}", "give a larger whole number")

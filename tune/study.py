@@ -58,8 +58,9 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
     study = settings.study
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     use_gpu = study.device == "gpu" or (study.device == "auto" and gpus > 0)
-    slots, what = (gpus * study.lanes_per_gpu, "shares of GPUs") if use_gpu else (cores, "CPU cores")
-    what = what if study.lanes_per_gpu > 1 else what.rpartition(" of ")[2]
+    slots, what = cores, "CPU cores"
+    if use_gpu:
+        slots, what = gpus * study.lanes_per_gpu, "GPUs" if study.lanes_per_gpu == 1 else "shares of GPUs"
     most = slots // study.workers_per_trial
     # An autoscaler brings GPUs on request: there, what is missing now says nothing, but somebody must say how many.
     awaited = study.device == "gpu" and study.lanes > 0 and bool(os.environ.get("RAY_ADDRESS"))

@@ -38,11 +38,15 @@ def live(render: Callable[[], RenderableType]) -> Iterator[None]:
 
 
 def footer(
-    records: Sequence[TrialRecord], snapshot: dict[str, Any], goals: Sequence[Goal], study: StudySettings
+    records: Sequence[TrialRecord],
+    snapshot: dict[str, Any],
+    goals: Sequence[Goal],
+    study: StudySettings,
+    devices_per_trial: float,
 ) -> Group:
     """A line for each lane at work, then one for the study.
 
-    snapshot: what `tune.lane.Dispatcher.snapshot` answers.
+    snapshot: what `tune.lane.Dispatcher.snapshot` answers. devices_per_trial: as `tune.study.Layout` has it.
     """
     running, starting = snapshot["running"], snapshot["starting"]
     lanes = Table.grid(padding=(0, 2))
@@ -58,7 +62,7 @@ def footer(
         told.append(f"best {name} {score_text(best[0].value(name))} (trial {best[0].number})")
     done = sum(record.state in ("COMPLETE", "STOPPED", "FAILED") for record in records)
     told.append(f"{done} of {study.trials} done, {len(running)} running")
-    left = seconds_left(records, snapshot, study.trials - done, study.workers_per_trial / study.lanes_per_gpu)
+    left = seconds_left(records, snapshot, study.trials - done, devices_per_trial)
     if left is not None:
         told.append(f"about {duration(left)} left")
     return Group(lanes, Text(" · ".join(told), no_wrap=True, overflow="ellipsis"))
