@@ -1,0 +1,74 @@
+"""Files that survive a full disk and a power loss."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train_fn.files import (
+    DamagedFile,
+    copy_folder,
+    read_checked,
+    read_json,
+    write_checked,
+    write_file,
+    write_json,
+)
+
+
+def refuse(content: Any) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_json(path, {"a": 1})
+
+    def half(file: Any) -> None:
+        file.write(b'{"a"')
+        refuse(b"")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, half)
+    assert os.listdir(tmp_path) == ["plan.json"]
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_every_flipped_byte_of_a_checked_file_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_checked(path, lambda file: file.write(b"some state"))
+    assert read_checked(path) == b"some state"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DamagedFile):
+            read_checked(path)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedFile):
+            read_checked(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0\0\0", "[1, 2]", "3", '"text"', "null", "[" * 100_000])
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(DamagedFile, match=r"plan\.json must"):
+        read_json(path, dict)
+
+
+def test_a_folder_that_cannot_be_copied_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "adapter").write_text("the last copy")
+    with pytest.raises(FileNotFoundError):
+        copy_folder(tmp_path / "gone", tmp_path / "best")
+    assert (tmp_path / "best" / "adapter").read_text() == "the last copy"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "adapter").write_text("new")
+    copy_folder(tmp_path / "new", tmp_path / "best")
+    assert (tmp_path / "best" / "adapter").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["best", "new"]
