@@ -68,13 +68,20 @@ class TrialRecord:
     """Seconds of a device (GPU, or CPU worker), over all its workers, lost attempts and earlier sessions too."""
     spent_before: float = 0.0
     """Those of earlier sessions."""
+    incomplete: bool = False
+    """Whether the journal lost an event of this trial: those after it do not count, until it is begun again."""
 
     def hear(self, event: Event) -> None:
         """Take in one event of this trial."""
+        if event["event"] == "report" and event["epoch"] <= len(self.epochs):
+            return  # of an epoch that is known
+        self.incomplete |= self.contradicts(event)
         if event["event"] == "started":
-            self.state, self.error = "RUNNING", ""
+            self.state, self.error, self.incomplete = "RUNNING", "", False
             self.started_at = self.started_at or event["time"]
             self.spent_before = self.device_seconds
+        elif self.incomplete:
+            return
         elif event["event"] == "report":
             self.epochs.append(event["metrics"])
             for name in ("finished", "applied", "lane", "turn", "device", "num_threads", "notes", "base_gib",
@@ -86,6 +93,14 @@ class TrialRecord:
         elif event["event"] == "ended":
             self.state, self.error, self.ended_at = event["state"], event["error"], event["time"]
             self.device_seconds = event["device_s"]
+
+    def contradicts(self, event: Event) -> bool:
+        """Whether an event cannot follow those before it, because one between them is lost."""
+        if event["event"] == "report":
+            return event["epoch"] > len(self.epochs) + 1
+        if event["event"] == "ended":
+            return event.get("step", self.step) != self.step or (event["state"] == "COMPLETE" and not self.finished)
+        return False
 
     def value(self, name: str) -> float:
         """A metric or a cost of the trial; not a number when it has none."""
@@ -105,14 +120,15 @@ class TrialRecord:
 
 
 def fold(events: Sequence[Event]) -> dict[int, TrialRecord]:
-    """The record of every trial in a journal."""
+    """The record of every trial in a journal. A trial whose begin the journal has lost has none: it runs again."""
     records: dict[int, TrialRecord] = {}
     for event in events:
         if event["event"] in ("started", "report", "ended"):
             number = event["number"]
-            if number not in records:
+            if number not in records and event["event"] == "started":
                 records[number] = TrialRecord(number, event["searched"], event["settings"])
-            records[number].hear(event)
+            if number in records:
+                records[number].hear(event)
     return records
 
 

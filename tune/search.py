@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 import ray.tune
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from train_fn.files import sync_folder
 from tune.journal import Event, read_events
 from tune.lane import QueuedTrial
 from tune.prepare import Study
@@ -120,13 +125,28 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def open_search(study: Study, log: StudyLog) -> DiskSearch:
-    """Optuna behind Tune, in optuna.db: a new study with its first points, or one that goes on, made to agree with the
-    journal."""
+    """Optuna behind Tune, in optuna.db: a new study with its first points, or one that goes on.
+
+    A database that cannot be read, or that contradicts the journal, is set aside and made again from the journal. One
+    that another process has locked is waited for. Raises OptunaError (StorageInternalError) when it stays locked.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     settings = study.settings.study
     space, _ = load_space(settings.space)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{study.directory / 'optuna.db'}")
-    begun = study.name in optuna.get_all_study_names(storage)
+    path = study.directory / "optuna.db"
+    if path.exists() and (fault := fault_of_database(path, study.name, log.records)):
+        aside = path.with_name(f"optuna.damaged-{time.strftime('%Y%m%d-%H%M%S')}.db")
+        path.rename(aside)
+        log.say(f"optuna.db {fault}: it was set aside as {aside.name} and is made again from the journal")
+    begun = path.exists()
+    if not begun:
+        # Aside, then renamed: a kill in between must not leave a search with some of its first points.
+        partial = path.with_name("optuna.partial.db")
+        partial.unlink(missing_ok=True)
+        fill_database(partial, study, space, log)
+        partial.replace(path)
+        sync_folder(path.parent)
+    storage = open_database(path)
     past = len(optuna.load_study(study_name=study.name, storage=storage).trials) if begun else len(log.records)
     names, modes = (list(part) for part in zip(*study.goals, strict=True))
     several = len(names) > 1
@@ -146,13 +166,6 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
         study_name=study.name,
         storage=storage,
     )
-    if not begun:
-        if settings.warm_start:
-            log.say(warm_start(study, searcher.optuna_study))
-        rebuild(study, space, searcher, log.records)
-        for first in first_points(settings.space, settings.first_points)[max(log.records, default=-1) + 1 :]:
-            values = {name: value for name, value in first.items() if name not in study.settings.pinned}
-            searcher.optuna_study.enqueue_trial(values)
     searcher.num_prior = sum(PRIOR in trial.user_attrs for trial in searcher.optuna_study.trials)
     agree(searcher, log)
     ended = [trial for trial in searcher.optuna_study.trials if trial.state.is_finished()]
@@ -161,25 +174,86 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
     return searcher
 
 
-def rebuild(study: Study, space: Any, searcher: DiskSearch, records: dict[int, TrialRecord]) -> None:
-    """Give an empty optuna.db the trials of the journal: a study that goes on from object storage has no other."""
-    for number in range(max(records, default=-1) + 1):
+LOCK_TIMEOUT_S = 120  # how long SQLite waits for another process that has locked optuna.db
+
+
+def open_database(path: Path) -> optuna.storages.RDBStorage:
+    """Optuna's storage in an SQLite file."""
+    url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
+    url = url.replace("{", "{{").replace("}", "}}")  # Optuna formats it
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}})
+
+
+def fault_of_database(path: Path, name: str, records: Mapping[int, TrialRecord]) -> str:
+    """Why a study cannot go on with its optuna.db, as the end of a sentence; empty when it can.
+
+    Raises OptunaError when another process keeps it locked.
+    """
+    try:
+        storage = open_database(path)
+        try:
+            trials = optuna.load_study(study_name=name, storage=storage).trials
+        finally:
+            storage.engine.dispose()
+    except Exception as error:  # a damaged file gives errors of SQLite, SQLAlchemy, json and Optuna
+        if "database is locked" in str(error):
+            raise
+        return f"cannot be read ({str(error).strip().splitlines()[0]:.80})"
+    trials = [trial for trial in trials if PRIOR not in trial.user_attrs]
+    if len(trials) <= max(records, default=-1):
+        return "lacks trials of the journal"
+    for number, trial in enumerate(trials):
         record = records.get(number)
-        fixed = optuna.trial.FixedTrial(record.searched if record else {})
-        if record:
-            searched_settings(study.settings, space, fixed, number)
-        state = ENDS.get(record.state, TrialState.RUNNING) if record else TrialState.RUNNING
-        complete = record is not None and state == TrialState.COMPLETE
-        epochs = enumerate(record.epochs, 1) if record and len(study.goals) == 1 else ()
-        values = [record.value(name) for name, _ in study.goals] if record and complete else None
-        trial = optuna.trial.create_trial(
-            state=state,
-            params=fixed.params,
-            distributions=fixed.distributions,
-            values=values,
-            intermediate_values={epoch: metrics[study.metric] for epoch, metrics in epochs if study.metric in metrics},
-        )
-        searcher.optuna_study.add_trial(trial)
+        if record is None:
+            # A trial is in the database first. What the journal lacks of it is no more than its begin.
+            if trial.state.is_finished():
+                return f"has a result of trial {number}, of which the journal knows nothing"
+            continue
+        if trial.params and json.loads(json.dumps(trial.params)) != record.searched:
+            return f"has other values for trial {number} than the journal"
+        if trial.state == TrialState.WAITING or (
+            record.state in ENDS and trial.state.is_finished() and (trial.state != ENDS[record.state])
+        ):
+            return f"has another state of trial {number} than the journal"
+    return ""
+
+
+def fill_database(path: Path, study: Study, space: Any, log: StudyLog) -> None:
+    """Make an optuna.db: the trials of another study (--warm-start), those of the journal, and the first points that
+    have not run."""
+    storage = open_database(path)
+    kinds = optuna.study.StudyDirection
+    directions = [kinds.MINIMIZE if mode == "min" else kinds.MAXIMIZE for _, mode in study.goals]
+    optuna_study = optuna.create_study(study_name=study.name, storage=storage, directions=directions)
+    settings = study.settings.study
+    if settings.warm_start:
+        log.say(warm_start(study, optuna_study))
+    first = first_points(settings.space, settings.first_points)
+    for number in range(max(max(log.records, default=-1) + 1, len(first))):
+        record = log.records.get(number)
+        if record is None and number < len(first):  # so that trial 0 is the guide's, whatever the journal has lost
+            values = {name: value for name, value in first[number].items() if name not in study.settings.pinned}
+            optuna_study.enqueue_trial(values)
+        else:
+            optuna_study.add_trial(trial_of_record(study, space, record, number))
+    storage.engine.dispose()
+
+
+def trial_of_record(study: Study, space: Any, record: TrialRecord | None, number: int) -> FrozenTrial:
+    """A trial of the journal as Optuna keeps it. One without a record is running, and gets its values when asked."""
+    fixed = optuna.trial.FixedTrial(record.searched if record else {})
+    if record:
+        searched_settings(study.settings, space, fixed, number)
+    state = ENDS.get(record.state, TrialState.RUNNING) if record else TrialState.RUNNING
+    complete = record is not None and state == TrialState.COMPLETE
+    epochs = enumerate(record.epochs, 1) if record and len(study.goals) == 1 else ()
+    return optuna.trial.create_trial(
+        state=state,
+        params=fixed.params,
+        distributions=fixed.distributions,
+        values=[record.value(name) for name, _ in study.goals] if record and complete else None,
+        intermediate_values={epoch: metrics[study.metric] for epoch, metrics in epochs if study.metric in metrics},
+    )
 
 
 def warm_start(study: Study, optuna_study: optuna.Study) -> str:
@@ -189,38 +263,32 @@ def warm_start(study: Study, optuna_study: optuna.Study) -> str:
     assert other
     space, _ = load_space(study.settings.study.space)
     records = fold(read_events(other / "journal.jsonl"))
-    storage = f"sqlite:///{other / 'optuna.db'}"
-    trials = optuna.load_study(study_name=other.resolve().name, storage=storage).trials
-    num_prior = sum(PRIOR in trial.user_attrs for trial in trials)
+    complete = [record for record in records.values() if record.state == "COMPLETE"]
     taken = 0
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and PRIOR not in trial.user_attrs]
-    for trial in complete:
-        record = records[trial.number - num_prior]
+    for record in complete:
         values = [record.value(name) for name, _ in study.goals]
-        if any(value != value for value in values) or not fits(study, space, trial):
+        asked = ask_with(study, space, record.searched)
+        if asked is None or not all(map(math.isfinite, values)):
             continue
         optuna_study.add_trial(
             optuna.trial.create_trial(
-                params=trial.params,
-                distributions=trial.distributions,
-                values=values,
-                user_attrs={PRIOR: other.name},
+                params=asked.params, distributions=asked.distributions, values=values, user_attrs={PRIOR: other.name}
             )
         )
         taken += 1
     return f"Warm start: {taken} of the {len(complete)} completed trials of {other.name} fit the space"
 
 
-def fits(study: Study, space: Any, trial: FrozenTrial) -> bool:
-    """Whether this study's space, asked with a trial's values, asks for just these, from the same ranges."""
-    fixed = optuna.trial.FixedTrial(trial.params)
+def ask_with(study: Study, space: Any, searched: dict[str, Any]) -> optuna.trial.FixedTrial | None:
+    """This study's space, asked with another study's values; None when it asks for other names or other ranges."""
+    fixed = optuna.trial.FixedTrial(searched)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a value outside its range only warns
             searched_settings(study.settings, space, fixed)
     except (ValueError, UserWarning):
-        return False
-    return fixed.distributions == trial.distributions
+        return None
+    return fixed if fixed.params.keys() == searched.keys() else None
 
 
 def agree(search: DiskSearch, log: StudyLog) -> None:
