@@ -47,9 +47,38 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
         engine.destroy()
     reports: list[dict] = []
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")
-    torch.save({"facts": facts, "predicted": predicted, "report": reports[-1]}, f"{output}/{rank}.pt")
+    points = points_of_damaged_states(rank, Path(output) / "trial")
+    torch.save({"facts": facts, "predicted": predicted, "report": reports[-1], "points": points}, f"{output}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
+    """The steps from which a trial of two points goes on: once the second rank's newest file is damaged, and once the
+    ranks' files of the older point have changed places as well."""
+    from train_fn import loop
+    from train_fn.storage import Storage
+
+    loop.engine_state = lambda engine: {}  # type: ignore[assignment]
+    state = loop.ResumeState(folder, Storage(folder), SETTINGS)
+    for step in (1, 2):
+        state.save({"step": step, "losses": [0.0]}, None)
+    if rank == 1:
+        state.file("00000004").write_bytes(b"damaged")
+    dist.barrier()
+    steps = [found["step"] if (found := state.load()) else None]
+    dist.barrier()
+    if rank == 0:
+        one, two = (folder / "state" / f"00000002-{number}.state" for number in (0, 1))
+        content = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(content)
+    dist.barrier()
+    return [*steps, found["step"] if (found := state.load()) else None]
+
+
+def test_all_ranks_go_on_from_the_same_sound_point(found) -> None:
+    assert [result["points"] for result in found] == [[1, None], [1, None]]
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_a_trial_goes_on_from_the_newest_point_of_the_storage(bucket, tmp_path) 
         folder = storage.directory / "trials" / "0001" / "state"
         folder.mkdir(parents=True)
         for name in names:
-            (folder / f"{name}.pt").write_text("state")
+            (folder / f"{name}.state").write_text("state")
     there.push(there.directory / "trials")
     state = ResumeState(here.directory / "trials" / "0001", here, TrialSettings())
     state.world_size = 2

@@ -83,7 +83,12 @@ def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     def with_checksum(file: IO[bytes]) -> None:
         file.write(b" " * HEADER)
         hashing = HashingFile(file)
-        write(hashing)  # type: ignore[arg-type]  # torch.save and the like only call write()
+        try:
+            write(hashing)  # type: ignore[arg-type]  # torch.save and the like only call write()
+        except RuntimeError as error:
+            if hashing.error:  # torch.save finishes its archive all the same, and complains of that
+                raise hashing.error from error
+            raise
         file.seek(0)
         file.write(MAGIC + hashing.digest.hexdigest().encode() + b"\n")
 
@@ -100,16 +105,21 @@ def read_checked(path: Path) -> bytes:
 
 
 class HashingFile:
-    """Passes on what is written, and hashes it."""
+    """Passes on what is written, hashes it, and remembers the error of a disk that took no more."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
         """Write to the file and to the hash."""
         self.digest.update(content)
-        return self.file.write(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         """Pass on."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
-import os
+import pickle
 import random
 import shutil
 import time
@@ -33,6 +34,7 @@ from train_fn.engine import (
     read_applied,
 )
 from train_fn.evaluation import predict
+from train_fn.files import DamagedFile, read_checked, replace_folder, write_checked, write_json
 from train_fn.lora import adapted, load_adapter, save_adapter
 from train_fn.model import Base, collate, prompt_size, to_device
 from train_fn.profile import beat, phase, profiled, traced
@@ -147,7 +149,7 @@ def run_trial(
         if profile:
             stack.enter_context(profiled(clock.spent, base.device))
 
-        troubles: list[str] = []
+        troubles = list(state.notes)
 
         def trouble(text: str) -> None:
             beat()
@@ -293,6 +295,9 @@ def train_step(
 # ------------------------------------------------------------------------------------------------ going on after a kill
 
 
+STATE_SUFFIX = ".state"
+
+
 class ResumeState:
     """`state/` of an unfinished trial: one file per rank and point, the last two of which are kept: ranks may be killed
     between their writes."""
@@ -304,11 +309,12 @@ class ResumeState:
         # A micro-batch that was halved for want of memory changes nothing that is kept here.
         micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": settings.global_batch_size}
         self.settings = json.loads(json.dumps(dataclasses.asdict(settings) | micro))
+        self.notes: list[str] = []
 
     def points(self) -> list[str]:
         """Points of which every rank's file is there, in order."""
         names = self.storage.names(self.directory) if self.directory else []
-        points = Counter(name.partition("-")[0] for name in names if name.endswith(".pt"))
+        points = Counter(name.partition("-")[0] for name in names if name.endswith(STATE_SUFFIX))
         return sorted(point for point, count in points.items() if count == self.world_size)
 
     def save(self, progress: dict[str, Any], engine: Any) -> None:
@@ -316,32 +322,65 @@ class ResumeState:
         if self.directory is None:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        told = json.dumps(progress | {"settings": self.settings})
+        # An epoch's last step and its end, evaluation included, are two points.
+        point = f"{2 * progress['step'] + (not progress['losses']):08d}"
+        told = json.dumps(progress | {"settings": self.settings, "point": point, "rank": self.rank})
         drawn = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
         random_state = {"cpu": torch.get_rng_state(), **drawn}
         content = {"progress": told, "engine": engine_state(engine), "random": random_state}
-        # An epoch's last step and its end, evaluation included, are two points.
-        path = self.directory / f"{2 * progress['step'] + (not progress['losses']):08d}-{self.rank}.pt"
-        partial = path.with_suffix(".partial")
-        torch.save(content, partial)
-        os.replace(partial, path)
+        path = self.file(point)
+        # To an open file: given a path, torch writes it itself, and a full disk is no OSError.
+        write_checked(path, lambda file: torch.save(content, file))
         self.storage.push(path)
-        for old in sorted(self.directory.glob(f"*-{self.rank}.pt"))[:-2]:
+        for old in self.own_files()[:-2]:
             self.storage.remove(old)
 
+    def file(self, point: str) -> Path:
+        """This rank's file of a point."""
+        assert self.directory
+        return self.directory / f"{point}-{self.rank}{STATE_SUFFIX}"
+
+    def own_files(self) -> list[Path]:
+        """This rank's files on this node, the oldest first."""
+        assert self.directory
+        return sorted(self.directory.glob(f"*-{self.rank}{STATE_SUFFIX}"))
+
     def load(self) -> dict[str, Any] | None:
-        """This rank's newest state that all ranks have, if its trial is the same; every rank finds the same point."""
-        found = [self.points() if self.rank == 0 else []]
+        """This rank's newest state that every rank can read, if its trial is the same; `notes` says what was damaged.
+
+        Every rank gets the same point. Damaged points, and those after the one that is taken, are removed.
+        """
+        points = [self.points() if self.rank == 0 else []]
         if self.world_size > 1:
-            dist.broadcast_object_list(found, src=0)
-        if not found[0] or self.directory is None:
+            dist.broadcast_object_list(points, src=0)
+        if self.directory is None:
             return None
-        path = self.directory / f"{found[0][-1]}-{self.rank}.pt"
         self.directory.mkdir(parents=True, exist_ok=True)
+        for point in reversed(points[0]):
+            content = self.read(point)
+            readable = [content is not None]
+            if self.world_size > 1:
+                all_readable: list[Any] = [None] * self.world_size
+                dist.all_gather_object(all_readable, readable[0])
+                readable = all_readable
+            if all(readable):
+                return content if content and content["settings"] == self.settings else None
+            self.notes.append(f"the saved state at point {int(point)} was damaged: an older one was taken, if any")
+            self.storage.remove(self.file(point))
+        return None
+
+    def read(self, point: str) -> dict[str, Any] | None:
+        """This rank's content of a point; None when it is damaged, or of another one. Nothing in it is executed."""
+        path = self.file(point)
+        if path.is_dir():
+            return None
         self.storage.pull(path)  # this node may have had other points, or none
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        progress = json.loads(content.pop("progress"))
-        return progress | content if progress["settings"] == self.settings else None
+        try:
+            content = torch.load(io.BytesIO(read_checked(path)), map_location="cpu", weights_only=True)
+        except (DamagedFile, FileNotFoundError, IsADirectoryError, pickle.UnpicklingError, RuntimeError, ValueError):
+            return None
+        content |= json.loads(content.pop("progress"))
+        return content if (content["point"], content["rank"]) == (point, self.rank) else None
 
     def remove(self) -> None:
         """The trial is over."""
@@ -358,10 +397,10 @@ def save_checkpoint(
     """Write `checkpoint-N/` and remove the oldest beyond `save_total_limit`."""
     directory = output / f"checkpoint-{log.step}"
     partial = output / f".checkpoint-{log.step}"  # a half-written one must not look like one
+    shutil.rmtree(partial, ignore_errors=True)
     save_adapter(base, model, settings, partial)
     log.save(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    replace_folder(partial, directory)
     storage.push(directory)
     for old in checkpoints(output, storage)[: -settings.save_total_limit] if settings.save_total_limit else []:
         storage.remove(old)
@@ -376,9 +415,12 @@ def checkpoints(output: Path, storage: Storage) -> list[Path]:
 def save_final(
     base: Base, model: Any, settings: TrialSettings, splits: Splits, log: History, output: Path, storage: Storage
 ) -> None:
-    """Write `final_model/`, with its task.json, and trainer_state.json."""
-    save_adapter(base, model, settings, output / "final_model")
-    save_task(base, splits, output / "final_model")
+    """Write `final_model/`, with its task.json, and trainer_state.json; both are on the disk when this returns."""
+    partial = output / ".final_model"  # a half-written one must never become a winner's
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(base, model, settings, partial)
+    save_task(base, splits, partial)
+    replace_folder(partial, output / "final_model")
     log.save(output)
     storage.push(output / "final_model")
     storage.push(output / "trainer_state.json")
@@ -392,7 +434,7 @@ def save_task(base: Base, splits: Splits, directory: Path) -> None:
         "question": questions.most_common(1)[0][0],
         "candidates": splits.candidates,
     }
-    (directory / "task.json").write_text(json.dumps(task, indent=1), encoding="utf-8")
+    write_json(directory / "task.json", task)
 
 
 class History:
@@ -416,7 +458,7 @@ class History:
     def save(self, directory: Path) -> None:
         """Write trainer_state.json."""
         state = {"global_step": self.step, "log_history": self.entries}
-        (directory / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_json(directory / "trainer_state.json", state)
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from train_fn.files import write_file
 from train_fn.hulumed import native_name, original_name
 from train_fn.model import Base, adapter_pattern
 from train_fn.settings import TrialSettings
@@ -159,8 +161,28 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
         state |= {f"base_model.model.{base.projector}.{name}": p for name, p in projector.named_parameters()}
     config.save_pretrained(str(directory))
     tensors = {renamed(base, name): tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    base.processor.save_pretrained(directory)
+    write_file(directory / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    for name, content in processor_files(base).items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(directory / name, content)
+
+
+def processor_files(base: Base) -> dict[str, bytes]:
+    """The processor's files by name, as `save_pretrained` writes them: alike for all trials, so it is asked once.
+
+    Raises OSError, also where tokenizers raises a plain Exception: when the disk is full.
+    """
+    if not base.processor_files:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                base.processor.save_pretrained(folder)
+            except Exception as error:
+                if type(error) is Exception:
+                    raise OSError(f"the processor could not be saved: {error}") from error
+                raise
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            base.processor_files = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return base.processor_files
 
 
 def renamed(base: Base, name: str) -> str:

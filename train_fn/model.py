@@ -59,6 +59,7 @@ class Base:
     tokens: dict[tuple, Any] = field(default_factory=dict)  # tokenized prompts and answers: few, but needed every step
     patches: dict[str, int] = field(default_factory=dict)  # image path -> P
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image path -> width and height
+    processor_files: dict[str, bytes] = field(default_factory=dict)  # see train_fn.lora.processor_files
 
     autocasts: bool = field(init=False)  # whether the language model's float32 adapters multiply in bfloat16
 

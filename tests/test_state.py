@@ -1,0 +1,148 @@
+"""What an unfinished trial goes on from: damage is noticed, the older point is taken, nothing is executed, and a disk
+that is full for a while costs time and no number."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train_fn import storage
+from train_fn.files import write_checked
+from train_fn.loop import Leaving, ResumeState, run_trial
+from train_fn.settings import TrialSettings
+from train_fn.storage import Storage
+
+SETTINGS = TrialSettings(num_train_epochs=2, max_steps=4, lora_r=4, lora_alpha=8, learning_rate=1e-3, save_steps=1)
+
+
+def train(base, splits, output: Path | None = None, leave_after: int = 99) -> list[dict]:
+    """The reports of a trial; with `leave_after`, one that left after so many steps."""
+    reports: list[dict] = []
+    steps = iter(range(1, 99))
+    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant",
+              output=output, leaving=lambda: next(steps) == leave_after)  # fmt: skip
+    return reports
+
+
+def numbers(reports: list[dict]) -> list[Any]:
+    return [(report["metrics"], report["log"]) for report in reports]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, splits) -> list[Any]:
+    return numbers(train(base, splits))
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def damage(path: Path, kind: str, mark: Path) -> None:
+    whole = path.read_bytes()
+    if kind == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "zeros":
+        path.write_bytes(bytes(len(whole)))
+    elif kind == "one bit":
+        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 4]) + whole[5001:])
+    elif kind == "a pickle":
+        path.write_bytes(pickle.dumps(Evil(mark)))
+    elif kind == "a pickle with a checksum":
+        write_checked(path, lambda file: file.write(pickle.dumps(Evil(mark))))
+    elif kind == "a torch file with a checksum":
+        content = io.BytesIO()
+        torch.save({"progress": Evil(mark)}, content)
+        write_checked(path, lambda file: file.write(content.getvalue()))
+    elif kind == "an older point":
+        shutil.copy(sorted(path.parent.glob("*-0.state"))[0], path)
+    else:
+        path.unlink()
+        path.mkdir()
+
+
+KINDS = ["cut", "empty", "zeros", "one bit", "a pickle", "a pickle with a checksum", "a torch file with a checksum",
+         "an older point", "a folder"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interrupted(base, splits, tmp_path_factory) -> Path:
+    """The folder of a trial that left after three steps of four."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(Leaving):
+        train(base, splits, folder, leave_after=3)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_point_costs_that_point_only(interrupted, tmp_path, kind) -> None:
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    *_, older, newest = sorted((tmp_path / "state").glob("*-0.state"))
+    damage(newest, kind, tmp_path / "executed")
+    state = ResumeState(tmp_path, Storage(tmp_path), SETTINGS)
+    found = state.load()
+    assert found and found["step"] == 2 and len(state.notes) == 1 and "damaged" in state.notes[0]
+    assert not newest.exists() and older.exists() and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+def test_a_trial_goes_on_past_damage_to_the_same_numbers(
+    base, splits, interrupted, tmp_path, undisturbed, num_damaged
+) -> None:
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    for path in sorted((tmp_path / "state").glob("*"))[-num_damaged:]:
+        damage(path, "one bit", tmp_path)
+    reports = train(base, splits, tmp_path)
+    assert numbers(reports) == undisturbed
+    assert len(reports[-1]["notes"]) == num_damaged and all("damaged" in note for note in reports[-1]["notes"])
+
+
+@pytest.mark.parametrize("limit", [3_000, 300_000])
+def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatch, undisturbed, limit) -> None:
+    """The system takes a part of a file and refuses the rest, until the write is tried again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    refused: list[float] = []
+
+    def lift(seconds: float) -> None:
+        refused.append(seconds)
+        partial = [name for _, _, names in os.walk(tmp_path) for name in names if name == "adapter_config.json"]
+        assert not (tmp_path / "final_model").exists() or len(partial) >= 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    from train_fn import loop
+
+    write = loop.patiently
+
+    def with_a_full_disk(action: Any, tell: Any) -> None:
+        if not refused:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            write(action, tell)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(storage.time, "sleep", lift)
+    monkeypatch.setattr(loop, "patiently", with_a_full_disk)
+    base.processor_files = {}
+    reports = train(base, splits, tmp_path)
+    assert numbers(reports) == undisturbed
+    assert refused and any("tried again" in note for note in reports[-1]["notes"])
+    names = {path.name for path in (tmp_path / "final_model").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "task.json", "tokenizer.json"} <= names
+    assert [path for path in tmp_path.rglob(".*")] == []
