@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from train_fn.copies import copy_groups, hash_images, leaking_images, near_pairs, num_leaked
+from train_fn.files import DamagedFile, read_json, write_json
 
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
@@ -369,14 +370,27 @@ def fold_splits(splits: Splits, num_folds: int, seed: int) -> list[Splits]:
 
 def save_splits(splits: Splits, path: Path) -> None:
     """Write the splits to JSON, for people and for `load_splits`."""
-    path.write_text(json.dumps(asdict(splits), indent=1), encoding="utf-8")
+    write_json(path, asdict(splits))
 
 
 def load_splits(path: Path) -> Splits:
-    """Read what `save_splits` wrote."""
-    parts = json.loads(path.read_text(encoding="utf-8"))
-    read = {name: tuple(Sample(**sample) for sample in parts[name]) for name in ("train", "validation", "test")}
-    return Splits(**read, candidates=tuple(parts["candidates"]))
+    """Read what `save_splits` wrote. Raises OSError; DamagedFile when it holds something else."""
+    parts = read_json(path, dict)
+    try:
+        read = {name: tuple(Sample(**sample) for sample in parts[name]) for name in ("train", "validation", "test")}
+        splits = Splits(**read, candidates=tuple(parts["candidates"]))
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} must hold the parts of a study's data, but {error}: put it back") from error
+    samples = (*splits.train, *splits.validation, *splits.test)
+    sound = all(
+        all(isinstance(text, str) for text in (sample.image, sample.text, sample.answer))
+        and isinstance(sample.label, int)
+        and -1 <= sample.label < len(splits.candidates)
+        for sample in samples
+    )
+    if not (sound and splits.train and splits.validation and all(isinstance(c, str) for c in splits.candidates)):
+        raise DamagedFile(f"{path} must hold sound samples in every part, but does not: put it back from a copy")
+    return splits
 
 
 def class_weights(counts: Sequence[int]) -> list[float]:

@@ -16,11 +16,13 @@ from typing import Any
 
 from train_fn.copies import file_hash
 from train_fn.data import DataReport, Splits, load_splits, make_splits, read_manifest, unreadable_images
+from train_fn.files import DamagedFile
 from train_fn.metrics import MODES
 from train_fn.nano import CHECKPOINT
 from train_fn.storage import Storage
 from train_fn.worker import versions
 from tune.journal import Journal, StudyLock
+from tune.plan import read_plan
 from tune.provenance import base_hash, data_hash, git_state
 from tune.results import Goal
 from tune.settings import Settings, SettingsError, flag, goal, load_space, study_directory
@@ -125,15 +127,21 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
 
 
 def resume(settings: Settings) -> Study:
-    """A study that goes on. Raises SettingsError when it runs, or when what it rests on has changed."""
+    """A study that goes on. Raises SettingsError when it runs, is damaged, or when what it rests on has changed."""
     found = study_directory(settings.command.resume or settings.command.replay, settings.study.results)
     assert found, "the command line was checked for this"
     directory = found.resolve()
     held = lock(directory)
-    plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
-    splits = load_splits(directory / "splits.json")
+    try:
+        plan = read_plan(directory)
+        splits = load_splits(directory / "splits.json")
+        journal = Journal(directory / "journal.jsonl")
+        report = DataReport(**plan["data_report"])
+    except (DamagedFile, OSError, TypeError) as error:
+        raise SettingsError([f"the study's files must be whole, but {error}"]) from error
+    problems = journal_problems(directory, journal)
     images = [sample.image for sample in (*splits.train, *splits.validation, *splits.test)]
-    problems = unreadable_images(images)
+    problems += unreadable_images(images)
     if problems:
         raise SettingsError(problems)
     now = {
@@ -158,12 +166,23 @@ def resume(settings: Settings) -> Study:
         goals=tuple((name, mode) for name, mode in plan["goals"]),
         positive=plan["positive_label"],
         splits=splits,
-        data_report=DataReport(**plan["data_report"]),
+        data_report=report,
         plan=plan,
         storage=Storage.under(settings.study.storage, directory),
-        journal=Journal(directory / "journal.jsonl"),
+        journal=journal,
         lock=held,
     )
+
+
+def journal_problems(directory: Path, journal: Journal) -> list[str]:
+    """Whether the journal is gone though trials have run: going on would train them again under other numbers."""
+    numbers = sorted(path.name for path in (directory / "trials").glob("[0-9]*"))
+    if journal.events or not numbers:
+        return []
+    return [
+        f"journal.jsonl must tell what the study has done, but it is empty or gone, and trials/ has {numbers[0]} to "
+        f"{numbers[-1]}: put it back from a copy, or begin a new study"
+    ]
 
 
 def lock(directory: Path) -> StudyLock:

@@ -19,6 +19,7 @@ from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
 from train_fn.scores import probabilities
 from train_fn.worker import versions
+from tune.plan import save_plan
 from tune.prepare import Study
 from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, ranked, with_intervals
 from tune.settings import Settings, SettingsError
@@ -189,9 +190,7 @@ def write_plan(study: Study) -> None:
     if "splits_hash" not in study.plan:  # new
         save_splits(study.splits, path)
         study.plan["splits_hash"] = file_hash(path)
-    partial = study.directory / "plan.partial"
-    partial.write_text(json.dumps(study.plan, indent=1), encoding="utf-8")
-    partial.replace(study.directory / "plan.json")
+    save_plan(study.directory, study.plan)
 
 
 def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:

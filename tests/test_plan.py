@@ -1,0 +1,75 @@
+"""A study's own files, damaged: each is named in one sentence, and nothing goes on from what is not sound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train_fn.data import Sample, Splits, load_splits, save_splits
+from train_fn.files import DamagedFile
+from tune.plan import read_plan, save_plan
+
+SETTINGS = {"study": {}, "model": {}, "data": {}, "trial": {}, "pinned": []}
+PLAN: dict[str, Any] = {
+    "study_id": "1", "settings": SETTINGS, "tracking_uri": "", "data_report": {}, "goals": [["auroc", "max"]],
+    "candidates": ["a", "b"], "positive_label": "", "data_hash": "", "base_hash": "", "space_hash": "",
+    "splits_hash": "",
+}  # fmt: skip
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    save_plan(tmp_path, PLAN)
+    assert read_plan(tmp_path) == PLAN | {"format": 2}
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))  # of the first version
+    assert read_plan(tmp_path) == PLAN
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": None},
+        {"settings": {"study": {}}},
+        {"goals": []},
+        {"goals": [["auroc", "up"]]},
+        {"goals": ["auroc"]},
+        {"candidates": "ab"},
+        {"candidates": [1]},
+        {"study_id": 1},
+        {"format": 99},
+        {"format": "new"},
+    ],
+)
+def test_a_plan_of_other_types_is_refused(tmp_path: Path, change: dict) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN | change))
+    with pytest.raises(DamagedFile, match=r"plan\.json must"):
+        read_plan(tmp_path)
+
+
+def test_every_key_of_a_plan_is_needed(tmp_path: Path) -> None:
+    for name in PLAN:
+        (tmp_path / "plan.json").write_text(json.dumps({key: PLAN[key] for key in PLAN if key != name}))
+        with pytest.raises(DamagedFile, match=name):
+            read_plan(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"train": 1}', "null", "\0\0"])
+def test_splits_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "splits.json"
+    path.write_text(content)
+    with pytest.raises(DamagedFile, match=r"splits\.json must"):
+        load_splits(path)
+
+
+def test_splits_with_a_sample_of_another_type_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "splits.json"
+    sample = Sample("a.png", "?", "a", 0)
+    save_splits(Splits((sample,), (sample,), (sample,), ("a", "b")), path)
+    assert load_splits(path).train == (sample,)
+    whole = json.loads(path.read_text())
+    for change in ({"label": 2}, {"label": None}, {"image": 3}, {"more": 1}):
+        path.write_text(json.dumps(whole | {"test": [whole["test"][0] | change]}))
+        with pytest.raises(DamagedFile, match=r"splits\.json must"):
+            load_splits(path)
