@@ -385,7 +385,7 @@ def load_splits(path: Path) -> Splits:
     sound = all(
         all(isinstance(text, str) for text in (sample.image, sample.text, sample.answer))
         and isinstance(sample.label, int)
-        and -1 <= sample.label < len(splits.candidates)
+        and (-1 <= sample.label < len(splits.candidates) or not splits.candidates)
         for sample in samples
     )
     if not (sound and splits.train and splits.validation and all(isinstance(c, str) for c in splits.candidates)):
