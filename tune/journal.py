@@ -155,8 +155,8 @@ class Journal:
         self.events, self.notes = found.events, found.notes()
         self._next_seq = found.next_seq
         new = not path.exists()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        os.ftruncate(self._file, found.num_whole_bytes)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # open as long as the study
+        self._file.truncate(found.num_whole_bytes)
         if new:
             sync_folder(path.parent)
 
@@ -172,14 +172,14 @@ class Journal:
 
     def _append(self, line: bytes) -> None:
         """Append a whole line. What could be written in part only is taken back, to be tried again."""
-        end = os.lseek(self._file, 0, os.SEEK_END)
+        end = self._file.seek(0, os.SEEK_END)
         left = memoryview(line)
         try:
             while left:  # a nearly full disk takes a part of it and raises nothing
-                left = left[os.write(self._file, left) :]
-            os.fsync(self._file)
+                left = left[os.write(self._file.fileno(), left) :]
+            os.fsync(self._file.fileno())
         except OSError:
-            os.ftruncate(self._file, end)
+            self._file.truncate(end)
             raise
 
 
