@@ -358,6 +358,10 @@ class ResumeState:
         self.directory.mkdir(parents=True, exist_ok=True)
         for point in reversed(points[0]):
             content = self.read(point)
+            if content is None and self.storage.uri:  # the copy on object storage may be sound
+                path = self.file(point)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                content = self.read(point)
             readable = [content is not None]
             if self.world_size > 1:
                 all_readable: list[Any] = [None] * self.world_size
@@ -372,10 +376,8 @@ class ResumeState:
     def read(self, point: str) -> dict[str, Any] | None:
         """This rank's content of a point; None when it is damaged, or of another one. Nothing in it is executed."""
         path = self.file(point)
-        if path.is_dir():
-            return None
-        self.storage.pull(path)  # this node may have had other points, or none
         try:
+            self.storage.pull(path)  # this node may have had other points, or none
             content = torch.load(io.BytesIO(read_checked(path)), map_location="cpu", weights_only=True)
         except (DamagedFile, FileNotFoundError, IsADirectoryError, pickle.UnpicklingError, RuntimeError, ValueError):
             return None

@@ -75,6 +75,23 @@ class Storage:
                 raise
             shutil.rmtree(partial)
 
+    def read(self, path: Path) -> bytes | None:
+        """A file's content there, whatever lies here; None when it is not there. Raises OSError."""
+        import pyarrow.fs
+
+        remote, there = self._there(path)
+        if remote.get_file_info(there).type != pyarrow.fs.FileType.File:
+            return None
+        with remote.open_input_stream(there) as stream:
+            return stream.read()
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file there alone. Raises OSError."""
+        remote, there = self._there(path)
+        remote.create_dir(there.rpartition("/")[0], recursive=True)
+        with remote.open_output_stream(there) as stream:
+            stream.write(content)
+
     def names(self, directory: Path) -> list[str]:
         """What lies in a folder of the study, there if it is kept there. Raises OSError."""
         if not self.uri:

@@ -21,6 +21,7 @@ from train_fn.metrics import MODES
 from train_fn.nano import CHECKPOINT
 from train_fn.storage import Storage
 from train_fn.worker import versions
+from tune.bucket import Lease
 from tune.journal import Journal, StudyLock
 from tune.plan import read_plan
 from tune.provenance import base_hash, data_hash, git_state
@@ -45,6 +46,7 @@ class Study:
     storage: Storage
     journal: Journal = field(compare=False)
     lock: StudyLock = field(compare=False)
+    lease: Lease = field(compare=False)
 
     @property
     def metric(self) -> str:
@@ -123,7 +125,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     held = lock(directory)
     journal = Journal(directory / "journal.jsonl")
     storage = Storage.under(settings.study.storage, directory)
-    return Study(settings, name, directory, goals, positive, splits, report, plan, storage, journal, held)
+    lease = take_lease(storage, new=True)
+    return Study(settings, name, directory, goals, positive, splits, report, plan, storage, journal, held, lease)
 
 
 def resume(settings: Settings) -> Study:
@@ -159,6 +162,7 @@ def resume(settings: Settings) -> Study:
     if problems:
         raise SettingsError(problems)
     plan["settings"] = settings.to_dict()
+    storage = Storage.under(settings.study.storage, directory)
     return Study(
         settings=settings,
         name=directory.name,
@@ -168,10 +172,29 @@ def resume(settings: Settings) -> Study:
         splits=splits,
         data_report=report,
         plan=plan,
-        storage=Storage.under(settings.study.storage, directory),
+        storage=storage,
         journal=journal,
         lock=held,
+        lease=take_lease(storage) if settings.command.resume else Lease(storage),
     )
+
+
+def take_lease(storage: Storage, new: bool = False) -> Lease:
+    """The right to run a study on object storage, which one machine has. Raises SettingsError when another one has it,
+    when the storage cannot be used, or when a `new` study has the name of one that is there."""
+    lease = Lease(storage)
+    try:
+        if new and storage.uri and storage.read(storage.directory / "plan.json") is not None:
+            problem = (
+                f"`--name` must be new, but {storage.uri} holds a study: choose another, or --resume {storage.uri}"
+            )
+        else:
+            problem = lease.acquire()
+    except (OSError, ValueError) as error:
+        problem = f"`--storage` must be a place that can be read and written, but {storage.uri}: {error}"
+    if problem:
+        raise SettingsError([problem])
+    return lease
 
 
 def journal_problems(directory: Path, journal: Journal) -> list[str]:
