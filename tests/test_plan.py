@@ -22,7 +22,7 @@ PLAN: dict[str, Any] = {
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     save_plan(tmp_path, PLAN)
-    assert read_plan(tmp_path) == PLAN | {"format": 2}
+    assert read_plan(tmp_path) == PLAN
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))  # of the first version
     assert read_plan(tmp_path) == PLAN
 
@@ -46,6 +46,21 @@ def test_a_plan_of_other_types_is_refused(tmp_path: Path, change: dict) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(PLAN | change))
     with pytest.raises(DamagedFile, match=r"plan\.json must"):
         read_plan(tmp_path)
+
+
+def test_any_change_of_a_plan_is_noticed(tmp_path: Path) -> None:
+    save_plan(tmp_path, PLAN | {"tracking_uri": "sqlite:///a"})
+    path = tmp_path / "plan.json"
+    whole = path.read_bytes()
+    kept = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert read_plan(tmp_path) == PLAN | {"tracking_uri": "sqlite:///a"}
+            kept += 1  # a line end turned into another kind of space
+        except DamagedFile:
+            continue
+    assert kept < len(whole) / 10
 
 
 def test_every_key_of_a_plan_is_needed(tmp_path: Path) -> None:
