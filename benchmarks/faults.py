@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,10 @@ PROCESSES = {
     "dispatcher killed": ("ray::Dispatcher",),
     "raylet killed": ("raylet/raylet",),
 }
-KINDS = [*PROCESSES, "driver killed", "driver terminated", "disk full"]
+# What is found damaged when the study goes on: the driver is killed, then a file is changed.
+DAMAGES = ["journal torn", "journal line lost", "state damaged", "optuna.db damaged", "tracking.json damaged"]
+KINDS = [*PROCESSES, *DAMAGES, "driver killed", "driver terminated", "disk full", "disk nearly full", "store refuses",
+         "store locked", "two drivers"]  # fmt: skip
 
 
 def start(folder: Path, layout: list[str], again: bool) -> subprocess.Popen:
@@ -64,6 +68,14 @@ def records(folder: Path) -> int:
 def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Random) -> bool:
     """Do one fault; False when there is nothing to do it to at this moment."""
     results = folder / "results"
+    if kind in DAMAGES:
+        return damage(kind, driver, results / "s", rng)
+    if kind == "two drivers":
+        second = start(folder, [], again=True)
+        assert second.wait(60) == 2, f"a second driver ended with {second.returncode}"
+        return True
+    if kind.startswith("store"):
+        return disturb_store(kind, folder / "mlflow.db", rng)
     if kind.startswith("driver"):
         if kind == "driver terminated":  # as init systems do: asked first, ended when it does not
             driver.send_signal(signal.SIGTERM)
@@ -74,9 +86,11 @@ def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Rando
         else:
             driver.kill()
         return True
-    if kind == "disk full":
+    if kind.startswith("disk"):
         filler = results / "filler"
         subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=1M"], stderr=subprocess.DEVNULL)  # to the last byte
+        if kind == "disk nearly full":  # a write is taken in part, without an error
+            os.truncate(filler, max(0, filler.stat().st_size - rng.randrange(1, 20) * 4096))
         time.sleep(rng.uniform(1, 4))
         filler.unlink()
         return True
@@ -93,8 +107,66 @@ def disturb(kind: str, driver: subprocess.Popen, folder: Path, rng: random.Rando
     return True
 
 
+def damage(kind: str, driver: subprocess.Popen, study: Path, rng: random.Random) -> bool:
+    """Kill the driver and change a file of its study; False, and no kill, when that file is not there."""
+    names = {"state damaged": "trials/*/state/*.state", "optuna.db damaged": "optuna.db", "tracking.json damaged":
+             "tracking.json"}  # fmt: skip
+    files = sorted(study.glob(names.get(kind, "journal.jsonl")))
+    if not files or (kind == "journal line lost" and records(study.parents[1]) < 6):
+        return False
+    driver.kill()
+    driver.wait()
+    path = max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=None)
+    if path is None:
+        return True
+    content = path.read_bytes()
+    if kind == "journal torn":
+        content = content[: -rng.randrange(1, 200)]
+    elif kind == "journal line lost":
+        lines = content.split(b"\n")
+        # Not a session's begin: how long the study has run is not asked here.
+        del lines[rng.choice([n for n, line in enumerate(lines[:-1]) if b'"event": "session"' not in line[:30]])]
+        content = b"\n".join(lines)
+    else:
+        place = rng.randrange(len(content))
+        content = content[:place] + rng.choice([b"", bytes(4096)]) + content[place + 4096 :]
+    path.write_bytes(content)
+    return True
+
+
+def disturb_store(kind: str, database: Path, rng: random.Random) -> bool:
+    """Let MLflow's store refuse everything for a while (its experiment was deleted), or not answer (it is locked)."""
+    if not database.exists():
+        return False
+    if kind == "store locked":
+        other = sqlite3.connect(database, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        time.sleep(rng.uniform(2, 8))
+        other.execute("COMMIT")
+        other.close()
+        return True
+    client = MlflowClient(f"sqlite:///{database}")
+    experiment = client.get_experiment_by_name("vlm-tune")
+    if experiment is None:
+        return False
+    client.delete_experiment(experiment.experiment_id)
+    time.sleep(rng.uniform(2, 8))
+    client.restore_experiment(experiment.experiment_id)
+    return True
+
+
+def sync(folder: Path) -> None:
+    """Deliver what a store did not take, as the study's last lines say."""
+    command = [sys.executable, "-m", "tune.tracking", "sync", "results/s"]
+    told = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
 def check(folder: Path, expected: dict[int, list] | None) -> dict[int, list]:
     """The epochs of each trial; all must be there once, everywhere, and equal to the expected ones."""
+    sync(folder)
     trials = json.loads((folder / "results" / "s" / "study.json").read_text())["trials"]
     states = [(trial["number"], trial["state"], trial["error"][:200]) for trial in trials]
     assert states == [(number, "COMPLETE", "") for number in range(TRIALS)], states
