@@ -61,6 +61,7 @@ class Base:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image path -> width and height
 
     autocasts: bool = field(init=False)  # whether the language model's float32 adapters multiply in bfloat16
+    as_loaded: Any = None  # `train_fn.lora.Snapshot` of the base before its first adapter
 
     def __post_init__(self) -> None:
         self.loaded_tower = self.tower_weights()
