@@ -92,14 +92,34 @@ def test_two_hiccups_far_apart_do_not_give_a_lane_up() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1, workers_per_trial=2)
         for group in ("a", "b"):
+            assert await dispatcher.wants(0, group)
             begin(dispatcher.next_assignment(0, group, 0))
             await asyncio.sleep(0.01)
+            assert await dispatcher.wants(0, f"after {group}")
             for _ in range(2):  # each rank tells
-                await dispatcher.start_failed(0, "no memory")
-            assert await dispatcher.wants(0)
-        for _ in range(2):
-            await dispatcher.start_failed(0, "no memory")
-        assert not await dispatcher.wants(0)
+                await dispatcher.start_failed(0, f"after {group}", "no memory")
+        for number in (1, 2):
+            assert await dispatcher.wants(0, f"last {number}") is (number == 1)
+            await dispatcher.start_failed(0, f"last {number}", "no memory")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1), (1, 1, 0)])
+def test_a_failed_start_counts_once_however_many_ranks_say_so(ranks) -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(2, workers_per_trial=2)
+        await dispatcher.wants(0, "a")
+        begin(dispatcher.next_assignment(0, "a", 0))
+        await asyncio.sleep(0.01)
+        await dispatcher.wants(0, "b")
+        for _ in ranks:
+            await dispatcher.start_failed(0, "b", "no memory")
+        assert await dispatcher.wants(0, "c")  # a lane that has worked may have had bad luck, once
+        for _ in ranks:
+            await dispatcher.start_failed(0, "c", "no memory")
+        assert not await dispatcher.wants(0, "d")
+        assert (await dispatcher.snapshot())["lanes"] == 1
 
     run(scenario)
 
@@ -167,7 +187,7 @@ def test_a_trial_that_gets_further_each_time_may_lose_more_groups() -> None:
         await dispatcher.submit(0, {})
         for attempt, step in enumerate((2, 4, 6, 8, 8)):
             assert (await dispatcher.next_assignment(0, f"g{attempt}", 0))["number"] == 0
-            await dispatcher.progress(0, {"phase": "train", "step": step})
+            await dispatcher.progress(0, f"g{attempt}", {"phase": "train", "step": step})
         begin(dispatcher.next_assignment(0, "last but one", 0))
         await asyncio.sleep(0.01)
         assert dispatcher.running[0] == 0 and dispatcher.tickets[0].attempts == 3
@@ -195,7 +215,7 @@ def test_a_fault_of_its_own_is_not_tried_again() -> None:
         await dispatcher.submit(0, {})
         await dispatcher.submit(1, {})
         await dispatcher.next_assignment(0, "g", 0)
-        await dispatcher.fail(0, "boom")
+        await dispatcher.fail(0, "g", "boom")
         assert (await dispatcher.next_report(0, 0))["error"] == "boom"
         assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 1
 
@@ -338,8 +358,8 @@ def test_a_snapshot_tells_what_every_lane_does() -> None:
         await dispatcher.submit(5, {"label": "scoring"})
         await dispatcher.next_assignment(1, "a", 0)
         await dispatcher.next_assignment(0, "b", 0)
-        await dispatcher.progress(4, {"step": 1})
-        await dispatcher.progress(4, {"step": 2})
+        await dispatcher.progress(4, "a", {"step": 1})
+        await dispatcher.progress(4, "a", {"step": 2})
         found = await dispatcher.snapshot()
         assert (found["lanes"], found["starting"]) == (3, 1)
         scoring, trial = found["running"]  # by lane

@@ -91,8 +91,13 @@ def changes(base: Base, before: Snapshot) -> list[str]:
 
 
 def identities(held: dict[Any, Any]) -> dict[Any, int]:
-    """Which objects a dictionary holds."""
-    return {key: id(value) for key, value in held.items()}
+    """Which objects a dictionary holds, without the hooks that transformers adds at the first forward pass."""
+    return {
+        key: id(value)
+        for key, value in held.items()
+        if isinstance(value, torch.nn.Module | torch.Tensor)
+        or not getattr(value, "__module__", "").startswith("transformers.")
+    }
 
 
 @contextlib.contextmanager

@@ -207,7 +207,7 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
 
     settings, journal = study.settings, study.journal
     dispatcher = start_dispatcher(layout, settings.study.hang_timeout)
-    lanes = Lanes(study, layout, dispatcher)
+    lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
     journal.write("session", params=study_params(study, layout), tags=tags)
     tracking = Tracking(target_of(study.directory, study.plan), journal.events)
