@@ -23,10 +23,10 @@ def metrics(base, splits, settings: TrialSettings = SHORT) -> dict[str, float]:
     return reports[-1]["metrics"]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def fresh(base, request):
-    """A base of its own; `base` only for the process group that it opens."""
-    return load_base(ModelSettings(dtype=request.param), torch.device("cpu"))
+@pytest.fixture(scope="module")
+def fresh(base):
+    """A base of its own whose adapters autocast; `base` only for the process group that it opens."""
+    return load_base(ModelSettings(dtype="bfloat16"), torch.device("cpu"))
 
 
 def no_memory(*_, **__) -> None:
@@ -118,6 +118,17 @@ def test_a_base_that_is_not_as_it_was_loaded_is_not_trained(base, leave) -> None
         pass
     leave(own)
     with pytest.raises(BaseChanged, match="must be as it was loaded, but differs in"), adapted(own, SHORT):
+        pass
+
+
+def test_hooks_that_transformers_adds_are_no_trace(base, splits) -> None:
+    own = load_base(ModelSettings(), torch.device("cpu"))
+    with attached(own, lora_config(own, SHORT)):
+        pass
+    inner = getattr(own.model, own.model.base_model_prefix)
+    inner(**own.processor(text=["a"], return_tensors="pt"), output_hidden_states=True)
+    assert any(module._forward_hooks for module in inner.modules())
+    with attached(own, lora_config(own, SHORT)):
         pass
 
 

@@ -81,10 +81,7 @@ def changes(base: Base, before: Snapshot) -> list[str]:
     # What every module has: parameters, children, hooks. A forward pass may replace buffers.
     compared = [key for key, value in vars(torch.nn.Module()).items() if isinstance(value, dict) and key != "_buffers"]
     for name, (module, then) in before.modules.items():
-        held = vars(module)
-        if any(
-            {k: id(v) for k, v in then[key].items()} != {k: id(v) for k, v in held[key].items()} for key in compared
-        ):
+        if any(identities(then[key]) != identities(vars(module)[key]) for key in compared):
             found.add(name)
     found |= {name for name, facts in now.weights.items() if before.weights.get(name) != facts}
     return sorted(found) + ["autocast"] * (now.autocasts != before.autocasts)
