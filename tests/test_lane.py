@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from train_fn.data import Sample, Splits
+from train_fn.engine import MicroBatchTooLarge, TrialFailed
+from train_fn.loop import Leaving
+from train_fn.lora import BaseChanged
+from train_fn.model import BatchFailed
 from train_fn.settings import ModelSettings
 from train_fn.storage import Storage
-from train_fn.worker import LaneJob, check_node, versions
+from train_fn.worker import InputsChanged, LaneJob, check_node, goes_on, versions
 from tune.lane import MAX_ATTEMPTS, Dispatcher
 
 
@@ -483,3 +490,50 @@ def test_a_silent_worker_is_ended(monkeypatch) -> None:
         assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 0
 
     run(scenario)
+
+
+class Calls:
+    """Stands for a dispatcher's handle, and notes what is called."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple] = []
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *given: self.made.append((name, *given)))
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+TORCH = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "sound"),
+    [
+        (TrialFailed("lower the learning rate"), ("fail", 7, "g", "lower the learning rate", True), True),
+        (TORCH, ("out_of_memory", 7, "g", "CUDA out of memory", False), True),
+        (caused(MicroBatchTooLarge("no"), TORCH), ("out_of_memory", 7, "g", "no", True), True),
+        (caused(MicroBatchTooLarge("no"), CUBLAS), ("out_of_memory", 7, "g", "no", True), False),
+        (CUBLAS, ("out_of_memory", 7, "g", str(CUBLAS), False), False),
+        (InputsChanged("a.png has changed"), ("study_fault", 0, "g", "a.png has changed", True), False),
+        (BatchFailed("not a.png"), ("study_fault", 0, "g", "not a.png"), False),
+        (Leaving("left"), ("interrupted", 0, "g", "left", True), False),
+        (OSError("disk"), ("interrupted", 0, "g", "disk", False), False),
+        (BaseChanged("differs in q_proj"), ("interrupted", 0, "g", "differs in q_proj", False), False),
+        (torch.AcceleratorError("CUDA error"), ("interrupted", 0, "g", "CUDA error", False), False),
+        (KeyError("a"), ("fail", 7, "g", "KeyError: 'a'"), False),
+        (dist.DistBackendError("a peer is gone"), None, False),
+        (RuntimeError("[../third_party/gloo/transport] Connection closed"), None, False),
+    ],
+)
+def test_what_becomes_of_an_error_in_a_trial(base, monkeypatch, error, call, sound) -> None:
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    calls = Calls()
+    job = LaneJob(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")), positive="",
+                  storage=Storage(Path()), num_threads=1)  # fmt: skip
+    assert goes_on(job, error, 7, "g", 0) is sound
+    assert [(*made[:3], made[3].partition("\n")[0], *made[4:]) for made in calls.made] == [call] * (call is not None)
