@@ -54,7 +54,7 @@ def score(settings: dict[str, Any], epoch: int) -> float:
 class StubLanes:
     """Stands for `tune.lane.Lanes`: a thread per lane does what `train_fn.worker.lane_loop` does, without a model."""
 
-    def __init__(self, study: Any, layout: Any, dispatcher: Any) -> None:
+    def __init__(self, study: Any, layout: Any, dispatcher: Any, say: Any = None) -> None:
         self.study, self.dispatcher, self.over, self.cpu_s = study, dispatcher, False, 0.0
         self.threads = [threading.Thread(target=self.lane, args=(n,), daemon=True) for n in range(layout.lanes)]
         for thread in self.threads:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from train_fn.data import Sample, Splits
+from train_fn.engine import MicroBatchTooLarge, TrialFailed
+from train_fn.loop import Leaving
+from train_fn.lora import BaseChanged
+from train_fn.model import BatchFailed
 from train_fn.settings import ModelSettings
 from train_fn.storage import Storage
-from train_fn.worker import LaneJob, check_node, versions
+from train_fn.worker import InputsChanged, LaneJob, check_node, goes_on, versions
 from tune.lane import MAX_ATTEMPTS, Dispatcher
 
 
@@ -92,14 +99,34 @@ def test_two_hiccups_far_apart_do_not_give_a_lane_up() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1, workers_per_trial=2)
         for group in ("a", "b"):
+            assert await dispatcher.wants(0, group)
             begin(dispatcher.next_assignment(0, group, 0))
             await asyncio.sleep(0.01)
+            assert await dispatcher.wants(0, f"after {group}")
             for _ in range(2):  # each rank tells
-                await dispatcher.start_failed(0, "no memory")
-            assert await dispatcher.wants(0)
-        for _ in range(2):
-            await dispatcher.start_failed(0, "no memory")
-        assert not await dispatcher.wants(0)
+                await dispatcher.start_failed(0, f"after {group}", "no memory")
+        for number in (1, 2):
+            assert await dispatcher.wants(0, f"last {number}") is (number == 1)
+            await dispatcher.start_failed(0, f"last {number}", "no memory")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1), (1, 1, 0)])
+def test_a_failed_start_counts_once_however_many_ranks_say_so(ranks) -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(2, workers_per_trial=2)
+        await dispatcher.wants(0, "a")
+        begin(dispatcher.next_assignment(0, "a", 0))
+        await asyncio.sleep(0.01)
+        await dispatcher.wants(0, "b")
+        for _ in ranks:
+            await dispatcher.start_failed(0, "b", "no memory")
+        assert await dispatcher.wants(0, "c")  # a lane that has worked may have had bad luck, once
+        for _ in ranks:
+            await dispatcher.start_failed(0, "c", "no memory")
+        assert not await dispatcher.wants(0, "d")
+        assert (await dispatcher.snapshot())["lanes"] == 1
 
     run(scenario)
 
@@ -167,7 +194,7 @@ def test_a_trial_that_gets_further_each_time_may_lose_more_groups() -> None:
         await dispatcher.submit(0, {})
         for attempt, step in enumerate((2, 4, 6, 8, 8)):
             assert (await dispatcher.next_assignment(0, f"g{attempt}", 0))["number"] == 0
-            await dispatcher.progress(0, {"phase": "train", "step": step})
+            await dispatcher.progress(0, f"g{attempt}", {"phase": "train", "step": step})
         begin(dispatcher.next_assignment(0, "last but one", 0))
         await asyncio.sleep(0.01)
         assert dispatcher.running[0] == 0 and dispatcher.tickets[0].attempts == 3
@@ -195,7 +222,7 @@ def test_a_fault_of_its_own_is_not_tried_again() -> None:
         await dispatcher.submit(0, {})
         await dispatcher.submit(1, {})
         await dispatcher.next_assignment(0, "g", 0)
-        await dispatcher.fail(0, "boom")
+        await dispatcher.fail(0, "g", "boom")
         assert (await dispatcher.next_report(0, 0))["error"] == "boom"
         assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 1
 
@@ -338,8 +365,8 @@ def test_a_snapshot_tells_what_every_lane_does() -> None:
         await dispatcher.submit(5, {"label": "scoring"})
         await dispatcher.next_assignment(1, "a", 0)
         await dispatcher.next_assignment(0, "b", 0)
-        await dispatcher.progress(4, {"step": 1})
-        await dispatcher.progress(4, {"step": 2})
+        await dispatcher.progress(4, "a", {"step": 1})
+        await dispatcher.progress(4, "a", {"step": 2})
         found = await dispatcher.snapshot()
         assert (found["lanes"], found["starting"]) == (3, 1)
         scoring, trial = found["running"]  # by lane
@@ -463,3 +490,50 @@ def test_a_silent_worker_is_ended(monkeypatch) -> None:
         assert (await dispatcher.next_assignment(0, "h", 0))["number"] == 0
 
     run(scenario)
+
+
+class Calls:
+    """Stands for a dispatcher's handle, and notes what is called."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple] = []
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *given: self.made.append((name, *given)))
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+TORCH = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "sound"),
+    [
+        (TrialFailed("lower the learning rate"), ("fail", 7, "g", "lower the learning rate", True), True),
+        (TORCH, ("out_of_memory", 7, "g", "CUDA out of memory", False), True),
+        (caused(MicroBatchTooLarge("no"), TORCH), ("out_of_memory", 7, "g", "no", True), True),
+        (caused(MicroBatchTooLarge("no"), CUBLAS), ("out_of_memory", 7, "g", "no", True), False),
+        (CUBLAS, ("out_of_memory", 7, "g", str(CUBLAS), False), False),
+        (InputsChanged("a.png has changed"), ("study_fault", 0, "g", "a.png has changed", True), False),
+        (BatchFailed("not a.png"), ("study_fault", 0, "g", "not a.png"), False),
+        (Leaving("left"), ("interrupted", 0, "g", "left", True), False),
+        (OSError("disk"), ("interrupted", 0, "g", "disk", False), False),
+        (BaseChanged("differs in q_proj"), ("interrupted", 0, "g", "differs in q_proj", False), False),
+        (torch.AcceleratorError("CUDA error"), ("interrupted", 0, "g", "CUDA error", False), False),
+        (KeyError("a"), ("fail", 7, "g", "KeyError: 'a'"), False),
+        (dist.DistBackendError("a peer is gone"), None, False),
+        (RuntimeError("[../third_party/gloo/transport] Connection closed"), None, False),
+    ],
+)
+def test_what_becomes_of_an_error_in_a_trial(base, monkeypatch, error, call, sound) -> None:
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    calls = Calls()
+    job = LaneJob(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")), positive="",
+                  storage=Storage(Path()), num_threads=1)  # fmt: skip
+    assert goes_on(job, error, 7, "g", 0) is sound
+    assert [(*made[:3], made[3].partition("\n")[0], *made[4:]) for made in calls.made] == [call] * (call is not None)

@@ -158,13 +158,14 @@ def read_applied(engine: Any) -> dict[str, Any]:
     applied = {
         "use_lora": "adapter" in groups,
         "train_projector": "projector" in groups,
-        "weight_decay": next(iter(groups.values()))["weight_decay"],
+        "weight_decay": only(group["weight_decay"] for name, group in groups.items() if name != "projector_bias"),
         "max_grad_norm": engine.gradient_clipping(),
         "per_device_train_batch_size": engine.train_micro_batch_size_per_gpu(),
         "global_batch_size": engine.train_batch_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "optimizer_class": type(client).__name__,
         "gradient_checkpointing": engine.module.base.model.is_gradient_checkpointing,
+        "offload_optimizer": bool(getattr(engine.optimizer, "cpu_offload", False)),
         "torch_compile": any(layer._compiled_call_impl for layer in engine.module.base.model.modules()),
         "trainable_params": sum(p.numel() for p in trainable.values()),
         "trainable_dtype": only(str(p.dtype).removeprefix("torch.") for p in trainable.values()),
@@ -181,12 +182,79 @@ def read_applied(engine: Any) -> dict[str, Any]:
             "use_rslora": config.use_rslora,
             "use_dora": only(bool(layer.use_dora["default"]) for layer in layers),
             "num_adapted_modules": len(layers),
+            "adapted_modules": sorted({name.rpartition(".")[2] for name in adapter_layers(model)}),
             "learning_rate": groups["adapter"]["initial_lr"],
             "loraplus_lr_ratio": groups["adapter_b"]["initial_lr"] / groups["adapter"]["initial_lr"],
         }
     if "projector" in groups:
-        applied["projector_learning_rate"] = groups["projector"]["initial_lr"]
+        rates = [group["initial_lr"] for name, group in groups.items() if name.startswith("projector")]
+        applied["projector_learning_rate"] = only(rates)
     return applied
+
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of warm-up and of decay, at whose steps schedules are compared
+
+
+def sampled_steps(warmup: int, num_steps: int) -> list[int]:
+    """Steps at which the kinds of schedules and lengths of warm-up differ, from the first to the last."""
+    steps = [round(warmup * share) for share in SHARES]
+    steps += [round(warmup + (num_steps - warmup) * share) for share in SHARES]
+    return sorted({min(step, num_steps - 1) for step in (*steps, max(0, warmup - 1))})
+
+
+def read_schedule(engine: Any, settings: TrialSettings, num_steps: int) -> dict[str, float]:
+    """The first group's learning rate by optimizer step, as the live scheduler will set it."""
+    schedule = engine.lr_scheduler
+    steps = sampled_steps(round(settings.warmup_ratio * num_steps), num_steps)
+    return {str(step): schedule.base_lrs[0] * schedule.lr_lambdas[0](step) for step in steps}
+
+
+def wanted_rate(settings: TrialSettings, step: int, num_steps: int) -> float:
+    """The learning rate of one step as the settings ask for it, worked out without the scheduler's library."""
+    warmup = round(settings.warmup_ratio * num_steps)
+    kind, peak = settings.lr_scheduler_type, settings.learning_rate
+    if not settings.use_lora:
+        peak = settings.projector_learning_rate or peak
+    if kind != "constant" and step < warmup:
+        return peak * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    decay = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "polynomial": 1 - progress}
+    return peak * decay.get(kind, 1.0)
+
+
+def check_schedule(rates: dict[str, float], settings: TrialSettings, num_steps: int) -> None:
+    """Raise TrialFailed when the live schedule's rates are not those of the settings.
+
+    Args:
+        rates: learning rates by step, from `read_schedule`.
+        num_steps: of the whole trial.
+    """
+    peak = max(wanted_rate(settings, int(step), num_steps) for step in rates)
+    for step, rate in rates.items():
+        wanted = wanted_rate(settings, int(step), num_steps)
+        if not math.isclose(rate, wanted, rel_tol=1e-6, abs_tol=2e-4 * peak):  # a polynomial ends at 1e-4 of its peak
+            raise TrialFailed(
+                f"the engine does not train what the search asked for: the learning rate in step {step} of {num_steps} "
+                f"should be {wanted:g} but is {rate:g} (lr_scheduler_type {settings.lr_scheduler_type}, warmup_ratio "
+                f"{settings.warmup_ratio:g})"
+            )
+
+
+def check_trained(engine: Any, settings: TrialSettings, num_images: int, num_epochs: int) -> None:
+    """Raise TrialFailed when a finished trial has not taken the steps and epochs that its settings ask for.
+
+    Args:
+        num_images: of the training part.
+        num_epochs: epochs that the trial has reported.
+    """
+    per_epoch = math.ceil(num_images / settings.global_batch_size)
+    steps = settings.max_steps or settings.num_train_epochs * per_epoch
+    wanted = {"optimizer steps": steps, "epochs": math.ceil(steps / per_epoch)}
+    got = {"optimizer steps": engine.lr_scheduler.last_epoch, "epochs": num_epochs}
+    wrong = {name: (want, got[name]) for name, want in wanted.items() if got[name] != want}
+    if wrong:
+        told = "; ".join(f"{name} should be {want} but are {have}" for name, (want, have) in wrong.items())
+        raise TrialFailed(f"the engine did not train what the search asked for: {told}")
 
 
 # What of ZeRO's state says how far training has come; the rest is made anew, and is no plain data.

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from train_fn.data import Sample
+from train_fn.memory import is_out_of_memory
 from train_fn.model import Base, answer_ids, answer_losses, collate, forward_hidden, prompt_length
 from train_fn.profile import beat
 
@@ -81,8 +82,8 @@ def predict(
             else:
                 losses = answer_losses(base, collate(base, chosen, with_answers=True)).tolist()
                 rows = [[] for _ in chosen]
-        except torch.OutOfMemoryError:
-            if len(chosen) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if len(chosen) == 1 or not is_out_of_memory(error):
                 raise
             left = in_parts(left, (len(chosen) + 1) // 2)
             continue

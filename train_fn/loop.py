@@ -29,13 +29,17 @@ from train_fn.engine import (
     TrialFailed,
     build_engine,
     check_applied,
+    check_schedule,
+    check_trained,
     engine_state,
     load_engine_state,
     read_applied,
+    read_schedule,
 )
 from train_fn.evaluation import predict
 from train_fn.files import DamagedFile, read_checked, replace_folder, write_checked, write_json
 from train_fn.lora import adapted, load_adapter, save_adapter
+from train_fn.memory import is_out_of_memory
 from train_fn.model import Base, collate, prompt_size, to_device
 from train_fn.profile import beat, phase, profiled, traced
 from train_fn.scores import metrics_of
@@ -110,6 +114,8 @@ def run_trial(
     """
     rank, world_size = world()
     clock = Clock()
+    if problems := settings.problems(world_size):
+        raise TrialFailed("; ".join(problems))
     seed_everything(settings.seed, 0)  # the adapter starts alike on every rank
     with contextlib.ExitStack() as stack:
         try:
@@ -123,8 +129,10 @@ def run_trial(
         weights_tensor = torch.tensor(weights, device=base.device)
         engine = build_engine(base, model, settings, weights_tensor, num_steps, world_size)
         stack.callback(engine.destroy)
-        applied = read_applied(engine)
+        rates = read_schedule(engine, settings, num_steps)
+        applied = read_applied(engine) | {"learning_rate_at_step": rates}
         check_applied(applied, settings)
+        check_schedule(rates, settings, num_steps)
         seed_everything(settings.seed, rank)
 
         log, epoch, stop = History(), 1, False
@@ -205,6 +213,8 @@ def run_trial(
             log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
             last = log.step == num_steps
+            if last:
+                check_trained(engine, settings, len(splits.train), epoch)
             if last and output is not None and rank == 0:
                 write(lambda: save_final(base, model, settings, splits, log, output, storage))
                 clock.lap("checkpoint")
@@ -244,8 +254,10 @@ def out_of_memory_told_apart() -> Iterator[None]:
     """Of what runs in here, for a step that does not fit is told otherwise than an evaluation that does not."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MicroBatchTooLarge(str(error)) from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MicroBatchTooLarge(str(error)) from error
+        raise
 
 
 @out_of_memory_told_apart()

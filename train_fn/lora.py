@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,24 +24,100 @@ from train_fn.model import Base, adapter_pattern
 from train_fn.settings import TrialSettings
 
 
+class Snapshot(NamedTuple):
+    """What a base consisted of at one moment. Holds no copies of weights."""
+
+    modules: dict[str, tuple[torch.nn.Module, dict[str, Any]]]
+    """By full name: the module and its attributes."""
+    weights: dict[str, tuple]
+    """`weight_facts` of the model."""
+    autocasts: bool
+
+
+class BaseChanged(RuntimeError):
+    """The base is not as it was loaded: an earlier trial has left something on it. The worker must load it anew."""
+
+
+def snapshot(base: Base) -> Snapshot:
+    """What the base consists of now: modules, parameters, buffers, hooks and flags. Copies no weights."""
+    modules = {
+        name: (module, {key: copy.copy(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
+        for name, module in base.model.named_modules()
+    }
+    return Snapshot(modules, weight_facts(base.model), base.autocasts)
+
+
+def pristine(base: Base) -> Snapshot:
+    """The base as it was when the first adapter was attached."""
+    base.as_loaded = base.as_loaded or snapshot(base)
+    return base.as_loaded
+
+
+def weight_facts(model: torch.nn.Module) -> dict[str, tuple]:
+    """By parameter name: where its values lie, their format and shape, and whether it is trained."""
+    return {
+        name: (p.data_ptr(), p.dtype, p.shape, p.requires_grad, p.grad is None) for name, p in model.named_parameters()
+    }
+
+
+def restore(base: Base, before: Snapshot) -> None:
+    """Undo every change to the base's modules, parameters, buffers, hooks and flags since the snapshot."""
+    base.autocasts = before.autocasts
+    for module, attributes in before.modules.values():
+        now = vars(module)
+        for name in now.keys() - attributes.keys():
+            del now[name]
+        for name, value in attributes.items():
+            if isinstance(value, dict) and name in now:  # a handle that removes a hook refers to this very dictionary
+                now[name].clear()
+                now[name].update(value)
+            else:
+                now[name] = copy.copy(value) if isinstance(value, dict) else value
+    base.model.requires_grad_(False)
+
+
+def changes(base: Base, before: Snapshot) -> list[str]:
+    """The full names of modules and parameters that are not as they were: an adapter layer, a hook, another format."""
+    now = snapshot(base)
+    found = {name for name, (module, _) in now.modules.items() if before.modules.get(name, (None,))[0] is not module}
+    # What every module has: parameters, children, hooks. A forward pass may replace buffers.
+    compared = [key for key, value in vars(torch.nn.Module()).items() if isinstance(value, dict) and key != "_buffers"]
+    for name, (module, then) in before.modules.items():
+        if any(identities(then[key]) != identities(vars(module)[key]) for key in compared):
+            found.add(name)
+    found |= {name for name, facts in now.weights.items() if before.weights.get(name) != facts}
+    return sorted(found) + ["autocast"] * (now.autocasts != before.autocasts)
+
+
+def identities(held: dict[Any, Any]) -> dict[Any, int]:
+    """Which objects a dictionary holds, without the hooks that transformers adds at the first forward pass."""
+    return {
+        key: id(value)
+        for key, value in held.items()
+        if isinstance(value, torch.nn.Module | torch.Tensor)
+        or not getattr(value, "__module__", "").startswith("transformers.")
+    }
+
+
 @contextlib.contextmanager
 def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
-    """The base with an adapter of this configuration; afterwards the base as it was, projector included."""
-    projector, autocasts = base.model.get_submodule(base.projector), base.autocasts
-    pristine = [(module, dict(module._parameters)) for module in projector.modules()]
-    base.autocasts = autocasts and not config.use_dora  # whose norms need float32
-    # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
-    model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
-    for layer in adapter_layers(model).values():
-        layer.cast_input_dtype_enabled = not base.autocasts
+    """The base with an adapter of this configuration; afterwards the base as it was loaded, projector included, also
+    when attaching fails.
+
+    Raises BaseChanged when an earlier trial has left something on the base.
+    """
+    before = pristine(base)
+    if found := changes(base, before):
+        raise BaseChanged(f"the base must be as it was loaded, but differs in {', '.join(found[:5])}")
     try:
+        base.autocasts = base.autocasts and not config.use_dora  # whose norms need float32
+        # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
+        model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+        for layer in adapter_layers(model).values():
+            layer.cast_input_dtype_enabled = not base.autocasts
         yield model
     finally:
-        base.autocasts = autocasts
-        for module, parameters in pristine:
-            module._parameters.update(parameters)  # DeepSpeed may have left hooks on those that were trained
-        model.unload()
-        base.model.requires_grad_(False).eval()
+        restore(base, before)
 
 
 def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
@@ -53,13 +130,16 @@ def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
-    """The base with a fresh adapter and, if asked, a trainable float32 projector; afterwards the base as it was.
+    """The base with a fresh adapter and, if asked, a trainable float32 projector; afterwards the base as it was loaded.
 
-    Raises ValueError when no module matches `lora_target_modules`.
+    Raises ValueError when the adapted modules are not those that the settings name, BaseChanged as `attached` does.
     """
     torch.manual_seed(settings.seed)
+    wanted = wanted_modules(base, settings)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(attached(base, lora_config(base, settings)))
+        if other := wanted ^ {name.removeprefix("base_model.model.") for name in adapter_layers(model)}:
+            raise ValueError(f"the adapter must be on the modules that the settings name, but differs in {min(other)}")
         if not settings.use_lora:  # the adapter stays what it begins as, without effect
             model.requires_grad_(False)
         if settings.train_projector:
@@ -68,7 +148,6 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         if settings.gradient_checkpointing:
             # Re-entrant checkpointing gives no gradient where no input needs one: the frozen embeddings.
             base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            stack.callback(base.model.gradient_checkpointing_disable)
         if settings.torch_compile:
             stack.enter_context(compiled(base))
         yield model
@@ -80,10 +159,10 @@ def compiled(base: Base) -> Iterator[None]:
     compiled anew for every layer. All layers are alike and share what is compiled."""
     layers = [layer for layer in base.model.get_submodule(base.language_model).modules()
               if isinstance(layer, GradientCheckpointingLayer)]  # fmt: skip
-    for layer in layers:
-        # What nn.Module.compile sets, and what nn.Module.__call__ looks for.
-        layer._compiled_call_impl = functools.partial(call, layer, torch.compile(layer._call_impl))
     try:
+        for layer in layers:
+            # What nn.Module.compile sets, and what nn.Module.__call__ looks for.
+            layer._compiled_call_impl = functools.partial(call, layer, torch.compile(layer._call_impl))
         yield
     finally:
         for layer in layers:
@@ -94,6 +173,29 @@ def compiled(base: Base) -> Iterator[None]:
 def call(layer: torch.nn.Module, as_compiled: Callable, *given: Any, **named: Any) -> Any:
     """A layer's output, compiled where gradients are wanted."""
     return (as_compiled if torch.is_grad_enabled() else layer._call_impl)(*given, **named)
+
+
+def wanted_modules(base: Base, settings: TrialSettings) -> set[str]:
+    """Full names of the linear layers that the settings name, worked out without PEFT. Raises ValueError when a target
+    module names none."""
+    linear = {name for name, (module, _) in pristine(base).modules.items()
+              if isinstance(module, torch.nn.Linear) and name.startswith(base.language_model + ".")}  # fmt: skip
+    try:
+        allowed = {name for name in linear if not any(re.search(p, name) for p in settings.lora_exclude_patterns)}
+    except re.error as error:
+        patterns = ", ".join(map(repr, settings.lora_exclude_patterns))
+        raise ValueError(
+            f"`lora_exclude_patterns` must be regular expressions, but got {patterns}: {error}; correct the pattern"
+        ) from error
+    by_target = {target: {name for name in allowed if f".{name}".endswith(f".{target}")}
+                 for target in settings.lora_target_modules}  # fmt: skip
+    if missing := [target for target, names in by_target.items() if not names]:
+        known = sorted({name.rpartition(".")[2] for name in allowed})
+        raise ValueError(
+            f"`lora_target_modules` must each name a linear layer of the language model that is not excluded, but "
+            f"{', '.join(missing)} names none: choose from {', '.join(known) or 'none, for all are excluded'}"
+        )
+    return set().union(*by_target.values())
 
 
 def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import unittest.mock
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,26 @@ from train_fn.settings import BUCKET, ModelSettings, TrialSettings
 GIB = 2**30
 WORKER_GIB = 1.0  # a worker's libraries in RAM, or a GPU's context, workspaces and fragments: a guess, not from shapes
 FOUR_BIT_BYTES = 4.127 / 8  # of a weight: nf4 with double quantisation (arXiv:2305.14314, section 3)
+
+
+# Errors of CUDA's libraries for memory that they could not take. cuBLAS also says NOT_INITIALIZED when its handle does
+# not fit, which is all that a later call says of it.
+NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|ncclSystemError.*alloc"
+    r"|CU(BLAS|SOLVER|SPARSE|DNN|FFT)_(STATUS_)?\w*(ALLOC|INSUFFICIENT_RESOURCES)\w*"
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's own, or that of CUDA, cuBLAS, cuDNN, NCCL, Triton or the
+    CPU's allocator."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
+    )
 
 
 @dataclass(frozen=True)

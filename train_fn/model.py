@@ -33,6 +33,7 @@ from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlam
 from train_fn import hulumed
 from train_fn.data import Sample
 from train_fn.features import FeatureStore, features_key
+from train_fn.memory import is_out_of_memory
 from train_fn.nano import CHECKPOINT as NANO
 from train_fn.profile import phase
 from train_fn.settings import ModelSettings
@@ -62,6 +63,7 @@ class Base:
     processor_files: dict[str, bytes] = field(default_factory=dict)  # see train_fn.lora.processor_files
 
     autocasts: bool = field(init=False)  # whether the language model's float32 adapters multiply in bfloat16
+    as_loaded: Any = None  # `train_fn.lora.Snapshot` of the base before its first adapter
 
     def __post_init__(self) -> None:
         self.loaded_tower = self.tower_weights()
@@ -473,7 +475,23 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class BatchFailed(Exception):
+    """A batch could not be made of its images and questions. No setting of a trial has a part in that."""
+
+
 def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
+    """See `make_batch`. Raises BatchFailed for all but what the device may be to blame for."""
+    try:
+        return make_batch(base, samples, with_answers)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        told = f"{type(error).__name__}: {error}"
+        images = ", ".join(sample.image for sample in samples[:2]) + (" ..." if len(samples) > 2 else "")
+        raise BatchFailed(f"the processor must take every image and question, but not {images}: {told}") from error
+
+
+def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
     """One batch for `forward_hidden`: token tensors, `vision_features` or pixels, and, with answers, `labels` [B, S]
     and their `places`.
 

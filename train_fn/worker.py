@@ -14,15 +14,17 @@ import platform
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from train_fn.data import Splits
+from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.storage import Storage
+from train_fn.unchanged import Inputs
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
 LEAVE = Path("/tmp/vlm-tune-leave")  # made by a node's watcher for spot notices: see cluster.yaml
@@ -53,6 +55,10 @@ class LaneJob:
     trace: bool = False
     versions: dict[str, str] = field(default_factory=dict)
     """The driver's, which every worker must have."""
+    inputs: Inputs | None = None
+    """What the driver saw of images and base, which every worker must see."""
+    collective_timeout_s: int = 1800
+    """After this a collective ends its process. Longer than the dispatcher waits, which says why."""
 
 
 def versions() -> dict[str, str]:
@@ -70,6 +76,9 @@ def check_node(job: LaneJob) -> None:
     samples = (*job.splits.train, *job.splits.validation, *job.splits.test)
     missing = [sample.image for sample in samples if not os.access(sample.image, os.R_OK)]
     found += [f"{len(missing)} images cannot be read, {missing[0]} among them"] if missing else []
+    if job.inputs and not missing:
+        directory = CHECKPOINT if job.model.model == "nano" else Path(job.model.model)
+        found += filter(None, (job.inputs.changed_base(directory), job.inputs.changed_images(job.splits)))
     if not job.storage.uri and not os.access(job.storage.directory, os.W_OK):
         found.append(
             f"{job.storage.directory} cannot be written: it must be one folder for all nodes, or give --storage"
@@ -90,115 +99,159 @@ def lane_loop(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
     import torch
-    import torch.distributed as dist
 
     job: LaneJob = config["job"]
     if node_leaves():
         time.sleep(10)  # Ray may place the next group elsewhere
         raise RuntimeError("this node leaves")
-    if not ray.get(job.dispatcher.wants.remote(job.lane, ray.util.get_current_placement_group())):
+    place: Any = ray.util.get_current_placement_group()
+    group = place.id.hex()  # Ray Train makes a new one for each start of the workers
+    if not ray.get(job.dispatcher.wants.remote(job.lane, group, place)):
         return
+    rank = ray.train.get_context().get_world_rank()
+    pulse = Pulse(job, group, rank)
+    pulse.start()
     if job.num_threads:
         torch.set_num_threads(job.num_threads)
     started = time.perf_counter()
-    rank = ray.train.get_context().get_world_rank()
     try:
-        from train_fn.engine import MicroBatchTooLarge, TrialFailed
-        from train_fn.loop import Leaving, run_trial, score_adapter
         from train_fn.model import base_gib, load_base
 
-        place = ray.train.torch.get_device()
-        if place.type == "cuda":
-            torch.cuda.set_device(place)  # else collectives of several workers on a node would all take its first GPU
+        device = ray.train.torch.get_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # else collectives of several workers on a node would all take its first GPU
         else:
             # With several threads a sum may otherwise be taken in the order in which they come.
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        meet(job.collective_timeout_s)
         check_node(job)
-        base = load_base(job.model, place)
+        base = load_base(job.model, device)
     except Exception as error:
         told = "".join(traceback.format_exception_only(error)).strip()
         where = f"a worker on {ray.util.get_node_ip_address()} could not begin"
-        ray.get(job.dispatcher.start_failed.remote(job.lane, f"{where}: {told}"))
+        ray.get(job.dispatcher.start_failed.remote(job.lane, group, f"{where}: {told}"))
         raise
-    group = [uuid.uuid4().hex if rank == 0 else ""]
-    dist.broadcast_object_list(group, src=0)  # a name for this worker group, new after every restart
     startup_s = time.perf_counter() - started
-    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     held, whole = base_gib(base.model)
-    facts = {"lane": job.lane, "device": device, "num_threads": job.num_threads, "startup_s": startup_s}
+    facts = {"lane": job.lane, "device": name, "num_threads": job.num_threads, "startup_s": startup_s}
     facts |= {"base_gib": held, "base_16_bit_gib": whole}
-    pulse = Pulse(job, group[0], rank)
-    pulse.start()
+    if job.inputs:
+        facts |= {"base_hash": job.inputs.base_hash, "data_hash": job.inputs.data_hash}
     idle_since = time.perf_counter()
     for turn in range(10**9):
-        assignment = ray.get(job.dispatcher.next_assignment.remote(job.lane, group[0], turn))
+        assignment = ray.get(job.dispatcher.next_assignment.remote(job.lane, group, turn))
         if assignment is None:
             return
-        received = time.perf_counter()
-        if base.device.type == "cuda":
+        times = idle_since, time.perf_counter()
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        number = assignment["number"]
         extra = facts | {"turn": turn, "notes": assignment.get("notes", [])}
         try:
-            if assignment["kind"] == "score":
-                for adapter in assignment["adapters"]:
-                    job.storage.pull(Path(adapter))
-                found = [
-                    score_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
-                    for adapter in assignment["adapters"]
-                ]
-                message = extra | {"done": True, "epoch": 1, "predictions": found}
-                ray.get(job.dispatcher.report.remote(number, group[0], 1, message if rank == 0 else None))
-                continue
-
-            run_trial(
-                base,
-                assignment.get("splits", job.splits),
-                TrialSettings.from_dict(assignment["settings"]),
-                reporter(job, number, group[0], rank, extra, idle_since, received),
-                eval_batch_size=job.model.per_device_eval_batch_size,
-                positive=job.positive,
-                output=Path(assignment["output"]),
-                storage=job.storage,
-                leaving=lambda: pulse.leaving,
-                profile=job.profile,
-                trace=job.trace,
-                progress=functools.partial(job.dispatcher.progress.remote, number),  # nobody waits for its answer
-            )
-        except TrialFailed as failure:
-            if rank == 0:
-                ray.get(job.dispatcher.fail.remote(number, str(failure)))
+            work(job, base, assignment, group, rank, extra, times, pulse)
         except Exception as error:
-            if out_of_memory(error):
-                # Begun again with half the micro-batch. With several ranks the others may wait in a collective for
-                # this one, and CUDA's own errors may stay: only a new worker group is sure to be sound.
-                in_step = isinstance(error, MicroBatchTooLarge)
-                ray.get(job.dispatcher.out_of_memory.remote(number, group[0], str(error), in_step))
-                if isinstance(error, torch.OutOfMemoryError) and dist.get_world_size() == 1:
-                    continue
-            elif isinstance(error, (Leaving, OSError, torch.AcceleratorError)):
-                # No fault of the trial's: it goes on from its last checkpoint, on another group.
-                free = isinstance(error, Leaving)
-                ray.get(job.dispatcher.interrupted.remote(job.lane, group[0], str(error), free))
-            elif not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                # A broken collective only says that another rank is gone; if that one had a fault to tell, it has.
-                told = "".join(traceback.format_exception_only(error)).strip()
-                ray.get(job.dispatcher.fail.remote(number, f"{told}\n\n{traceback.format_exc()}"))
-            raise
-        finally:
-            idle_since = time.perf_counter()
-            gc.collect()  # DeepSpeed's engine is a cycle, and holds its trial's memory
-            torch.cuda.empty_cache()
+            if not goes_on(job, error, assignment["number"], group, rank):
+                raise
+        # Not after an error that ends these workers: on a broken device it would raise another one, and hide the first.
+        idle_since = time.perf_counter()
+        gc.collect()  # DeepSpeed's engine is a cycle, and holds its trial's memory
+        torch.cuda.empty_cache()
 
 
-def out_of_memory(error: Exception) -> bool:
-    """torch's own error, or CUDA's, NCCL's or Triton's."""
+def meet(collective_timeout_s: int) -> None:
+    """See whether the workers of a lane reach each other; raises after the time-out of their rendezvous if they do not.
+    Collectives get a time-out of their own."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=collective_timeout_s))
+
+
+def work(
+    job: LaneJob, base: Any, assignment: dict[str, Any], group: str, rank: int, extra: dict[str, Any],
+    times: tuple[float, float], pulse: Pulse,
+) -> None:  # fmt: skip
+    """Do one assignment: train a trial, or score adapters on the test images.
+
+    Args:
+        extra: facts for the reports.
+        times: `time.perf_counter()` at the end of the assignment before, and when this one came.
+    """
+    import ray
+
+    from train_fn.loop import run_trial, score_adapter
+
+    number = assignment["number"]
+    if job.inputs and rank == 0 and (problem := job.inputs.changed_images(job.splits)):
+        raise InputsChanged(problem)
+    if assignment["kind"] == "score":
+        for adapter in assignment["adapters"]:
+            job.storage.pull(Path(adapter))
+        found = [
+            score_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
+            for adapter in assignment["adapters"]
+        ]
+        message = extra | {"done": True, "epoch": 1, "predictions": found}
+        ray.get(job.dispatcher.report.remote(number, group, 1, message if rank == 0 else None))
+        return
+
+    run_trial(
+        base,
+        assignment.get("splits", job.splits),
+        TrialSettings.from_dict(assignment["settings"]),
+        reporter(job, number, group, rank, extra, *times),
+        eval_batch_size=job.model.per_device_eval_batch_size,
+        positive=job.positive,
+        output=Path(assignment["output"]),
+        storage=job.storage,
+        leaving=lambda: pulse.leaving,
+        profile=job.profile,
+        trace=job.trace,
+        progress=functools.partial(job.dispatcher.progress.remote, number, group),  # nobody waits for its answer
+    )
+
+
+class InputsChanged(Exception):
+    """An image of the study has changed while it runs."""
+
+
+def goes_on(job: LaneJob, error: Exception, number: int, group: str, rank: int) -> bool:
+    """Report an error of an assignment to the dispatcher. Returns True if these workers are sound and go on."""
+    import ray
     import torch
+    import torch.distributed as dist
 
-    if isinstance(error, torch.OutOfMemoryError):
+    from train_fn.engine import MicroBatchTooLarge, TrialFailed
+    from train_fn.loop import Leaving
+    from train_fn.lora import BaseChanged
+    from train_fn.memory import is_out_of_memory
+    from train_fn.model import BatchFailed
+
+    told = "".join(traceback.format_exception_only(error)).strip()
+    if isinstance(error, TrialFailed):  # every rank knows it
+        if rank == 0:
+            ray.get(job.dispatcher.fail.remote(number, group, str(error), True))
         return True
-    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    if is_out_of_memory(error):
+        # Begun again with half the micro-batch. With several ranks the others may wait in a collective for this one,
+        # and errors of CUDA's libraries may stay: only a new worker group is sure to be sound.
+        in_step = isinstance(error, MicroBatchTooLarge)
+        ray.get(job.dispatcher.out_of_memory.remote(number, group, str(error), in_step))
+        return isinstance(error.__cause__ if in_step else error, torch.OutOfMemoryError) and dist.get_world_size() == 1
+    if isinstance(error, InputsChanged):
+        ray.get(job.dispatcher.study_fault.remote(job.lane, group, str(error), True))
+    elif isinstance(error, BatchFailed):
+        ray.get(job.dispatcher.study_fault.remote(job.lane, group, str(error)))
+    elif isinstance(error, (Leaving, OSError, torch.AcceleratorError, BaseChanged)):
+        # No fault of the trial's: it goes on from its last checkpoint, on another group.
+        free = isinstance(error, Leaving)
+        ray.get(job.dispatcher.interrupted.remote(job.lane, group, str(error), free))
+    elif not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        # A broken collective only says that another rank is gone; if that one had a fault to tell, it has.
+        trace = "".join(traceback.format_exception(error))
+        ray.get(job.dispatcher.fail.remote(number, group, f"{told}\n\n{trace}"))
+    return False
 
 
 class Pulse(threading.Thread):

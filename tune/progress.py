@@ -16,7 +16,8 @@ from tune.terminal import footer
 from tune.tracking import Tracking
 
 REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished", "lane", "turn", "device", "notes",
-            "num_threads", "base_gib", "base_16_bit_gib", "wall_s", "waited_s", "device_s", "system")  # fmt: skip
+            "num_threads", "base_gib", "base_16_bit_gib", "base_hash", "data_hash", "wall_s",
+            "waited_s", "device_s", "system")  # fmt: skip
 
 
 class StudyLog(ray.tune.Callback, ray.tune.Stopper):
@@ -55,11 +56,13 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         record = self.records[trial.config["number"]]
         # One whose Tune process was lost tells its reports again.
         if "error" not in result and result["epoch"] > len(record.epochs):
-            self._tell("report", record.number, **{name: result[name] for name in REPORTED})
+            self._tell("report", record.number, **{name: result[name] for name in REPORTED if name in result})
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number, last = trial.config["number"], trial.last_result
-        if "error" in last:
+        if "study_error" in last:  # the trial is not to blame: a session that goes on runs it again
+            self.ended_by = self.ended_by or last["study_error"]
+        elif "error" in last:
             self.end(number, "FAILED", last["error"], last["device_s"])
         else:
             self.end(number, "COMPLETE" if self.records[number].finished else "STOPPED")

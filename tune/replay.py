@@ -31,7 +31,7 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         dispatcher = start_dispatcher(layout, study.settings.study.hang_timeout)
-        lanes = Lanes(dataclasses.replace(study, storage=Storage(Path(folder))), layout, dispatcher)
+        lanes = Lanes(dataclasses.replace(study, storage=Storage(Path(folder))), layout, dispatcher, say)
         say(f"Training trial {number} of {study.name} again")
         job = {"kind": "train", "settings": record.settings, "output": folder}
         ray.get(dispatcher.submit.remote(number, job))

@@ -56,6 +56,10 @@ class TrialRecord:
     """GiB of the base's weights in each worker."""
     base_16_bit_gib: float = 0.0
     """GiB that they would be at 2 bytes a weight."""
+    base_hash: str = ""
+    """sha256 of the base's files as the trial's workers saw them."""
+    data_hash: str = ""
+    """sha256 of images, questions and answers."""
     step: int = 0
     """Optimizer steps done."""
     finished: bool = False
@@ -85,7 +89,7 @@ class TrialRecord:
         elif event["event"] == "report":
             self.epochs.append(event["metrics"])
             for name in ("finished", "applied", "lane", "turn", "device", "num_threads", "notes", "base_gib",
-                         "base_16_bit_gib", "step"):  # fmt: skip
+                         "base_16_bit_gib", "base_hash", "data_hash", "step"):  # fmt: skip
                 # An older journal may not know every one of them.
                 setattr(self, name, event.get(name, getattr(self, name)))
             self.seconds = event["seconds"] | {"wall": event["wall_s"], "waited": event["waited_s"]}

@@ -81,6 +81,8 @@ class DiskSearch(OptunaSearch):
             self._log.check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
             if self._numbers[trial_id] not in self._log.records:
                 return  # it never began: left open for a session that goes on
+        if result and "study_error" in result:
+            return  # left open for a session that goes on
         if not result or "error" in result:
             super().on_trial_complete(trial_id, None, error=True)
         elif result.get("finished"):

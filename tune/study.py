@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
 from train_fn.scores import probabilities
 from train_fn.worker import versions
+from tune.machine import allowed_cores, cluster_problem, private_folder
 from tune.plan import save_plan
 from tune.prepare import Study
 from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, ranked, with_intervals
@@ -64,7 +66,7 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
         slots, what = gpus * study.lanes_per_gpu, "GPUs" if study.lanes_per_gpu == 1 else "shares of GPUs"
     most = slots // study.workers_per_trial
     # An autoscaler brings GPUs on request: there, what is missing now says nothing, but somebody must say how many.
-    awaited = study.device == "gpu" and study.lanes > 0 and bool(os.environ.get("RAY_ADDRESS"))
+    awaited = study.device == "gpu" and study.lanes > 0 and joins_cluster()
     if most < max(1, study.lanes) and not awaited:
         raise SettingsError(
             [
@@ -83,7 +85,12 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
 
 def start_ray(settings: Settings) -> dict[str, float]:
     """Join the cluster of RAY_ADDRESS or start Ray on this machine; its resources. Nobody may have imported Ray before:
-    it reads some of what is set here when it is imported."""
+    it reads some of what is set here when it is imported.
+
+    Raises SettingsError when Ray does not start, or no cluster answers.
+    """
+    if os.environ.get("RAY_ADDRESS", "").strip() in ("", "local"):
+        os.environ.pop("RAY_ADDRESS", None)
     quiet = not settings.study.verbose
     # Workers import the project also where it is not installed; Ray hands this to all it starts from here.
     root = str(Path(__file__).resolve().parents[1])
@@ -95,22 +102,46 @@ def start_ray(settings: Settings) -> dict[str, float]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # Tune's own CSV, JSON and TensorBoard files
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial's last result has an error only
-    if not os.environ.get("RAY_ADDRESS"):
+    if not joins_cluster():
         # A Ray of this machine alone stays on the loopback, as everywhere but on Linux: it would look for a way to the
         # outside, and where there is none it prints a warning that no log level silences.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process per lane; nobody drains this node
+    if joins_cluster():
+        check_address(os.environ["RAY_ADDRESS"].strip())
     import logging
 
+    import psutil
     import ray
+    from ray.tune.execution import class_cache
 
-    joined = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "num_cpus": os.cpu_count()}
-    ray.init(
-        log_to_driver=not quiet,
-        logging_level=logging.ERROR if quiet else logging.INFO,
-        configure_logging=True,
-        **joined,  # type: ignore[arg-type]
+    # Tune would write the keys into a runtime environment, which Ray logs. Workers of this machine inherit them, those
+    # of others have their own.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+        [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
     )
+    options: dict[str, Any] = {}
+    try:
+        if not joins_cluster():
+            options = {
+                "include_dashboard": False,
+                "num_cpus": allowed_cores(),
+                "_temp_dir": str(private_folder()),
+                # Ray's default is a third of the memory, which it refuses where /dev/shm is smaller. What a study keeps
+                # there is small.
+                "object_store_memory": min(2**30, psutil.virtual_memory().total // 10),
+            }
+        ray.init(
+            log_to_driver=not quiet,
+            logging_level=logging.ERROR if quiet else logging.INFO,
+            configure_logging=True,
+            **options,
+        )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        fix = (
+            "look at RAY_ADDRESS and the cluster" if joins_cluster() else "look at RAY_TMPDIR, /dev/shm and free memory"
+        )
+        raise SettingsError([f"Ray must start, but {type(error).__name__}: {str(error).strip()}: {fix}"]) from error
     # Ended by a scheduler or a spot notice is ended like by Ctrl-C: what is finished is kept, every run is closed. Ray
     # has just put a handler of its own in place, which would end the process at once.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -131,6 +162,35 @@ def start_ray(settings: Settings) -> dict[str, float]:
     return ray.cluster_resources()
 
 
+def joins_cluster() -> bool:
+    """Whether a study runs on a cluster that is there already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def check_address(address: str) -> None:
+    """Raise SettingsError unless a cluster answers at RAY_ADDRESS."""
+    if address == "auto":
+        import ray._private.services
+
+        try:
+            address = ray._private.services.canonicalize_bootstrap_address(address) or ""
+        except ConnectionError as error:
+            problem = "`RAY_ADDRESS` auto must find a cluster on this machine, but there is none"
+            raise SettingsError([f"{problem}: unset it, or start one with ray start"]) from error
+    if problem := cluster_problem(address):
+        raise SettingsError([problem])
+
+
+def discard(study: Study) -> None:
+    """Remove the folder of a new study that could not begin, if it holds nothing but what `prepare` wrote."""
+    if (study.directory / "plan.json").exists() or study.journal.events:
+        return
+    for name in ("journal.jsonl", "lock"):
+        (study.directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds something of the user's
+        study.directory.rmdir()
+
+
 def session_logs() -> str:
     """Where Ray's processes and the workers write what they print."""
     import ray._private.worker
@@ -145,14 +205,20 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     started: `time.perf_counter()` at which the user's waiting began.
     """
     settings = study.settings
-    resources = start_ray(settings)
-    import ray
-
     try:
+        resources = start_ray(settings)
         layout = plan_layout(settings, resources)
     except SettingsError:
+        import ray
+
         ray.shutdown()
+        discard(study)
         raise
+    import ray
+
+    if not joins_cluster():
+        with contextlib.suppress(PermissionError):  # another user's folder
+            study.directory.chmod(0o700)  # on a cluster, nodes may work under other accounts
     write_plan(study)
     outcome = Outcome(
         name=study.name,
@@ -206,7 +272,7 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
 
     settings, journal = study.settings, study.journal
     dispatcher = start_dispatcher(layout, settings.study.hang_timeout)
-    lanes = Lanes(study, layout, dispatcher)
+    lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
     journal.write("session", params=study_params(study, layout), tags=tags)
     tracking = Tracking(target_of(study.directory, study.plan), journal.events)

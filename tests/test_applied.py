@@ -1,0 +1,178 @@
+"""What the live engine trains is what the search asked for, or the trial fails and says where they differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import get_scheduler
+
+from train_fn import engine as engine_module
+from train_fn import lora
+from train_fn.engine import TrialFailed, build_engine, check_applied, check_schedule, check_trained, read_applied
+from train_fn.engine import read_schedule as read_back
+from train_fn.loop import run_trial
+from train_fn.lora import adapted
+from train_fn.memory import is_out_of_memory
+from train_fn.settings import LR_SCHEDULER_TYPES, TrialSettings
+
+SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"lora_target_modules": ("q_proj", "v_porj")}, r"v_porj names none: choose from down_proj, .*, v_proj"),
+        ({"lora_target_modules": ("all-linear",)}, "all-linear names none"),
+        ({"lora_target_modules": ("q_proj", "embed_tokens")}, "embed_tokens names none"),
+        ({"lora_target_modules": ("lm_head", "q_proj")}, "lm_head names none"),
+        ({"lora_target_modules": ("q_proj", "fc1")}, "fc1 names none"),  # of the vision tower alone
+        ({"lora_target_modules": ("self_attn",)}, "self_attn names none"),
+        ({"lora_exclude_patterns": ("q_proj",)}, "q_proj names none: choose from down_proj, "),
+        ({"lora_exclude_patterns": ("language",)}, "none, for all are excluded"),
+        ({"lora_exclude_patterns": ("visi[on",)}, "must be regular expressions, but got 'visi"),
+    ],
+)
+def test_every_target_must_name_a_linear_layer(base, splits, options, names) -> None:
+    before = dict(base.model.named_modules())
+    with pytest.raises(TrialFailed, match=names):
+        run_trial(base, splits, replace(SHORT, **options), lambda report: False)
+    assert before == dict(base.model.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"lora_target_modules": ("q_proj",)}, 4),
+        ({"lora_target_modules": ("self_attn.q_proj", "mlp.up_proj")}, 8),
+        ({"lora_exclude_patterns": (r"layers\.[01]\.",), "lora_target_modules": ("q_proj", "up_proj")}, 4),
+        ({"lora_exclude_patterns": ()}, 28),
+    ],
+)  # fmt: skip
+def test_exactly_the_named_modules_are_adapted(base, options, count) -> None:
+    with adapted(base, replace(SHORT, **options)) as model:
+        assert len(lora.adapter_layers(model)) == count
+
+
+def test_a_module_that_peft_leaves_out_fails_the_trial(base, splits, monkeypatch) -> None:
+    def forgetful(model, config, **options):
+        config.target_modules = config.target_modules.replace("|v_proj", "")
+        return get_peft_model(model, config, **options)
+
+    monkeypatch.setattr(lora, "get_peft_model", forgetful)
+    with pytest.raises(TrialFailed, match=r"differs in model.language_model.layers.0.self_attn.v_proj"):
+        run_trial(base, splits, SHORT, lambda report: False)
+
+
+# ------------------------------------------------------------------------------------------------ learning rate
+
+
+def schedule(kind: str, warmup: int, num_steps: int, rate: float = 1e-3) -> SimpleNamespace:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    optimizer.param_groups[0]["lr"] = rate
+    return SimpleNamespace(lr_scheduler=get_scheduler(kind, optimizer, warmup, num_steps))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 300])
+@pytest.mark.parametrize("kind", LR_SCHEDULER_TYPES)
+def test_the_schedule_that_was_asked_for_passes(kind, num_steps) -> None:
+    for ratio in (0.0, 0.03, 0.5, 0.99):
+        settings = replace(SHORT, lr_scheduler_type=kind, warmup_ratio=ratio)
+        live = schedule(kind, round(ratio * num_steps), num_steps)
+        check_schedule(read_back(live, settings, num_steps), settings, num_steps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "num_steps", "rate"),
+    [
+        ("linear", 10, 100, 1e-3),
+        ("polynomial", 10, 100, 1e-3),
+        ("constant_with_warmup", 10, 100, 1e-3),
+        ("constant", 10, 100, 1e-3),
+        ("cosine", 3, 100, 1e-3),
+        ("cosine", 11, 100, 1e-3),
+        ("cosine", 0, 100, 1e-3),
+        ("cosine", 10, 200, 1e-3),
+        ("cosine", 10, 99, 1e-3),
+        ("cosine", 10, 100, 2e-3),
+    ],
+)
+def test_another_schedule_fails_the_trial(kind, warmup, num_steps, rate) -> None:
+    settings = replace(SHORT, lr_scheduler_type="cosine", warmup_ratio=0.1)
+    with pytest.raises(TrialFailed, match=r"the learning rate in step \d+ of 100 should be .* but is .*cosine"):
+        check_schedule(read_back(schedule(kind, warmup, num_steps, rate), settings, 100), settings, 100)
+
+
+def test_a_trial_compares_the_live_schedule(base, splits, monkeypatch) -> None:
+    reports: list[dict] = []
+    run_trial(base, splits, replace(SHORT, max_steps=4), lambda report: reports.append(report) or False)
+    rates = reports[-1]["applied"]["learning_rate_at_step"]
+    assert rates["0"] == 1e-3 and rates["2"] == pytest.approx(5e-4) and rates["3"] == pytest.approx(1.4645e-4, rel=1e-3)
+    asked = engine_module.get_scheduler
+    monkeypatch.setattr(engine_module, "get_scheduler", lambda kind, *given: asked("linear", *given))
+    with pytest.raises(TrialFailed, match="lr_scheduler_type cosine"):
+        run_trial(base, splits, replace(SHORT, max_steps=4), lambda report: False)
+
+
+def test_steps_and_epochs_are_counted() -> None:
+    live = SimpleNamespace(lr_scheduler=SimpleNamespace(last_epoch=6))
+    by_epochs = replace(SHORT, max_steps=0, num_train_epochs=3)
+    check_trained(live, by_epochs, 30, 3)  # two steps of 16 images an epoch
+    check_trained(live, replace(SHORT, max_steps=6), 30, 3)
+    check_trained(live, replace(SHORT, max_steps=6), 50, 2)  # four steps an epoch: the second is cut off
+    with pytest.raises(TrialFailed, match="optimizer steps should be 9 but are 6"):
+        check_trained(live, by_epochs, 40, 3)
+    with pytest.raises(TrialFailed, match="epochs should be 3 but are 2"):
+        check_trained(live, by_epochs, 30, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the rest
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("lora_dropout", lambda layer, engine: setattr(layer.lora_dropout["default"], "p", 0.3)),
+        ("lora_scaling", lambda layer, engine: layer.scaling.update(default=7.0)),
+        ("weight_decay", lambda layer, engine: engine.optimizer.param_groups[-1].update(weight_decay=0.5)),
+        ("max_grad_norm", lambda layer, engine: setattr(engine._config, "gradient_clipping", 9.0)),
+        ("use_dora", lambda layer, engine: layer.use_dora.update(default=True)),
+    ],
+)
+def test_one_value_that_differs_fails_the_trial(base, name, damage) -> None:
+    with adapted(base, SHORT) as model:
+        engine = build_engine(base, model, SHORT, torch.ones(3), 2, 1)
+        check_applied(read_applied(engine), SHORT)
+        damage(next(iter(lora.adapter_layers(model).values())), engine)
+        with pytest.raises(TrialFailed, match=f"{name} should be"):
+            check_applied(read_applied(engine), SHORT)
+        engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_MAPPING_ERROR"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, expected) -> None:
+    assert is_out_of_memory(error) is expected
