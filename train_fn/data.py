@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from train_fn.copies import copy_groups, hash_images, leaking_images, near_pairs, num_leaked
+from train_fn.images import MAX_PIXELS, image_problems
 
+Say = Callable[[str], None]
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
-MAX_PIXELS = 100_000_000  # a decompression bomb declares more than any ultrasound or X-ray has
 MAX_ENTRIES = 1_000_000  # near-copies are looked for in all pairs of images
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow hands some others, such as EPS, to outside programs
 SHOWN = reprlib.Repr()  # a value in a message: whatever a manifest holds, a line of it is enough
 SHOWN.maxstring = SHOWN.maxother = 120
 
@@ -125,33 +123,9 @@ def shorten(problems: list[str], most: int = 20) -> list[str]:
     return problems if len(problems) <= most else [*problems[:most], f"... and {len(problems) - most} more like these"]
 
 
-def image_problems(paths: Iterable[str]) -> dict[str, str]:
-    """By path, the problem of every image that cannot be decoded to the last row (truncated, mislabelled, a bomb)."""
-    from PIL import Image
-
-    def check(path: str) -> str:
-        if not os.path.isfile(path):  # a pipe would be waited for
-            return f"image {path} must be an existing file: check the path"
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    return f"image {path} must have at most {MAX_PIXELS:,} pixels, but has {image.size}: scale it down"
-                if image.mode[0] in "IF":  # Pillow cuts such pixels off at 255: most images would turn white
-                    return f"image {path} must have 8 bits a channel, but has Pillow's mode {image.mode}: convert it"
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"image {path} must be decodable: {error}; replace it or take its entry out"
-        return ""
-
-    different = sorted(set(paths))
-    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the rule above says it better
-        return {path: problem for path, problem in zip(different, pool.map(check, different), strict=True) if problem}
-
-
-def unreadable_images(paths: Iterable[str]) -> list[str]:
-    """What `image_problems` finds, for people."""
-    return shorten(list(image_problems(paths).values()))
+def unreadable_images(paths: Iterable[str], max_pixels: int = MAX_PIXELS, say: Say = lambda text: None) -> list[str]:
+    """What `image_problems` finds, for people. `say` is given lines of progress."""
+    return shorten(list(image_problems(paths, max_pixels, say).values()))
 
 
 def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:

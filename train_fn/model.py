@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -31,9 +30,10 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processo
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 
 from train_fn import hulumed
+from train_fn.checkpoint import resolve_model
 from train_fn.data import Sample
 from train_fn.features import FeatureStore, features_key
-from train_fn.nano import CHECKPOINT as NANO
+from train_fn.images import image_size, read_image
 from train_fn.profile import phase
 from train_fn.settings import ModelSettings
 
@@ -95,11 +95,6 @@ class Base:
         tower, config = self.model.get_submodule(self.vision_tower), self.model.config.vision_config
         key = features_key(tower, config, self.processor.image_processor, self.device)
         return FeatureStore(key, int(self.settings.feature_cache_gib * 2**30))
-
-
-def resolve_model(model: str) -> Path:
-    """The directory that `--model` names."""
-    return NANO if model == "nano" else Path(model)
 
 
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -358,18 +353,6 @@ def tokenize_answer(processor: Any, question: str, answer: str) -> tuple[list[in
 
 
 # ------------------------------------------------------------------------------------------------ batches
-
-
-def read_image(path: str) -> Image.Image:
-    """The decoded image as RGB."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header."""
-    with Image.open(path) as image:
-        return image.size
 
 
 def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:

@@ -8,8 +8,11 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from train_fn.copies import default_cache, file_hash, read_known, write_known
+from train_fn.checkpoint import base_hash
+from train_fn.copies import file_hash
 from train_fn.data import Splits
+
+__all__ = ["base_hash", "data_hash", "git_state"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,22 +24,6 @@ def data_hash(splits: Splits) -> str:
         contents = pool.map(lambda sample: file_hash(sample.image), samples)
     told = [[content, sample.text, sample.answer] for content, sample in zip(contents, samples, strict=True)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def base_hash(directory: Path) -> str:
-    """sha256 over a model directory's configuration and weights. Hashes of large files are remembered by size and time
-    of change: 8 GB take some seconds once."""
-    memory = default_cache().with_name("hashes.json")
-    known = read_known(memory)
-    found = {}
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.json")]):
-        state = path.stat()
-        key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-        if key not in known:
-            known[key] = file_hash(path)
-        found[path.name] = known[key]
-    write_known(memory, known)
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def git_state() -> dict[str, str | bool]:
