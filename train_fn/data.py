@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.copies import copy_groups, hash_images, leaking_images, near_pairs, num_leaked
+from train_fn.copies import MAX_DISTANCE, copy_groups, copy_pairs, leaking_samples
 from train_fn.images import MAX_PIXELS, image_problems
 
 Say = Callable[[str], None]
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
+UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters, which no tokenizer takes
+LARGE_GROUP = 0.1  # share of the images from which a group of near-copies makes the parts uneven
 MAX_ENTRIES = 1_000_000  # near-copies are looked for in all pairs of images
 SHOWN = reprlib.Repr()  # a value in a message: whatever a manifest holds, a line of it is enough
 SHOWN.maxstring = SHOWN.maxother = 120
@@ -110,6 +114,12 @@ def entry_problems(entry: Any, root: Path) -> Iterator[str]:
     if wrong:
         values = ", ".join(f"{key}={SHOWN.repr(value)}" for key, value in wrong.items())
         yield f" must hold non-empty text (label: a number or text), but got {values}"
+    for key in given.keys() & {"text", "answer", "label"} - wrong.keys():
+        if unprintable := UNPRINTABLE.search(str(given[key])):
+            yield (
+                f" must hold Unicode text, but {key}={SHOWN.repr(given[key])} has the character "
+                f"{unprintable[0]!a}: take it out"
+            )
     if "image" in given and "image" not in wrong:
         file, shown = root / given["image"], SHOWN.repr(given["image"])
         if not os.path.isfile(file):  # also says no to names that no file can have
@@ -128,15 +138,33 @@ def unreadable_images(paths: Iterable[str], max_pixels: int = MAX_PIXELS, say: S
     return shorten(list(image_problems(paths, max_pixels, say).values()))
 
 
+def plain_form(text: str) -> str:
+    """A text without what two people write differently: case, spaces, Unicode form, invisible characters."""
+    composed = unicodedata.normalize("NFKC", text).casefold()
+    visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
+    return " ".join(visible.split())
+
+
 def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:
     """The candidate answers in the order of their labels, and every contradiction between answers and labels.
 
     Answers form a closed set when there are at most 20 and each is given at least three times on average; otherwise
-    there are no candidates, and the data is tuned on the loss.
+    there are no candidates, and the data is tuned on the loss. Answers of a closed set that differ in case, spaces or
+    Unicode form only would be classes of their own, and are refused.
     """
     answers = Counter(entry["answer"] for entry in entries)
-    if len(answers) > MAX_CANDIDATES or len(answers) * 3 > len(entries) or len(answers) < 2:
+    variants: dict[str, list[str]] = {}
+    for answer in answers:
+        variants.setdefault(plain_form(answer), []).append(answer)
+    if len(variants) > MAX_CANDIDATES or len(variants) * 3 > len(entries) or len(answers) < 2:
         return (), []
+    if mixed := [same for same in variants.values() if len(same) > 1]:
+        return (), shorten([
+            "answers that differ in case, spaces or Unicode form only must be written alike, but got "
+            + ", ".join(f"{SHOWN.repr(answer)} ({answers[answer]}x)" for answer in same)
+            + ": make them equal"
+            for same in mixed
+        ])  # fmt: skip
     pairs = Counter((entry["label"], entry["answer"]) for entry in entries)
     problems = []
     for side, other in ((0, 1), (1, 0)):
@@ -200,11 +228,11 @@ class DataReport:
 
     num_images: int
     num_pairs: int
-    """Pairs of near-copies (or images given twice)."""
+    """Pairs of near-copies."""
     num_grouped: int
     """Images that have a near-copy."""
     contradictions: tuple[tuple[str, ...], ...]
-    """Groups of near-copies with different answers: image paths, each with its answer."""
+    """Groups of near-copies with different answers to one question: image paths, each with its answer."""
     num_left_out: int
     """Images left out for a contradiction (`--contradictions drop`)."""
     leaked: dict[str, int]
@@ -213,6 +241,8 @@ class DataReport:
     """Share of the test images that would have a near-copy in train or validation in a random split: mean of 20."""
     test_clean: tuple[int, ...]
     """Indices of the test images without a near-copy in train or validation."""
+    largest_group: int = 0
+    """Images in the largest group of near-copies, which stays in one part."""
 
     def sentences(self) -> list[str]:
         """For people."""
@@ -220,6 +250,11 @@ class DataReport:
             f"{self.num_grouped} of {self.num_images} images have a near-copy ({self.num_pairs} pairs); a random split "
             f"would leave {self.leaked_if_random:.0%} of the test images with a copy in train or validation"
         ]
+        if self.largest_group > LARGE_GROUP * self.num_images:
+            told.append(
+                f"{self.largest_group} of {self.num_images} images are one group of near-copies and stay in one part, "
+                f"so the parts may have other sizes than were asked for: lower --copies-distance (-1: no copies)"
+            )
         told += [
             f"{count} {name} images have a near-copy in another part" for name, count in self.leaked.items() if count
         ]
@@ -238,22 +273,27 @@ def make_splits(
     test_fraction: float,
     seed: int,
     contradictions: str = "keep",
+    copies_distance: int = MAX_DISTANCE,
     hash_cache: Path | None = None,
 ) -> tuple[Splits, DataReport, list[str]]:
     """Train, validation and test without near-copies across them, what was found, and every reason why they cannot be
     made. Parts that the user gives stay whole; copies between them are counted.
 
-    contradictions: what becomes of near-copies with different answers: keep, drop, or train (only there).
+    contradictions: what becomes of near-copies with different answers to one question: keep, drop, or train (only
+        there).
+    copies_distance: see `copies.copy_pairs`.
+    hash_cache: file of known thumbnails. Not given: the user's cache.
     """
     given = [list(entries), list(val_entries or []), list(test_entries or [])]
     everything = [entry for part in given for entry in part]
     candidates, problems = answer_set(everything)
     index = {answer: number for number, answer in enumerate(candidates)}
     samples = [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in everything]
-    hashes = hash_images([sample.image for sample in samples], hash_cache)
-    pairs = near_pairs(hashes)
-    groups = copy_groups(len(samples), pairs)
-    mixed = {int(groups[a]) for a, b in pairs if samples[a].answer != samples[b].answer}
+    paths, images = different_images(samples)
+    pairs = copy_pairs(paths, copies_distance, hash_cache)
+    image_groups = copy_groups(len(paths), pairs)
+    groups = image_groups[images]
+    mixed = contradictory_groups(samples, images, pairs, image_groups)
     pool = range(len(given[0]))
     left_out = [i for i in pool if contradictions == "drop" and groups[i] in mixed]
     pinned = [i for i in pool if contradictions == "train" and groups[i] in mixed]
@@ -282,51 +322,85 @@ def make_splits(
             )
         elif not parts[name]:
             problems.append(f"the {name} part must hold an image, but is empty: add images or raise its fraction")
-    return splits, report_copies(samples, pairs, groups, mixed, parts, len(left_out)), problems
+    report = report_copies(samples, images, pairs, image_groups, mixed, parts, len(left_out))
+    return splits, report, problems
+
+
+def different_images(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
+    """The different images of samples, and each sample's image [S] as an index of them."""
+    numbers: dict[str, int] = {}
+    images = [numbers.setdefault(sample.image, len(numbers)) for sample in samples]
+    return list(numbers), np.array(images, dtype=np.int64)
+
+
+def contradictory_groups(
+    samples: Sequence[Sample], images: np.ndarray, pairs: np.ndarray, groups: np.ndarray
+) -> set[int]:
+    """Groups in which one image, or two near-copies, have different answers to the same question.
+
+    Args:
+        images: each sample's image [S], as an index.
+        pairs: near-copies among the images [M, 2].
+        groups: each image's group [N].
+    """
+    answers: dict[int, dict[str, set[str]]] = {}  # by image and question
+    for image, sample in zip(images.tolist(), samples, strict=True):
+        answers.setdefault(image, {}).setdefault(plain_form(sample.text), set()).add(sample.answer)
+    found = {image for image, asked in answers.items() if any(len(given) > 1 for given in asked.values())}
+    for one, two in pairs.tolist():
+        if any(len(given | answers[two].get(question, given)) > 1 for question, given in answers[one].items()):
+            found.add(one)
+    return {int(groups[image]) for image in found}
 
 
 def report_copies(
     samples: Sequence[Sample],
+    images: np.ndarray,
     pairs: np.ndarray,
     groups: np.ndarray,
     mixed: set[int],
     parts: dict[str, list[int]],
     num_left_out: int,
 ) -> DataReport:
-    """The report on what `make_splits` has found and made."""
+    """The report on what `make_splits` has found and made. images, pairs, groups: as in `contradictory_groups`."""
     part = np.full(len(samples), -1)
     for number, name in enumerate(("train", "validation", "test")):
         part[parts[name]] = number
-    used = np.flatnonzero(part >= 0)
-    dirty = leaking_images(part, pairs, 2, [0, 1])
-    leaked = {"validation": num_leaked(part, pairs, 1, [0]), "test": len(dirty)}
+    dirty = set(leaking_samples(part, images, pairs, 2, [0, 1]).tolist())
+    leaked = {"validation": len(leaking_samples(part, images, pairs, 1, [0])), "test": len(dirty)}
+    image_part = np.full(len(groups), -1)
+    np.maximum.at(image_part, images, part)
+    used = np.flatnonzero(image_part >= 0)
     rng = np.random.default_rng(0)
-    share = len(parts["test"]) / max(1, len(used))
+    share = (image_part == 2).sum() / max(1, len(used))
     random_leaks = []
     for _ in range(20):
-        random_part = np.full(len(samples), -1)
+        random_part = np.full(len(image_part), -1)
         random_part[used] = np.where(rng.permutation(len(used)) < share * len(used), 2, 0)
-        random_leaks.append(num_leaked(random_part, pairs, 2, [0]) / max(1, int((random_part == 2).sum())))
+        leaks = leaking_samples(random_part, np.arange(len(image_part)), pairs, 2, [0])
+        random_leaks.append(len(leaks) / max(1, int((random_part == 2).sum())))
     return DataReport(
-        num_images=len(samples),
+        num_images=len(groups),
         num_pairs=len(pairs),
         num_grouped=len(np.unique(pairs)),
         contradictions=tuple(
-            tuple(f"{samples[i].image}: {samples[i].answer}" for i in np.flatnonzero(groups == group).tolist())
+            tuple(f"{samples[i].image}: {samples[i].answer}" for i in np.flatnonzero(groups[images] == group).tolist())
             for group in sorted(mixed)
         ),
         num_left_out=num_left_out,
         leaked=leaked,
         leaked_if_random=float(np.mean(random_leaks)),
         test_clean=tuple(place for place, i in enumerate(parts["test"]) if i not in dirty),
+        largest_group=int(np.bincount(groups).max()),
     )
 
 
-def fold_splits(splits: Splits, num_folds: int, seed: int) -> list[Splits]:
+def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int = MAX_DISTANCE) -> list[Splits]:
     """Training and validation images dealt out again into folds, near-copies together: each fold is the validation part
     once, the others train. The test part stays."""
     samples = [*splits.train, *splits.validation]
-    groups = copy_groups(len(samples), near_pairs(hash_images([sample.image for sample in samples])))
+    paths, images = different_images(samples)
+    groups = copy_groups(len(paths), copy_pairs(paths, copies_distance))[images]
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
     folds = split_indices([sample.label for sample in samples], shares, seed, [int(group) for group in groups])
     chosen = [set(indices) for indices in folds.values()]

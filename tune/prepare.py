@@ -73,7 +73,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     if images:
         say(f"Checking {len(images)} images")
-    problems += unreadable_images(images)
+    problems += unreadable_images(images, data.max_image_pixels, say)
     if problems:
         raise SettingsError(problems)
     say("Looking for near-copies")
@@ -85,6 +85,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         test_fraction=data.test_fraction,
         seed=data.split_seed,
         contradictions=data.contradictions,
+        copies_distance=data.copies_distance,
     )
     problems += found
     problems += check_model_type(settings.model.model)
@@ -138,7 +139,7 @@ def resume(settings: Settings) -> Study:
     plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
     splits = load_splits(directory / "splits.json")
     images = [sample.image for sample in (*splits.train, *splits.validation, *splits.test)]
-    problems = unreadable_images(images)
+    problems = unreadable_images(images, settings.data.max_image_pixels)
     if problems:
         raise SettingsError(problems)
     now = {
