@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train_fn.adapters import TENSOR, WEIGHTS, BadAdapter, read_config, read_shapes
 from train_fn.hulumed import native_name, original_name
-from train_fn.model import Base, adapter_pattern, inside
+from train_fn.model import Base, adapter_pattern, target_problems
 from train_fn.settings import TrialSettings
 
 
@@ -74,36 +74,6 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         if settings.torch_compile:
             stack.enter_context(compiled(base))
         yield model
-
-
-def target_problems(base: Base, settings: TrialSettings) -> list[str]:
-    """Every name in `lora_target_modules` that matches no linear layer of the language model.
-
-    PEFT adapts what matches and drops the rest in silence.
-    """
-    layers = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    try:
-        begins = re.compile(inside(base, base.language_model))
-        spared = re.compile("|".join([*settings.lora_exclude_patterns, r"(?!)"]))
-    except re.error as error:
-        return [f"`lora_exclude_patterns` must be regular expressions, but {error.pattern!r} is none: {error}"]
-    there = sorted({name.rpartition(".")[2] for name in layers if begins.match(name)})
-    found = []
-    for target in settings.lora_target_modules:
-        pattern = adapter_pattern(base, [target], settings.lora_exclude_patterns)
-        if not any(re.fullmatch(pattern, name) for name in layers):
-            ends = [name for name in layers if begins.match(name) and f".{name}".endswith(f".{target}")]
-            if ends and any(spared.search(name) for name in ends):
-                found.append(
-                    f"`lora_exclude_patterns` must leave each target module a layer, but "
-                    f"{', '.join(settings.lora_exclude_patterns)} excludes every {target!r}: change the patterns"
-                )
-            else:
-                found.append(
-                    f"`lora_target_modules` must name linear layers of the language model, but got {target!r}: choose "
-                    f"from {', '.join(there)}"
-                )
-    return list(dict.fromkeys(found)) if settings.use_lora else []
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from train_fn.data import Sample
 from train_fn.features import FeatureStore, features_key
 from train_fn.images import image_size, read_image
 from train_fn.profile import phase
-from train_fn.settings import ModelSettings
+from train_fn.settings import ModelSettings, TrialSettings
 
 # Where transformers' image-text-to-text models keep their parts, by attribute path from the inner model.
 VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
@@ -537,6 +537,36 @@ def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns:
     spared = [*exclude_patterns, inside(base, base.vision_tower), inside(base, base.projector)]
     names = "|".join(map(re.escape, target_modules))
     return rf"(?!.*(?:{'|'.join(spared)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
+
+
+def target_problems(base: Base, settings: TrialSettings) -> list[str]:
+    """Every name in `lora_target_modules` that matches no linear layer of the language model.
+
+    PEFT adapts what matches and drops the rest in silence.
+    """
+    layers = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    try:
+        begins = re.compile(inside(base, base.language_model))
+        spared = [re.compile(pattern) for pattern in settings.lora_exclude_patterns]
+    except re.error as error:
+        return [f"`lora_exclude_patterns` must be regular expressions, but {error.pattern!r} is none: {error}"]
+    there = sorted({name.rpartition(".")[2] for name in layers if begins.match(name)})
+    found = []
+    for target in settings.lora_target_modules:
+        pattern = adapter_pattern(base, [target], settings.lora_exclude_patterns)
+        if not any(re.fullmatch(pattern, name) for name in layers):
+            ends = [name for name in layers if begins.match(name) and f".{name}".endswith(f".{target}")]
+            if any(pattern.search(name) for pattern in spared for name in ends):
+                found.append(
+                    f"`lora_exclude_patterns` must leave each target module a layer, but "
+                    f"{', '.join(settings.lora_exclude_patterns)} excludes every {target!r}: change the patterns"
+                )
+            else:
+                found.append(
+                    f"`lora_target_modules` must name linear layers of the language model, but got {target!r}: choose "
+                    f"from {', '.join(there)}"
+                )
+    return list(dict.fromkeys(found)) if settings.use_lora else []
 
 
 def inside(base: Base, part: str) -> str:

@@ -7,6 +7,7 @@ that get an adapter.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,12 @@ def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits)
     except Exception as error:  # tokenizers and processors raise anything for files that they cannot use
         return [f"{where} must have a tokenizer and a processor that load, but {told(error)}: fetch the model again"]
     samples = [*splits.train, *splits.validation, *splits.test]
-    answers = splits.candidates or [sample.answer for sample in samples]
-    problems = text_problems(processor, [sample.text for sample in samples], answers, closed=bool(splits.candidates))
+    problems = text_problems(
+        processor, [s.text for s in samples], [s.answer for s in samples], closed=bool(splits.candidates)
+    )
     if problems:
         return problems
-    return [*skeleton_problems(settings, trial), *processed_image_problems(processor, samples)]
+    return [*skeleton_problems(settings, trial, processor), *processed_image_problems(processor, samples)]
 
 
 def told(error: Exception) -> str:
@@ -56,17 +58,32 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def skeleton_problems(settings: ModelSettings, trial: TrialSettings) -> list[str]:
+def skeleton_problems(settings: ModelSettings, trial: TrialSettings, processor: Any) -> list[str]:
     """Parts and target modules that the model does not have, found on torch's meta device."""
     import torch
 
-    from train_fn.lora import target_problems
-    from train_fn.memory import skeleton
+    from train_fn.memory import skeleton_model
+    from train_fn.model import LANGUAGE_MODELS, PROJECTORS, VISION_TOWERS, Base, find_part, target_problems
 
     try:
-        base = skeleton(settings, torch.float32)
-    except ValueError as error:
-        return [str(error)]
+        model = skeleton_model(settings, torch.float32)
+    except Exception as error:  # a configuration is a stranger's, and transformers raises anything for it
+        where = f"`--model` {settings.model!r}"
+        return [f"{where} must be a model that transformers can build, but {told(error)}: fetch the model again"]
+    parts: dict[str, str] = {}
+    problems = []
+    for field, names in (
+        ("vision_tower", VISION_TOWERS),
+        ("projector", PROJECTORS),
+        ("language_model", LANGUAGE_MODELS),
+    ):
+        try:
+            parts[field] = find_part(model, names, field.replace("_", " "), getattr(settings, field))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        return problems
+    base = Base(model=model, processor=processor, device=torch.device("meta"), settings=settings, **parts)
     return target_problems(base, trial)
 
 
@@ -75,22 +92,22 @@ def skeleton_problems(settings: ModelSettings, trial: TrialSettings) -> list[str
 
 def text_problems(processor: Any, questions: Iterable[str], answers: Iterable[str], closed: bool = True) -> list[str]:
     """Every question and answer that this processor cannot put to the model, and, with `closed`, every two answers that
-    become the same to it."""
-    asked, answered = list(dict.fromkeys(questions)), list(dict.fromkeys(answers))
+    become the same to it. Both may hold a text several times."""
+    asked, answered = Counter(questions), Counter(answers)
     problems = placeholder_problems(processor, asked, "question") + placeholder_problems(processor, answered, "answer")
-    return shorten(problems) or rendering_problems(processor, asked, answered, closed)
+    return shorten(problems) or rendering_problems(processor, list(asked), list(answered), closed)
 
 
-def placeholder_problems(processor: Any, texts: Sequence[str], what: str) -> list[str]:
+def placeholder_problems(processor: Any, texts: Counter[str], what: str) -> list[str]:
     """Every text in which the model would see one of its own tokens, or that brings a placeholder for the image."""
     tokenizer = processor.tokenizer
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= {*tokenizer.all_special_tokens, *PLACEHOLDERS, getattr(processor, "image_token", None) or "<image>"}
     pattern = re.compile("|".join(sorted(map(re.escape, filter(str.strip, special)), key=len, reverse=True)))
     return [
-        f"each {what} must be plain text, but {SHOWN.repr(text)} holds {found[0]!r}: take it out (the model's chat "
-        f"template puts the image)"
-        for text in texts
+        f"each {what} must be plain text, but {SHOWN.repr(text)} ({count}x) holds {found[0]!r}: take it out (the model's "
+        f"chat template puts the image)"
+        for text, count in texts.items()
         if (found := pattern.search(text))
     ]
 
