@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
 
-from train_fn.copies import copy_groups, hash_images, leaking_images, near_pairs, num_leaked, perceptual_hash
+from train_fn.copies import (
+    copy_groups,
+    copy_pairs,
+    hash_images,
+    leaking_samples,
+    near_pairs,
+    perceptual_hashes,
+    read_thumbnails,
+    thumbnail,
+)
 from train_fn.data import make_splits, read_manifest, split_indices
 from train_fn.phantoms import phantom
 
@@ -18,6 +28,10 @@ from train_fn.phantoms import phantom
 @pytest.fixture(scope="module")
 def image() -> Image.Image:
     return Image.fromarray(phantom(np.random.default_rng(1), 1)[0])
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    return int(perceptual_hashes(thumbnail(image)[None])[0])
 
 
 def marked(image: Image.Image) -> Image.Image:
@@ -73,10 +87,9 @@ def test_hashes_are_kept_by_content(tmp_path, image) -> None:
     cache = tmp_path / "cache.json"
     one, two = hash_images([str(first), str(second)], cache)
     assert one == two == perceptual_hash(image)
-    content = cache.read_text()
-    assert content.count(":") == 1
-    cache.write_text(content.replace(str(int(one)), "7"))
-    assert hash_images([str(second)], cache)[0] == 7
+    ((content, (side, encoded)),) = json.loads(cache.read_text()).items()
+    cache.write_text(json.dumps({content: [7, encoded]}))
+    assert read_thumbnails([str(second)], cache)[1].tolist() == [7] != [side]
     cache.write_text("broken")
     assert hash_images([str(first)], cache)[0] == one
 
@@ -134,15 +147,19 @@ def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
         parts = [splits.train, splits.validation, splits.test]
         images = [sample.image for part in parts for sample in part]
         number = np.repeat([0, 1, 2], [len(part) for part in parts])
-        pairs = near_pairs(hash_images(images, tmp_path / "cache.json"))
-        assert num_leaked(number, pairs, 2, [0, 1]) == num_leaked(number, pairs, 1, [0, 2]) == 0
+        pairs = copy_pairs(images, cache=tmp_path / "cache.json")
+        for of, into in ((2, [0, 1]), (1, [0, 2])):
+            assert not len(leaking_samples(number, np.arange(len(images)), pairs, of, into))
         assert [splits.class_counts(name) for name in ("validation", "test")] == [[21, 71, 34]] * 2
+    assert report.num_pairs == 135  # as many as the hash alone proposes
     assert report.num_grouped > 150 and report.leaked_if_random > 0.25 and len(report.contradictions) >= 5
 
 
-def test_leaking_images() -> None:
+def test_leaking_samples() -> None:
     pairs = np.array([[0, 1], [2, 3]])
-    assert leaking_images(np.array([0, 2, 2, 2]), pairs, 2, [0, 1]) == {1}
+    assert leaking_samples(np.array([0, 2, 2, 2]), np.arange(4), pairs, 2, [0, 1]).tolist() == [1]
+    again = np.array([0, 1, 1, 2])  # the second image is asked about twice
+    assert leaking_samples(np.array([-1, 0, 2, 2]), again, pairs[:1], 2, [0, 1]).tolist() == [2]
 
 
 def test_cached_hash_file_may_be_missing(tmp_path: Path, image) -> None:

@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
-import warnings
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train_fn.copies import copy_groups, hash_images, leaking_images, near_pairs, num_leaked
+from train_fn.copies import MAX_DISTANCE, copy_groups, copy_pairs, leaking_samples
 from train_fn.files import DamagedFile, read_json, write_json
+from train_fn.images import MAX_PIXELS, image_problems
 
+Say = Callable[[str], None]
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
-MAX_PIXELS = 100_000_000  # a decompression bomb declares more than any ultrasound or X-ray has
+UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters, which no tokenizer takes
+LARGE_GROUP = 0.1  # share of the images from which a group of near-copies makes the parts uneven
 MAX_ENTRIES = 1_000_000  # near-copies are looked for in all pairs of images
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow hands some others, such as EPS, to outside programs
 SHOWN = reprlib.Repr()  # a value in a message: whatever a manifest holds, a line of it is enough
 SHOWN.maxstring = SHOWN.maxother = 120
 
@@ -113,6 +115,12 @@ def entry_problems(entry: Any, root: Path) -> Iterator[str]:
     if wrong:
         values = ", ".join(f"{key}={SHOWN.repr(value)}" for key, value in wrong.items())
         yield f" must hold non-empty text (label: a number or text), but got {values}"
+    for key in given.keys() & {"text", "answer", "label"} - wrong.keys():
+        if unprintable := UNPRINTABLE.search(str(given[key])):
+            yield (
+                f" must hold Unicode text, but {key}={SHOWN.repr(given[key])} has the character "
+                f"{unprintable[0]!a}: take it out"
+            )
     if "image" in given and "image" not in wrong:
         file, shown = root / given["image"], SHOWN.repr(given["image"])
         if not os.path.isfile(file):  # also says no to names that no file can have
@@ -126,44 +134,38 @@ def shorten(problems: list[str], most: int = 20) -> list[str]:
     return problems if len(problems) <= most else [*problems[:most], f"... and {len(problems) - most} more like these"]
 
 
-def image_problems(paths: Iterable[str]) -> dict[str, str]:
-    """By path, the problem of every image that cannot be decoded to the last row (truncated, mislabelled, a bomb)."""
-    from PIL import Image
-
-    def check(path: str) -> str:
-        if not os.path.isfile(path):  # a pipe would be waited for
-            return f"image {path} must be an existing file: check the path"
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    return f"image {path} must have at most {MAX_PIXELS:,} pixels, but has {image.size}: scale it down"
-                if image.mode[0] in "IF":  # Pillow cuts such pixels off at 255: most images would turn white
-                    return f"image {path} must have 8 bits a channel, but has Pillow's mode {image.mode}: convert it"
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"image {path} must be decodable: {error}; replace it or take its entry out"
-        return ""
-
-    different = sorted(set(paths))
-    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the rule above says it better
-        return {path: problem for path, problem in zip(different, pool.map(check, different), strict=True) if problem}
+def unreadable_images(paths: Iterable[str], max_pixels: int = MAX_PIXELS, say: Say = lambda text: None) -> list[str]:
+    """What `image_problems` finds, for people. `say` is given lines of progress."""
+    return shorten(list(image_problems(paths, max_pixels, say).values()))
 
 
-def unreadable_images(paths: Iterable[str]) -> list[str]:
-    """What `image_problems` finds, for people."""
-    return shorten(list(image_problems(paths).values()))
+def plain_form(text: str) -> str:
+    """A text without what two people write differently: case, spaces, Unicode form, invisible characters."""
+    composed = unicodedata.normalize("NFKC", text).casefold()
+    visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
+    return " ".join(visible.split())
 
 
 def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:
     """The candidate answers in the order of their labels, and every contradiction between answers and labels.
 
     Answers form a closed set when there are at most 20 and each is given at least three times on average; otherwise
-    there are no candidates, and the data is tuned on the loss.
+    there are no candidates, and the data is tuned on the loss. Answers of a closed set that differ in case, spaces or
+    Unicode form only would be classes of their own, and are refused.
     """
     answers = Counter(entry["answer"] for entry in entries)
-    if len(answers) > MAX_CANDIDATES or len(answers) * 3 > len(entries) or len(answers) < 2:
+    variants: dict[str, list[str]] = {}
+    for answer in answers:
+        variants.setdefault(plain_form(answer), []).append(answer)
+    if len(variants) > MAX_CANDIDATES or len(variants) * 3 > len(entries) or len(answers) < 2:
         return (), []
+    if mixed := [same for same in variants.values() if len(same) > 1]:
+        return (), shorten([
+            "answers that differ in case, spaces or Unicode form only must be written alike, but got "
+            + ", ".join(f"{SHOWN.repr(answer)} ({answers[answer]}x)" for answer in same)
+            + ": make them equal"
+            for same in mixed
+        ])  # fmt: skip
     pairs = Counter((entry["label"], entry["answer"]) for entry in entries)
     problems = []
     for side, other in ((0, 1), (1, 0)):
@@ -227,11 +229,11 @@ class DataReport:
 
     num_images: int
     num_pairs: int
-    """Pairs of near-copies (or images given twice)."""
+    """Pairs of near-copies."""
     num_grouped: int
     """Images that have a near-copy."""
     contradictions: tuple[tuple[str, ...], ...]
-    """Groups of near-copies with different answers: image paths, each with its answer."""
+    """Groups of near-copies with different answers to one question: image paths, each with its answer."""
     num_left_out: int
     """Images left out for a contradiction (`--contradictions drop`)."""
     leaked: dict[str, int]
@@ -240,6 +242,8 @@ class DataReport:
     """Share of the test images that would have a near-copy in train or validation in a random split: mean of 20."""
     test_clean: tuple[int, ...]
     """Indices of the test images without a near-copy in train or validation."""
+    largest_group: int = 0
+    """Images in the largest group of near-copies, which stays in one part."""
 
     def sentences(self) -> list[str]:
         """For people."""
@@ -247,6 +251,11 @@ class DataReport:
             f"{self.num_grouped} of {self.num_images} images have a near-copy ({self.num_pairs} pairs); a random split "
             f"would leave {self.leaked_if_random:.0%} of the test images with a copy in train or validation"
         ]
+        if self.largest_group > LARGE_GROUP * self.num_images:
+            told.append(
+                f"{self.largest_group} of {self.num_images} images are one group of near-copies and stay in one part, "
+                f"so the parts may have other sizes than were asked for: lower --copies-distance (-1: no copies)"
+            )
         told += [
             f"{count} {name} images have a near-copy in another part" for name, count in self.leaked.items() if count
         ]
@@ -265,22 +274,27 @@ def make_splits(
     test_fraction: float,
     seed: int,
     contradictions: str = "keep",
+    copies_distance: int = MAX_DISTANCE,
     hash_cache: Path | None = None,
 ) -> tuple[Splits, DataReport, list[str]]:
     """Train, validation and test without near-copies across them, what was found, and every reason why they cannot be
     made. Parts that the user gives stay whole; copies between them are counted.
 
-    contradictions: what becomes of near-copies with different answers: keep, drop, or train (only there).
+    contradictions: what becomes of near-copies with different answers to one question: keep, drop, or train (only
+        there).
+    copies_distance: see `copies.copy_pairs`.
+    hash_cache: file of known thumbnails. Not given: the user's cache.
     """
     given = [list(entries), list(val_entries or []), list(test_entries or [])]
     everything = [entry for part in given for entry in part]
     candidates, problems = answer_set(everything)
     index = {answer: number for number, answer in enumerate(candidates)}
     samples = [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in everything]
-    hashes = hash_images([sample.image for sample in samples], hash_cache)
-    pairs = near_pairs(hashes)
-    groups = copy_groups(len(samples), pairs)
-    mixed = {int(groups[a]) for a, b in pairs if samples[a].answer != samples[b].answer}
+    paths, images = different_images(samples)
+    pairs = copy_pairs(paths, copies_distance, hash_cache)
+    image_groups = copy_groups(len(paths), pairs)
+    groups = image_groups[images]
+    mixed = contradictory_groups(samples, images, pairs, image_groups)
     pool = range(len(given[0]))
     left_out = [i for i in pool if contradictions == "drop" and groups[i] in mixed]
     pinned = [i for i in pool if contradictions == "train" and groups[i] in mixed]
@@ -309,51 +323,85 @@ def make_splits(
             )
         elif not parts[name]:
             problems.append(f"the {name} part must hold an image, but is empty: add images or raise its fraction")
-    return splits, report_copies(samples, pairs, groups, mixed, parts, len(left_out)), problems
+    report = report_copies(samples, images, pairs, image_groups, mixed, parts, len(left_out))
+    return splits, report, problems
+
+
+def different_images(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
+    """The different images of samples, and each sample's image [S] as an index of them."""
+    numbers: dict[str, int] = {}
+    images = [numbers.setdefault(sample.image, len(numbers)) for sample in samples]
+    return list(numbers), np.array(images, dtype=np.int64)
+
+
+def contradictory_groups(
+    samples: Sequence[Sample], images: np.ndarray, pairs: np.ndarray, groups: np.ndarray
+) -> set[int]:
+    """Groups in which one image, or two near-copies, have different answers to the same question.
+
+    Args:
+        images: each sample's image [S], as an index.
+        pairs: near-copies among the images [M, 2].
+        groups: each image's group [N].
+    """
+    answers: dict[int, dict[str, set[str]]] = {}  # by image and question
+    for image, sample in zip(images.tolist(), samples, strict=True):
+        answers.setdefault(image, {}).setdefault(plain_form(sample.text), set()).add(sample.answer)
+    found = {image for image, asked in answers.items() if any(len(given) > 1 for given in asked.values())}
+    for one, two in pairs.tolist():
+        if any(len(given | answers[two].get(question, given)) > 1 for question, given in answers[one].items()):
+            found.add(one)
+    return {int(groups[image]) for image in found}
 
 
 def report_copies(
     samples: Sequence[Sample],
+    images: np.ndarray,
     pairs: np.ndarray,
     groups: np.ndarray,
     mixed: set[int],
     parts: dict[str, list[int]],
     num_left_out: int,
 ) -> DataReport:
-    """The report on what `make_splits` has found and made."""
+    """The report on what `make_splits` has found and made. images, pairs, groups: as in `contradictory_groups`."""
     part = np.full(len(samples), -1)
     for number, name in enumerate(("train", "validation", "test")):
         part[parts[name]] = number
-    used = np.flatnonzero(part >= 0)
-    dirty = leaking_images(part, pairs, 2, [0, 1])
-    leaked = {"validation": num_leaked(part, pairs, 1, [0]), "test": len(dirty)}
+    dirty = set(leaking_samples(part, images, pairs, 2, [0, 1]).tolist())
+    leaked = {"validation": len(leaking_samples(part, images, pairs, 1, [0])), "test": len(dirty)}
+    image_part = np.full(len(groups), -1)
+    np.maximum.at(image_part, images, part)
+    used = np.flatnonzero(image_part >= 0)
     rng = np.random.default_rng(0)
-    share = len(parts["test"]) / max(1, len(used))
+    share = (image_part == 2).sum() / max(1, len(used))
     random_leaks = []
     for _ in range(20):
-        random_part = np.full(len(samples), -1)
+        random_part = np.full(len(image_part), -1)
         random_part[used] = np.where(rng.permutation(len(used)) < share * len(used), 2, 0)
-        random_leaks.append(num_leaked(random_part, pairs, 2, [0]) / max(1, int((random_part == 2).sum())))
+        leaks = leaking_samples(random_part, np.arange(len(image_part)), pairs, 2, [0])
+        random_leaks.append(len(leaks) / max(1, int((random_part == 2).sum())))
     return DataReport(
-        num_images=len(samples),
+        num_images=len(groups),
         num_pairs=len(pairs),
         num_grouped=len(np.unique(pairs)),
         contradictions=tuple(
-            tuple(f"{samples[i].image}: {samples[i].answer}" for i in np.flatnonzero(groups == group).tolist())
+            tuple(f"{samples[i].image}: {samples[i].answer}" for i in np.flatnonzero(groups[images] == group).tolist())
             for group in sorted(mixed)
         ),
         num_left_out=num_left_out,
         leaked=leaked,
         leaked_if_random=float(np.mean(random_leaks)),
         test_clean=tuple(place for place, i in enumerate(parts["test"]) if i not in dirty),
+        largest_group=int(np.bincount(groups).max()),
     )
 
 
-def fold_splits(splits: Splits, num_folds: int, seed: int) -> list[Splits]:
+def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int = MAX_DISTANCE) -> list[Splits]:
     """Training and validation images dealt out again into folds, near-copies together: each fold is the validation part
     once, the others train. The test part stays."""
     samples = [*splits.train, *splits.validation]
-    groups = copy_groups(len(samples), near_pairs(hash_images([sample.image for sample in samples])))
+    paths, images = different_images(samples)
+    groups = copy_groups(len(paths), copy_pairs(paths, copies_distance))[images]
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
     folds = split_indices([sample.label for sample in samples], shares, seed, [int(group) for group in groups])
     chosen = [set(indices) for indices in folds.values()]

@@ -17,8 +17,21 @@ from typing import Any
 
 from PIL import Image
 
-from train_fn.copies import copy_groups, hash_images, near_pairs
-from train_fn.data import MAX_CANDIDATES, DataReport, Splits, image_problems, make_splits, read_manifest, shorten
+from train_fn.copies import MAX_DISTANCE, copy_groups, copy_pairs
+from train_fn.data import (
+    LARGE_GROUP,
+    MAX_CANDIDATES,
+    DataReport,
+    Sample,
+    Splits,
+    answer_set,
+    contradictory_groups,
+    different_images,
+    make_splits,
+    read_manifest,
+    shorten,
+)
+from train_fn.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
 from train_fn.phantoms import CLASSES, QUESTION
 
 
@@ -37,11 +50,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--test-fraction", type=float, default=0.2, help="share of the test without --test-data [0.2]")
     parser.add_argument("--split-seed", type=int, default=0, help="seed of the split [0]")
     parser.add_argument("--contradictions", choices=("keep", "drop", "train"), default="keep", help="as in a study")
+    parser.add_argument("--copies-distance", type=int, default=MAX_DISTANCE, help="as in a study; -1: no near-copies")
+    parser.add_argument("--max-image-pixels", type=int, default=MAX_PIXELS, help=f"as in a study [{MAX_PIXELS}]")
     options = parser.parse_args(list(argv))
     if min(fractions := (options.val_fraction, options.test_fraction)) <= 0 or not sum(fractions) < 1:
         parser.error(f"--val-fraction and --test-fraction must be above 0 and below 1 together, but got {fractions}")
     if not 0 <= options.split_seed < 2**32:
         parser.error(f"--split-seed must be a whole number from 0 to {2**32 - 1}, but got {options.split_seed}")
+    if not -1 <= options.copies_distance <= 16:
+        parser.error(f"--copies-distance must be from -1 to 16, but got {options.copies_distance}")
+    if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
+        parser.error(f"--max-image-pixels must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
     if bool(options.busi) != bool(options.write) or (options.busi and options.image_root):
         parser.error("--busi and --write must be given together, and without --image-root: that is the BUSI folder")
     if options.busi:
@@ -86,7 +105,8 @@ def inspect(options: argparse.Namespace) -> int:
         if path := getattr(options, name):
             parts[name], found = read_manifest(path, root)
             problems += [f"`--{name.replace('_', '-')}`: {text}" for text in found]
-    bad = image_problems(entry["image"] for entries in parts.values() for entry in entries)
+    images = [entry["image"] for entries in parts.values() for entry in entries]
+    bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr))
     problems += shorten(list(bad.values()))
     parts = {name: [entry for entry in entries if entry["image"] not in bad] for name, entries in parts.items()}
     entries = [entry for part in parts.values() for entry in part]
@@ -95,33 +115,37 @@ def inspect(options: argparse.Namespace) -> int:
         splits, report, found = make_splits(
             parts["data"], parts.get("val_data"), parts.get("test_data"),
             val_fraction=options.val_fraction, test_fraction=options.test_fraction,
-            seed=options.split_seed, contradictions=options.contradictions,
+            seed=options.split_seed, contradictions=options.contradictions, copies_distance=options.copies_distance,
         )  # fmt: skip
         problems += found
     console = Console(markup=False, emoji=False, highlight=False)  # a file may be called [red]
     if not console.is_terminal:
         console.width = 100
     if entries:
-        for title, columns, rows in tables(entries, root.resolve(), splits, report):
+        for title, columns, rows in tables(entries, root.resolve(), splits, report, options.copies_distance):
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
             console.print(table)
     for problem in problems:
         console.print(f"  - {plain(problem)}", soft_wrap=True)
+    for sentence in report.sentences() if report and report.largest_group > LARGE_GROUP * report.num_images else ():
+        console.print(f"  {sentence}", soft_wrap=True)
     reasons = ", for the reasons above"
     console.print(f"A study {'cannot' if problems else 'can'} start with this data{reasons if problems else ''}.")
     return 2 if problems else 0
 
 
 def tables(
-    entries: list[dict[str, Any]], root: Path, splits: Splits | None, report: DataReport | None
+    entries: list[dict[str, Any]], root: Path, splits: Splits | None, report: DataReport | None, copies_distance: int
 ) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
     """Title, columns and rows of each table."""
     counts = {"all": Counter(entry["answer"] for entry in entries)}
     for part in ("train", "validation", "test") if splits else ():
         counts[part] = Counter(sample.answer for sample in getattr(splits, part))
-    answers = splits.candidates if splits else [answer for answer, _ in counts["all"].most_common(MAX_CANDIDATES)]
+    _, problems = answer_set(entries)
+    listed = [answer for answer, _ in counts["all"].most_common(MAX_CANDIDATES)]
+    answers = splits.candidates if splits and not problems else listed
     rows: list[list[Any]] = [[answer, *(count[answer] for count in counts.values())] for answer in answers]
     rows.append([f"{len(counts['all'])} different answers", *(count.total() for count in counts.values())])
     open_set = "" if answers else " (no small closed set of answers: a study tunes on the loss)"
@@ -130,20 +154,27 @@ def tables(
     sizes: dict[str, list[tuple[int, int]]] = {}
     for path in sorted({entry["image"] for entry in entries}):
         with Image.open(path) as image:
-            sizes.setdefault(f"{image.format} {image.mode}", []).append(image.size)
+            kind = f"{image.format} {image.mode}"
+        sizes.setdefault(kind, []).append(image_size(path))
     rows = []
     for kind, seen in sorted(sizes.items()):
         spans = [f"{min(side)} / {median(side):g} / {max(side)}" for side in zip(*seen, strict=True)]
         rows.append([kind, len(seen), *spans])
     yield "Image files", ["format and mode", "files", "width min / median / max", "height min / median / max"], rows
 
-    pairs = near_pairs(hash_images([entry["image"] for entry in entries]))
-    members: dict[int, list[dict[str, Any]]] = {}
-    for group, entry in zip(copy_groups(len(entries), pairs).tolist(), entries, strict=True):
-        members.setdefault(group, []).append(entry)
-    groups = sorted((found for found in members.values() if len(found) > 1), key=len, reverse=True)
-    mixed = [found for found in groups if len({entry["answer"] for entry in found}) > 1]
-    rows = [["images that have one", sum(map(len, groups))], ["pairs", len(pairs)], ["groups", len(groups)]]
+    samples = [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]
+    paths, images = different_images(samples)
+    pairs = copy_pairs(paths, copies_distance)
+    numbers = copy_groups(len(paths), pairs)
+    members: dict[int, list[Sample]] = {}
+    for group, sample in zip(numbers[images].tolist(), samples, strict=True):
+        members.setdefault(group, []).append(sample)
+    sizes_by_group = dict(Counter(numbers.tolist()))
+    groups = [members[group] for group, size in sorted(sizes_by_group.items(), key=lambda pair: -pair[1]) if size > 1]
+    mixed = [members[group] for group in sorted(contradictory_groups(samples, images, pairs, numbers))]
+    grouped = sum(size for size in sizes_by_group.values() if size > 1)
+    rows = [["images that have one", grouped], ["pairs", len(pairs)], ["groups", len(groups)]]
+    rows.append(["images in the largest group", max(sizes_by_group.values()) if groups else 0])
     rows.append(["groups with contradictory answers", len(mixed)])
     if report:
         rows.append(["images left out for a contradiction", report.num_left_out])
@@ -154,10 +185,15 @@ def tables(
     for title, chosen, most in (("Largest groups of near-copies", groups, 5), ("Contradictory near-copies", mixed, 50)):
         rows = []
         for found in chosen[:most]:
-            names = shorten([f"{Path(entry['image']).relative_to(root)}: {entry['answer']}" for entry in found], 10)
+            asked = len({sample.text for sample in found}) > 1
+            names = [
+                f"{Path(sample.image).relative_to(root)}: {sample.text + ' ' if asked else ''}{sample.answer}"
+                for sample in found
+            ]
+            names = shorten(names, 10)
             rows.append([len(found), "\n".join(names)])
         if rows:
-            yield f"{title} ({len(rows)} of {len(chosen)})", ["images", "file: answer"], rows
+            yield f"{title} ({len(rows)} of {len(chosen)})", ["entries", "file: answer"], rows
 
 
 def plain(text: str) -> str:

@@ -18,9 +18,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from train_fn.adapters import TENSOR, WEIGHTS, BadAdapter, read_config, read_shapes
 from train_fn.files import write_file
 from train_fn.hulumed import native_name, original_name
-from train_fn.model import Base, adapter_pattern
+from train_fn.model import Base, adapter_pattern, target_problems
 from train_fn.settings import TrialSettings
 
 
@@ -132,8 +133,11 @@ def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
 def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
     """The base with a fresh adapter and, if asked, a trainable float32 projector; afterwards the base as it was loaded.
 
-    Raises ValueError when the adapted modules are not those that the settings name, BaseChanged as `attached` does.
+    Raises ValueError when a name in `lora_target_modules` matches no module, or the adapted modules are not those that
+    the settings name; BaseChanged as `attached` does.
     """
+    if problems := target_problems(base, settings):
+        raise ValueError("; ".join(problems))
     torch.manual_seed(settings.seed)
     wanted = wanted_modules(base, settings)
     with contextlib.ExitStack() as stack:
@@ -176,26 +180,12 @@ def call(layer: torch.nn.Module, as_compiled: Callable, *given: Any, **named: An
 
 
 def wanted_modules(base: Base, settings: TrialSettings) -> set[str]:
-    """Full names of the linear layers that the settings name, worked out without PEFT. Raises ValueError when a target
-    module names none."""
+    """Full names of the linear layers that the settings name, worked out without PEFT."""
     linear = {name for name, (module, _) in pristine(base).modules.items()
               if isinstance(module, torch.nn.Linear) and name.startswith(base.language_model + ".")}  # fmt: skip
-    try:
-        allowed = {name for name in linear if not any(re.search(p, name) for p in settings.lora_exclude_patterns)}
-    except re.error as error:
-        patterns = ", ".join(map(repr, settings.lora_exclude_patterns))
-        raise ValueError(
-            f"`lora_exclude_patterns` must be regular expressions, but got {patterns}: {error}; correct the pattern"
-        ) from error
-    by_target = {target: {name for name in allowed if f".{name}".endswith(f".{target}")}
-                 for target in settings.lora_target_modules}  # fmt: skip
-    if missing := [target for target, names in by_target.items() if not names]:
-        known = sorted({name.rpartition(".")[2] for name in allowed})
-        raise ValueError(
-            f"`lora_target_modules` must each name a linear layer of the language model that is not excluded, but "
-            f"{', '.join(missing)} names none: choose from {', '.join(known) or 'none, for all are excluded'}"
-        )
-    return set().union(*by_target.values())
+    allowed = {name for name in linear if not any(re.search(p, name) for p in settings.lora_exclude_patterns)}
+    ends = tuple(f".{target}" for target in settings.lora_target_modules)
+    return {name for name in allowed if f".{name}".endswith(ends)}
 
 
 def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:
@@ -253,7 +243,7 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
     implementation's, so that the adapter fits that.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)  # else PEFT may ask the hub
     config: Any = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     if settings.train_projector:
@@ -293,40 +283,85 @@ def renamed(base: Base, name: str) -> str:
 
 
 def read_adapter(base: Base, directory: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """A saved adapter's configuration and its tensors under the base's present names."""
-    config = LoraConfig.from_pretrained(str(directory))
-    config.modules_to_save = None  # the projector is put in place, not wrapped
-    tensors = load_file(directory / "adapter_model.safetensors")
-    return config, {native_name(name) if base.hulumed else name: tensor for name, tensor in tensors.items()}
+    """A saved adapter's configuration and its tensors under the base's present names.
+
+    The configuration is made anew from checked values, and its target modules are those that the tensors name: no
+    regular expression of a file is run, and PEFT has nothing to ask the hub for.
+
+    Raises BadAdapter when a file is missing, damaged or hostile, or holds a number that is not finite.
+    """
+    stored = read_config(directory)
+    shapes = read_shapes(directory, stored)
+    tensors = load_file(directory / WEIGHTS)
+    bad = [name for name, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+    if bad:
+        raise BadAdapter(
+            f"{directory / WEIGHTS} must hold finite numbers, but {len(bad)} of {len(tensors)} tensors do not, "
+            f"{bad[0]} among them: train or fetch the adapter again"
+        )
+    tensors = {native_name(name) if base.hulumed else name: tensor for name, tensor in tensors.items()}
+    targets = sorted({found[1] for name in tensors if (found := TENSOR.fullmatch(name))})
+    assert targets, f"read_shapes has found LoRA matrices in {shapes.keys()}"
+    config = LoraConfig(
+        r=stored.r,
+        lora_alpha=stored.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int, computes with float
+        lora_dropout=stored.lora_dropout,
+        target_modules="|".join(map(re.escape, targets)),
+        task_type="CAUSAL_LM",
+        use_rslora=stored.use_rslora,
+        use_dora=stored.use_dora,
+        inference_mode=True,
+    )
+    return config, tensors
+
+
+def check_fit(base: Base, config: LoraConfig, directory: Path) -> None:
+    """Raise BadAdapter when the base has no module of a name that the adapter's tensors carry."""
+    pattern = re.compile(str(config.target_modules))
+    present = sum(bool(pattern.fullmatch(name)) for name, _ in base.model.named_modules())
+    wanted = str(config.target_modules).count("|") + 1
+    if present < wanted:
+        raise BadAdapter(
+            f"the adapter {directory} must fit the base {base.settings.model}, but adapts {wanted} modules of which "
+            f"that has {present}: give the base that it was trained on"
+        )
 
 
 def fill_adapter(base: Base, model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Put saved tensors on an attached adapter and the projector. Raises ValueError when they do not fit."""
+    """Put saved tensors on an attached adapter and the projector. Raises BadAdapter when they do not fit."""
     prefix = f"base_model.model.{base.projector}."
-    tensors = dict(tensors)
-    names = [name for name, _ in base.model.get_submodule(base.projector).named_parameters()]
-    replace_projector(base, {name: tensors.pop(prefix + name) for name in names if prefix + name in tensors})
-    expected = get_peft_model_state_dict(model).keys()
-    if different := sorted(expected ^ tensors.keys()):
-        raise ValueError(f"the adapter does not fit the base: {', '.join(different[:5])} on one side only")
-    set_peft_model_state_dict(model, tensors)
+    projector = {prefix + name: p for name, p in base.model.get_submodule(base.projector).named_parameters()}
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    different = sorted(expected.keys() ^ (tensors.keys() - projector.keys()))
+    expected |= {name: parameter for name, parameter in projector.items() if name in tensors}
+    different += [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
+    if different:
+        raise BadAdapter(
+            f"the adapter must fit the base {base.settings.model}, but {len(different)} tensors are missing, left over "
+            f"or of another shape, {different[0]} among them: give the base that it was trained on"
+        )
+    trained = {name.removeprefix(prefix): tensors[name] for name in projector if name in tensors}
+    replace_projector(base, trained)
+    set_peft_model_state_dict(model, {name: tensor for name, tensor in tensors.items() if name not in projector})
 
 
 @contextlib.contextmanager
 def load_adapter(base: Base, directory: Path) -> Iterator[PeftModel]:
     """The base with a saved adapter (and projector) on it, for scoring; afterwards the base as it was.
 
-    Raises ValueError when the saved tensors do not fit the base.
+    Raises BadAdapter when the saved files are damaged or do not fit the base.
     """
     config, tensors = read_adapter(base, directory)
+    check_fit(base, config, directory)
     with attached(base, config) as model:
         fill_adapter(base, model, tensors)
         yield model.eval()
 
 
 def merged_adapter(base: Base, directory: Path) -> None:
-    """Merge a saved adapter (and projector) into the base's weights, for good."""
+    """Merge a saved adapter (and projector) into the base's weights, for good. Raises BadAdapter."""
     config, tensors = read_adapter(base, directory)
+    check_fit(base, config, directory)
     model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
     fill_adapter(base, model, tensors)
     model.merge_and_unload()

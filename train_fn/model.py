@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -31,12 +30,13 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processo
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 
 from train_fn import hulumed
+from train_fn.checkpoint import resolve_model
 from train_fn.data import Sample
 from train_fn.features import FeatureStore, features_key
+from train_fn.images import image_size, read_image
 from train_fn.memory import is_out_of_memory
-from train_fn.nano import CHECKPOINT as NANO
 from train_fn.profile import phase
-from train_fn.settings import ModelSettings
+from train_fn.settings import ModelSettings, TrialSettings
 
 # Where transformers' image-text-to-text models keep their parts, by attribute path from the inner model.
 VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
@@ -98,11 +98,6 @@ class Base:
         tower, config = self.model.get_submodule(self.vision_tower), self.model.config.vision_config
         key = features_key(tower, config, self.processor.image_processor, self.device)
         return FeatureStore(key, int(self.settings.feature_cache_gib * 2**30))
-
-
-def resolve_model(model: str) -> Path:
-    """The directory that `--model` names."""
-    return NANO if model == "nano" else Path(model)
 
 
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -363,18 +358,6 @@ def tokenize_answer(processor: Any, question: str, answer: str) -> tuple[list[in
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def read_image(path: str) -> Image.Image:
-    """The decoded image as RGB."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header."""
-    with Image.open(path) as image:
-        return image.size
-
-
 def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
     """The processor's output for one prompt: input_ids [1, S], pixel_values, and whatever else the model takes."""
     text = prompt_text(base.processor, sample.text)
@@ -573,6 +556,36 @@ def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns:
     spared = [*exclude_patterns, inside(base, base.vision_tower), inside(base, base.projector)]
     names = "|".join(map(re.escape, target_modules))
     return rf"(?!.*(?:{'|'.join(spared)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
+
+
+def target_problems(base: Base, settings: TrialSettings) -> list[str]:
+    """Every name in `lora_target_modules` that matches no linear layer of the language model.
+
+    PEFT adapts what matches and drops the rest in silence.
+    """
+    layers = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    try:
+        begins = re.compile(inside(base, base.language_model))
+        spared = [re.compile(pattern) for pattern in settings.lora_exclude_patterns]
+    except re.error as error:
+        return [f"`lora_exclude_patterns` must be regular expressions, but {error.pattern!r} is none: {error}"]
+    there = sorted({name.rpartition(".")[2] for name in layers if begins.match(name)})
+    found = []
+    for target in settings.lora_target_modules:
+        pattern = adapter_pattern(base, [target], settings.lora_exclude_patterns)
+        if not any(re.fullmatch(pattern, name) for name in layers):
+            ends = [name for name in layers if begins.match(name) and f".{name}".endswith(f".{target}")]
+            if any(pattern.search(name) for pattern in spared for name in ends):
+                found.append(
+                    f"`lora_exclude_patterns` must leave each target module a layer, but "
+                    f"{', '.join(settings.lora_exclude_patterns)} excludes every {target!r}: change the patterns"
+                )
+            else:
+                found.append(
+                    f"`lora_target_modules` must name linear layers of the language model, but got {target!r}: choose "
+                    f"from {', '.join(there)}"
+                )
+    return list(dict.fromkeys(found)) if settings.use_lora else []
 
 
 def inside(base: Base, part: str) -> str:

@@ -11,12 +11,19 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_fn.data import Sample, read_manifest
+import numpy as np
+
+from train_fn.adapters import BadAdapter, read_config, read_shapes, read_task
+from train_fn.checkpoint import file_problems, resolve_model
+from train_fn.data import Sample, read_manifest, shorten
+from train_fn.files import DamagedFile, replace_folder
+from train_fn.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
+from train_fn.preflight import text_problems
 from train_fn.settings import DTYPES, ModelSettings
 
 if TYPE_CHECKING:
@@ -30,8 +37,16 @@ class InputError(Exception):
     """The command line or what it names is wrong."""
 
 
+class NotFinite(ValueError):
+    """The model's scores of an image are not finite, so they mean nothing."""
+
+
 def main(argv: Sequence[str]) -> int:
-    """Predict or merge. Returns the exit code: 0, or 2 for bad input."""
+    """Predict or merge.
+
+    Returns:
+        The exit code: 0; 1 when some of the images could not be answered; 2 for bad input.
+    """
     parser = argparse.ArgumentParser(prog="python -m train_fn.predict", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("inputs", nargs="*", type=Path, help="images, folders of images, or manifests")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
@@ -42,42 +57,55 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-generate", action="store_true", help="leave out the generated answer")
     parser.add_argument("--merge-into", type=Path, help="write base and adapter as one checkpoint to this folder")
     parser.add_argument("--dtype", default="", choices=DTYPES, help="number format of base or merged checkpoint")
+    parser.add_argument(
+        "--max-image-pixels", type=int, default=MAX_PIXELS, help=f"largest image, in pixels [{MAX_PIXELS}]"
+    )
     options = parser.parse_args(list(argv))
     try:
-        task = read_task(options.adapter)
-        settings = ModelSettings(**task["model"])
-        settings = replace(settings, model=options.model or settings.model)
-        if options.dtype:
-            settings = replace(settings, dtype=options.dtype, bf16=False, fp16=False)
-        if options.merge_into:
-            merge(settings, options.adapter, options.merge_into)
-            return 0
-        if not options.inputs:
-            raise InputError("nothing to predict: name an image, a folder or a manifest")
-        question = options.question or task["question"]
-        given = tuple(filter(None, map(str.strip, options.candidates.split(","))))
-        candidates = given or tuple(task["candidates"])
-        samples = [s for path in options.inputs for s in find_samples(path, options.image_root, question)]
-        for line in predict_lines(settings, options.adapter, samples, candidates, not options.no_generate):
-            print(json.dumps(line), flush=True)
-    except InputError as error:
+        return run(options)
+    except (InputError, BadAdapter, DamagedFile) as error:
         print(f"Cannot predict: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def read_task(adapter: Path) -> dict[str, Any]:
-    """The adapter's task.json. Raises InputError."""
-    try:
-        return json.loads((adapter / "task.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"`--adapter` must be a folder with task.json, but got {str(adapter)!r}: {error}") from error
+def run(options: argparse.Namespace) -> int:
+    """See `main`. Raises InputError, BadAdapter or DamagedFile for bad input."""
+    task = read_task(options.adapter)
+    read_shapes(options.adapter, read_config(options.adapter))  # before the base is loaded, which takes minutes
+    settings = replace(task.model, model=options.model or task.model.model)
+    if options.dtype:
+        settings = replace(settings, dtype=options.dtype, bf16=False, fp16=False)
+    if options.merge_into:
+        merge(settings, options.adapter, options.merge_into)
+        return 0
+    if not options.inputs:
+        raise InputError("nothing to predict: name an image, a folder or a manifest")
+    given = tuple(filter(None, map(str.strip, options.candidates.split(","))))
+    if len(set(given)) < len(given):
+        raise InputError(f"`--candidates` must differ from each other, but got {options.candidates!r}: name each once")
+    if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
+        raise InputError(f"`--max-image-pixels` must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
+    question = options.question or task.question
+    samples = [s for path in options.inputs for s in find_samples(path, options.image_root, question)]
+    faults = image_problems((sample.image for sample in samples), options.max_image_pixels)
+    if len(faults) == len({sample.image for sample in samples}):
+        raise InputError("; ".join(shorten(list(faults.values()))))
+    failed = 0
+    lines = predict_lines(settings, options.adapter, samples, given or task.candidates, not options.no_generate, faults)
+    for line in lines:
+        if "error" in line:
+            failed += 1
+            print(f"Cannot answer {line['image']}: {line['error']}", file=sys.stderr)
+        print(json.dumps(line), flush=True)
+    return 1 if failed else 0
 
 
 def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sample]:
     """The images that a path names: itself, all of a folder, or those of a manifest with their own questions."""
     if path.is_dir():
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        # macOS puts its notes on `x.png` beside it on foreign disks, as `._x.png`.
+        found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("._"))
+        images = sorted(found)
         if not images:
             raise InputError(f"folder {path} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none")
         return [Sample(str(image), question, "", -1) for image in images]
@@ -86,63 +114,89 @@ def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sam
         if problems:
             raise InputError("; ".join(problems))
         return [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]
-    if not path.is_file():
+    if not path.is_file():  # a pipe or a device would be waited for
         raise InputError(f"{path} must be an image, a folder or a manifest, but is none")
     return [Sample(str(path), question, "", -1)]
 
 
 def predict_lines(
-    settings: ModelSettings, adapter: Path, samples: Sequence[Sample], candidates: Sequence[str], generate: bool
+    settings: ModelSettings,
+    adapter: Path,
+    samples: Sequence[Sample],
+    candidates: Sequence[str],
+    generate: bool,
+    faults: Mapping[str, str],
 ) -> Iterator[dict[str, Any]]:
-    """For each image its path and, with candidates, their probabilities and the likeliest; the generated answer."""
-    from train_fn.data import unreadable_images
+    """For each image its path and, with candidates, their probabilities and the likeliest; the generated answer. For an
+    image that cannot be answered, its path and the `error`.
 
-    if problems := unreadable_images([sample.image for sample in samples]):
-        raise InputError("; ".join(problems))
+    Args:
+        faults: errors that are known before, by image path.
+
+    Raises:
+        InputError: the base cannot be loaded, or a question or candidate cannot be put to it.
+        BadAdapter: the adapter is damaged or does not fit the base.
+    """
     # Images that are looked at once need not be kept in the store of features.
     with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:
+        if problems := text_problems(base.processor, [sample.text for sample in samples], candidates):
+            raise InputError("; ".join(problems))
         for sample in samples:
             line: dict[str, Any] = {"image": sample.image}
-            if candidates:
-                line |= label_probabilities(base, sample, candidates)
-            if generate:
-                line["generated"] = generated_answer(base, sample)
+            try:
+                if sample.image in faults:
+                    raise ValueError(faults[sample.image])
+                if candidates:
+                    line |= label_probabilities(base, sample, candidates)
+                if generate:
+                    line["generated"] = generated_answer(base, sample)
+            except (ValueError, MemoryError) as error:  # what processors raise for images that they do not take
+                line = {"image": sample.image, "error": str(error) or type(error).__name__}
             yield line
 
 
 @contextlib.contextmanager
 def adapted_base(settings: ModelSettings, adapter: Path) -> Iterator[Base]:
-    """The base, on a GPU where there is one, with a saved adapter on it. Raises InputError where there is no base."""
+    """The base, on a GPU where there is one, with a saved adapter on it.
+
+    Raises InputError where there is no sound base, BadAdapter where the adapter is damaged or does not fit.
+    """
+    find_base(settings)
     import torch
 
     from train_fn.lora import load_adapter
     from train_fn.model import load_base
 
-    find_base(settings)
-    base = load_base(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        base = load_base(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, OSError) as error:  # what transformers raises for a folder that is not a model's
+        raise InputError(f"the base model {settings.model} must load, but does not: {error}") from error
     with load_adapter(base, adapter):
         yield base
 
 
 def find_base(settings: ModelSettings) -> Path:
-    """The folder of the base. Raises InputError where there is none."""
-    from train_fn.model import resolve_model
-
+    """The folder of the base. Raises InputError where there is none, or where its files are not whole."""
     directory = resolve_model(settings.model)
     if not (directory / "config.json").is_file():
         raise InputError(
             f"the base model must be a folder with config.json, but got {settings.model!r}: name its folder with "
             f"`--model`, or for an MLflow model in the environment variable {BASE_VARIABLE}"
         )
+    if problems := file_problems(directory):
+        raise InputError("; ".join(problems))
     return directory
 
 
 def label_probabilities(base: Base, sample: Sample, candidates: Sequence[str]) -> dict[str, Any]:
-    """The probability of each candidate, and the likeliest one."""
+    """The probability of each candidate, and the likeliest one. Raises NotFinite."""
     from train_fn.evaluation import score_candidates
     from train_fn.scores import probabilities
 
-    found = probabilities(score_candidates(base, [sample], candidates).double().cpu().numpy())[0]
+    scores = score_candidates(base, [sample], candidates).double().cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise NotFinite(f"the model's scores must be finite, but are {scores[0].tolist()}: try --dtype float32")
+    found = probabilities(scores)[0]
     return {
         "label": candidates[int(found.argmax())],
         "probabilities": dict(zip(candidates, found.tolist(), strict=True)),
@@ -174,8 +228,27 @@ def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
     merged unquantised: the adapter was trained on weights rounded to 4 bit, so the merged model answers a little
     differently.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise InputError(f"`--merge-into` must be a new or empty folder, but {directory} is not: choose another")
+    source, directory = find_base(settings), directory.resolve()
+    partial = directory.with_name(f".{directory.name}.partial")
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            raise InputError(f"`--merge-into` must be a new or empty folder, but {directory} is not: choose another")
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"`--merge-into` must be a folder that can be written, but {directory} cannot be made ({error.strerror}: "
+            f"{error.filename}): choose another"
+        ) from error
+    try:
+        write_merged(settings, source, adapter, partial)
+        replace_folder(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"Merged model: {directory}", file=sys.stderr)
+
+
+def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory: Path) -> None:
+    """See `merge`; `source` is the base's folder."""
     import torch
     from safetensors.torch import save_file
 
@@ -184,14 +257,14 @@ def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
     from train_fn.model import choose_dtype, load_base
 
     wanted = settings.base_dtype
-    source = find_base(settings)
     plain = replace(settings, use_qlora=False, dtype="float32", bf16=False, fp16=False)
     base = load_base(plain, torch.device("cpu"))
     stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
     own = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    if own not in DTYPES:
+        raise InputError(f"`dtype` in {source / 'config.json'} must be one of {', '.join(DTYPES)}, but is {own!r}")
     dtype = choose_dtype(own if wanted == "auto" else wanted, torch.device("cpu"))
     merged_adapter(base, adapter)
-    directory.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():  # tokenizer, processor, configuration: everything but the weights
         if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):
             shutil.copyfile(file, directory / file.name)
@@ -201,7 +274,6 @@ def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     else:
         model.save_pretrained(directory)
-    print(f"Merged model: {directory}", file=sys.stderr)
 
 
 if __name__ == "__main__":

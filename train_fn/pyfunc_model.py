@@ -29,9 +29,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from train_fn.data import Sample, image_problems, shorten
-from train_fn.predict import BASE_VARIABLE, adapted_base, generated_answer, label_probabilities, read_task
-from train_fn.settings import ModelSettings
+from train_fn.adapters import read_task
+from train_fn.data import Sample, shorten
+from train_fn.images import image_problems
+from train_fn.predict import BASE_VARIABLE, adapted_base, generated_answer, label_probabilities
+from train_fn.preflight import text_problems
 
 ROOT_VARIABLE = "VLM_TUNE_IMAGE_ROOT"
 
@@ -43,7 +45,7 @@ class AdapterModel(PythonModel):
         """Load base and adapter. Raises InputError where there is no base."""
         adapter = Path(context.artifacts["adapter"])
         self.task = read_task(adapter)
-        settings = ModelSettings(**self.task["model"])
+        settings = self.task.model
         # What a server is sent must not stay on its disk, so features are not kept.
         settings = replace(settings, model=os.environ.get(BASE_VARIABLE) or settings.model, feature_cache_gib=0)
         self.held = contextlib.ExitStack()  # the adapter stays on for as long as the model is held
@@ -52,27 +54,31 @@ class AdapterModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
         """See the module. Raises MlflowException, with every problem found, when an image cannot be read."""
-        candidates = self.task["candidates"]
+        candidates = self.task.candidates
         samples: list[Sample] = []
         problems: list[str] = []
         texts = model_input["text"] if "text" in model_input else [None] * len(model_input)
         with self.lock, tempfile.TemporaryDirectory() as folder:
             for row, (image, text) in enumerate(zip(map(str, model_input["image"]), texts, strict=True)):
-                question = text if isinstance(text, str) and text.strip() else self.task["question"]
+                question = text if isinstance(text, str) and text.strip() else self.task.question
                 try:
                     samples.append(Sample(image_file(image, f"{folder}/row {row}"), question, "", -1))
                 except ValueError as error:
                     rule = "must be a path with a suffix or the base64 of an image file"
                     problems.append(f"row {row}: `image` {rule}, but got {image[:60]!r}: {error}")
             problems += image_problems(sample.image for sample in samples).values()
+            problems += text_problems(self.base.processor, [sample.text for sample in samples], candidates)
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))
             # Kept by question and by path: a server is asked without end, and a file may change between two calls.
             self.base.tokens.clear()
             self.base.patches.clear()
-            if not candidates:
-                return pd.DataFrame({"answer": [generated_answer(self.base, sample) for sample in samples]})
-            found = [label_probabilities(self.base, sample, candidates) for sample in samples]
+            try:
+                if not candidates:
+                    return pd.DataFrame({"answer": [generated_answer(self.base, sample) for sample in samples]})
+                found = [label_probabilities(self.base, sample, candidates) for sample in samples]
+            except ValueError as error:  # what processors raise for an image that they do not take; NotFinite
+                raise MlflowException.invalid_parameter_value(str(error).replace(f"{folder}/", "")) from error
         rows = [[*line["probabilities"].values(), line["label"]] for line in found]
         return pd.DataFrame(rows, columns=[*candidates, "answer"])
 

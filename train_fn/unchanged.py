@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_fn.copies import default_cache, file_hash, read_known, write_known
+from train_fn.checkpoint import base_files
+from train_fn.copies import file_hash
 from train_fn.data import Splits
 
 Stamps = dict[str, tuple[int, int]]
@@ -27,27 +28,6 @@ def data_hash(splits: Splits) -> str:
         contents = pool.map(lambda sample: file_hash(sample.image), samples)
     told = [[content, sample.text, sample.answer] for content, sample in zip(contents, samples, strict=True)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def base_files(directory: Path) -> dict[str, str]:
-    """sha256 of each file of a model directory that counts, by name. Hashes of large files are remembered by size and
-    time of change: 8 GB take some seconds once."""
-    memory = default_cache().with_name("hashes.json")
-    known = read_known(memory)
-    found = {}
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.json"), *directory.glob("*.jinja")]):
-        state = path.stat()
-        key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-        if key not in known:
-            known[key] = file_hash(path)
-        found[path.name] = known[key]
-    write_known(memory, known)
-    return found
-
-
-def base_hash(directory: Path) -> str:
-    """sha256 over `base_files`."""
-    return hashlib.sha256(json.dumps(base_files(directory)).encode()).hexdigest()
 
 
 def image_stamps(images: Iterable[str]) -> Stamps:

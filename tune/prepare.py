@@ -19,6 +19,8 @@ from train_fn.data import DataReport, Splits, load_splits, make_splits, read_man
 from train_fn.files import DamagedFile
 from train_fn.metrics import MODES
 from train_fn.nano import CHECKPOINT
+from train_fn.preflight import base_problems
+from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.storage import Storage
 from train_fn.worker import versions
 from tune.bucket import Lease
@@ -75,7 +77,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     if images:
         say(f"Checking {len(images)} images")
-    problems += unreadable_images(images)
+    problems += unreadable_images(images, data.max_image_pixels, say)
     if problems:
         raise SettingsError(problems)
     say("Looking for near-copies")
@@ -87,9 +89,13 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         test_fraction=data.test_fraction,
         seed=data.split_seed,
         contradictions=data.contradictions,
+        copies_distance=data.copies_distance,
     )
     problems += found
     problems += check_model_type(settings.model.model)
+    if not problems and not shipped(settings):
+        say("Checking the base model, and what its processor makes of the data")
+        problems += base_problems(settings.model, settings.trial, splits)
     goals = tuple(goal(text) for text in settings.study.metric or (("auroc",) if splits.candidates else ("loss",)))
     positive = data.positive_label or ("Malignant" if "Malignant" in splits.candidates else "")
     problems += check_goals(goals, splits, positive)
@@ -144,7 +150,7 @@ def resume(settings: Settings) -> Study:
         raise SettingsError([f"the study's files must be whole, but {error}"]) from error
     problems = journal_problems(directory, journal)
     images = [sample.image for sample in (*splits.train, *splits.validation, *splits.test)]
-    problems += unreadable_images(images)
+    problems += unreadable_images(images, settings.data.max_image_pixels)
     if problems:
         raise SettingsError(problems)
     now = {
@@ -240,6 +246,13 @@ def with_absolute_paths(settings: Settings) -> Settings:
     if prior := study_directory(study.warm_start, study.results) if study.warm_start else None:
         study = dataclasses.replace(study, warm_start=str(prior.resolve()))
     return dataclasses.replace(settings, study=study, model=model)
+
+
+def shipped(settings: Settings) -> bool:
+    """Whether base, data and adapted modules are those that come with the project, which its tests have checked."""
+    names = ("lora_target_modules", "lora_exclude_patterns")
+    same_modules = all(getattr(settings.trial, name) == getattr(TrialSettings(), name) for name in names)
+    return settings.model == ModelSettings() and settings.data.data == "phantoms" and same_modules
 
 
 def check_goals(goals: tuple[Goal, ...], splits: Splits, positive: str) -> list[str]:

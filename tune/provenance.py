@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from train_fn.unchanged import base_hash, data_hash
+from train_fn.checkpoint import base_hash
+from train_fn.unchanged import data_hash
 
 __all__ = ["base_hash", "data_hash", "git_state"]
 

@@ -63,6 +63,10 @@ class DataSettings:
     """Share of --data that the test gets when --test-data is not given."""
     contradictions: str = "keep"
     """What becomes of near-copies with different answers: keep, drop (leave them out), or train (only there)."""
+    copies_distance: int = 8
+    """Bits of 64 in which the perceptual hashes of near-copies may differ. -1: no image counts as a copy of another."""
+    max_image_pixels: int = 50_000_000
+    """Most pixels that an image may have, checked before it is decoded."""
     split_seed: int = 0
     """Seed of the split (and of the phantoms)."""
     positive_label: str = ""
@@ -425,6 +429,9 @@ def check(settings: Settings) -> list[str]:
     for name, needed in (("report_to", "wandb"), ("sampler", "cmaes")):
         if needed in getattr(study, name) and importlib.util.find_spec(needed) is None:
             found.append(f"`{flag(name)}` {needed} needs the package {needed}: pip install {needed}")
+    rule("copies_distance", -1 <= data.copies_distance <= 16, "must be from -1 to 16", "8 is the default, -1: none")
+    rule("max_image_pixels", 1 <= data.max_image_pixels <= 178_956_970, "must be from 1 to 178956970, Pillow's limit",
+         "scale larger images down")  # fmt: skip
     for name in ("val_fraction", "test_fraction"):
         rule(name, 0 < given[name] < 1, "must be between 0 and 1", "0.2 is usual")
     if max(data.val_fraction, data.test_fraction) < 1 <= data.val_fraction + data.test_fraction:

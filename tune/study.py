@@ -380,7 +380,8 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     # Not `outcome.best()`: what an earlier session has confirmed would keep new trials out.
     best = ranked(outcome.records, outcome.goals, outcome.require)
     chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
-    folds = fold_splits(study.splits, settings.folds, study.settings.data.split_seed) if settings.folds else []
+    data = study.settings.data
+    folds = fold_splits(study.splits, settings.folds, data.split_seed, data.copies_distance) if settings.folds else []
     count = settings.folds or settings.confirm_seeds
     what = "folds" if folds else "seeds"
     say(f"Confirming trials {', '.join(str(record.number) for record in chosen)} over {count} {what}")
