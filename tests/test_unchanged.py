@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from train_fn.checkpoint import base_hash
 from train_fn.data import Sample, Splits
 from train_fn.model import BatchFailed, collate
 from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings
 from train_fn.storage import Storage
-from train_fn.unchanged import Inputs, base_hash, data_hash
+from train_fn.unchanged import Inputs, data_hash
 from train_fn.worker import LaneJob, check_node
 
 REMEDY = "must stay as the study was begun with, but has changed: put it back"

@@ -570,22 +570,25 @@ def target_problems(base: Base, settings: TrialSettings) -> list[str]:
     except re.error as error:
         return [f"`lora_exclude_patterns` must be regular expressions, but {error.pattern!r} is none: {error}"]
     there = sorted({name.rpartition(".")[2] for name in layers if begins.match(name)})
-    found = []
-    for target in settings.lora_target_modules:
+    excluded, unknown = [], []
+    for target in dict.fromkeys(settings.lora_target_modules):
         pattern = adapter_pattern(base, [target], settings.lora_exclude_patterns)
         if not any(re.fullmatch(pattern, name) for name in layers):
             ends = [name for name in layers if begins.match(name) and f".{name}".endswith(f".{target}")]
-            if any(pattern.search(name) for pattern in spared for name in ends):
-                found.append(
-                    f"`lora_exclude_patterns` must leave each target module a layer, but "
-                    f"{', '.join(settings.lora_exclude_patterns)} excludes every {target!r}: change the patterns"
-                )
-            else:
-                found.append(
-                    f"`lora_target_modules` must name linear layers of the language model, but got {target!r}: choose "
-                    f"from {', '.join(there)}"
-                )
-    return list(dict.fromkeys(found)) if settings.use_lora else []
+            hit = any(pattern.search(name) for pattern in spared for name in ends)
+            (excluded if hit else unknown).append(target)
+    found = []
+    if excluded:
+        found.append(
+            f"`lora_exclude_patterns` must leave each target module a layer, but "
+            f"{', '.join(settings.lora_exclude_patterns)} excludes every {', '.join(excluded)}: change the patterns"
+        )
+    if unknown:
+        found.append(
+            f"`lora_target_modules` must name linear layers of the language model, but got {', '.join(unknown)}: choose "
+            f"from {', '.join(there)}"
+        )
+    return found if settings.use_lora else []
 
 
 def inside(base: Base, part: str) -> str:
