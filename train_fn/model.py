@@ -575,7 +575,7 @@ def target_problems(base: Base, settings: TrialSettings) -> list[str]:
         pattern = adapter_pattern(base, [target], settings.lora_exclude_patterns)
         if not any(re.fullmatch(pattern, name) for name in layers):
             ends = [name for name in layers if begins.match(name) and f".{name}".endswith(f".{target}")]
-            hit = any(pattern.search(name) for pattern in spared for name in ends)
+            hit = any(one.search(name) for one in spared for name in ends)
             (excluded if hit else unknown).append(target)
     found = []
     if excluded:
@@ -585,8 +585,8 @@ def target_problems(base: Base, settings: TrialSettings) -> list[str]:
         )
     if unknown:
         found.append(
-            f"`lora_target_modules` must name linear layers of the language model, but got {', '.join(unknown)}: choose "
-            f"from {', '.join(there)}"
+            f"`lora_target_modules` must name linear layers of the language model, but got {', '.join(unknown)}: "
+            f"choose from {', '.join(there)}"
         )
     return found if settings.use_lora else []
 
