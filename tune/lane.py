@@ -313,7 +313,7 @@ class Dispatcher:
                 further, end the study.
         """
         lane = self._lane_of(number, group)
-        if lane is None or self.tickets[number].ended:
+        if lane is None or self.tickets[number].ended or lane in self.reasons:  # another rank has said why
             return
         self._error(number, error)
         first = self.reasons[lane] = first_line(error)
