@@ -148,6 +148,19 @@ def test_a_late_message_of_a_dead_group_changes_nothing(kind) -> None:
     run(scenario)
 
 
+def test_what_the_other_ranks_say_after_the_first_does_not_fail_the_trial() -> None:
+    async def scenario() -> None:
+        dispatcher = await at_work(workers_per_trial=2)
+        await dispatcher.interrupted(0, "old 0", "No space left on device", False)
+        await dispatcher.fail(0, "old 0", "RuntimeError: a collective was aborted")
+        await dispatcher.wants(0, "new")
+        assert (await dispatcher.next_assignment(0, "new", 0))["number"] == 0
+        await dispatcher.fail(0, "new", "KeyError: 'a'")  # what an earlier group has met is past
+        assert (await dispatcher.next_report(0, 0))["error"] == "KeyError: 'a'"
+
+    run(scenario)
+
+
 def test_a_dead_group_is_told_to_shut_down() -> None:
     async def scenario() -> None:
         dispatcher = await at_work(2)

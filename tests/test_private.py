@@ -29,7 +29,7 @@ def test_secrets_stay_in_the_environment_and_folders_are_private(tmp_path, monke
         assert finished.code == 0, finished.out + finished.err
         (ours,) = Path(short).iterdir()
         assert stat.S_IMODE(ours.stat().st_mode) == 0o700
-        (session,) = (path for path in ours.glob("session_2*") if not path.is_symlink())
+        (session,) = (path for path in ours.glob("ray/session_2*") if not path.is_symlink())
         logs = [path for path in session.rglob("*") if path.is_file()]
         assert any(path.name == "runtime_env_agent.log" for path in logs)
         for path in (*logs, *(p for p in tmp_path.rglob("*") if p.is_file())):

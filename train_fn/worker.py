@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -117,6 +118,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     try:
         from train_fn.model import base_gib, load_base
 
+        importlib.import_module("train_fn.loop")  # with DeepSpeed: seconds that belong to no trial
         device = ray.train.torch.get_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else collectives of several workers on a node would all take its first GPU
@@ -164,7 +166,8 @@ def meet(collective_timeout_s: int) -> None:
     Collectives get a time-out of their own."""
     import torch.distributed as dist
 
-    dist.barrier()
+    if dist.get_world_size() > 1:
+        dist.barrier()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=collective_timeout_s))
 
 
@@ -262,6 +265,9 @@ class Pulse(threading.Thread):
         super().__init__(daemon=True)
         import ray
 
+        from train_fn import profile  # here, for a thread that imports beside another one may see half a module
+
+        self.profile = profile
         self.dispatcher = job.dispatcher
         self.told = (job.lane, group, rank, ray.get_runtime_context().current_actor)
         self.leaving = False
@@ -269,11 +275,9 @@ class Pulse(threading.Thread):
     def run(self) -> None:
         import ray
 
-        from train_fn import profile
-
         while not self.leaving:
             try:
-                self.leaving = ray.get(self.dispatcher.pulse.remote(*self.told, profile.beats)) or node_leaves()
+                self.leaving = ray.get(self.dispatcher.pulse.remote(*self.told, self.profile.beats)) or node_leaves()
             except ray.exceptions.RayError:
                 return  # the study is gone, and soon this process
             time.sleep(1)

@@ -306,14 +306,14 @@ class Dispatcher:
                 self.running.pop(lane)  # nobody takes it on
 
     async def fail(self, number: int, group: str, error: str, own: bool = False) -> None:
-        """An error ends a trial, which is not tried again. From any rank.
+        """End a trial with an error, reported by any rank. It is not tried again.
 
         Args:
-            own: the error can only be the trial's own fault. Others, met by several trials in a row before any has got
-                further, end the study.
+            own: only the trial's settings can have caused the error. Another error ends the study when `MAX_ALIKE`
+                trials in a row fail with it before any trial has reported progress.
         """
         lane = self._lane_of(number, group)
-        if lane is None or self.tickets[number].ended:
+        if lane is None or self.tickets[number].ended or lane in self.reasons:  # another rank has said why
             return
         self._error(number, error)
         first = self.reasons[lane] = first_line(error)
@@ -323,10 +323,10 @@ class Dispatcher:
             self._end_study(f"{MAX_ALIKE} trials in a row failed alike before any trial had got further: {first}")
 
     async def study_fault(self, lane: int, group: str, error: str, certain: bool = False) -> None:
-        """A worker group met an error in what all trials share: the data or the base.
+        """Report an error in what all trials share: the data or the base.
 
-        The study ends when a second group meets the same, or at once if the error is `certain`. Until then the trial
-        goes on elsewhere.
+        The study ends when a second worker group reports the same error, or at once if the error is `certain`. Until
+        then the trial is tried again.
         """
         if self.groups.get(lane) != group:
             return
@@ -358,13 +358,13 @@ class Dispatcher:
             self.too_large[lane].append(ticket.assignment["settings"])
         halve(ticket.assignment, "out of memory")
         ticket.attempts -= 1
-        ticket.open_verdict = None
+        self._answer(ticket, stop=True)
         self._enqueue(number)
 
     async def wants(self, lane: int, group: str = "", place: Any = None) -> bool:
-        """Whether a new worker group should load the base at all: not when its lane has been given up.
+        """Register a new worker group. Returns whether it should load the base: not when its lane has been given up.
 
-        The group that the lane had before is dead by now.
+        The lane's previous group must be dead by now.
         """
         self._keep_watch()
         self.places[lane] = place
@@ -417,8 +417,8 @@ class Dispatcher:
             self.watch = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
-        """End workers that have been silent for long, that have a trial and get no further, or that do not come to an
-        end of loading the base: they would hold their lane for ever. Mention lanes that start slowly."""
+        """Every second, end workers that send no heartbeat, make no progress with a trial, or take too long to load the
+        base: they would hold their lane for ever. Mention lanes that start slowly."""
         longest = max(LONGEST_START_S, self.hang_timeout_s)
         while True:
             await asyncio.sleep(min(1.0, self.hang_timeout_s / 4))
@@ -426,12 +426,12 @@ class Dispatcher:
             for (lane, rank), last in list(self.heartbeats.items()):
                 start = self.starts.get(lane)
                 if last.group not in (self.groups.get(lane), start and start.group) or lane not in self.lanes:
-                    del self.heartbeats[lane, rank]
+                    self.heartbeats.pop((lane, rank), None)
                 elif now - min(last.when, last.moved) > self.hang_timeout_s:
                     self._end_workers(lane, f"its rank {rank} gave no sign of work for {self.hang_timeout_s:g} s", rank)
             for lane, start in list(self.starts.items()):
                 if now - start.since > longest:
-                    self._end_workers(lane, f"its base was not loaded after {longest:g} s")
+                    self._end_workers(lane, f"its base was not loaded after {longest:g} s (--hang-timeout can be more)")
                 elif now - start.since > SLOW_START_S and not start.mentioned:
                     start.mentioned = True
                     self._notice(f"lane {lane} has been loading the base for {SLOW_START_S:g} s")
@@ -459,7 +459,7 @@ class Dispatcher:
             self._give_up(lane, reason)
 
     def _give_up(self, lane: int, reason: str) -> None:
-        """A lane's worker group is dead, or as good as that: its trial goes elsewhere, and it is heard no more."""
+        """Mark a lane's worker group as dead: put its trial back in the queue and ignore its later messages."""
         reason = self.reasons.pop(lane, reason)
         if group := self.groups.pop(lane, None):
             self.given_up.add(group)
@@ -498,7 +498,7 @@ class Dispatcher:
             self._end_study(self.last_error)
 
     def _end_study(self, error: str) -> None:
-        """End every trial: something is wrong that no hyperparameter can mend. A study that goes on runs them again."""
+        """End every trial for an error that no hyperparameter can fix. A resumed study runs them again."""
         self.study_error = self.study_error or error
         self.queue.clear()
         for number, ticket in self.tickets.items():
@@ -556,7 +556,7 @@ class Dispatcher:
         if step > ticket.furthest:  # further than ever: the losses so far say nothing against it
             ticket.furthest, ticket.attempts = step, 1
         ticket.let_go()
-        ticket.open_verdict = None
+        self._answer(ticket, stop=True)  # ranks that still wait for an answer belong to the dead group
         if ticket.attempts >= MAX_ATTEMPTS and self.lanes:
             self._error(number, f"lost {ticket.attempts} times, last because {reason}")
         else:

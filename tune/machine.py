@@ -13,7 +13,7 @@ from pathlib import Path
 
 ANSWER_S = 10.0  # a cluster that takes longer to answer is taken for dead
 # A Unix socket's path has at most 107 bytes, and Ray makes its sockets below its temporary folder.
-LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1234")
+LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1234")
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # a client's greeting: no settings
 SETTINGS = 4  # the type of the frame with which a server answers it
 

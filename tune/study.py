@@ -126,7 +126,7 @@ def start_ray(settings: Settings) -> dict[str, float]:
             options = {
                 "include_dashboard": False,
                 "num_cpus": allowed_cores(),
-                "_temp_dir": str(private_folder()),
+                "_temp_dir": str(private_folder() / "ray"),  # Ray makes it writable by all
                 # Ray's default is a third of the memory, which it refuses where /dev/shm is smaller. What a study keeps
                 # there is small.
                 "object_store_memory": min(2**30, psutil.virtual_memory().total // 10),
