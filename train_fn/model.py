@@ -551,7 +551,7 @@ def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
 def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns: Sequence[str]) -> str:
     """One regular expression (matched in full, as PEFT does) for the modules that get an adapter: all of the language
     model's that have one of these names, for the tower and the projector may use the same."""
-    spared = [*exclude_patterns, inside(base, base.vision_tower), inside(base, base.projector)]
+    spared = [*map(re.escape, exclude_patterns), inside(base, base.vision_tower), inside(base, base.projector)]
     names = "|".join(map(re.escape, target_modules))
     return rf"(?!.*(?:{'|'.join(spared)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
 
