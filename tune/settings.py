@@ -371,6 +371,7 @@ def parse(argv: Sequence[str]) -> Settings:
         except ValueError as error:
             problems.append(f"`--first-points` {error}")
     settings = dataclasses.replace(settings, first_points=tuple(points or ()))
+    problems += broken_rules(settings.command, flag).values()
     problems += [] if problems and commands else check(settings)
     if problems:
         raise SettingsError(problems)
@@ -549,7 +550,7 @@ def check(settings: Settings) -> list[str]:
     given |= {name: bare(given[name]) for name in ("storage", "mlflow_uri")}
     shown = dataclasses.replace(study, storage=given["storage"], mlflow_uri=given["mlflow_uri"])
     broken: dict[str, str] = {}
-    for part in (shown, model, data, settings.command):
+    for part in (shown, model, data):
         broken |= broken_rules(part, flag)
     found += broken.values()
 
@@ -580,8 +581,9 @@ def check(settings: Settings) -> list[str]:
     rule("metric", len(set(names)) == len(names), "must name each goal only once", "leave one out")
     several = len(study.metric) > 1
     rule("sampler", not (several and study.sampler == "cmaes"), "knows one goal only", "take tpe or nsga2")
-    if study.warm_start and not goes_on and study_directory(study.warm_start, study.results) is None:
-        found.append(f"`--warm-start` must name a study, but got {study.warm_start!r}: give its name or its folder")
+    if study.warm_start and not goes_on:
+        begun = study_directory(study.warm_start, study.results)
+        rule("warm_start", begun, "must name a study", "give its name or its folder")
     rule("report_to", study.report_to, "must name a place", f"choose from {', '.join(REPORT_TO)}")
     for name, needed in (("report_to", "wandb"), ("sampler", "cmaes")):
         if needed in getattr(study, name) and importlib.util.find_spec(needed) is None:
