@@ -38,7 +38,7 @@ def train(base, splits, settings: TrialSettings, output=None) -> dict:
         ({"zero_stage": 1}, {"zero_stage": 1}),
         ({"offload_optimizer": True}, {"zero_stage": 2}),
         ({"lora_target_modules": ("q_proj", "v_proj")}, {"num_adapted_modules": 8}),
-        ({"lora_exclude_patterns": ("vision", r"layers\.[01]\.")}, {"num_adapted_modules": 14}),
+        ({"lora_exclude_patterns": ("vision", "layers.0.", "layers.1.")}, {"num_adapted_modules": 14}),
         ({"use_lora": False, "train_projector": True}, {"use_lora": False, "train_projector": True}),
         ({"max_grad_norm": 0.5, "weight_decay": 0.1}, {"max_grad_norm": 0.5, "weight_decay": 0.1}),
     ],

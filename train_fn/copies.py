@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,9 +91,29 @@ def write_known(cache: Path, known: dict[str, Any]) -> None:
         partial.replace(cache)
 
 
+def cache_folder() -> Path:
+    """The folder of what is kept between studies: `vlm-tune` in the user's cache. A user without a home gets a private
+    folder among the temporary files.
+
+    Raises:
+        OSError: that private folder cannot be made, or belongs to somebody else.
+    """
+    if os.path.isabs(given := os.environ.get("XDG_CACHE_HOME", "")):  # the XDG standard ignores relative paths
+        return Path(given) / "vlm-tune"
+    try:
+        return Path.home() / ".cache" / "vlm-tune"
+    except RuntimeError:  # no HOME, and no entry in the password file
+        folder = Path(tempfile.gettempdir()) / f"vlm-tune-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():
+            why = "the cache must be the user's own: set XDG_CACHE_HOME"
+            raise PermissionError(errno.EPERM, why, str(folder)) from None
+        return folder
+
+
 def default_cache() -> Path:
     """Where thumbnails are kept between studies."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm-tune" / CACHE
+    return cache_folder() / CACHE
 
 
 def read_thumbnails(paths: Sequence[str], cache: Path | None = None) -> tuple[np.ndarray, np.ndarray]:

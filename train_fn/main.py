@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data import load_splits
-from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.settings import ModelSettings, TrialSettings, broken_rules
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         print(f"{argv[0]} must describe a trial, but {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if problems := trial.problems(world_size):
+    if problems := [*trial.problems(world_size), *broken_rules(model).values()]:
         print("\n".join(problems), file=sys.stderr)
         return 2
     import torch

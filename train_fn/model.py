@@ -553,7 +553,7 @@ def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
 def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns: Sequence[str]) -> str:
     """One regular expression (matched in full, as PEFT does) for the modules that get an adapter: all of the language
     model's that have one of these names, for the tower and the projector may use the same."""
-    spared = [*exclude_patterns, inside(base, base.vision_tower), inside(base, base.projector)]
+    spared = [*map(re.escape, exclude_patterns), inside(base, base.vision_tower), inside(base, base.projector)]
     names = "|".join(map(re.escape, target_modules))
     return rf"(?!.*(?:{'|'.join(spared)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
 
@@ -570,7 +570,8 @@ def target_problems(base: Base, settings: TrialSettings) -> list[str]:
     except re.error as error:
         return [f"`lora_exclude_patterns` must be regular expressions, but {error.pattern!r} is none: {error}"]
     there = sorted({name.rpartition(".")[2] for name in layers if begins.match(name)})
-    excluded, unknown = [], []
+    excluded: list[str] = []
+    unknown: list[str] = []
     for target in dict.fromkeys(settings.lora_target_modules):
         pattern = adapter_pattern(base, [target], settings.lora_exclude_patterns)
         if not any(re.fullmatch(pattern, name) for name in layers):

@@ -6,42 +6,167 @@ Nothing heavy is imported: every check in this file answers before Ray or torch 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import re
+import reprlib
+import typing
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial")
+GUIDE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROFILE_PREFIX = "profile_"  # of the seconds that `--profile` adds to those of a trial
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Stage 3 would split up the frozen base itself; and bitsandbytes' 4-bit weights cannot be split (bitsandbytes#1249).
+WHY_NO_STAGE_3 = "3 would split up the frozen base, which a lane keeps from trial to trial"
+MAX_TEXT = 4096  # bytes of one text setting
+MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and what is added to a seed (a repeat's number) must fit, too
+
+SHOWN = reprlib.Repr()  # a value in a message: a line of it is enough
+SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 120
+
+
+# ------------------------------------------------------------------------------------------------ rules of one setting
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `least` to `most` are allowed."""
+
+    least: float
+    most: float
+    above: bool = False
+    """`least` itself is not allowed."""
+    below: bool = False
+    """`most` itself is not allowed."""
+    why: str = ""
+
+    @property
+    def words(self) -> str:
+        """The rule, as it follows "must be a number"."""
+        if not self.above and not self.below:
+            ends = f"from {self.least:,.15g} to {self.most:,.15g}"
+        else:
+            least = f"{'above' if self.above else 'at least'} {self.least:,.15g}"
+            ends = f"{least} and {'below' if self.below else 'at most'} {self.most:,.15g}"
+        return ends + (f" ({self.why})" if self.why else "")
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is allowed. NaN never is."""
+        low = value > self.least if self.above else value >= self.least
+        return low and (value < self.most if self.below else value <= self.most)
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """A text, or each text of a list, must be `words`."""
+
+    words: str
+    holds: Callable[[str], bool]
+
+
+def one_of(values: tuple[str, ...]) -> TextRule:
+    """A text must be one of these."""
+    return TextRule(f"one of {', '.join(values)}", lambda text: text in values)
+
+
+def matching(pattern: str, words: str) -> TextRule:
+    """A text must match a regular expression in full."""
+    return TextRule(words, lambda text: re.fullmatch(pattern, text) is not None)
+
+
+MODULE_NAME = matching(r"\w+(\.\w+)*", "a module name, such as q_proj or model.vision_tower")
+NAME_PART = matching(r"[\w.-]+", "a part of module names (letters, digits, `.`, `_` and `-`; no regular expression)")
+# Linux takes 4,096 bytes in all, and a study adds its own names.
+PATH = TextRule(
+    "a path of at most 3,000 bytes, each part of at most 255",
+    lambda text: len(text.encode()) <= 3000 and all(len(part.encode()) <= 255 for part in text.split("/")),
+)
+
+
+@functools.cache
+def rules(group: type) -> dict[str, tuple[Any, Any]]:
+    """By field of a settings class: its type, and the rule that stands beside the type, or None."""
+    hints = typing.get_type_hints(group, include_extras=True)
+    pairs = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+    return {name: (*pairs[name][:2],) if name in pairs else (hint, None) for name, hint in hints.items()}  # type: ignore[misc]
+
+
+def broken_rule(value: Any, kind: Any, rule: Any, may_be_empty: bool = True) -> str:
+    """The rule of type, range or form that a value breaks, as "must be ..."; nothing when it breaks none."""
+    if kind is bool:
+        return "" if isinstance(value, bool) else "must be true or false"
+    if kind in (int, float, float | None):
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if (number and rule.holds(value)) or (value is None and kind == float | None):
+            return ""
+        return f"must be {'a whole number' if kind is int else 'a number'} {rule.words}"
+    if kind == tuple[str, ...]:
+        if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+            return "must be a list of texts"
+        if len(set(value)) < len(value):
+            return "must name each only once"
+        return next((text for item in value if (text := broken_rule(item, str, rule, False))), "")
+    if not isinstance(value, str):
+        return "must be text"
+    if {unicodedata.category(character) for character in value} & {"Cc", "Cs", "Zl", "Zp"}:
+        return "must be UTF-8 text on one line, without control characters"
+    if len(value.encode()) > MAX_TEXT:
+        return f"must have at most {MAX_TEXT:,} bytes"
+    if not value.strip() and (value or not may_be_empty):
+        return "must not be empty"
+    return f"must be {rule.words}" if value and rule and not rule.holds(value) else ""
+
+
+def broken_rules(settings: Any, label: Callable[[str], str] = str, fix: str = "") -> dict[str, str]:
+    """By field of a settings dataclass whose value has the wrong type or breaks the rule beside its type: a sentence.
+
+    Args:
+        label: how a message names a field.
+        fix: what the user can do; "" advises the field's default.
+    """
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(settings):
+        value, (kind, rule) = getattr(settings, field.name), rules(settings.__class__)[field.name]
+        if text := broken_rule(value, kind, rule, may_be_empty=not field.default):
+            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            advice = fix or ("leave it out, or mend it" if default in ("", None) else f"the default is {default}")
+            found[field.name] = f"`{label(field.name)}` {text}, but got {SHOWN.repr(value)}: {advice}"
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSettings:
     """The hyperparameters of one trial. The defaults are those of the Hulu-Med fine-tuning guide."""
 
-    num_train_epochs: int = 3
+    num_train_epochs: Annotated[int, Range(1, 10_000)] = 3
     """Passes over the training images."""
-    max_steps: int = 0
+    max_steps: Annotated[int, Range(0, 10**8)] = 0
     """Optimizer steps to train for, instead of num_train_epochs. 0: num_train_epochs decides."""
-    per_device_train_batch_size: int = 2
+    per_device_train_batch_size: Annotated[int, Range(1, 4096)] = 2
     """Images in one forward pass of one worker (the micro-batch)."""
-    gradient_accumulation_steps: int = 8
+    gradient_accumulation_steps: Annotated[int, Range(1, 65_536)] = 8
     """Micro-batches in one optimizer step of a single worker. With N workers each does 1/N of them, so that the
     global batch (micro-batch x accumulation, 16 images) and with it the meaning of the learning rate stay."""
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, Range(0, 10, above=True)] = 2e-4
     """Peak learning rate of the adapter. 1e-4 to 5e-4 is usual for LoRA."""
-    projector_learning_rate: float | None = None
+    projector_learning_rate: Annotated[float | None, Range(0, 10, above=True)] = None
     """Peak learning rate of the projector when it is trained. Not given: the adapter's."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Annotated[str, one_of(LR_SCHEDULER_TYPES)] = "cosine"
     """Learning-rate schedule: cosine, linear, constant, constant_with_warmup or polynomial."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.03
     """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0, 100)] = 0.01
     """AdamW's decoupled weight decay, on all trained weights but biases."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Range(0, 10**9)] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    optim: str = "adamw_torch"
+    optim: Annotated[str, one_of(OPTIMIZERS)] = "adamw_torch"
     """Optimizer: adamw_torch, or bitsandbytes' adamw_8bit (a quarter of the state) or paged_adamw_8bit (the state also
     moves to the CPU when the GPU is full)."""
     gradient_checkpointing: bool = False
@@ -51,39 +176,39 @@ class TrialSettings:
     compiler at the begin of every trial. Changes numbers in their last digits."""
     use_lora: bool = True
     """Train an adapter. Without it only the projector is trained (--train-projector)."""
-    lora_r: int = 64
+    lora_r: Annotated[int, Range(1, 16_384)] = 64
     """Rank of the adapter."""
-    lora_alpha: float = 128
+    lora_alpha: Annotated[float, Range(0, 10**6, above=True)] = 128
     """Scaling: an adapter's output is multiplied by lora_alpha / lora_r."""
-    lora_dropout: float = 0.05
+    lora_dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
     """Dropout probability on an adapter's input."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_r) instead (rsLoRA, arXiv:2312.03732): large ranks then learn as fast."""
     use_dora: bool = False
     """Learn direction and magnitude apart (DoRA, arXiv:2402.09353): slower, sometimes better at low rank."""
-    loraplus_lr_ratio: float = 1.0
+    loraplus_lr_ratio: Annotated[float, Range(0, 10**6, above=True)] = 1.0
     """The rate of an adapter's B matrix as a multiple of its A matrix's (LoRA+, arXiv:2402.12354, advises 16). 1: the
     same."""
-    lora_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_target_modules: Annotated[tuple[str, ...], MODULE_NAME] = GUIDE_MODULES
     """Linear layers that get an adapter, by the last part of their name."""
-    lora_exclude_patterns: tuple[str, ...] = ("vision", "visual")
-    """Regular expressions; a module whose full name contains one gets no adapter. Modules outside the language model
-    never do."""
+    lora_exclude_patterns: Annotated[tuple[str, ...], NAME_PART] = ("vision", "visual")
+    """Parts of names, such as layers.0. or gate_proj; a module whose full name contains one gets no adapter. Modules
+    outside the language model never do."""
     train_projector: bool = False
     """Train the vision-to-language projector (all its weights) beside the adapter."""
     class_balanced_loss: bool = True
     """Weight each image by the inverse frequency of its answer in the training split (mean weight 1)."""
-    zero_stage: int = 2
+    zero_stage: Annotated[int, Range(0, 2, why=WHY_NO_STAGE_3)] = 2
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer states, 2 also gradients partitioned over the workers."""
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory (ZeRO-Offload): saves GPU memory, costs time. Needs ZeRO 1 or 2."""
-    logging_steps: int = 10
+    logging_steps: Annotated[int, Range(1, 10**8)] = 10
     """Optimizer steps between two records of training loss and learning rate."""
-    save_steps: int = 100
+    save_steps: Annotated[int, Range(0, 10**8)] = 100
     """Optimizer steps between two checkpoints of the adapter. 0: none before the end."""
-    save_total_limit: int = 3
+    save_total_limit: Annotated[int, Range(0, 10**6)] = 3
     """Checkpoints of a trial to keep, the newest; 0: all."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, MAX_SEED)] = 0
     """Seed of adapter initialisation, dropout and data order."""
 
     @property
@@ -97,53 +222,35 @@ class TrialSettings:
         assert rest == 0 and accumulation > 0, "the study's settings are checked for this before it starts"
         return accumulation
 
-    def problems(self, world_size: int = 1) -> list[str]:
-        """Every broken rule as one sentence: rule, value, fix. Empty when the settings can be trained."""
-        found: list[str] = []
+    def problems(self, world_size: int = 1, label: Callable[[str], str] = str) -> list[str]:
+        """Every broken rule as one sentence: rule, value, fix. Empty when the settings can be trained.
 
-        def rule(name: str, holds: bool, text: str, fix: str) -> None:
-            if not holds:
-                found.append(f"`{name}` {text}, but got {getattr(self, name)!r}: {fix}")
+        Args:
+            label: how a message names a setting.
+        """
+        broken = broken_rules(self, label)
+        found = list(broken.values())
 
-        for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r"):
-            rule(name, getattr(self, name) >= 1, "must be at least 1", "give a positive whole number")
-        for name in ("learning_rate", "lora_alpha"):
-            rule(name, 0 < getattr(self, name) < float("inf"), "must be a positive number", "the guide's default works")
-        rate = self.projector_learning_rate
-        rule("projector_learning_rate", rate is None or 0 < rate < float("inf"), "must be positive", "or leave it out")
-        for name in ("warmup_ratio", "lora_dropout"):
-            rule(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1", "it is a share, not a count")
-        for name in ("max_steps", "save_steps", "save_total_limit"):
-            rule(name, getattr(self, name) >= 0, "must not be negative", "0 turns it off")
-        rule("logging_steps", self.logging_steps >= 1, "must be at least 1", "10 is the default")
-        rule("loraplus_lr_ratio", 0 < self.loraplus_lr_ratio < float("inf"), "must be positive", "1 turns it off")
-        rule("optim", self.optim in OPTIMIZERS, "must be a known optimizer", "choose from " + ", ".join(OPTIMIZERS))
-        rule("use_lora", self.use_lora or self.train_projector, "leaves nothing to train", "add --train-projector")
-        for name in ("weight_decay", "max_grad_norm"):
-            rule(name, 0 <= getattr(self, name) < float("inf"), "must not be negative", "0 turns it off")
-        rule("lora_target_modules", bool(self.lora_target_modules), "must name a layer", "for example q_proj,v_proj")
-        rule("lr_scheduler_type", self.lr_scheduler_type in LR_SCHEDULER_TYPES, "must be one of the known schedules",
-             "choose from " + ", ".join(LR_SCHEDULER_TYPES))  # fmt: skip
-        # Stage 3 would split up the frozen base itself, which a lane keeps whole from trial to trial; and bitsandbytes'
-        # 4-bit weights cannot be split (bitsandbytes#1249).
-        rule("zero_stage", self.zero_stage in (0, 1, 2), "must be 0, 1 or 2 (3 would split up the frozen base, which a "
-             "lane keeps from trial to trial)", "2 is the guide's")  # fmt: skip
-        offload = not self.offload_optimizer or self.zero_stage > 0
-        rule("offload_optimizer", offload, "needs ZeRO", "give --zero-stage 2")
-        rule("seed", 0 <= self.seed < 2**32, "must fit 32 bits", "give a whole number from 0 to 4294967295")
-        if not found and self.gradient_accumulation_steps % world_size:
-            found.append(
-                f"`gradient_accumulation_steps` must be a multiple of the workers per trial, so that the global batch "
-                f"of {self.global_batch_size} images stays, but got {self.gradient_accumulation_steps} for "
-                f"{world_size} workers: change either"
-            )
+        workers = f"must be a multiple of the {world_size} workers per trial, so that the global batch stays"
+        together: list[tuple[tuple[str, ...], Callable[[], bool], str, str]] = [
+            (("lora_target_modules",), lambda: bool(self.lora_target_modules), "must name a layer", "such as q_proj"),
+            (("use_lora", "train_projector"), lambda: self.use_lora or self.train_projector, "leaves nothing to train",
+             "add --train-projector"),
+            (("offload_optimizer", "zero_stage"), lambda: not self.offload_optimizer or self.zero_stage > 0,
+             "needs ZeRO", "give --zero-stage 2"),
+            (("gradient_accumulation_steps",), lambda: self.gradient_accumulation_steps % world_size == 0, workers,
+             "change either"),
+        ]  # fmt: skip
+        for names, holds, text, fix in together:
+            if not broken.keys() & set(names) and not holds():
+                found.append(f"`{label(names[0])}` {text}, but got {SHOWN.repr(getattr(self, names[0]))}: {fix}")
         return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialSettings:
         """The settings with `values` put over the defaults. Raises ValueError for an unknown name."""
         known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(set(values) - set(known), key=str):
             raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}: a trial is made of {', '.join(known)}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**values)
@@ -156,7 +263,7 @@ BUCKET = 50_000_000  # elements of DeepSpeed's communication buffers at most
 class ModelSettings:
     """The frozen base that all trials of a study share."""
 
-    model: str = "nano"
+    model: Annotated[str, PATH] = "nano"
     """Directory of the base model (an image-text-to-text model that transformers loads), or `nano`: the small one
     that ships with this project."""
     use_qlora: bool = False
@@ -166,23 +273,23 @@ class ModelSettings:
     """The guide's name for --dtype bfloat16."""
     fp16: bool = False
     """The guide's name for --dtype float16."""
-    dtype: str = "auto"
+    dtype: Annotated[str, one_of(DTYPES)] = "auto"
     """Number format of the frozen base: float32, bfloat16 or float16. auto: bfloat16 on a GPU that has it, float16 on
     one that has not, float32 on a CPU. What is trained is always float32."""
-    vision_tower: str = ""
+    vision_tower: Annotated[str, MODULE_NAME] = ""
     """Full module name of the vision tower. Not given: found by the usual names."""
-    projector: str = ""
+    projector: Annotated[str, MODULE_NAME] = ""
     """Full module name of the vision-to-language projector. Not given: found by the usual names."""
-    language_model: str = ""
+    language_model: Annotated[str, MODULE_NAME] = ""
     """Full module name of the language model. Not given: found by the usual names."""
-    per_device_eval_batch_size: int = 16
+    per_device_eval_batch_size: Annotated[int, Range(1, 4096)] = 16
     """Images in one forward pass of an evaluation."""
-    max_image_tokens: int = 0
+    max_image_tokens: Annotated[int, Range(0, 10**6)] = 0
     """Most tokens that one image may become; larger images are scaled down. 0: the model's own limit."""
     upright_images: bool = False
     """Hulu-Med only: keep an image's shape. Its weights were trained on images whose height and width the original
     implementation swaps when it resizes, which is the default here."""
-    feature_cache_gib: float = 4.0
+    feature_cache_gib: Annotated[float, Range(0, 10**6)] = 4.0
     """Disk space in GiB for what frozen vision towers made of images, kept for all workers and studies of a machine
     (VideoLLaMA3 and Hulu-Med, in ~/.cache/vlm-tune/features). When room is needed, the files longest unused go first;
     what is used since a worker's start stays, and what no longer fits is computed each time. 0: keep none."""

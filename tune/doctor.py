@@ -30,7 +30,8 @@ from train_fn.storage import Storage
 from train_fn.worker import versions
 from tune.prepare import Study, model_directory, prepare
 from tune.provenance import ROOT
-from tune.settings import Probe, Settings, SettingsError, load_space, searched_settings
+from tune.settings import Settings, SettingsError
+from tune.space_check import corners
 from tune.study import Layout, plan_layout, session_logs, start_ray
 from tune.tracking import bare, tracking_uri, with_credentials
 
@@ -366,9 +367,7 @@ def reckon(study: Study, need: Need, facts: dict[str, dict[str, Any]], findings:
 
 def largest_trial(settings: Settings) -> TrialSettings:
     """Of the space's first point and both ends of its ranges, the one that trains most."""
-    space, guide = load_space(settings.study.space)
-    probes = Probe(guide, 0), Probe({}, 0), Probe({}, -1)
-    trials = [TrialSettings.from_dict(searched_settings(settings, space, probe)[0]) for probe in probes]
+    trials = corners(settings)
     return max(trials, key=lambda trial: (trial.per_device_train_batch_size, trial.lora_r, trial.train_projector))
 
 

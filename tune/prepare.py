@@ -28,7 +28,16 @@ from tune.journal import Journal, StudyLock
 from tune.plan import read_plan
 from tune.provenance import base_hash, data_hash, git_state
 from tune.results import Goal
-from tune.settings import Settings, SettingsError, flag, goal, load_space, study_directory
+from tune.settings import (
+    Settings,
+    SettingsError,
+    comparison,
+    flag,
+    goal,
+    remember_space,
+    space_hash,
+    study_directory,
+)
 from tune.tracking import tracking_uri
 
 
@@ -98,7 +107,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems += base_problems(settings.model, settings.trial, splits)
     goals = tuple(goal(text) for text in settings.study.metric or (("auroc",) if splits.candidates else ("loss",)))
     positive = data.positive_label or ("Malignant" if "Malignant" in splits.candidates else "")
-    problems += check_goals(goals, splits, positive)
+    problems += check_goals(settings, goals, splits, positive)
     settings = with_absolute_paths(settings)
     name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
     directory = Path(settings.study.results).resolve() / name
@@ -125,9 +134,11 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "data_hash": data_hash(splits),
         "base_hash": base_hash(model_directory(settings)),
         "space_hash": space_hash(settings.study.space),
+        "first_points": settings.first_points,
         "versions": versions(),
         "git": git_state(),
     }
+    note_space(settings, say)
     held = lock(directory)
     journal = Journal(directory / "journal.jsonl")
     storage = Storage.under(settings.study.storage, directory)
@@ -135,7 +146,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     return Study(settings, name, directory, goals, positive, splits, report, plan, storage, journal, held, lease)
 
 
-def resume(settings: Settings) -> Study:
+def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     """A study that goes on. Raises SettingsError when it runs, is damaged, or when what it rests on has changed."""
     found = study_directory(settings.command.resume or settings.command.replay, settings.study.results)
     assert found, "the command line was checked for this"
@@ -169,6 +180,8 @@ def resume(settings: Settings) -> Study:
         raise SettingsError(problems)
     plan["settings"] = settings.to_dict()
     storage = Storage.under(settings.study.storage, directory)
+    plan["first_points"] = settings.first_points
+    note_space(settings, say)
     return Study(
         settings=settings,
         name=directory.name,
@@ -214,6 +227,14 @@ def journal_problems(directory: Path, journal: Journal) -> list[str]:
     ]
 
 
+def note_space(settings: Settings, say: Callable[[str], None]) -> None:
+    """Remember that this user runs the space of these settings. Where that fails, the study does not need it."""
+    try:
+        remember_space(settings.study.space)
+    except OSError as error:
+        say(f"The next --resume needs --space again, since the user's cache cannot be written: {error}")
+
+
 def lock(directory: Path) -> StudyLock:
     """The study's lock, held. Raises SettingsError when another process runs the study."""
     held = StudyLock(directory)
@@ -227,11 +248,6 @@ def lock(directory: Path) -> StudyLock:
 def model_directory(settings: Settings) -> Path:
     """Where the base model lies."""
     return CHECKPOINT if settings.model.model == "nano" else Path(settings.model.model)
-
-
-def space_hash(space: str) -> str:
-    """sha256 of the file that defines a search space."""
-    return file_hash(Path(load_space(space)[0].__code__.co_filename))
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -255,21 +271,38 @@ def shipped(settings: Settings) -> bool:
     return settings.model == ModelSettings() and settings.data.data == "phantoms" and same_modules
 
 
-def check_goals(goals: tuple[Goal, ...], splits: Splits, positive: str) -> list[str]:
-    """Whether the data can give every goal."""
-    names = [name for name, _ in goals if name in MODES]
-    closed = [name for name in names if name != "loss"]
-    if not splits.candidates and closed:
-        return [
-            f"`--metric` must be loss for data without a small closed set of answers, but got {', '.join(closed)}: "
-            f"leave it out"
-        ]
+def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits, positive: str) -> list[str]:
+    """Whether the validation images can give every metric of --metric, --require and --stop-when."""
     if positive and positive not in splits.candidates:
         known = ", ".join(splits.candidates) or "none, for lack of a closed set"
         return [f"`--positive-label` must be an answer of the data ({known}), but got {positive!r}"]
-    if {"sensitivity", "specificity"} & set(names) and not positive:
-        return [f"`--metric` {', '.join(names)} needs a class: give --positive-label"]
-    return []
+    study = settings.study
+    asked = [("--metric", name, name) for name, _ in goals if name in MODES]
+    asked += [("--require", text, comparison(text)[0]) for text in study.require]
+    asked += [("--stop-when", study.stop_when, comparison(study.stop_when)[0])] if study.stop_when else []
+    found = []
+    for option, text, name in asked:
+        if need := missing_for(name, splits, positive):
+            found.append(f"`{option}` needs {need}, but got {text!r}: leave it out, or take another metric")
+    return found
+
+
+def missing_for(metric: str, splits: Splits, positive: str) -> str:
+    """What the validation images lack for a metric, or nothing."""
+    if metric == "loss":
+        return ""
+    if not splits.candidates:
+        return "a small closed set of answers, which the data has not (loss is the only metric of open answers)"
+    counts = dict(zip(splits.candidates, splits.class_counts("validation"), strict=True))
+    if metric in ("sensitivity", "specificity"):
+        if not positive:
+            return f"a positive class (--positive-label, one of {', '.join(splits.candidates)})"
+        others = sum(counts.values()) - counts[positive]
+        if not (counts[positive] if metric == "sensitivity" else others):
+            return f"validation images whose answer is {'' if metric == 'sensitivity' else 'not '}{positive!r}"
+    elif metric == "auroc" and sum(map(bool, counts.values())) < 2:
+        return "validation images of two answers"
+    return ""
 
 
 def check_model_type(model: str) -> list[str]:

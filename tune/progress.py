@@ -32,6 +32,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         self.records = fold(study.journal.events)
         self.running: set[int] = set()  # of this session
         self.ended_by = ""
+        self.space_error = ""  # why the search space gave no further trial
         self.heard = -1  # events at the last look at the budgets
 
     def __getstate__(self) -> dict[str, Any]:

@@ -248,6 +248,8 @@ class Outcome:
     require: tuple[str, ...] = ()
     interrupted: bool = False
     ended_by: str = ""
+    space_error: str = ""
+    """Why the search space gave no further trial."""
     winner: TrialRecord | None = None
     adapter: Path | None = None
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -280,8 +282,8 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0: there is a winner; 1: no trial completed; 130: interrupted."""
-        return 130 if self.interrupted else 0 if self.winner else 1
+        """0: there is a winner; 1: no trial completed; 3: the space failed before the last trial; 130: interrupted."""
+        return 130 if self.interrupted else 3 if self.space_error else 0 if self.winner else 1
 
     @property
     def busy_share(self) -> float:

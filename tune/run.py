@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 STARTED = time.perf_counter()
 # As a script, Python puts tune/ first on the path, where its modules would shadow libraries: the project's root it is.
@@ -14,35 +16,65 @@ sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(
 
 from tune.settings import SettingsError, parse, study_directory  # noqa: E402
 
+if TYPE_CHECKING:
+    from tune.prepare import Study
+
 
 def say(text: str) -> None:
     """One line of progress."""
     print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
 
 
-def main(argv: list[str]) -> int:
-    """Run a study. Returns the exit code: 0 a winner, 1 no trial completed, 2 bad input, 130 interrupted."""
+def begin(argv: list[str]) -> Study | int:
+    """The study that a command line asks for, or the exit code of a command that has done its work.
+
+    Raises:
+        SettingsError: the command line, or a file or folder that it names, cannot be used.
+    """
     try:
+        os.getcwd()
         settings = parse(argv)
         if settings.command.doctor:
             from tune.doctor import examine
 
             return examine(settings, say)
-        from tune.results import print_summary
-
         if settings.command.show:
+            from tune.results import print_summary
             from tune.study import show
 
             print_summary(show(study_directory(settings.command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
             return 0
         from tune.prepare import prepare, resume
-        from tune.study import run
 
         if settings.command.replay:
             from tune.replay import replay
 
-            return replay(resume(settings), settings.command.trial, say)
-        study = resume(settings) if settings.command.resume else prepare(settings, say)
+            return replay(resume(settings, say), settings.command.trial, say)
+        return resume(settings, say) if settings.command.resume else prepare(settings, say)
+    except OSError as error:
+        if error.errno is None:  # no error of the operating system
+            raise
+        what = f"{error.filename!r}" if error.filename is not None else "the working folder or a disk"
+        raise SettingsError(
+            [f"{what} must be usable, but {error.strerror}: mend it, or choose another place"]
+        ) from error
+    except UnicodeEncodeError as error:
+        what = f"{error.object[error.start : error.end]!r}"
+        raise SettingsError([f"every name must be UTF-8, but one has {what}: rename the file or folder"]) from error
+
+
+def main(argv: list[str]) -> int:
+    """Run a study. Returns the exit code: 0 a winner, 1 no trial completed, 2 bad input, 3 the space failed while the
+    study ran, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may take ASCII only
+    try:
+        study = begin(argv)
+        if isinstance(study, int):
+            return study
+        from tune.study import run
+
         outcome = run(study, say, STARTED)
     except SettingsError as error:
         print("The study cannot start:", file=sys.stderr)
@@ -52,6 +84,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted before the first trial.", file=sys.stderr)
         return 130
+    from tune.results import print_summary
+
     print_summary(outcome)
     if outcome.interrupted:
         # Lanes still run in threads; one that touches Ray while the interpreter shuts it down ends the process with

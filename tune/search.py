@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,9 @@ from tune.lane import QueuedTrial
 from tune.prepare import Study
 from tune.progress import StudyLog
 from tune.results import TrialRecord, fold
-from tune.settings import first_points, load_space, searched_settings, study_directory
+from tune.samplers import GridSampler, make_sampler
+from tune.settings import SpaceError, first_points, load_space, searched_settings, study_directory
+from tune.space_check import TIMEOUT_S
 from tune.study import Layout
 
 ENDS = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
@@ -66,7 +70,13 @@ class DiskSearch(OptunaSearch):
             self._ot_trials[trial_id] = self.unfinished.pop(0)
         elif isinstance(self._sampler, GridSampler) and self._sampler.exhausted:
             return Searcher.FINISHED
-        config = super().suggest(trial_id)
+        try:
+            config = super().suggest(trial_id)
+        except (
+            SpaceError
+        ) as error:  # the trials that run may end; Optuna's open trial is the next one of a resumed study
+            self._log.space_error = self._log.space_error or str(error)
+            return Searcher.FINISHED
         assert config is not None
         number = self._numbers[trial_id] = config["number"]
         known = self._log.records.get(number)
@@ -93,37 +103,6 @@ class DiskSearch(OptunaSearch):
                 self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
             self.optuna_study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
             self._completed_trials.add(trial_id)
-
-
-class GridSampler(optuna.samplers.BruteForceSampler):
-    """Every point once, in random order, also of a space with conditions; `settings.Pinned` makes ranges discrete."""
-
-    exhausted = False
-
-    def after_trial(self, *told: Any) -> None:
-        try:
-            super().after_trial(*told)
-        except RuntimeError:  # it calls Study.stop, which only a study that runs its own objective knows
-            self.exhausted = True
-
-
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of that name, seeded."""
-    samplers = optuna.samplers
-    with warnings.catch_warnings():
-        # multivariate, group and constant_liar are marked experimental; they have been stable for years.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "tpe":
-            return samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
-        kinds = {
-            "random": samplers.RandomSampler,
-            "gp": samplers.GPSampler,
-            "cmaes": samplers.CmaEsSampler,
-            "qmc": samplers.QMCSampler,
-            "nsga2": samplers.NSGAIISampler,
-            "grid": GridSampler,
-        }
-        return kinds[name](seed=seed)
 
 
 def open_search(study: Study, log: StudyLog) -> DiskSearch:
@@ -155,7 +134,8 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
 
     def point(trial: Any) -> dict[str, Any]:
         number = trial.number - searcher.num_prior
-        chosen, decided = searched_settings(study.settings, space, trial, number)
+        with time_limit(TIMEOUT_S):
+            chosen, decided = searched_settings(study.settings, space, trial, number)
         return {"number": number, "settings": chosen, "chosen": decided}
 
     searcher = DiskSearch(
@@ -174,6 +154,23 @@ def open_search(study: Study, log: StudyLog) -> DiskSearch:
     if isinstance(searcher._sampler, GridSampler) and ended:
         searcher._sampler.after_trial(searcher.optuna_study, ended[-1], ended[-1].state, ended[-1].values)
     return searcher
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End a space that does not return. Raises SpaceError. Python runs signal handlers in the main thread only, which
+    is where Ray Tune asks its searcher."""
+
+    def stop(*_: Any) -> None:
+        raise SpaceError(f"must answer within {seconds:g} s, but does not: look for a loop without an end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 LOCK_TIMEOUT_S = 120  # how long SQLite waits for another process that has locked optuna.db
@@ -230,7 +227,7 @@ def fill_database(path: Path, study: Study, space: Any, log: StudyLog) -> None:
     settings = study.settings.study
     if settings.warm_start:
         log.say(warm_start(study, optuna_study))
-    first = first_points(settings.space, settings.first_points)
+    first = first_points(study.settings)
     for number in range(max(max(log.records, default=-1) + 1, len(first))):
         record = log.records.get(number)
         if record is None and number < len(first):  # so that trial 0 is the guide's, whatever the journal has lost
@@ -262,7 +259,8 @@ def warm_start(study: Study, optuna_study: optuna.Study) -> str:
     """Tell Optuna the completed trials of another study that fit this one's space, with their value of this study's
     goals. Returns a sentence on how many they were."""
     other = study_directory(study.settings.study.warm_start, study.settings.study.results)
-    assert other
+    if other is None:  # a study that goes on where its files are not
+        return f"Warm start: {study.settings.study.warm_start} is not on this machine; the search goes on without it"
     space, _ = load_space(study.settings.study.space)
     records = fold(read_events(other / "journal.jsonl"))
     complete = [record for record in records.values() if record.state == "COMPLETE"]
@@ -399,7 +397,11 @@ def make_scheduler(study: Study) -> SparingASHA | SparingMedian | None:
 
 def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None:
     """Run the trials that are left; `log` hears of each. A failed trial does not end the study."""
-    searcher = open_search(study, log)
+    try:
+        searcher = open_search(study, log)
+    except SpaceError as error:  # it is asked again for the trials of the journal
+        log.space_error, log.ended_by = str(error), f"the space {study.settings.study.space} {error}"
+        return
     scheduler = make_scheduler(study)
     if scheduler is not None:
         doomed = scheduler.replay(study.journal.events)
@@ -441,3 +443,5 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
     ).fit()
     if isinstance(searcher._sampler, GridSampler) and searcher._sampler.exhausted:
         log.ended_by = log.ended_by or "every point of the grid has been tried"
+    if log.space_error:
+        log.ended_by = log.ended_by or f"the space {study.settings.study.space} {log.space_error}"

@@ -279,7 +279,7 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     log = StudyLog(study, dispatcher, tracking, say)
 
     def collect() -> None:
-        outcome.records, outcome.ended_by = log.close(), log.ended_by
+        outcome.records, outcome.ended_by, outcome.space_error = log.close(), log.ended_by, log.space_error
         # A Ctrl-C in Tune's own hands ends the search without an exception.
         ended = [record for record in outcome.records if record.state != "INTERRUPTED"]
         outcome.interrupted |= not log.ended_by and len(ended) < settings.study.trials

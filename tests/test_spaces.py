@@ -1,0 +1,380 @@
+"""Search spaces of the user's own: what Optuna, a trial or the process would not survive is said before Ray starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune.prepare import Study, prepare, resume
+from tune.settings import SAMPLERS, Settings, SettingsError, SpaceError, load_space, parse, searched_settings
+from tune.space_check import corners, problems_of_space
+
+FINE = "GUIDE = {'r': 8}\ndef space(trial): return {'lora_r': trial.suggest_categorical('r', [4, 8])}\n"
+
+
+def problems_of(*argv: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        parse(argv)
+    return caught.value.problems
+
+
+def asked(folder: Path, text: str, **study: Any) -> list[str]:
+    """What is wrong with a space, asked in this process."""
+    file = folder / "mine.py"
+    file.write_text(text)
+    settings = parse([])
+    return problems_of_space(
+        dataclasses.replace(settings, study=dataclasses.replace(settings.study, space=str(file), **study))
+    )
+
+
+def returning(value: str, guide: str = "{}") -> str:
+    return f"import random, numpy as np\nGUIDE = {guide}\ndef space(trial):\n    return {value}\n"
+
+
+def asking(call: str, guide: str = "{}") -> str:
+    return f"import numpy as np\nGUIDE = {guide}\ndef space(trial):\n    x = trial.{call}\n    return {{}}\n"
+
+
+REFUSED = {
+    # Optuna's rules
+    "tuples as choices": (asking("suggest_categorical('x', [('a', 'b'), ('c',)])"), "'x' among numbers, texts"),
+    "lists as choices": (asking("suggest_categorical('x', [['a'], ['c']])"), "'x' among numbers, texts"),
+    "NumPy's integers as choices": (asking("suggest_categorical('x', [np.int64(4)])"), "'x' among numbers"),
+    "no choices": (asking("suggest_categorical('x', [])"), "'x' as Optuna allows"),
+    "NaN among choices": (asking("suggest_categorical('x', [1.0, float('nan')])"), "finite numbers"),
+    "control characters in a choice": (asking("suggest_categorical('x', ['a', 'b\\x1b[2J'])"), "control characters"),
+    "half a character in a choice": (asking("suggest_categorical('x', ['a', '\\ud800'])"), "control characters"),
+    "log range from 0": (asking("suggest_float('x', 0.0, 0.1, log=True)"), "`low > 0` must hold"),
+    "log range of whole numbers from 0": (asking("suggest_int('x', 0, 8, log=True)"), "`low >= 1` must hold"),
+    "low above high": (asking("suggest_int('x', 8, 4)"), "`low <= high` must hold"),
+    "step 0": (asking("suggest_float('x', 0, 1, step=0)"), "`step > 0` must hold"),
+    "step in a log range": (asking("suggest_float('x', 0.1, 1, step=0.1, log=True)"), "'x' as Optuna allows"),
+    "NaN as an end": (asking("suggest_float('x', float('nan'), 1)"), "'x'"),
+    "range without an end": (asking("suggest_float('x', 0, float('inf'))"), "finite numbers"),
+    "whole numbers without an end": (asking("suggest_int('x', 0, float('inf'))"), "'x' as Optuna allows"),
+    "texts as ends": (asking("suggest_float('x', 'a', 'b')"), "'x' as Optuna allows"),
+    "other choices under one name": (
+        "GUIDE = {}\ndef space(trial):\n    dora = trial.suggest_categorical('dora', [False, True])\n"
+        "    return {'lora_r': trial.suggest_categorical('r', [4, 8] if dora else [16, 32])}\n",
+        "dynamic value space",
+    ),
+    "a second range under one name": (
+        asking("suggest_float('x', 0, 1)\n    trial.suggest_float('x', 0, 2)"),
+        "ask under a second name",
+    ),
+    "a second kind under one name": (
+        asking("suggest_float('x', 0, 1)\n    trial.suggest_int('x', 0, 2)"),
+        "'x' as Optuna allows",
+    ),
+    # names
+    "a slash in a name": (asking("suggest_float('a/b', 0, 1)"), "'a/b'"),
+    "an empty name": (asking("suggest_float('', 0, 1)"), "names"),
+    "a name that is none": (asking("suggest_float(3, 0, 1)"), "asks for 3"),
+    "a name of Ray Tune's configuration": (asking("suggest_int('number', 0, 1)"), "other than number"),
+    "a name of 300 characters": (asking("suggest_int('x' * 300, 0, 1)"), "at most 250"),
+    # GUIDE
+    "GUIDE outside a range": (asking("suggest_float('x', 0, 1)", "{'x': 2}"), "GUIDE: x must be between 0 and 1"),
+    "GUIDE outside the choices": (asking("suggest_categorical('x', [4, 8])", "{'x': 5}"), "x must be one of 4, 8"),
+    "GUIDE between steps": (asking("suggest_int('x', 0, 8, step=4)", "{'x': 3}"), "in steps of 4, but got 3"),
+    "GUIDE of another type": (asking("suggest_float('x', 0, 1)", "{'x': 'a'}"), "GUIDE: x must be between"),
+    "GUIDE of NumPy": (asking("suggest_int('x', 0, 8)", "{'x': np.int64(4)}"), "GUIDE must hold plain values"),
+    "GUIDE with a name that is none": (asking("suggest_int('x', 0, 8)", "{3: 4}"), "GUIDE must have texts as names"),
+    "GUIDE with a stray name": (asking("suggest_int('x', 0, 8)", "{'y': 4}"), "has y"),
+    # what is returned
+    "nothing": (returning("None"), "must return a dict"),
+    "a list": (returning("[('lora_r', 8)]"), "must return a dict"),
+    "an unknown setting": (returning("{'lora_rank': 8}"), "'lora_rank'"),
+    "a setting without a name": (returning("{None: 8}"), "unknown setting None"),
+    "epochs of 2.5": (returning("{'num_train_epochs': 2.5}"), "`num_train_epochs` must be a whole number"),
+    "a whole float": (returning("{'num_train_epochs': 3.0}"), "`num_train_epochs` must be a whole number"),
+    "a rank as text": (returning("{'lora_r': '8'}"), "`lora_r` must be a whole number"),
+    "True as a rank": (returning("{'lora_r': True}"), "`lora_r` must be a whole number"),
+    "1 as a switch": (returning("{'use_dora': 1}"), "`use_dora` must be true or false"),
+    "NumPy's integer": (returning("{'lora_r': np.int64(8)}"), "`lora_r` must be a whole number"),
+    "NumPy's array": (returning("{'lora_r': np.arange(3)}"), "`lora_r` must be a whole number"),
+    "NaN": (returning("{'learning_rate': float('nan')}"), "`learning_rate` must be a number"),
+    "a huge rank": (returning("{'lora_r': 10**9}"), "from 1 to 16,384"),
+    "a number that cannot be printed": (returning("{'lora_r': 10**6000}"), "`--space`"),
+    "modules as one text": (returning("{'lora_target_modules': 'q_proj'}"), "must be a list of texts"),
+    "no modules": (returning("{'lora_target_modules': []}"), "must name a layer"),
+    "a regular expression": (returning("{'lora_exclude_patterns': ['(a+)+$']}"), "no regular expression"),
+    "nothing to train": (returning("{'use_lora': False}"), "leaves nothing to train"),
+    "other settings each time": (returning("{'learning_rate': random.random() / 100 + 1e-4}"), "the same settings for"),
+    # what is raised
+    "an error": (returning("1 / 0"), "raised ZeroDivisionError"),
+    "an error at one end": (
+        "GUIDE = {}\ndef space(trial): return {'lora_r': 64 // (8 - trial.suggest_int('x', 1, 8))}\n",
+        "raised ZeroDivisionError",
+    ),
+    "an error in the middle": (
+        "GUIDE = {}\ndef space(trial):\n    x = trial.suggest_int('x', 1, 4)\n    return {'lora_r': 8 // (x != 2)}\n",
+        "raised ZeroDivisionError",
+    ),
+    "a failed look-up": (returning("{'lora_r': GUIDE['r']}"), "raised KeyError"),
+    "an exit": (returning("exit(0)"), "raised SystemExit"),
+    "an exit of sys": (returning("__import__('sys').exit(0)"), "raised SystemExit"),
+    "recursion": (returning("space(trial)"), "raised RecursionError"),
+    "a method that is none": (asking("suggest_choice('x', [1])"), "raised AttributeError"),
+    "a wrong call": (asking("suggest_float('x')"), "'x' as Optuna allows"),
+    # the file
+    "an exit of the file": ("import sys; sys.exit(0)", "raised SystemExit"),
+    "an error of the file": ("raise OSError('no')", "raised OSError"),
+    "no Python": ("syntax(", "raised SyntaxError"),
+    "NUL": ("GUIDE = {}\0", "raised"),
+    "no space": ("GUIDE = {}", "must define"),
+    "a GUIDE that is no dict": ("GUIDE = 3\ndef space(trial): return {}", "must define"),
+    "a space that is no function": ("GUIDE = {}\nspace = 3", "must define"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_space_that_cannot_be_searched(tmp_path: Path, text: str, words: str) -> None:
+    problems = asked(tmp_path, text)
+    assert words in "\n".join(problems) and all("`--space`" in problem and "\n" not in problem for problem in problems)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "gp"])  # which loads torch
+def test_a_space_that_can(tmp_path: Path, sampler: str) -> None:
+    text = (
+        "import functools, warnings\nGUIDE = {'r': 8, 'modules': 'q_proj,v_proj'}\n"
+        "def make(trial, alpha):\n"
+        "    warnings.warn('a note of its own')\n"
+        "    print('and a line')\n"
+        "    modules = trial.suggest_categorical('modules', ['q_proj,v_proj', 'q_proj', None])\n"
+        "    found = {'lora_r': trial.suggest_categorical(name='r', choices=[4, 8]), 'lora_alpha': alpha}\n"
+        "    if modules: found['lora_target_modules'] = modules.split(',')\n"
+        "    if trial.suggest_categorical('train_projector', [False, True]):\n"
+        "        found['projector_learning_rate'] = trial.suggest_float('rate', 1e-5, 1e-3, log=True)\n"
+        "    found['num_train_epochs'] = trial.suggest_int('epochs', 1, 3)\n"
+        "    return found\n"
+        "space = functools.partial(make, alpha=16)\n"
+    )
+    assert asked(tmp_path, text, sampler=sampler) == []
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "schedule"])
+def test_shipped_spaces(name: str) -> None:
+    settings = parse(["--space", name])
+    assert len({json.dumps(dataclasses.asdict(trial)) for trial in corners(settings)}) == 3
+
+
+APART = {
+    "os._exit": (returning("__import__('os')._exit(0)"), "ended the process"),
+    "os._exit of the file": ("import os\nos._exit(0)", "ended the process"),
+    "a signal": (returning("__import__('os').kill(__import__('os').getpid(), 9)"), "ended the process"),
+    "a loop": (returning("[1 for _ in iter(int, 1)]"), "within 3 s"),
+    "a loop of the file": ("while True: pass", "within 3 s"),
+    "a question": (returning("{'lora_r': int(input())}"), "raised EOFError"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), APART.values(), ids=APART)
+def test_a_space_that_would_take_the_process_along(tmp_path: Path, monkeypatch, text: str, words: str) -> None:
+    if "within" in words:
+        monkeypatch.setattr("tune.space_check.TIMEOUT_S", 3.0)
+    (tmp_path / "mine.py").write_text(text)
+    (problem,) = problems_of("--space", str(tmp_path / "mine.py"))
+    assert words in problem
+
+
+def test_a_space_that_prints_and_other_problems_come_together(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("print('[]')\n" + returning("{'lora_r': print('{}') or 0}"))
+    problems = problems_of("--space", str(tmp_path / "mine.py"), "--trials", "0")
+    assert ["--trials" in problem for problem in problems] == [True, False] and "`lora_r`" in problems[1]
+
+
+def test_files_that_are_no_spaces(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    (tmp_path / "folder.py").mkdir()
+    os.symlink("/dev/zero", tmp_path / "zero.py")
+    os.symlink("nowhere.py", tmp_path / "dangling.py")
+    (tmp_path / "large.py").write_bytes(b"#" * 10_000_001)
+    for name in ("pipe.py", "folder.py", "zero.py", "dangling.py", "none.py", "large.py"):
+        assert "`--space` must" in problems_of("--space", str(tmp_path / name))[0]
+    for name in ("os", "lora.x", "../lora", "__init__", "x" * 300, "test_spaces"):
+        assert "`--space`" in problems_of("--space", name)[0]
+
+
+def test_first_points_are_inside_the_ranges(tmp_path: Path) -> None:
+    points = [{"lora_r": 8}, {"lora_r": 5, "learning_rate": 1.0}, {"lora_rank": 8}, {"lora_r": [8]}, {"lora_r": None}]
+    (tmp_path / "points.json").write_text(json.dumps(points))
+    text = "\n".join(problems_of("--first-points", str(tmp_path / "points.json")))
+    assert "point 0" not in text and "point 1: lora_r must be one of" in text and "point 1: learning_rate" in text
+    assert "point 3: lora_r" in text and "point 4: lora_r" in text
+
+
+def test_an_error_of_optunas_storage_is_not_the_spaces(tmp_path: Path) -> None:
+    class Trial:
+        def suggest_categorical(self, name: str, choices: Any) -> None:
+            raise RuntimeError("database is locked")
+
+    (tmp_path / "mine.py").write_text(FINE)
+    space, _ = load_space(str(tmp_path / "mine.py"))
+    with pytest.raises(RuntimeError, match="locked"):
+        searched_settings(parse([]), space, Trial())
+
+
+def test_a_space_that_fails_while_the_study_runs() -> None:
+    """The searcher ends the search; what it does not survive is not hidden."""
+    from tune.search import time_limit
+
+    def fails(trial: Any) -> dict[str, Any]:
+        raise SystemExit(0)
+
+    with pytest.raises(SpaceError, match="raised SystemExit"):
+        searched_settings(parse([]), fails, None)
+
+    def loops(trial: Any) -> dict[str, Any]:
+        while True:
+            time.sleep(0.01)
+
+    with pytest.raises(SpaceError, match=r"within 0.2 s"), time_limit(0.2):
+        searched_settings(parse([]), loops, None)
+
+
+# ------------------------------------------------------------------------------------------------ order of trust
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch) -> Study:
+    """A study with a space of its own, begun here; its first points are a file."""
+    from tune.study import write_plan
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "mine.py").write_text(FINE + "open('ran', 'a').write('x')\n")
+    (tmp_path / "points.json").write_text('[{"r": 4}]')
+    argv = ["--space", "mine.py", "--num-phantoms", "30", "--name", "s", "--first-points", "points.json"]
+    study = prepare(parse(argv), lambda text: None)
+    write_plan(study)
+    study.lock._file.close()
+    load_anew()
+    (tmp_path / "ran").unlink()
+    return study
+
+
+def load_anew() -> None:
+    """As another process would."""
+    from tune.settings import read_source, run_source
+
+    read_source.cache_clear()
+    run_source.cache_clear()
+
+
+def resumed(*argv: str) -> Settings:
+    load_anew()
+    return parse(["--resume", "s", *argv])
+
+
+def test_a_study_of_this_user_goes_on_without_its_points_file(begun: Study, tmp_path: Path) -> None:
+    (tmp_path / "points.json").unlink()
+    settings = resumed()
+    assert settings.first_points == ({"r": 4},) and settings.study.space == str(tmp_path / "mine.py")
+    again = resume(settings, print)
+    assert again.plan["first_points"] == ({"r": 4},)
+
+
+def test_a_space_that_has_changed_does_not_run(begun: Study, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("open('ran', 'a').write('x')\n" + FINE)
+    for argv in ([], ["--space", "mine.py"]):
+        load_anew()
+        (problem,) = problems_of("--resume", "s", *argv)
+        assert "must have the content that the study was begun with" in problem
+    (tmp_path / "mine.py").unlink()
+    load_anew()
+    assert "must be an existing Python file" in problems_of("--replay", "s")[0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_strangers_space_does_not_run_before_it_is_named(begun: Study, tmp_path: Path, monkeypatch) -> None:
+    """The stranger's plan names the hash of the stranger's space."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    for command in ("--resume", "--replay"):
+        load_anew()
+        (problem,) = problems_of(command, "s")
+        assert "must be given" in problem and f"--space {tmp_path / 'mine.py'}" in problem
+    assert not (tmp_path / "ran").exists()
+    elsewhere = tmp_path / "elsewhere.py"
+    elsewhere.write_bytes((tmp_path / "mine.py").read_bytes())
+    (tmp_path / "mine.py").unlink()
+    settings = resumed("--space", "elsewhere.py")
+    assert settings.study.space == str(elsewhere) and (tmp_path / "ran").exists()
+    resume(settings, print).lock._file.close()
+    assert parse(["--resume", "s", "--space", "elsewhere.py"])
+    assert "existing Python file" in problems_of("--resume", "s")[0]  # plan.json is written when the study starts
+
+
+def test_a_compiled_file_beside_a_space_is_not_run(begun: Study, tmp_path: Path) -> None:
+    import importlib.util
+    import py_compile
+
+    (tmp_path / "evil.py").write_text("raise AssertionError('a compiled file ran')")
+    place = importlib.util.cache_from_source(str(tmp_path / "mine.py"))
+    py_compile.compile(
+        str(tmp_path / "evil.py"), place, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+    assert resumed().study.name == "s"
+
+
+def test_a_shipped_space_is_not_exchanged(begun: Study) -> None:
+    assert "must have the content" in problems_of("--resume", "s", "--space", "lora")[0]
+
+
+# ------------------------------------------------------------------------------------------------ plan.json
+
+
+def plan_with(change: Any) -> bytes:
+    plan = json.loads(Path("results/s/plan.json").read_text())
+    change(plan)
+    return json.dumps(plan).encode()
+
+
+PLANS = {
+    "empty": lambda plan: b"",
+    "cut": lambda plan: plan[: len(plan) // 2],
+    "zeros": lambda plan: bytes(len(plan)),
+    "no UTF-8": lambda plan: b"\xff" + plan,
+    "a list": lambda plan: b"[1]",
+    "deep": lambda plan: b"[" * 100_000,
+    "without settings": lambda plan: plan_with(lambda p: p.pop("settings")),
+    "settings as text": lambda plan: plan_with(lambda p: p.update(settings="x")),
+    "a part as a list": lambda plan: plan_with(lambda p: p["settings"].update(study=[])),
+    "a part missing": lambda plan: plan_with(lambda p: p["settings"].pop("data")),
+    "trials as text": lambda plan: plan_with(lambda p: p["settings"]["study"].update(trials="20")),
+    "epochs of 2.5": lambda plan: plan_with(lambda p: p["settings"]["trial"].update(num_train_epochs=2.5)),
+    "space as a number": lambda plan: plan_with(lambda p: p["settings"]["study"].update(space=3)),
+    "metric as an object": lambda plan: plan_with(lambda p: p["settings"]["study"].update(metric={})),
+    "an unknown setting": lambda plan: plan_with(lambda p: p["settings"]["model"].update(rank=3)),
+    "pinned as text": lambda plan: plan_with(lambda p: p["settings"].update(pinned="lora_r")),
+    "pinned nonsense": lambda plan: plan_with(lambda p: p["settings"].update(pinned=["x", {}])),
+    "points as text": lambda plan: plan_with(lambda p: p.update(first_points="x")),
+    "a point as a number": lambda plan: plan_with(lambda p: p.update(first_points=[3])),
+}
+
+
+@pytest.mark.parametrize("damage", PLANS.values(), ids=PLANS)
+def test_a_damaged_plan(begun: Study, damage: Any) -> None:
+    path = Path("results/s/plan.json")
+    path.write_bytes(damage(path.read_bytes()))
+    for command in ("--resume", "--replay"):
+        problems = problems_of(command, "s", "--results", "results")
+        assert all("plan.json" in problem for problem in problems)
+
+
+def test_an_older_plan_gets_newer_settings_by_default(begun: Study) -> None:
+    path = Path("results/s/plan.json")
+
+    def older(plan: dict[str, Any]) -> None:
+        del plan["first_points"], plan["settings"]["study"]["lanes_per_gpu"], plan["settings"]["trial"]["torch_compile"]
+
+    path.write_bytes(plan_with(older))
+    settings = resumed()
+    assert settings.study.lanes_per_gpu == 1 and settings.trial.torch_compile is False
+    assert settings.first_points == ({"r": 4},)  # from the file, as then
