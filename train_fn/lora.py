@@ -139,10 +139,11 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
     if problems := target_problems(base, settings):
         raise ValueError("; ".join(problems))
     torch.manual_seed(settings.seed)
-    wanted = wanted_modules(base, settings)
+    wanted = wanted_modules(base, settings) if settings.use_lora else set()
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(attached(base, lora_config(base, settings)))
-        if other := wanted ^ {name.removeprefix("base_model.model.") for name in adapter_layers(model)}:
+        adapted_modules = {name.removeprefix("base_model.model.") for name in adapter_layers(model)}
+        if settings.use_lora and (other := wanted ^ adapted_modules):
             raise ValueError(f"the adapter must be on the modules that the settings name, but differs in {min(other)}")
         if not settings.use_lora:  # the adapter stays what it begins as, without effect
             model.requires_grad_(False)

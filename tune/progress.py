@@ -33,6 +33,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         self.running: set[int] = set()  # of this session
         self.ended_by = ""
         self.space_error = ""  # why the search space gave no further trial
+        self.study_error = ""  # an error that ended the search and that no trial is to blame for
         self.heard = -1  # events at the last look at the budgets
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +63,8 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number, last = trial.config["number"], trial.last_result
         if "study_error" in last:  # the trial is not to blame: a session that goes on runs it again
-            self.ended_by = self.ended_by or last["study_error"]
+            self.study_error = last["study_error"]
+            self.ended_by = self.ended_by or self.study_error
         elif "error" in last:
             self.end(number, "FAILED", last["error"], last["device_s"])
         else:
