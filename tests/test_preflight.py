@@ -141,7 +141,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "a tokenizer and a processor that load"),
     "no chat template": (lambda model: (model / "chat_template.jinja").unlink(), "chat template must render"),
     "a template that is broken": (written("chat_template.jinja", "{% for %}"), "chat template must render"),
-    "a template without the question": (written("chat_template.jinja", "<|image_pad|>"), "must write the question, but leaves out"),
+    "a template without the question": (
+        written("chat_template.jinja", "<|image_pad|>"),
+        "must write the question, but leaves out",
+    ),
     "a template that raises": (
         written("chat_template.jinja", "{{ raise_exception('no system turn') }}"),
         "no system turn",
