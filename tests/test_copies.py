@@ -166,3 +166,119 @@ def test_cached_hash_file_may_be_missing(tmp_path: Path, image) -> None:
     path = tmp_path / "a.png"
     image.save(path)
     assert hash_images([str(path)], tmp_path / "nowhere" / "cache.json")[0] == perceptual_hash(image)
+
+
+# ------------------------------------------------------------------------------------------------ lookalikes
+
+
+def eye_ground(number: int, size: int = 96) -> Image.Image:
+    """A right eye's: a disc on black with its own colour, vessels and spots, all at about the same place."""
+    rng = np.random.default_rng(number)
+    image = Image.new("RGB", (size, size))
+    draw = ImageDraw.Draw(image)
+    radius, x, y = size * rng.uniform(0.43, 0.48), size / 2 + rng.uniform(-2, 2), size / 2 + rng.uniform(-2, 2)
+    base = (int(rng.uniform(130, 210)), int(rng.uniform(50, 95)), int(rng.uniform(15, 45)))
+    draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=base)
+    disc_x, disc_y = x + radius * rng.uniform(0.35, 0.5), y + radius * rng.uniform(-0.12, 0.12)
+    for _ in range(10):
+        at_x, at_y, angle = disc_x, disc_y, rng.uniform(0, 2 * np.pi)
+        while (at_x - x) ** 2 + (at_y - y) ** 2 < radius**2:
+            to_x, to_y = at_x + 3 * np.cos(angle), at_y + 3 * np.sin(angle)
+            draw.line([at_x, at_y, to_x, to_y], fill=tuple(value // 2 for value in base), width=int(rng.integers(1, 3)))
+            at_x, at_y, angle = to_x, to_y, angle + rng.normal(0, 0.18)
+    draw.ellipse([disc_x - 6, disc_y - 6, disc_x + 6, disc_y + 6], fill=(240, 200, 130))
+    return image
+
+
+def saved(folder: Path, images: list[Image.Image]) -> list[str]:
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    return [str(folder / f"{number}.png") for number in range(len(images))]
+
+
+def test_eyes_are_alike_but_their_copies_are_found(tmp_path) -> None:
+    eyes = [eye_ground(number) for number in range(120)]
+    copies = [ImageEnhance.Brightness(marked(eye)).enhance(1.1).resize((130, 130)) for eye in eyes[:10]]
+    paths = saved(tmp_path, eyes + copies)
+    by_hash = near_pairs(hash_images(paths, tmp_path / "cache.json"))
+    found = set(map(tuple, copy_pairs(paths, cache=tmp_path / "cache.json").tolist()))
+    assert len(by_hash) > 100  # the hash alone joins most of them into one group
+    assert {(number, 120 + number) for number in range(10)} <= found and len(found) <= 20
+
+
+def test_tiny_images_are_copies_only_when_they_are_equal(tmp_path) -> None:
+    """Eight pixels of a written seven tell little: those of two hands are alike."""
+    rng = np.random.default_rng(0)
+    seven = np.zeros((8, 8))
+    seven[1, 1:7], seven[range(2, 8), [6, 5, 5, 4, 4, 3]] = 200, 200
+    digits = [Image.fromarray((seven + rng.uniform(0, 50, (8, 8))).astype(np.uint8)) for _ in range(40)]
+    paths = saved(tmp_path, [*digits, digits[3]])
+    assert len(near_pairs(hash_images(paths, tmp_path / "cache.json"))) > 20
+    assert copy_pairs(paths, cache=tmp_path / "cache.json").tolist() == [[3, 40]]
+
+
+def test_nearly_uniform_images_are_copies_only_when_they_are_equal(tmp_path) -> None:
+    black = [Image.new("L", (64, 64), 0) for _ in range(3)]
+    for number, image in enumerate(black[1:], 1):
+        ImageDraw.Draw(image).point((10 * number, 20), 255)  # a spot in another place
+    grey = [Image.new("L", (64, 64), level) for level in (0, 40, 120)]
+    paths = saved(tmp_path, black + grey)
+    assert copy_pairs(paths, cache=tmp_path / "cache.json").tolist() == [[0, 3]]
+
+
+def test_copies_are_found_in_any_small_set_and_among_frames_of_one_film(tmp_path, image) -> None:
+    other = Image.fromarray(phantom(np.random.default_rng(5), 2)[0])
+    paths = saved(tmp_path, [image, marked(image), other])
+    assert copy_pairs(paths[:2]).tolist() == copy_pairs(paths).tolist() == [[0, 1]]
+    pixels, rng = np.asarray(image, float), np.random.default_rng(0)
+    frames = [np.roll(pixels, step // 4, 0) + rng.normal(0, 8, pixels.shape) for step in range(30)]
+    film = [Image.fromarray(frame.clip(0, 255).astype(np.uint8)) for frame in frames]
+    others = [Image.fromarray(phantom(np.random.default_rng(number), number % 3)[0]) for number in range(10, 40)]
+    pairs = copy_pairs(saved(tmp_path, film + others), cache=tmp_path / "cache.json")
+    assert np.bincount(copy_groups(60, pairs)).tolist() == [30] + [1] * 30
+
+
+def test_the_distance_is_the_callers(tmp_path, image) -> None:
+    paths = saved(tmp_path, [image, image, marked(image)])
+    assert len(copy_pairs(paths)) == 3 and len(copy_pairs(paths, -1)) == 0
+    assert copy_pairs(paths, 0).tolist()[0] == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------ several questions
+
+
+def test_two_questions_about_an_image_are_no_contradiction(tmp_path) -> None:
+    images = [Image.fromarray(phantom(np.random.default_rng(number), number % 3)[0]) for number in range(24)]
+    paths = saved(tmp_path, [*images, marked(images[1])])
+    asked = [("Is a mass visible?", lambda kind: kind > 0), ("Is it malignant?", lambda kind: kind == 2)]
+    entries = [
+        {"image": path, "text": text, "answer": ("no", "yes")[holds(number % 3)], "label": holds(number % 3)}
+        for number, path in enumerate(paths)
+        for text, holds in asked
+    ]
+    entries[-1] |= {"answer": "yes", "label": True}  # of the copy, which is no image of a cancer
+    options = {"val_fraction": 0.2, "test_fraction": 0.2, "seed": 0, "hash_cache": tmp_path / "cache.json"}
+    _, sound, _ = make_splits(entries[:48], None, None, contradictions="drop", **options)
+    assert (sound.contradictions, sound.num_left_out, sound.num_images, sound.num_grouped) == ((), 0, 24, 0)
+    assert sound.leaked == {"validation": 0, "test": 0} and sound.leaked_if_random == 0
+    splits, report, _ = make_splits(entries, None, None, contradictions="drop", **options)
+    assert len(report.contradictions) == 1 and report.num_left_out == 4 and report.num_images == 25
+    parts = [{sample.image for sample in part} for part in (splits.train, splits.validation, splits.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 23
+    unlike = [dict(entry) for entry in entries[:48]]
+    unlike[1]["text"] = unlike[0]["text"] = "is a mass  visible?"  # one question, written twice
+    unlike[0] |= {"answer": "yes", "label": True}
+    assert len(make_splits(unlike, None, None, **options)[1].contradictions) == 1
+
+
+def test_a_group_that_holds_much_of_the_set_is_told(tmp_path, image) -> None:
+    others = [Image.fromarray(phantom(np.random.default_rng(number), number % 3)[0]) for number in range(12)]
+    paths = saved(tmp_path, [*others, *[image.rotate(0.1 * step) for step in range(12)]])
+    entries = [{"image": path, "text": "?", "answer": "yn"[n % 2], "label": n % 2} for n, path in enumerate(paths)]
+    options = {"val_fraction": 0.2, "test_fraction": 0.2, "seed": 0, "hash_cache": tmp_path / "cache.json"}
+    _, report, _ = make_splits(entries, None, None, **options)
+    assert report.largest_group >= 12
+    assert any("one group" in text and "--copies-distance" in text for text in report.sentences())
+    splits, report, _ = make_splits(entries, None, None, copies_distance=-1, **options)
+    assert (report.num_pairs, len(splits.validation), len(splits.test)) == (0, 4, 4)
+    assert not any("one group" in text for text in report.sentences())

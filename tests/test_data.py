@@ -104,6 +104,41 @@ def test_contradictions_are_named() -> None:
     assert len(problems) == 2 and "label 1" in problems[0] and "'Malignant'" in problems[1]
 
 
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ("Benign", "Benign ", "benign"),
+        ("Benign tumour", "Benign  tumour"),
+        ("Malignität", "Malignita\u0308t"),  # composed and decomposed
+        ("Ｂenign", "Benign"),  # full width
+        ("Benign", "Benign\u200b"),  # a space without width
+        ("STRASSE", "Straße"),
+    ],
+)
+def test_answers_that_differ_in_how_they_are_written_are_refused(variants) -> None:
+    answers = [*variants, "Normal"] * 6
+    candidates, (problem,) = answer_set([entry(answer=answer, label=answer) for answer in answers])
+    assert candidates == () and "must be written alike" in problem and "make them equal" in problem
+    assert all(f"{answer!r} (6x)" in problem for answer in variants) and "Normal" not in problem
+
+
+def test_many_variants_of_few_answers_are_not_an_open_set() -> None:
+    answers = [f"{' ' * spaces}{answer}" for answer in ("Normal", "Benign") for spaces in range(15)] * 2
+    assert len(answer_set([entry(answer=answer, label=answer) for answer in answers])[1]) == 2
+
+
+def test_free_answers_may_be_written_as_one_likes() -> None:
+    answers = [f"text {number}" for number in range(30)] + ["Text 1", "text 2 "]
+    assert answer_set([entry(answer=answer, label=answer) for answer in answers]) == ((), [])
+
+
+@pytest.mark.parametrize("text", ["a\0b", "half \ud83d"])
+@pytest.mark.parametrize("key", ["text", "answer", "label"])
+def test_characters_that_no_tokenizer_takes(folder, key, text) -> None:
+    (problem,) = read(folder, [entry() | {key: text}])
+    assert f"must hold Unicode text, but {key}=" in problem
+
+
 def test_open_answers_are_no_closed_set() -> None:
     assert answer_set([entry(answer=f"text {n}", label=n) for n in range(30)]) == ((), [])
 

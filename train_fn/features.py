@@ -60,6 +60,7 @@ def features_key(tower: torch.nn.Module, tower_config: Any, image_processor: Any
             inspect.getsource(type(image_processor)),
             f"torch {torch.__version__}, transformers {transformers.__version__}, Pillow {PIL.__version__}",
             f"{device.type}: {place}",
+            "pixels: upright",  # how `images.read_image` reads them
         ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -23,7 +23,7 @@ from train_fn.checkpoint import file_problems, resolve_model
 from train_fn.data import Sample, read_manifest, shorten
 from train_fn.files import DamagedFile, replace_folder
 from train_fn.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
-from train_fn.preflight import text_problems
+from train_fn.preflight import checked_processor, text_problems
 from train_fn.settings import DTYPES, ModelSettings
 
 if TYPE_CHECKING:
@@ -137,10 +137,15 @@ def predict_lines(
         InputError: the base cannot be loaded, or a question or candidate cannot be put to it.
         BadAdapter: the adapter is damaged or does not fit the base.
     """
+    find_base(settings)
+    try:
+        processor = checked_processor(settings)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if problems := text_problems(processor, [sample.text for sample in samples], candidates):
+        raise InputError("; ".join(problems))
     # Images that are looked at once need not be kept in the store of features.
     with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:
-        if problems := text_problems(base.processor, [sample.text for sample in samples], candidates):
-            raise InputError("; ".join(problems))
         for sample in samples:
             line: dict[str, Any] = {"image": sample.image}
             try:

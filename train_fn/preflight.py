@@ -33,23 +33,31 @@ def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits)
     Importing transformers takes 3 s of the 4 s that this takes; a fault found here saves the start of Ray and of every
     lane, and a failed trial each.
     """
-    directory = resolve_model(settings.model)
-    where = f"`--model` {settings.model!r}"
-    if problems := file_problems(directory):
-        return [f"{where}: {problem}" for problem in problems]
-    from train_fn.model import load_processor
-
+    if problems := file_problems(resolve_model(settings.model)):
+        return [f"`--model` {settings.model!r}: {problem}" for problem in problems]
     try:
-        processor = load_processor(directory, settings)
-    except Exception as error:  # tokenizers and processors raise anything for files that they cannot use
-        return [f"{where} must have a tokenizer and a processor that load, but {told(error)}: fetch the model again"]
+        processor = checked_processor(settings)
+    except ValueError as error:
+        return [str(error)]
     samples = [*splits.train, *splits.validation, *splits.test]
     problems = text_problems(
         processor, [s.text for s in samples], [s.answer for s in samples], closed=bool(splits.candidates)
     )
-    if problems:
-        return problems
-    return [*skeleton_problems(settings, trial, processor), *processed_image_problems(processor, samples)]
+    images = [] if problems else processed_image_problems(processor, samples)  # they are processed with their question
+    return [*problems, *images, *skeleton_problems(settings, trial, processor)]
+
+
+def checked_processor(settings: ModelSettings) -> Any:
+    """The base's processor. Raises ValueError, with rule, value and fix, when it does not load."""
+    from train_fn.model import load_processor
+
+    try:
+        return load_processor(resolve_model(settings.model), settings)
+    except Exception as error:  # tokenizers and processors raise anything for files that they cannot use
+        raise ValueError(
+            f"`--model` {settings.model!r} must have a tokenizer and a processor that load, but {told(error)}: fetch "
+            f"the model again"
+        ) from error
 
 
 def told(error: Exception) -> str:
@@ -70,13 +78,10 @@ def skeleton_problems(settings: ModelSettings, trial: TrialSettings, processor: 
     except Exception as error:  # a configuration is a stranger's, and transformers raises anything for it
         where = f"`--model` {settings.model!r}"
         return [f"{where} must be a model that transformers can build, but {told(error)}: fetch the model again"]
-    parts: dict[str, str] = {}
+    parts: dict[str, Any] = {}
     problems = []
-    for field, names in (
-        ("vision_tower", VISION_TOWERS),
-        ("projector", PROJECTORS),
-        ("language_model", LANGUAGE_MODELS),
-    ):
+    usual = {"vision_tower": VISION_TOWERS, "projector": PROJECTORS, "language_model": LANGUAGE_MODELS}
+    for field, names in usual.items():
         try:
             parts[field] = find_part(model, names, field.replace("_", " "), getattr(settings, field))
         except ValueError as error:
