@@ -27,7 +27,7 @@ from studies import ROOT
 
 from train_fn.storage import Storage
 from tune.journal import Event, Journal, read_events
-from tune.tracking import Tracking, bare, target_of
+from tune.tracking import Tracking, strip_credentials, target_of
 
 LONG = "x" * 2000
 
@@ -189,8 +189,9 @@ def begin_tracking(directory: Path, events: list[Event]) -> Tracking:
 
 
 def told(directory: Path) -> int:
-    path = directory / "tracking.json"
-    return json.loads(path.read_text())["mlflow"] if path.exists() else 0
+    path, plan = directory / "tracking.json", json.loads((directory / "plan.json").read_text())
+    stores = json.loads(path.read_text())["stores"] if path.exists() else {}
+    return stores.get(plan["tracking_uri"], {}).get("next", 0)
 
 
 def wait_until_told(directory: Path, count: int) -> None:
@@ -200,9 +201,10 @@ def wait_until_told(directory: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def sync(directory: Path, *options: str) -> subprocess.CompletedProcess:
+def sync(directory: Path, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tune.tracking", "sync", str(directory), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"} | (env or {})
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 def stored(uri: str, experiment: str) -> dict[str, Any]:
@@ -349,22 +351,21 @@ def test_a_server_that_stays_away_and_sync(server, study, undisturbed, tmp_path)
     before = time.perf_counter()
     assert tracking.close(timeout_s=20) == {"mlflow": len(events) - 12}
     assert time.perf_counter() - before < 20
-    refused = sync(directory)
+    refused = sync(directory, env={"MLFLOW_TRACKING_URI": server.uri})
     assert refused.returncode == 1 and f"{len(events) - 12} records wait" in refused.stdout, refused
     assert told(directory) == 12
     server.start()
     for back in (0, 0, 3, len(events)):  # delivered; nothing to do; a kill before the cursor was written; all again
         (directory / "tracking.json").write_text(json.dumps({"mlflow": told(directory) - back}))
-        done = sync(directory)
+        done = sync(directory, "--mlflow-uri", server.uri)
         assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
         assert stored(server.uri, "away") == undisturbed
 
 
 def test_a_store_that_was_lost_is_told_everything_again(study, undisturbed, tmp_path) -> None:
-    """As with the head of a cluster and its sqlite file; a tracking.json that cannot be written costs nothing."""
+    """As with the head of a cluster and its sqlite file."""
     directory = copy_of(study, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "lost")
     (directory / "tracking.json").write_text(json.dumps({"mlflow": len(read_events(directory / "journal.jsonl"))}))
-    (directory / "tracking.partial").mkdir()
     done = sync(directory)
     assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
     found = stored(f"sqlite:///{tmp_path}/mlflow.db", "lost")
@@ -444,7 +445,7 @@ def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_pa
     ],
 )
 def test_a_uri_is_shown_without_its_credentials(uri, shown) -> None:
-    assert bare(uri) == shown
+    assert strip_credentials(uri) == shown
 
 
 @pytest.mark.parametrize(
@@ -493,11 +494,11 @@ def test_no_secret_is_written_down_or_told(server, study, tmp_path, monkeypatch,
     assert "SECRET" not in repr(stored(server.uri, "secret")) + told.out + told.err
 
 
-def test_a_store_that_refuses_is_named_without_its_credentials(study, tmp_path, monkeypatch) -> None:
+def test_a_store_that_refuses_is_named_without_its_credentials(study, tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://somebody:SECRET@"))
-        refused = sync(copy_of(study, tmp_path, uri, "nobody"))
+        whole = {"MLFLOW_TRACKING_URI": uri.replace("://", "://somebody:SECRET@")}
+        refused = sync(copy_of(study, tmp_path, uri, "nobody"), env=whole)
     assert refused.returncode == 1 and "cannot be reached" in refused.stdout and "127.0.0.1" in refused.stdout
     assert "SECRET" not in refused.stdout + refused.stderr

@@ -24,7 +24,8 @@ from tune.journal import Journal, StudyLock
 from tune.provenance import base_hash, data_hash, git_state
 from tune.results import Goal
 from tune.settings import Settings, SettingsError, flag, goal, load_space, study_directory
-from tune.tracking import tracking_uri
+from tune.store_check import check_store
+from tune.uris import tracking_uri
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems.append(
             f"`--name` must be new, but {directory} holds a study: choose another name, or go on with --resume {name}"
         )
+    problems += check_store(settings, directory, tracking_uri(settings.study.mlflow_uri), say)
     if not problems:
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from typing import Any
 from train_fn.metrics import MODES
 from train_fn.settings import DTYPES, ModelSettings, TrialSettings
 from train_fn.storage import Storage
-from tune.tracking import bare
+from tune.uris import scrub, strip_credentials
 
 SCHEDULERS = ("asha", "median", "none")
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
@@ -41,8 +41,8 @@ class SettingsError(Exception):
     """The command line or what it names is wrong; holds every problem found."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [scrub(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +382,7 @@ def check(settings: Settings) -> list[str]:
     goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and is not needed again
     found: list[str] = []
     given = {**vars(study), **vars(data), **vars(model)}
-    given |= {name: bare(given[name]) for name in ("storage", "mlflow_uri")}
+    given |= {name: strip_credentials(given[name]) for name in ("storage", "mlflow_uri")}
 
     def rule(name: str, holds: object, text: str, fix: str) -> None:
         if not holds:
