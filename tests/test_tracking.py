@@ -190,8 +190,10 @@ def begin_tracking(directory: Path, events: list[Event]) -> Tracking:
 
 def told(directory: Path) -> int:
     path, plan = directory / "tracking.json", json.loads((directory / "plan.json").read_text())
-    stores = json.loads(path.read_text())["stores"] if path.exists() else {}
-    return stores.get(plan["tracking_uri"], {}).get("next", 0)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if "mlflow" in content:  # the first version's form
+        return content["mlflow"]
+    return content.get("stores", {}).get(plan["tracking_uri"], {}).get("next", 0)
 
 
 def wait_until_told(directory: Path, count: int) -> None:

@@ -201,6 +201,7 @@ class MLflowSink:
         self.target = target
         self.path = local_path(target.uri)
         self.refused: list[Refusal] = []
+        self.left_out: set[str] = set()  # files that events name, but the folder lacks
         self.runs: dict[str, str] = {}
         self.when = 0  # ms of the event that is delivered: a run that is recorded late was not begun late
         self.client: MlflowClient = self._open(lambda: MlflowClient(target.uri))
@@ -430,34 +431,35 @@ class MLflowSink:
         self._try("note", lambda: self.client.set_tag(run, "mlflow.note.content", note(directory)[:5000]))
         stored = True
         for name in event["artifacts"]:
-            if not stored:  # one store for all: the next file would only wait for the same error
-                self.refused.append((name, self.refused[-1][1]))
-                continue
-            try:
-                path = inside(directory, name)
-                num_bytes = path.stat().st_size
-            except (OSError, ValueError) as error:
-                self.refused.append((str(name), reason_of(error)))
-                continue
-            folder = "pictures" if path.parent.name == "pictures" else None
-            stored = self._try(name, partial(self.client.log_artifact, run, str(path), folder), num_bytes)
-        if event["adapter"]:
-            self._model(run, event)
+            path = self._file(name)
+            if path and stored:
+                folder = "pictures" if path.parent.name == "pictures" else None
+                call = partial(self.client.log_artifact, run, str(path), folder)
+                stored = self._try(str(name), call, path.stat().st_size)
+            elif path:  # one store for all: the next file would only wait for the same error
+                self.refused.append((str(name), self.refused[-1][1]))
+        if event["adapter"] and (adapter := self._file(event["adapter"])):
+            self._model(run, adapter, event)
 
-    def _model(self, run: str, event: Event) -> None:
+    def _file(self, name: object) -> Path | None:
+        """A file or folder that an event names; None, which is noted, if it must not or cannot be sent."""
+        try:
+            path = inside(self.target.directory, name)
+        except ValueError as error:
+            self.refused.append((str(name), reason_of(error)))
+            return None
+        if path.exists():
+            return path
+        self.left_out.add(str(name))
+        return None
+
+    def _model(self, run: str, adapter: Path, event: Event) -> None:
         """Log the winner's adapter as a model."""
         from tune.registry import log_model
 
-        def log(adapter: Path) -> None:
-            log_model(self.client, run, adapter, register=event["register"], tags=event["model_tags"])
-
-        try:
-            adapter = inside(self.target.directory, event["adapter"])
-            num_bytes = sum(path.stat().st_size for path in adapter.rglob("*") if path.is_file())
-        except (OSError, ValueError) as error:
-            self.refused.append(("model", reason_of(error)))
-            return
-        self._try("model", partial(log, adapter), num_bytes)
+        num_bytes = sum(path.stat().st_size for path in adapter.rglob("*") if path.is_file())
+        call = partial(log_model, self.client, run, adapter, register=event["register"], tags=event["model_tags"])
+        self._try("model", call, num_bytes)
 
     # -------------------------------------------------------------------------------- batches
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import re
 import shlex
 import sys
 import threading
@@ -48,7 +49,7 @@ class Delivery:
     """The refused calls, by the event's index."""
     sink: Sink | None = None
     unavailable: str = ""
-    """Why the last try failed, if it did."""
+    """Why the store could not be used at the last try, if it could not."""
 
 
 def number(events: Sequence[Event], index: int) -> int:
@@ -133,7 +134,7 @@ class Tracking:
         delivery = next(delivery for delivery in self._deliveries if delivery.name == name)
         refused = refusals(delivery)
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
-        texts = [f"it cannot be reached: {delivery.unavailable}"] if delivery.unavailable else []
+        texts = [delivery.unavailable] if delivery.unavailable else []
         texts += [f"refused: {'; '.join(refused[:3])}{more}"] if refused else []
         return ", ".join(texts) or "it cannot be reached: no answer in time"
 
@@ -145,7 +146,16 @@ class Tracking:
                 f"{name}: {count} records wait, {self.reason(name)} (waited {timeout_s:g} s at most). "
                 f"Deliver them with {sync_command(self._target)}"
             )
-        return found
+        return found + self.left_out
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each store that misses files which the study's folder no longer holds."""
+        return [
+            f"{delivery.name} was not sent {', '.join(names)}: the study's folder does not hold it"
+            for delivery in self._deliveries
+            if (names := sorted(getattr(delivery.sink, "left_out", ())))
+        ]
 
     def _waiting(self, delivery: Delivery) -> int:
         with self._changed:
@@ -184,10 +194,13 @@ class Tracking:
         except StoreLost as error:
             with self._changed:
                 delivery.again = list(range(delivery.position))
-            delivery.unavailable = reason_of(error)
+            delivery.unavailable = f"its records are gone: {reason_of(error)}"
             return False
-        except Exception as error:  # it cannot be opened, for whatever reason; all of its records wait
-            delivery.unavailable = reason_of(error)
+        except StoreUnavailable as error:
+            delivery.unavailable = f"it cannot be reached: {reason_of(error)}"
+            return False
+        except Exception as error:  # it refuses to be opened, for whatever reason; all of its records wait
+            delivery.unavailable = f"it cannot be used: {reason_of(error)}"
             return False
         delivery.unavailable = ""
         return True
@@ -229,12 +242,12 @@ class Tracking:
 
 
 def refusals(delivery: Delivery) -> list[str]:
-    """The calls that a store has refused, each reason once."""
+    """The calls that a store has refused, each reason once: it may differ from run to run by a quoted path."""
     first: dict[str, str] = {}
     for calls in list(delivery.refused.values()):
         for call, reason in calls:
-            first.setdefault(reason, call)
-    return [f"{call}: {reason}" for reason, call in first.items()]
+            first.setdefault(re.sub("'[^']*'", "", reason), f"{call}: {reason}")
+    return list(first.values())
 
 
 def read_deliveries(path: Path, target: Target) -> dict[str, Any]:
@@ -353,8 +366,8 @@ def sync(directory: Path, given: str) -> int:
         raise ValueError(f"{directory.name} is running: it delivers its records itself")
     tracking = Tracking(target, read_events(inside(directory, "journal.jsonl")), 1.0)
     left = tracking.close(timeout_s=24 * 3600)  # as long as the stores answer
-    if tracking.damage:
-        print(tracking.damage, file=sys.stderr)
+    for sentence in (*([tracking.damage] if tracking.damage else []), *tracking.left_out):
+        print(sentence, file=sys.stderr)
     for name in target.report_to:
         waits = f"{left[name]} records wait, {tracking.reason(name)}" if name in left else "all records told"
         print(f"{name}: {waits}")
