@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from servers import proxied
 from studies import ROOT
 
 from train_fn.storage import Storage
@@ -432,6 +433,55 @@ def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_pa
         wait_until_told(directory, len(events))
         assert tracking.close() == {} and not tracking.errors, tracking.errors
         assert stored(server.uri, "postgresql") == undisturbed
+
+
+# ------------------------------------------------------------------------------------------------ a proxy in the middle
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 413, 500])
+def test_a_proxy_that_refuses_for_a_while_costs_nothing_for_ever(server, study, undisturbed, tmp_path, status) -> None:
+    count = 0
+
+    def rule(method: str, path: str) -> int:
+        nonlocal count
+        count += "runs/log-batch" in path
+        return status if "runs/log-batch" in path and 6 <= count < 30 else 0
+
+    with proxied(server.uri, rule) as address:
+        directory = copy_of(study, tmp_path, address, f"proxy-{status}")
+        events = read_events(directory / "journal.jsonl")
+        tracking = begin_tracking(directory, events)
+        waiting = tracking.close()["mlflow"]
+        assert 0 < waiting < len(events) and tracking.errors and told(directory) == len(events)
+        found = stored(server.uri, f"proxy-{status}")
+        assert {k: run["info"][1] for k, run in found.items() if k != "models"} == {
+            k: run["info"][1] for k, run in undisturbed.items() if k != "models"
+        }
+        assert begin_tracking(directory, events).close() == {}  # as `--resume` and `sync` do
+    assert stored(server.uri, f"proxy-{status}") == undisturbed
+
+
+@pytest.mark.parametrize("status", [404, 500, 503])
+def test_a_server_that_stores_no_artifact_receives_the_rest(server, study, undisturbed, tmp_path, status) -> None:
+    broken = True
+
+    def rule(method: str, path: str) -> int:
+        return status if broken and method == "PUT" and "mlflow-artifacts" in path else 0
+
+    with proxied(server.uri, rule) as address:
+        directory = copy_of(study, tmp_path, address, f"artifacts-{status}")
+        events = read_events(directory / "journal.jsonl")
+        tracking = begin_tracking(directory, events)
+        assert 0 < tracking.close()["mlflow"] < len(events) and told(directory) == len(events)
+        found = stored(server.uri, f"artifacts-{status}")
+        for key, run in undisturbed.items():
+            if key != "models":
+                assert (found[key]["info"], found[key]["metrics"], found[key]["artifacts"]) == (
+                    run["info"], run["metrics"], [],
+                )  # fmt: skip
+        broken = False
+        assert begin_tracking(directory, events).close() == {}
+    assert stored(server.uri, f"artifacts-{status}") == undisturbed
 
 
 # ------------------------------------------------------------------------------------------------ secrets

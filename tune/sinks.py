@@ -119,9 +119,11 @@ def bounded(call: Callable[[], Any], limit_s: float) -> Any:
 
 def refuses(error: BaseException) -> bool:
     """Whether an error blames the request, so that a second try would fail, too. False: that cannot be known."""
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import InvalidUrlException, MlflowException
     from requests import RequestException
 
+    if isinstance(error, InvalidUrlException):
+        return True
     if isinstance(error, MlflowException):
         return error.error_code not in NOT_THE_REQUEST
     if isinstance(error, RequestException):
@@ -373,7 +375,8 @@ class MLflowSink:
         if run is None:
             return False
         params = {name for event in events if isinstance(event.get("params"), dict) for name in event["params"]}
-        epochs = {event.get("epoch") for event in events if event.get("event") == "report"}
+        told = [event.get("epoch") for event in events if event.get("event") == "report"]
+        epochs = {epoch for epoch in told if isinstance(epoch, int)}
         states = [
             STATES.get(str(event.get("state"))) if str(event["event"]).endswith("ended") else "RUNNING"
             for event in events

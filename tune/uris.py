@@ -37,8 +37,10 @@ def holds_secret(parameter: str) -> bool:
 
 
 def scrub(text: str) -> str:
-    """A text in which every URI is stripped of its credentials."""
-    return re.sub(r"[A-Za-z][\w+.-]*://\S+", lambda found: strip_credentials(found[0]), text)
+    """A text with every URI in it, whole or from its path on, stripped of its credentials."""
+    text = re.sub(r"[A-Za-z][\w+.-]*://\S+", lambda found: strip_credentials(found[0]), text)
+    # Libraries also name what they asked for without its host, as `/path?token=...`.
+    return re.sub(r"[?#&;][^\s?#&;=]+=[^\s?#&;]*", lambda found: "" if holds_secret(found[0][1:]) else found[0], text)
 
 
 def tracking_uri(given: str = "") -> str:

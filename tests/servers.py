@@ -1,0 +1,63 @@
+"""Small HTTP servers on loopback for the tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import requests
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """Keeps what was asked, and answers as `server.answer` says."""
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        self.server.asked.append((self.command, self.path, dict(self.headers), self.rfile.read(length)))  # type: ignore[attr-defined]
+        self.server.answer(self)  # type: ignore[attr-defined]
+
+    do_POST = do_PUT = do_PATCH = do_GET
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def served(answer: Any) -> Iterator[tuple[str, list[Any]]]:
+    """A server on loopback; its address and what it was asked."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    server.daemon_threads, server.answer, server.asked = True, answer, []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server.asked  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def reply(handler: Any, status: int, body: bytes = b"{}", **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@contextmanager
+def proxied(behind: str, rule: Callable[[str, str], int]) -> Iterator[str]:
+    """A proxy in front of a server: its address. `rule` gets a method and a path; 0 passes the request on."""
+
+    def answer(handler: Any) -> None:
+        _, path, headers, body = handler.server.asked[-1]
+        if status := rule(handler.command, path):
+            reply(handler, status, b"<html>a proxy's page</html>")
+            return
+        kept = {name: value for name, value in headers.items() if name.lower() not in ("host", "connection")}
+        found = requests.request(handler.command, behind + path, headers=kept, data=body, timeout=60)
+        reply(handler, found.status_code, found.content, Content_Type=found.headers.get("Content-Type", ""))
+
+    with served(answer) as (address, _):
+        yield address
