@@ -15,9 +15,19 @@ class Recorder(BaseHTTPRequestHandler):
     """Keeps what was asked, and answers as `server.answer` says."""
 
     def do_GET(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        self.server.asked.append((self.command, self.path, dict(self.headers), self.rfile.read(length)))  # type: ignore[attr-defined]
+        self.body = self.read_body()
+        self.server.asked.append((self.command, self.path, dict(self.headers), self.body))  # type: ignore[attr-defined]
         self.server.answer(self)  # type: ignore[attr-defined]
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while length := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(length))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     do_POST = do_PUT = do_PATCH = do_GET
 
@@ -51,12 +61,12 @@ def proxied(behind: str, rule: Callable[[str, str], int]) -> Iterator[str]:
     """A proxy in front of a server: its address. `rule` gets a method and a path; 0 passes the request on."""
 
     def answer(handler: Any) -> None:
-        _, path, headers, body = handler.server.asked[-1]
-        if status := rule(handler.command, path):
+        if status := rule(handler.command, handler.path):
             reply(handler, status, b"<html>a proxy's page</html>")
             return
-        kept = {name: value for name, value in headers.items() if name.lower() not in ("host", "connection")}
-        found = requests.request(handler.command, behind + path, headers=kept, data=body, timeout=60)
+        dropped = ("host", "connection", "content-length", "transfer-encoding")
+        headers = {name: value for name, value in handler.headers.items() if name.lower() not in dropped}
+        found = requests.request(handler.command, behind + handler.path, headers=headers, data=handler.body, timeout=60)
         reply(handler, found.status_code, found.content, Content_Type=found.headers.get("Content-Type", ""))
 
     with served(answer) as (address, _):

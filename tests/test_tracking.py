@@ -438,7 +438,7 @@ def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_pa
 # ------------------------------------------------------------------------------------------------ a proxy in the middle
 
 
-@pytest.mark.parametrize("status", [400, 404, 405, 413, 500])
+@pytest.mark.parametrize("status", [400, 404])
 def test_a_proxy_that_refuses_for_a_while_costs_nothing_for_ever(server, study, undisturbed, tmp_path, status) -> None:
     count = 0
 
@@ -461,7 +461,7 @@ def test_a_proxy_that_refuses_for_a_while_costs_nothing_for_ever(server, study, 
     assert stored(server.uri, f"proxy-{status}") == undisturbed
 
 
-@pytest.mark.parametrize("status", [404, 500, 503])
+@pytest.mark.parametrize("status", [500])
 def test_a_server_that_stores_no_artifact_receives_the_rest(server, study, undisturbed, tmp_path, status) -> None:
     broken = True
 
