@@ -80,6 +80,7 @@ class Tracking:
             self.damage = f"{error}: every record is delivered again"
         self._deliveries = [self._begin(name) for name in target.report_to]
         self._changed = threading.Condition()
+        self._writing = threading.Lock()  # apart: `notify` must not wait for a disk
         self._closing = False
         self._threads = [
             threading.Thread(target=self._run, args=(delivery,), daemon=True) for delivery in self._deliveries
@@ -225,28 +226,31 @@ class Tracking:
                 delivery.again.pop(0)
             else:
                 delivery.position = index + 1
-            at = delivery.position
-            self._stored[delivery.key] = {
-                "next": number(self._events, at - 1) + 1 if at else 0,
-                "again": [number(self._events, index) for index in delivery.again],
-                "refused": [
-                    {"seq": number(self._events, index), "call": call, "reason": reason}
-                    for index, calls in delivery.refused.items()
-                    for call, reason in calls
-                ],
-            }
-            content = {"format": FORMAT, "study_id": self._target.study_id, "stores": self._stored}
-            # A full disk costs no record: after a kill, some are delivered again.
-            with contextlib.suppress(OSError):
-                write_json(self._path, content)
+        # A full disk costs no record: after a kill, some are delivered again.
+        with self._writing, contextlib.suppress(OSError):
+            self._stored[delivery.key] = self._record(delivery)
+            write_json(self._path, {"format": FORMAT, "study_id": self._target.study_id, "stores": self._stored})
+
+    def _record(self, delivery: Delivery) -> dict[str, Any]:
+        """What tracking.json keeps of a store."""
+        position = delivery.position
+        return {
+            "next": number(self._events, position - 1) + 1 if position else 0,
+            "again": [number(self._events, index) for index in delivery.again],
+            "refused": [
+                {"seq": number(self._events, index), "call": call, "reason": reason}
+                for index, calls in delivery.refused.items()
+                for call, reason in calls
+            ],
+        }
 
 
 def refusals(delivery: Delivery) -> list[str]:
-    """The calls that a store has refused, each reason once: it may differ from run to run by a quoted path."""
+    """The calls that a store has refused, each reason once; it may differ from run to run by an id in a path."""
     first: dict[str, str] = {}
     for calls in list(delivery.refused.values()):
         for call, reason in calls:
-            first.setdefault(re.sub("'[^']*'", "", reason), f"{call}: {reason}")
+            first.setdefault(re.sub("[0-9a-f]{32}", "", reason), f"{call}: {reason}")
     return list(first.values())
 
 
