@@ -271,11 +271,12 @@ def test_events_without_their_fields_are_refused_one_by_one(uri, tmp_path, capsy
     told[2] = {"event": "report", "time": 1.0, "seq": 2}
     told[6] = {"event": "report", "number": [], "time": None, "seq": 6}
     told[7] = told[7] | {"state": "DREAMING"}
+    told += [[], 7, None, {"time": 1.0}]
     told.append({"event": "__init__", "time": 1.0, "seq": 9})
     told.append({"event": "a kind of a later version", "time": 1.0, "seq": 10})
     directory = make_study(tmp_path, uri, told)
     code, out, _ = sync(capsys, directory)
-    assert code == 1 and "3 records wait" in out and "DREAMING" in out
+    assert code == 1 and "7 records wait" in out and "DREAMING" in out
     assert states(uri) == {**ALL, "1": "RUNNING"}
 
 
@@ -719,6 +720,31 @@ def test_preparing_a_study_asks_its_store(uri, tmp_path) -> None:
     assert [text for text in said if "cannot be reached" in text]
 
 
+def test_the_doctor_says_what_a_study_would_be_refused_with(uri, tmp_path) -> None:
+    from tune.doctor import check_records
+
+    def verdicts(*words: str) -> list[tuple[str, str]]:
+        return [(finding.check, finding.verdict) for finding in check_records(parse(list(words)))]
+
+    assert verdicts() == [("MLflow", "ok")]
+    assert verdicts("--mlflow-uri", "http://127.0.0.1:9") == [("MLflow", "warning")]
+    assert verdicts("--register", "a/b", "--mlflow-uri", "mars://host") == [("records", "FAIL"), ("records", "FAIL")]
+    assert verdicts("--report-to", "tensorboard", "--register", "a/b") == [("report to", "ok")]
+    deleted(uri, tmp_path)
+    assert verdicts() == [("records", "FAIL")]
+
+
+def test_the_command_that_shows_the_trials_can_be_pasted(tmp_path, monkeypatch) -> None:
+    import shlex
+
+    from tune.results import next_mlflow
+
+    monkeypatch.chdir(tmp_path)
+    assert next_mlflow(default_uri()) == "mlflow ui"
+    for uri in ("sqlite+pysqlite:////a b/c%3F/mlflow.db", "http://host:1/a&b", "sqlite:////a;b/$x/mlflow.db"):
+        assert shlex.split(next_mlflow(uri))[-1] == uri
+
+
 # ------------------------------------------------------------------------------------------------ URIs
 
 
@@ -730,6 +756,10 @@ def test_preparing_a_study_asks_its_store(uri, tmp_path) -> None:
         ("http://user:p@s/s@host/x", "http://host/x"),
         ("https://user:pa?s#s@host:5000", "https://host:5000"),
         ("http://SECRET@host", "http://host"),
+        ("https://user:SECRET@host:1/p?q=a@b", "https://host:1/p?q=a@b"),
+        ("https://user:p@ss?w@host/x", "https://host/x"),
+        ("HTTPS://USER:SECRET@HOST/x#y", "HTTPS://HOST/x#y"),
+        ("sqlite+pysqlcipher://:SECRET@/file.db?cipher=aes", "sqlite+pysqlcipher:///file.db?cipher=aes"),
         ("postgresql://user:pa/ss@host:5432/db", "postgresql://host:5432/db"),
         ("postgresql+psycopg2://user:12/34@host/db", "postgresql+psycopg2://host/db"),
         ("mysql://user:pa ss@host/db", "mysql://host/db"),

@@ -23,7 +23,9 @@ def strip_credentials(uri: str) -> str:
     # Only in http does `name:digits/` begin with a host and its port; SQLAlchemy reads a user and a password there.
     has_port = re.fullmatch(r"([^:]*|\[.*\]):\d*", authority) and scheme.lower() in ("http", "https")
     if "@" in authority or (":" in authority and not has_port and "@" in rest):
-        rest = rest.rpartition("@")[2]
+        # An `@` among sound parameters is none of the password's.
+        end = re.search(r"(\?[\w.%-]+=[^?#]*)?(#.*)?$", rest, re.DOTALL).start() if "@" in authority else len(rest)  # type: ignore[union-attr]
+        rest = rest[:end].rpartition("@")[2] + rest[end:]
     path, query = re.fullmatch(r"([^?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
     kept = "".join(mark + piece for mark, piece in re.findall(r"([?#&;])([^?#&;]*)", query) if not holds_secret(piece))
     return f"{scheme}://{path}{re.sub('^[&;]', '?', kept)}"
