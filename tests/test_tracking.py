@@ -23,11 +23,12 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from servers import proxied
 from studies import ROOT
 
 from train_fn.storage import Storage
 from tune.journal import Event, Journal, read_events
-from tune.tracking import Tracking, bare, target_of
+from tune.tracking import Tracking, strip_credentials, target_of
 
 LONG = "x" * 2000
 
@@ -189,8 +190,11 @@ def begin_tracking(directory: Path, events: list[Event]) -> Tracking:
 
 
 def told(directory: Path) -> int:
-    path = directory / "tracking.json"
-    return json.loads(path.read_text())["mlflow"] if path.exists() else 0
+    path, plan = directory / "tracking.json", json.loads((directory / "plan.json").read_text())
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if "mlflow" in content:  # the first version's form
+        return content["mlflow"]
+    return content.get("stores", {}).get(plan["tracking_uri"], {}).get("next", 0)
 
 
 def wait_until_told(directory: Path, count: int) -> None:
@@ -200,9 +204,10 @@ def wait_until_told(directory: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def sync(directory: Path, *options: str) -> subprocess.CompletedProcess:
+def sync(directory: Path, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tune.tracking", "sync", str(directory), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"} | (env or {})
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 def stored(uri: str, experiment: str) -> dict[str, Any]:
@@ -349,22 +354,21 @@ def test_a_server_that_stays_away_and_sync(server, study, undisturbed, tmp_path)
     before = time.perf_counter()
     assert tracking.close(timeout_s=20) == {"mlflow": len(events) - 12}
     assert time.perf_counter() - before < 20
-    refused = sync(directory)
+    refused = sync(directory, env={"MLFLOW_TRACKING_URI": server.uri})
     assert refused.returncode == 1 and f"{len(events) - 12} records wait" in refused.stdout, refused
     assert told(directory) == 12
     server.start()
     for back in (0, 0, 3, len(events)):  # delivered; nothing to do; a kill before the cursor was written; all again
         (directory / "tracking.json").write_text(json.dumps({"mlflow": told(directory) - back}))
-        done = sync(directory)
+        done = sync(directory, "--mlflow-uri", server.uri)
         assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
         assert stored(server.uri, "away") == undisturbed
 
 
 def test_a_store_that_was_lost_is_told_everything_again(study, undisturbed, tmp_path) -> None:
-    """As with the head of a cluster and its sqlite file; a tracking.json that cannot be written costs nothing."""
+    """As with the head of a cluster and its sqlite file."""
     directory = copy_of(study, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "lost")
     (directory / "tracking.json").write_text(json.dumps({"mlflow": len(read_events(directory / "journal.jsonl"))}))
-    (directory / "tracking.partial").mkdir()
     done = sync(directory)
     assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
     found = stored(f"sqlite:///{tmp_path}/mlflow.db", "lost")
@@ -431,6 +435,55 @@ def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_pa
         assert stored(server.uri, "postgresql") == undisturbed
 
 
+# ------------------------------------------------------------------------------------------------ a proxy in the middle
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_proxy_that_refuses_for_a_while_costs_nothing_for_ever(server, study, undisturbed, tmp_path, status) -> None:
+    count = 0
+
+    def rule(method: str, path: str) -> int:
+        nonlocal count
+        count += "runs/log-batch" in path
+        return status if "runs/log-batch" in path and 6 <= count < 30 else 0
+
+    with proxied(server.uri, rule) as address:
+        directory = copy_of(study, tmp_path, address, f"proxy-{status}")
+        events = read_events(directory / "journal.jsonl")
+        tracking = begin_tracking(directory, events)
+        waiting = tracking.close()["mlflow"]
+        assert 0 < waiting < len(events) and tracking.errors and told(directory) == len(events)
+        found = stored(server.uri, f"proxy-{status}")
+        assert {k: run["info"][1] for k, run in found.items() if k != "models"} == {
+            k: run["info"][1] for k, run in undisturbed.items() if k != "models"
+        }
+        assert begin_tracking(directory, events).close() == {}  # as `--resume` and `sync` do
+    assert stored(server.uri, f"proxy-{status}") == undisturbed
+
+
+@pytest.mark.parametrize("status", [500])
+def test_a_server_that_stores_no_artifact_receives_the_rest(server, study, undisturbed, tmp_path, status) -> None:
+    broken = True
+
+    def rule(method: str, path: str) -> int:
+        return status if broken and method == "PUT" and "mlflow-artifacts" in path else 0
+
+    with proxied(server.uri, rule) as address:
+        directory = copy_of(study, tmp_path, address, f"artifacts-{status}")
+        events = read_events(directory / "journal.jsonl")
+        tracking = begin_tracking(directory, events)
+        assert 0 < tracking.close()["mlflow"] < len(events) and told(directory) == len(events)
+        found = stored(server.uri, f"artifacts-{status}")
+        for key, run in undisturbed.items():
+            if key != "models":
+                assert (found[key]["info"], found[key]["metrics"], found[key]["artifacts"]) == (
+                    run["info"], run["metrics"], [],
+                )  # fmt: skip
+        broken = False
+        assert begin_tracking(directory, events).close() == {}
+    assert stored(server.uri, f"artifacts-{status}") == undisturbed
+
+
 # ------------------------------------------------------------------------------------------------ secrets
 
 
@@ -444,7 +497,7 @@ def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_pa
     ],
 )
 def test_a_uri_is_shown_without_its_credentials(uri, shown) -> None:
-    assert bare(uri) == shown
+    assert strip_credentials(uri) == shown
 
 
 @pytest.mark.parametrize(
@@ -493,11 +546,11 @@ def test_no_secret_is_written_down_or_told(server, study, tmp_path, monkeypatch,
     assert "SECRET" not in repr(stored(server.uri, "secret")) + told.out + told.err
 
 
-def test_a_store_that_refuses_is_named_without_its_credentials(study, tmp_path, monkeypatch) -> None:
+def test_a_store_that_refuses_is_named_without_its_credentials(study, tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://somebody:SECRET@"))
-        refused = sync(copy_of(study, tmp_path, uri, "nobody"))
+        whole = {"MLFLOW_TRACKING_URI": uri.replace("://", "://somebody:SECRET@")}
+        refused = sync(copy_of(study, tmp_path, uri, "nobody"), env=whole)
     assert refused.returncode == 1 and "cannot be reached" in refused.stdout and "127.0.0.1" in refused.stdout
     assert "SECRET" not in refused.stdout + refused.stderr

@@ -32,8 +32,9 @@ from tune.prepare import Study, model_directory, prepare
 from tune.provenance import ROOT
 from tune.settings import Settings, SettingsError
 from tune.space_check import corners
+from tune.store_check import check_store
 from tune.study import Layout, plan_layout, session_logs, start_ray
-from tune.tracking import bare, tracking_uri, with_credentials
+from tune.uris import tracking_uri
 
 FULL_DISK = 0.95  # above this Ray spills no more objects (its local_fs_capacity_threshold)
 MESSAGES_MIB = (1, 16, 64)
@@ -108,7 +109,7 @@ def read_data(settings: Settings, say: Callable[[str], None], findings: list[Fin
 
                 folder = Path(study.results) / f"phantoms-{data.num_phantoms}-{data.split_seed}"
                 data = dataclasses.replace(data, data=str(generate(folder, data.num_phantoms, data.split_seed)))
-            aside = dataclasses.replace(study, results=scratch)
+            aside = dataclasses.replace(study, results=scratch, report_to=())  # `check_records` asks the stores
             prepared = prepare(dataclasses.replace(settings, study=aside, data=data), say)
         except (SettingsError, OSError) as error:
             problems = error.problems if isinstance(error, SettingsError) else [str(error)]
@@ -495,29 +496,21 @@ def collectives_loop(config: dict[str, Any]) -> None:
 
 
 def check_records(settings: Settings) -> Iterator[Finding]:
-    """MLflow's store, asked and not written to, and the packages of --report-to."""
-    uri, report_to = tracking_uri(settings.study.mlflow_uri), settings.study.report_to
+    """The stores of --report-to and their packages, as a study checks them before it begins."""
+    study = settings.study
     for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         fix = "" if importlib.util.find_spec(module) else f"`--report-to` {name} needs {module}: pip install {module}"
-        if name in report_to:
+        if name in study.report_to:
             yield Finding("report to", "driver", name, fix)
-    if "mlflow" not in report_to:
-        return
-    if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).exists():
-        fix = f"MLflow's store must lie in a folder that can be written, but {path.parent} cannot: give --mlflow-uri"
-        yield Finding("MLflow", "driver", f"{uri}: a study makes it", "" if os.access(path.parent, os.W_OK) else fix)
-        return
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    import mlflow
-    import sqlalchemy
-
-    try:
-        mlflow.MlflowClient(with_credentials(uri)).search_experiments(max_results=1)
-        yield Finding("MLflow", "driver", f"{uri} answers")
-    except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        fix = f"MLflow must answer at {uri}, but {bare(last_line(error))}: start it, or give --mlflow-uri"
-        yield Finding("MLflow", "driver", "no answer", fix)
+    unreachable: list[str] = []
+    uri = tracking_uri(study.mlflow_uri)
+    problems = check_store(settings, Path(study.results).resolve() / (study.name or "study"), uri, unreachable.append)
+    for problem in problems:
+        yield Finding("records", "driver", "would be refused", problem)
+    for problem in unreachable:
+        yield Finding("MLflow", "driver", "no answer", problem, warning=True)
+    if "mlflow" in study.report_to and not problems and not unreachable:
+        yield Finding("MLflow", "driver", f"{uri} can take the records")
 
 
 def check_access(facts: dict[str, dict[str, Any]]) -> Iterator[Finding]:

@@ -38,7 +38,8 @@ from tune.settings import (
     space_hash,
     study_directory,
 )
-from tune.tracking import tracking_uri
+from tune.store_check import check_store
+from tune.uris import tracking_uri
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems.append(
             f"`--name` must be new, but {directory} holds a study: choose another name, or go on with --resume {name}"
         )
+    problems += check_store(settings, directory, tracking_uri(settings.study.mlflow_uri), say)
     if not problems:
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -510,8 +511,10 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
 
 def next_mlflow(uri: str) -> str:
     """The command that shows the trials."""
-    default = f"sqlite:///{Path('mlflow.db').resolve()}"
-    return "mlflow ui" if uri == default else f"mlflow ui --backend-store-uri {uri}" if "://" in uri else uri
+    from tune.uris import default_uri
+
+    shown = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return "mlflow ui" if uri == default_uri() else shown if "://" in uri else uri
 
 
 def failures(records: Sequence[TrialRecord]) -> dict[str, int]:

@@ -43,7 +43,7 @@ from train_fn.settings import (
 from train_fn.storage import Storage
 from tune.bucket import refresh
 from tune.plan import PARTS, read_plan
-from tune.tracking import bare
+from tune.uris import scrub, strip_credentials
 
 SCHEDULERS = ("asha", "median", "none")
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
@@ -79,8 +79,8 @@ class SettingsError(Exception):
     """The command line or what it names is wrong; holds every problem found."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [scrub(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,8 +358,8 @@ def parse(argv: Sequence[str]) -> Settings:
         directory = study_directory(values[command], values.get("results", "results"))
         if directory is None and len(problems) == refused:
             problems.append(
-                f"`{flag(command)}` must name a study, but got {SHOWN.repr(bare(place))}: give its name (and "
-                f"--results), its folder, or its address on object storage"
+                f"`{flag(command)}` must name a study, but got {SHOWN.repr(strip_credentials(place))}: give its name "
+                f"(and --results), its folder, or its address on object storage"
             )
         elif directory and command != "show":
             if command == "resume" and "://" not in place:
@@ -405,8 +405,9 @@ def fetch(option: str, uri: str, results: Path, problems: list[str]) -> str:
     """The name of a study that lies on object storage, its files fetched into `results` unless newer ones are there."""
     uri = uri.rstrip("/")
     name = uri.rpartition("/")[2]
-    where = f"`{option}` must name a study on object storage, such as s3://BUCKET/PREFIX/STUDY, but got {bare(uri)!r}"
-    if bare(uri) != uri:
+    shown = strip_credentials(uri)
+    where = f"`{option}` must name a study on object storage, such as s3://BUCKET/PREFIX/STUDY, but got {shown!r}"
+    if shown != uri:
         problems.append(f"{where} with a key or password: leave them to AWS_ACCESS_KEY_ID and the like")
     elif not STORAGE.holds(uri) or uri.count("/") < 3 or not NAME.holds(name):
         problems.append(f"{where}: mend the address")
@@ -558,7 +559,7 @@ def check(settings: Settings) -> list[str]:
     goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and is not needed again
     found: list[str] = []
     given = {**vars(study), **vars(data), **vars(model)}
-    given |= {name: bare(given[name]) for name in ("storage", "mlflow_uri")}
+    given |= {name: strip_credentials(given[name]) for name in ("storage", "mlflow_uri")}
     shown = dataclasses.replace(study, storage=given["storage"], mlflow_uri=given["mlflow_uri"])
     broken: dict[str, str] = {}
     for part in (shown, model, data):

@@ -360,12 +360,7 @@ def end_of_study(
         model_tags=hashes | tests | {"base_model": study.settings.model.model, "study": study.name},
     )
     tracking.notify()
-    for name, count in tracking.close().items():
-        outcome.notes.append(
-            f"{name} could not be reached: {count} records wait. Deliver them with "
-            f"python -m tune.tracking sync {study.directory}"
-        )
-    outcome.notes += [f"refused by {error}" for error in tracking.errors]
+    outcome.notes += tracking.notes()
 
 
 def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:

@@ -1,0 +1,649 @@
+"""Where events of a study go: MLflow, TensorBoard, W&B, object storage.
+
+An event is several calls to a store. A call that the store refuses costs that call only: `deliver` returns it with its
+reason, and `tune.tracking` keeps it on record. The end state of a run is always the first call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from train_fn.storage import Storage
+from tune.journal import Event
+from tune.uris import local_path, scrub
+
+STATES = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED", "INTERRUPTED": "KILLED"}
+PARAM_LENGTH = 500  # of a parameter's text in MLflow; the whole is in an artifact
+REQUEST_S = 20  # MLFLOW_HTTP_REQUEST_TIMEOUT where the user sets none
+CALL_S = 30.0  # longest time for a call without a file; a server may also send its answer byte by byte
+UPLOAD_BYTES_PER_S = 250_000  # slowest upload that is waited for
+
+# Codes of MLflow that do not blame the request. Any other code refuses it.
+NOT_THE_REQUEST = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED",
+                   "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")  # fmt: skip
+
+
+class StoreUnavailable(Exception):
+    """A store cannot be reached now, or does not answer. A later try may succeed."""
+
+
+class StoreLost(StoreUnavailable):
+    """The file of a store was removed or replaced while it was in use."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which study is recorded, and where."""
+
+    study: str
+    study_id: str
+    """Unique, so that a run is found again and never mistaken for one of another study of the same name."""
+    directory: Path
+    experiment: str
+    metric: str
+    """The first goal."""
+    uri: str
+    report_to: tuple[str, ...]
+    storage_uri: str = ""
+    """The study's own place on object storage, or nothing."""
+    study_uri: str = ""
+    """The MLflow store that the study was begun with, without credentials; `uri` may be another one."""
+
+
+Refusal = tuple[str, str]
+"""A call of an event that a store has refused, and the reason."""
+
+
+class Sink(Protocol):
+    """A place where events go. All calls come from one thread; `StoreUnavailable` is raised where a later try may
+    succeed."""
+
+    def deliver(self, event: Event) -> list[Refusal]:
+        """Take in one event; a second time changes nothing. Returns the calls that were refused."""
+
+
+def inside(directory: Path, name: object) -> Path:
+    """The path of a file or folder of a study. Raises ValueError if it, or a link in it, leads out of the folder."""
+    path, root = directory / str(name), directory.resolve()
+    for part in (path, *(path.rglob("*") if path.is_dir() else ())):
+        if not part.resolve().is_relative_to(root):
+            raise ValueError(
+                f"{str(name)!r} must lie inside the study's folder, but leads to {part.resolve()}: it is not sent"
+            )
+    return path
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line, without credentials."""
+    lines = scrub(str(error)).strip().splitlines()
+    known = isinstance(error, StoreUnavailable | ValueError | OSError)
+    text = lines[0] if lines else ""
+    return (text if known and text else f"{type(error).__name__}: {text}")[:500]
+
+
+def bounded(call: Callable[[], Any], limit_s: float) -> Any:
+    """Run a call to a server, and give it up after a time.
+
+    A timeout of requests counts from byte to byte, so a server that sends one now and then would hold it for ever. The
+    call that is given up goes on in its own thread; if it still succeeds, a later try finds what it has done.
+
+    Raises StoreUnavailable after `limit_s` seconds, or what the call raises.
+    """
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:  # raised again by the caller
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=limit_s)
+    except queue.Empty:
+        raise StoreUnavailable(f"no answer within {limit_s:.0f} s") from None
+    if error is not None:
+        raise error
+    return answer
+
+
+def refuses(error: BaseException) -> bool:
+    """Whether an error blames the request, so that a second try would fail, too. False: that cannot be known."""
+    from mlflow.exceptions import InvalidUrlException, MlflowException
+    from requests import RequestException
+
+    if isinstance(error, InvalidUrlException):
+        return True
+    if isinstance(error, MlflowException):
+        return error.error_code not in NOT_THE_REQUEST
+    if isinstance(error, RequestException):
+        status = error.response.status_code if error.response is not None else 0
+        return isinstance(error, ValueError) or status in (400, 404, 405, 413)
+    return isinstance(error, ValueError | TypeError | LookupError)
+
+
+def log_entries(event: Event) -> list[tuple[int, dict[str, float]]]:
+    """A report's metrics by optimizer step: training loss and learning rate on the way, then the epoch's."""
+    steps = [
+        (int(entry["step"]), {f"train/{name}": entry[name] for name in ("loss", "learning_rate")})
+        for entry in event["log"]
+        if "loss" in entry
+    ]
+    system = {f"system/{name}": value for name, value in event["system"].items()}
+    return [*steps, (event["step"], {**event["metrics"], "epoch": event["epoch"], **system})]
+
+
+def final_metrics(event: Event) -> dict[str, float]:
+    """What a trial is compared by, at its end."""
+    found = {f"{phase}_s": value for phase, value in event["seconds"].items()} | {"device_s": event["device_s"]}
+    if event["seconds"]:
+        overhead = event["seconds"]["wall"] - event["seconds"]["train"] - event["seconds"]["evaluation"]
+        found |= {"overhead_s": overhead, "trainable_params": event["applied"]["trainable_params"]}
+    return found
+
+
+def note(directory: Path) -> str:
+    """A study's end in short, as markdown; empty when it ended before its study.json."""
+    from tune.results import number_text, verdict, with_interval
+
+    path = inside(directory, "study.json")
+    study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if study.get("winner") is None:
+        return ""
+    metric, trials = study["metric"], {trial["number"]: trial for trial in study["trials"]}
+    states = [trial["state"] for trial in trials.values()]
+    counts = ", ".join(f"{states.count(state)} {state.lower()}" for state in STATES if state in states)
+    lines = [f"**Winner: trial {study['winner']}** of {len(trials)} ({counts}).", ""]
+    gain = study["test"].get("difference", {}).get(metric)
+    lines += [verdict(gain, metric), ""] if gain and gain["interval"] else []
+    lines += [f"| | validation {metric} | test {metric} (95 % interval) | settings |", "| --- | --- | --- | --- |"]
+    for who, number in [("guide", 0), ("winner", study["winner"])][study["winner"] == 0 :]:
+        if number in trials and trials[number]["epochs"]:
+            trial, tested = trials[number], study["test"].get(who, {}).get(metric)
+            values = ", ".join(f"{name} {number_text(value)}" for name, value in trial["searched"].items())
+            score = with_interval(tested) if tested else "-"
+            lines.append(f"| {who} | {number_text(trial['epochs'][-1].get(metric))} | {score} | {values} |")
+    return "\n".join([*lines, "", f"Adapter: `{study['adapter']}`. The whole report: artifact `report.html`."])
+
+
+def prepare_mlflow() -> None:
+    """What MLflow reads from the environment, where the user has set nothing else, and silence for its loggers."""
+    os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Waiting is the thread's own business, and a request that is sent again unasked may make a second run.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_S))
+    # A redirect would send the records, and credentials of the same host's name, to a place that nobody has named.
+    os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")
+    import mlflow  # noqa: F401  # its import sets the level of its loggers
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+
+
+class MLflowSink:
+    """A parent run for the study, a child run per trial, each found again by its tag."""
+
+    def __init__(self, target: Target) -> None:
+        prepare_mlflow()
+        from mlflow import MlflowClient
+
+        self.target = target
+        self.path = local_path(target.uri)
+        self.refused: list[Refusal] = []
+        self.left_out: set[str] = set()  # files that events name, but the folder lacks
+        self.runs: dict[str, str] = {}
+        self.when = 0  # ms of the event that is delivered: a run that is recorded late was not begun late
+        self.client: MlflowClient = self._open(lambda: MlflowClient(target.uri))
+        self.experiment_id: str = self._open(self._experiment)
+        self.inode = self._inode()
+
+    def deliver(self, event: Event) -> list[Refusal]:
+        self.check_file()
+        self.refused = []
+        self.when = int(event["time"] * 1000)
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler:
+            handler(event)
+        return self.refused
+
+    # -------------------------------------------------------------------------------- calls
+
+    def _bounded(self, call: Callable[[], Any], num_bytes: int = 0) -> Any:
+        """Run a call, at most for the time that it may take. A local file has no server that could hold it."""
+        if self.path is not None:
+            return call()
+        limit = max(CALL_S, 1.5 * float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]))
+        return bounded(call, limit + num_bytes / UPLOAD_BYTES_PER_S)
+
+    def _open(self, call: Callable[[], Any]) -> Any:
+        """Run a call before the store has answered once. Raises StoreUnavailable unless the store refuses it."""
+        try:
+            return self._bounded(call)
+        except Exception as error:
+            if refuses(error):
+                raise
+            raise StoreUnavailable(reason_of(error)) from error
+
+    def _call(self, call: Callable[[], Any], num_bytes: int = 0) -> Any:
+        """Run a call. Raises StoreUnavailable when the store does not answer, or else what the store refuses it with.
+
+        An error that may not be the request's fault counts as refused only if it comes twice, and the store answers
+        another question in between: nothing may block all later records for ever.
+        """
+        for last in (False, True):
+            try:
+                return self._bounded(call, num_bytes)
+            except Exception as error:
+                if last or refuses(error):
+                    raise
+                self._probe(error)
+        raise AssertionError
+
+    def _probe(self, error: Exception) -> None:
+        """Raises StoreUnavailable for `error` when the store does not answer now."""
+        try:
+            self._bounded(lambda: self.client.get_experiment(self.experiment_id))
+        except Exception as other:
+            if not refuses(other):
+                raise StoreUnavailable(reason_of(error)) from error
+
+    def _try(self, what: str, call: Callable[[], Any], num_bytes: int = 0) -> bool:
+        """Run one call of an event; if it is refused, note that and go on."""
+        try:
+            self._call(call, num_bytes)
+        except StoreUnavailable:
+            raise
+        except Exception as error:  # artifact stores raise errors of many libraries; all stay on record
+            self.refused.append((what, reason_of(error)))
+            return False
+        return True
+
+    def _inode(self) -> int:
+        return self.path.stat().st_ino if self.path and self.path.is_file() else 0
+
+    def check_file(self) -> None:
+        """Raises StoreLost when the store's file was removed or replaced: SQLite goes on writing to the old one."""
+        if self.inode and self._inode() != self.inode:
+            raise StoreLost(f"{self.path} was removed or replaced while it was in use")
+
+    # -------------------------------------------------------------------------------- experiment and runs
+
+    def _experiment(self) -> str:
+        """Id of the experiment: the one of its name, or of another name if the study's run lies there."""
+        from mlflow.exceptions import MlflowException
+
+        name = self.target.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found and found.lifecycle_stage != "active":
+            raise ValueError(deleted_experiment(name, found.experiment_id))
+        if found and self._find("study", [found.experiment_id]):
+            return found.experiment_id
+        if (self.target.directory / "tracking.json").exists():  # the study has begun: has its experiment been renamed?
+            others = [one.experiment_id for one in self.client.search_experiments(max_results=1000)]
+            if elsewhere := self._find("study", others):
+                return elsewhere[0].info.experiment_id
+        if found:
+            return found.experiment_id
+        location = artifact_location() if self.path else None
+        try:
+            return self.client.create_experiment(name, location)
+        except MlflowException as error:
+            found = self.client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+            if not found:
+                raise
+            return found.experiment_id  # another study was faster
+
+    def _find(self, key: str, experiments: list[str]) -> Any:
+        """The run of a key in a list, if it is there."""
+        wanted = f"tags.`vlm_tune.key` = '{self.target.study_id}/{key}'"
+        return self.client.search_runs(experiments, wanted, max_results=1) if experiments else []
+
+    def _run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
+        """The run of a key, made where there is none."""
+
+        def find_or_make() -> str:
+            if found := self._find(key, [self.experiment_id]):
+                parent = tags.get("mlflow.parentRunId")
+                if parent and found[0].data.tags.get("mlflow.parentRunId") != parent:  # that one was deleted
+                    self.client.set_tag(found[0].info.run_id, "mlflow.parentRunId", parent)
+                return found[0].info.run_id
+            own = {"vlm_tune.key": f"{self.target.study_id}/{key}", "study": self.target.study, **tags}
+            return self.client.create_run(self.experiment_id, self.when, own, name).info.run_id
+
+        if key not in self.runs:
+            self.runs[key] = self._call(find_or_make)
+        return self.runs[key]
+
+    def _parent(self) -> str:
+        return self._run("study", self.target.study, {})
+
+    def _child(self, number: int) -> str:
+        if str(number) in self.runs:
+            return self.runs[str(number)]
+        parent = self._parent()
+        shared = self._call(lambda: self.client.get_run(parent)).data.tags
+        tags = {name: value for name, value in shared.items() if name.startswith("version_")}
+        return self._run(str(number), f"trial {number}", {**tags, "mlflow.parentRunId": parent, "trial": str(number)})
+
+    def missing(self, events: Sequence[Event], again: set[int]) -> set[int]:
+        """Indices of the delivered events that must be delivered once more.
+
+        These are all events of a run that the store does not hold as delivered (the run itself, its state, its epochs,
+        the names of its parameters), and of a run with an event in `again`: its states must come in their order.
+        """
+        stored = self._open(self._stored_runs)
+        by_run: dict[str, list[int]] = {}
+        for index, event in enumerate(events):
+            if isinstance(event, dict):
+                by_run.setdefault(str(event.get("number", "study")), []).append(index)
+        if events and "study" not in stored:
+            return set(range(len(events)))
+        found: set[int] = set()
+        for key, indices in by_run.items():
+            own = [events[index] for index in indices]
+            if again & set(indices) or not self._open(partial(self._holds, stored.get(key), own)):
+                found |= set(indices)
+        return found | again
+
+    def _stored_runs(self) -> dict[str, Any]:
+        """The study's runs by their keys."""
+        wanted = f"tags.`vlm_tune.key` LIKE '{self.target.study_id}/%'"
+        found: dict[str, Any] = {}
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], wanted, max_results=1000, page_token=token)
+            found |= {run.data.tags["vlm_tune.key"].rpartition("/")[2]: run for run in page}
+            token = page.token
+            if not token:
+                return found
+
+    def _holds(self, run: Any, events: Sequence[Event]) -> bool:
+        """Whether a run holds what its events have delivered."""
+        if run is None:
+            return False
+        params = {name for event in events if isinstance(event.get("params"), dict) for name in event["params"]}
+        told = [event.get("epoch") for event in events if event.get("event") == "report"]
+        epochs = {epoch for epoch in told if isinstance(epoch, int)}
+        states = [
+            STATES.get(str(event.get("state"))) if str(event["event"]).endswith("ended") else "RUNNING"
+            for event in events
+            if event.get("event") in ("session", "started", "ended", "study_ended")
+        ]
+        if not params <= set(run.data.params) or (states and run.info.status != states[-1]):
+            return False
+        return not epochs or epochs <= {m.value for m in self.client.get_metric_history(run.info.run_id, "epoch")}
+
+    # -------------------------------------------------------------------------------- events
+
+    def _on_session(self, event: Event) -> None:
+        run = self._parent()
+        self._try("state", lambda: self.client.update_run(run, status="RUNNING"))
+        self._tags(run, event["tags"])
+        self._params(run, event["params"])
+
+    def _on_started(self, event: Event) -> None:
+        run = self._child(event["number"])
+        self._try("state", lambda: self.client.update_run(run, status="RUNNING"))
+        self._params(run, event["params"])
+        self._try("settings.json", lambda: self.client.log_dict(run, event["settings"], "settings.json"))
+
+    def _on_report(self, event: Event) -> None:
+        *steps, (step, found) = log_entries(event)
+        first = {name: found[name] for name in (self.target.metric,) if name in found}  # what MLflow's plots begin with
+        self._metrics(self._child(event["number"]), [(step, first | found), *steps])
+
+    def _on_ended(self, event: Event) -> None:
+        run = self._child(event["number"])
+        self._try("state", lambda: self.client.set_terminated(run, STATES[event["state"]], self.when))
+        tags = {name: event[name] for name in ("error", "lane", "device")}
+        self._tags(run, tags | {"end_state": event["state"], "notes": "; ".join(event["notes"])})
+        self._metrics(run, [(event["step"], final_metrics(event))])
+        if event["best"] is not None and event["state"] != "INTERRUPTED":
+            self._metrics(self._parent(), [(event["num_ended"], {"best_so_far": event["best"]})])
+        if event["applied"]:
+            self._try("applied.json", lambda: self.client.log_dict(run, event["applied"], "applied.json"))
+        if event["error"]:
+            self._try("error.txt", lambda: self.client.log_text(run, event["error"], "error.txt"))
+
+    def _on_confirmed(self, event: Event) -> None:
+        self._metrics(self._child(event["number"]), [(event["run"], {"confirmed": event["value"]})])
+
+    def _on_tested(self, event: Event) -> None:
+        found = {f"test_{who}_{name}".replace(",", ""): score["value"] for who, scores in event["tests"].items()
+                 for name, score in scores.items()}  # fmt: skip
+        self._metrics(self._parent(), [(event["num_trials"], found)])
+
+    def _on_study_ended(self, event: Event) -> None:
+        run, directory = self._parent(), self.target.directory
+        self._try("state", lambda: self.client.set_terminated(run, STATES[event["state"]], self.when))
+        self._tags(run, {"end_state": event["state"], **event["tags"]})
+        self._metrics(run, [(event["num_trials"], event["metrics"])])
+        self._try("note", lambda: self.client.set_tag(run, "mlflow.note.content", note(directory)[:5000]))
+        stored = True
+        for name in event["artifacts"]:
+            path = self._file(name)
+            if path and stored:
+                folder = "pictures" if path.parent.name == "pictures" else None
+                call = partial(self.client.log_artifact, run, str(path), folder)
+                stored = self._try(str(name), call, path.stat().st_size)
+            elif path:  # one store for all: the next file would only wait for the same error
+                self.refused.append((str(name), self.refused[-1][1]))
+        if event["adapter"] and (adapter := self._file(event["adapter"])):
+            self._model(run, adapter, event)
+
+    def _file(self, name: object) -> Path | None:
+        """A file or folder that an event names; None, which is noted, if it must not or cannot be sent."""
+        try:
+            path = inside(self.target.directory, name)
+        except ValueError as error:
+            self.refused.append((str(name), reason_of(error)))
+            return None
+        if path.exists():
+            return path
+        self.left_out.add(str(name))
+        return None
+
+    def _model(self, run: str, adapter: Path, event: Event) -> None:
+        """Log the winner's adapter as a model."""
+        from tune.registry import log_model
+
+        num_bytes = sum(path.stat().st_size for path in adapter.rglob("*") if path.is_file())
+        call = partial(log_model, self.client, run, adapter, register=event["register"], tags=event["model_tags"])
+        self._try("model", call, num_bytes)
+
+    # -------------------------------------------------------------------------------- batches
+
+    def _params(self, run: str, params: Mapping[str, Any]) -> None:
+        """MLflow's parameters never change: what a later session raised is in study.json."""
+        from mlflow.entities import Param
+
+        texts = {name: str(value) for name, value in params.items()}
+        if any(len(text) > PARAM_LENGTH for text in texts.values()):
+            self._try("parameters.json", lambda: self.client.log_dict(run, texts, "parameters.json"))
+        known = self._call(lambda: self.client.get_run(run)).data.params
+        self._batch(
+            run, "params", [Param(name, text[:PARAM_LENGTH]) for name, text in texts.items() if name not in known]
+        )
+
+    def _metrics(self, run: str, metrics: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Metrics by step."""
+        from mlflow.entities import Metric
+
+        found = []
+        for step, values in metrics:
+            for name, value in values.items():
+                try:
+                    found.append(Metric(name, float(value), self.when, step))
+                except (TypeError, ValueError) as error:
+                    self.refused.append((f"metric {name}", reason_of(error)))
+        self._batch(run, "metrics", found)
+
+    def _tags(self, run: str, tags: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        texts = {name: str(value)[:5000] for name, value in tags.items() if value not in ("", None)}
+        self._batch(run, "tags", [RunTag(name, text) for name, text in texts.items()])
+
+    def _batch(self, run: str, what: str, entities: Sequence[Any]) -> None:
+        """Log metrics, params or tags in as few calls as the store takes."""
+        limit = 1000 if what == "metrics" else 100
+        for first in range(0, len(entities), limit):
+            self._part(run, what, entities[first : first + limit])
+
+    def _part(self, run: str, what: str, part: Sequence[Any]) -> None:
+        """Log one batch. MLflow refuses it whole for one bad entity: then its halves are tried."""
+        parts: dict[str, Any] = {what: part}
+        try:
+            self._call(lambda: self.client.log_batch(run, **parts))
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            if len(part) == 1:
+                self.refused.append((f"{what[:-1]} {part[0].key}", reason_of(error)))
+            elif self._is_active(run):
+                middle = len(part) // 2
+                self._part(run, what, part[:middle])
+                self._part(run, what, part[middle:])
+            else:
+                self.refused.append((what, reason_of(error)))
+
+    def _is_active(self, run: str) -> bool:
+        """Whether a run can be written to at all."""
+        try:
+            return self._call(lambda: self.client.get_run(run)).info.lifecycle_stage == "active"
+        except StoreUnavailable:
+            raise
+        except Exception:  # that it is refused is on record already
+            return False
+
+
+def artifact_location() -> str | None:
+    """Where an experiment of a local store keeps its artifacts; None: MLflow's own default.
+
+    MLflow unquotes its default, so a working folder with a `%` in its name would get another one beside it.
+    """
+    folder = Path.cwd() / "mlruns"
+    return (folder / f"{time.time_ns()}").as_uri() if "%" in str(folder) else None
+
+
+def deleted_experiment(name: str, experiment_id: str) -> str:
+    """The sentence about an experiment in MLflow's trash, which takes no records."""
+    return (
+        f"the MLflow experiment must be active, but {name!r} was deleted: restore it with "
+        f"`mlflow experiments restore --experiment-id {experiment_id}`, or give another --experiment"
+    )
+
+
+class TensorBoardSink:
+    """Event files under `trials/0007/runs/`, as the guide's monitoring reads them."""
+
+    def __init__(self, target: Target) -> None:
+        self.directory = target.directory
+        self.writers: dict[int, Any] = {}
+
+    def deliver(self, event: Event) -> list[Refusal]:
+        if event["event"] == "started":
+            lines = "\n".join(f"{name}: {value}  " for name, value in event["settings"].items())
+            self._writer(event["number"]).add_text("settings", lines)
+        elif event["event"] == "report":
+            for step, metrics in log_entries(event):
+                for name, value in metrics.items():
+                    self._writer(event["number"]).add_scalar(name, value, step, walltime=event["time"])
+        elif event["event"] == "ended":
+            self._writer(event["number"]).close()
+            del self.writers[event["number"]]
+        return []
+
+    def _writer(self, number: int) -> Any:
+        from tensorboardX import SummaryWriter
+
+        if number not in self.writers:
+            folder = inside(self.directory, f"trials/{number:04d}/runs")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writers[number] = SummaryWriter(str(folder))
+        return self.writers[number]
+
+
+class WandbSink:
+    """A run per trial, grouped by study. WANDB_MODE=offline keeps them on disk."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.runs: dict[int, Any] = {}
+
+    def deliver(self, event: Event) -> list[Refusal]:
+        if event["event"] == "started":
+            self._run(event["number"]).config.update(event["params"], allow_val_change=True)
+        elif event["event"] == "report":
+            for step, metrics in log_entries(event):
+                self._run(event["number"]).log(metrics, step=step)
+        elif event["event"] == "ended":
+            run = self._run(event["number"])
+            run.summary.update({"end_state": event["state"], "error": event["error"]})
+            run.finish(exit_code=0 if STATES[event["state"]] == "FINISHED" else 1)
+            del self.runs[event["number"]]
+        return []
+
+    def _run(self, number: int) -> Any:
+        import wandb
+
+        if number not in self.runs:
+            # W&B would write to the system's temporary folder instead, and only log a warning.
+            inside(self.target.directory, "wandb").mkdir(exist_ok=True)
+            self.runs[number] = wandb.init(
+                project=self.target.experiment,
+                group=self.target.study,
+                dir=str(self.target.directory),
+                name=f"trial {number}",
+                id=f"{self.target.study_id}-{number}",  # found again when the study goes on
+                resume="allow",
+                reinit="create_new",
+                settings=wandb.Settings(silent=True),
+            )
+        return self.runs[number]
+
+
+class StorageSink:
+    """The study's files on object storage (`--storage`). Trials copy theirs themselves, from where they run."""
+
+    def __init__(self, target: Target) -> None:
+        self.storage = Storage(target.directory, target.storage_uri)
+
+    def deliver(self, event: Event) -> list[Refusal]:
+        names = {
+            "session": ["splits.json", "journal.jsonl", "plan.json"],
+            "report": [],  # its trial tells it again from its state, if the journal is needed before the next end
+            "study_ended": ["journal.jsonl", "study.json", "report.html", "pictures", "best_adapter"],
+        }.get(event["event"], ["journal.jsonl"])
+        refused: list[Refusal] = []
+        for name in names:
+            try:
+                path = inside(self.storage.directory, name)
+                if path.exists():
+                    self.storage.push(path)
+            except OSError as error:
+                raise StoreUnavailable(str(error)) from error
+            except ValueError as error:
+                refused.append((name, reason_of(error)))
+        return refused
+
+
+SINKS: dict[str, Callable[[Target], Sink]] = {
+    "mlflow": MLflowSink,
+    "tensorboard": TensorBoardSink,
+    "wandb": WandbSink,
+    "storage": StorageSink,
+}
