@@ -104,7 +104,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     try:
         from train_fn.engine import MicroBatchTooLarge, TrialFailed
-        from train_fn.loop import Leaving, run_trial, score_adapter
+        from train_fn.loop import Leaving, run_trial, try_adapter
         from train_fn.model import base_gib, load_base
 
         place = ray.train.torch.get_device()
@@ -145,7 +145,7 @@ def lane_loop(config: dict[str, Any]) -> None:
                 for adapter in assignment["adapters"]:
                     job.storage.pull(Path(adapter))
                 found = [
-                    score_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
+                    try_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
                     for adapter in assignment["adapters"]
                 ]
                 message = extra | {"done": True, "epoch": 1, "predictions": found}
