@@ -10,8 +10,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient
+
+if TYPE_CHECKING:
+    from tune.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num-phantoms", "60", "--num-train-epochs", "1"]
@@ -76,3 +80,35 @@ def wait_for(process: subprocess.Popen, text: str, timeout_s: float = 300) -> li
         assert line and time.monotonic() < deadline, f"{text!r} did not come: {''.join(seen)}"
         seen.append(line)
     return seen
+
+
+# What a study writes, for tests without Ray.
+LAYOUT = {"lanes": 2, "workers_per_trial": 1, "use_gpu": False, "num_threads": 1, "lanes_per_gpu": 1}
+
+
+def report_event(number: int, auroc: float, **metrics: float) -> dict[str, Any]:
+    scores = {"auroc": auroc, "macro_f1": 0.5, "sensitivity": 0.5, "loss": 1.0 - auroc, **metrics}
+    facts = {"epoch": 1, "step": 3, "metrics": scores, "log": [], "applied": {"trainable_params": 10}, "device": "cpu"}
+    facts |= {"seconds": {"train": 1.0, "evaluation": 0.5}, "finished": True, "lane": 0, "turn": number, "notes": []}
+    facts |= {"num_threads": 1, "base_gib": 0.0, "base_16_bit_gib": 0.0, "system": {}}
+    return {"number": number, "wall_s": 2.0, "waited_s": 0.1, "device_s": 1.5, **facts}
+
+
+def write_trial(journal: Journal, number: int, state: str = "COMPLETE", auroc: float = 0.5, **more: Any) -> None:
+    """A trial's events and, if it is complete, its adapter."""
+    searched = {"learning_rate": 1e-3 * (1 + number), **more.pop("searched", {})}
+    settings = {"class_balanced_loss": True, "seed": 0}
+    journal.write("started", number=number, searched=searched, settings=settings, params=searched)
+    if state == "COMPLETE":
+        journal.write("report", **report_event(number, auroc, **more))
+    if state != "RUNNING":
+        error = "it broke" if state == "FAILED" else ""
+        facts = {"best": None, "num_ended": number, "step": 3, "seconds": {}, "applied": {}, "lane": 0, "device": "cpu"}
+        journal.write("ended", number=number, state=state, error=error, device_s=1.5, notes=[], **facts)
+    if state == "COMPLETE":
+        write_adapter(journal.path.parent / "trials" / f"{number:04d}" / "final_model", str(number))
+
+
+def write_adapter(folder: Path, content: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_model.safetensors").write_text(content)

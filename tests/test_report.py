@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -333,3 +334,52 @@ def test_spans_leave_out_what_a_trial_waited(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 4)
     found = [(record.number, start, end) for record, start, end in spans(View(study, directory))]
     assert found == [(0, 0.0, 9.0), (1, 0.0, 9.0), (2, 10.0, 19.0), (3, 10.0, 19.0)]
+
+
+UNPRINTABLE = "$a_b$ [/red] \x1b[2J \x00 \udcff \u202e <b>"
+
+
+def test_text_that_cannot_be_printed_is_written_in_words(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 3 + ["FAILED"], ended_by=UNPRINTABLE)
+    study |= {"candidates": [UNPRINTABLE, "b"], "notes": [UNPRINTABLE], "error": UNPRINTABLE}
+    for trial in study["trials"]:
+        trial["searched"][UNPRINTABLE] = UNPRINTABLE
+    study["trials"][3]["error"] = UNPRINTABLE
+    paths = write_report(study, directory)
+    text = (directory / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not set(text) & {"\x1b", "\x00", "\u202e", "\udcff"}
+    assert page.text.count("$a_b$ [/red] \\x1b[2J \\x00 \\udcff \\u202e <b>") > 8
+    assert {"confusions.png", "slices.png"} <= {path.name for path in paths}
+
+
+@pytest.mark.parametrize("damage", [b"", b"no database", None])
+def test_without_a_readable_optuna_db_the_rest_is_there(tmp_path: Path, damage: bytes | None) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    path = directory / "optuna.db"
+    path.write_bytes(path.read_bytes()[:6000] if damage is None else damage)
+    write_report(study, directory)
+    page = Page((directory / "report.html").read_text())
+    assert "Not drawn: the search's optuna.db is missing or cannot be read" in page.text
+    assert sorted(page.numbers) == list(range(5))
+
+
+def test_optuna_db_is_found_under_any_name(tmp_path: Path) -> None:
+    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    for name in ("which one?", "50%41 #1 & 'b'", "s"):
+        moved = tmp_path / name / directory.name
+        moved.parent.mkdir()
+        shutil.copytree(directory, moved)
+        found = load_search(moved, "")
+        assert found and len(found.trials) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["50%41 #1 & 'b'", "a study & more", "s", "which one?"]
+
+
+def test_an_interrupted_study_and_a_failed_guide_are_not_praised(tmp_path: Path) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE", "COMPLETE", "INTERRUPTED"])
+    study |= {"state": "INTERRUPTED", "winner": 0}
+    study["test"].pop("difference")
+    write_report(study, directory)
+    text = Page((directory / "report.html").read_text()).text
+    assert "were not looked at" not in text  # they were: the study was interrupted afterwards
+    assert "--resume" in text and "--trials" not in text.partition("Go on with the study")[2]

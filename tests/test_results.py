@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -57,6 +58,85 @@ def test_confirmation_decides_by_the_mean(tmp_path) -> None:
     outcome.choose_winner()
     assert outcome.winner is records[2]
     assert outcome.adapter_of(records[2]) == tmp_path / "trials" / "0002" / "confirm-2" / "final_model"
+
+
+def test_rules_hold_after_confirmation_too(tmp_path) -> None:
+    records = [
+        record(0, auroc=0.9, sensitivity=0.2, loss=1),
+        record(1, auroc=0.8, sensitivity=0.95, loss=1),
+        record(2, auroc=0.7, sensitivity=0.95, loss=1),
+    ]
+    confirmed = {0: [0.95, 0.95], 1: [0.6, 0.6], 2: [0.7, 0.7]}
+    for confirmations, expected in (
+        (confirmed, [2, 1, 0]),  # 0 has the best mean, and breaks the rule
+        ({0: [0.95]}, [1, 2, 0]),  # only the guide was confirmed
+        ({0: [0.95], 2: [0.1]}, [2, 1, 0]),  # of those that keep the rule one was confirmed
+        ({0: [float("nan")], 1: [float("nan")], 2: [0.1]}, [2, 1, 0]),
+    ):
+        outcome = Outcome("s", tmp_path, AUROC, records, require=("sensitivity>=0.9",), confirmations=confirmations)
+        assert [r.number for r in outcome.best()] == expected, confirmations
+    free = Outcome("s", tmp_path, AUROC, records, confirmations=confirmed)
+    assert [r.number for r in free.best()] == [0, 2, 1]
+
+
+def test_a_study_that_went_on_is_not_busier_than_its_lanes(tmp_path) -> None:
+    first = [{"event": "session", "time": 0.0, "params": {"lanes": 2}, "startup_s": 10.0}]
+    first += [{"event": "started", "time": 1.0, "number": 0, "searched": {}, "settings": {}}]
+    first += [event(0, 1, 100.0, {"train": 60.0, "evaluation": 20.0}, wall_s=90.0, waited_s=5.0)]
+    outcome = Outcome("s", tmp_path, AUROC, [])
+    outcome.read(first, 100.0)
+    assert outcome.seconds["wall"] == 110 and outcome.lane_seconds == 220
+    assert outcome.busy_share == pytest.approx(80 / 220)
+    # A day later, on one lane, it takes a second: what the trial took before is in its seconds.
+    later = [{"event": "session", "time": 90_000.0, "params": {"lanes": 1}, "startup_s": 3.0}]
+    later += [{"event": "started", "time": 90_001.0, "number": 0, "searched": {}, "settings": {}}]
+    later += [event(0, 2, 90_004.0, {"train": 61.0, "evaluation": 21.0, "setup": 1.0}, wall_s=2.5, waited_s=0.5)]
+    outcome.read(first + later, 90_004.0)
+    assert outcome.seconds["wall"] == 110 + 7 and outcome.lane_seconds == 220 + 7
+    assert outcome.busy_share == pytest.approx(82 / 227)
+    assert outcome.records[0].overhead_s == pytest.approx(1.5)  # 0.5 s of waiting, 1 s of setting up
+    assert outcome.records[0].attempt_s == 2.0
+
+
+def event(number: int, epoch: int, when: float, seconds: dict[str, float], **times: float) -> dict:
+    facts = {"finished": False, "applied": {}, "lane": 0, "turn": 0, "device": "cpu", "notes": [], "device_s": 1.0}
+    facts |= {"number": number, "epoch": epoch, "metrics": {"auroc": 0.5}, "seconds": seconds, **times}
+    return {"event": "report", "time": when, **facts}
+
+
+def test_a_trial_killed_before_its_first_report_has_no_negative_overhead(tmp_path) -> None:
+    begun = {"event": "started", "time": 0.0, "number": 0, "searched": {}, "settings": {}}
+    # 50 s of training were done in an attempt that was lost; the state that it left is gone on from.
+    told = [
+        begun,
+        event(0, 1, 70.0, {"train": 55.0, "evaluation": 2.0, "profile_forward": 40.0}, wall_s=9.0, waited_s=1),
+    ]
+    assert fold(told)[0].overhead_s == pytest.approx(1.0)
+    # Without a loss nothing changes: the lane's wall time, less training and evaluation.
+    told = [begun, event(0, 1, 70.0, {"train": 5.0, "evaluation": 2.0, "setup": 0.5}, wall_s=9.0, waited_s=1)]
+    assert fold(told)[0].overhead_s == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("folder", ["plain", "with space", "it's; rm -rf $HOME", "which one?", "50% & [/red]", "-x"])
+def test_printed_commands_are_what_a_shell_takes(tmp_path, capsys, monkeypatch, folder: str) -> None:
+    directory = tmp_path / folder / "s"
+    (directory / "trials" / "0000" / "final_model").mkdir(parents=True)
+    monkeypatch.chdir(directory.parent)
+    uri = f"sqlite:///{tmp_path / folder / 'mlflow.db'}"
+    outcome = Outcome("s", directory, AUROC, [record(0, auroc=0.7, loss=1)], num_trials=1, tracking_uri=uri)
+    outcome.choose_winner()
+    print_summary(outcome)
+    out = capsys.readouterr().out
+    lines = {line[:15].strip(): shlex.split(line[15:]) for line in out.splitlines() if "python " in line}
+    assert lines["Use it"][4] == lines["Merge it"][4] == str(directory / "best_adapter")
+    assert lines["Extend it"] == [
+        *("python", "tune/run.py", "--results", str(directory.parent), "--resume", "s", "--trials", "11")
+    ]
+    assert "Compare trials mlflow ui\n" in out
+    outcome.tracking_uri = "sqlite:////else where/it's.db"
+    print_summary(outcome)
+    (compare,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Compare trials")]
+    assert shlex.split(compare)[-1] == "sqlite:////else where/it's.db"
 
 
 def test_a_new_winner_does_not_inherit_test_scores(tmp_path) -> None:

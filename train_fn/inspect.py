@@ -33,6 +33,7 @@ from train_fn.data import (
 )
 from train_fn.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
 from train_fn.phantoms import CLASSES, QUESTION
+from train_fn.text import plain
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--busi and --write must be given together, and without --image-root: that is the BUSI folder")
     if options.busi:
         if problems := write_busi(options.busi, options.write, options.question):
-            print("The manifest cannot be made:", *problems, sep="\n  - ", file=sys.stderr)
+            print("The manifest cannot be made:", *map(plain, problems), sep="\n  - ", file=sys.stderr)
             return 2
         print(f"Written; for a study: --data {options.write} --image-root {options.busi}")
         options.data, options.image_root = options.write, options.busi
@@ -128,9 +129,9 @@ def inspect(options: argparse.Namespace) -> int:
                 table.add_row(*(plain(str(cell)) for cell in row))
             console.print(table)
     for problem in problems:
-        console.print(f"  - {plain(problem)}", soft_wrap=True)
+        console.print("  - " + plain(problem, keep="\n"), soft_wrap=True)
     for sentence in report.sentences() if report and report.largest_group > LARGE_GROUP * report.num_images else ():
-        console.print(f"  {sentence}", soft_wrap=True)
+        console.print("  " + plain(sentence), soft_wrap=True)
     reasons = ", for the reasons above"
     console.print(f"A study {'cannot' if problems else 'can'} start with this data{reasons if problems else ''}.")
     return 2 if problems else 0
@@ -194,11 +195,6 @@ def tables(
             rows.append([len(found), "\n".join(names)])
         if rows:
             yield f"{title} ({len(rows)} of {len(chosen)})", ["entries", "file: answer"], rows
-
-
-def plain(text: str) -> str:
-    """Text from a file without what could command a terminal or cannot be printed."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from train_fn.data import Splits, class_weights, epoch_order, micro_batches
 from train_fn.engine import (
@@ -487,6 +488,25 @@ def evaluate(
 def score_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, np.ndarray]:
     """Losses [N] and scores [N, C] of a saved adapter on one part of the data."""
     with load_adapter(base, adapter):
+        return predict(base, getattr(splits, part), splits.candidates, batch_size, *world())
+
+
+def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, Any]:
+    """Losses and scores as `score_adapter`, or {"error": ...} on every rank when a rank cannot load the adapter."""
+    with contextlib.ExitStack() as stack:
+        error = ""
+        try:
+            stack.enter_context(load_adapter(base, adapter))
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as failure:
+            if isinstance(failure, (torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise  # the device's fault, not the adapter's
+            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        errors = [error]
+        if world()[1] > 1:  # all ranks predict together, or none does
+            errors = [""] * world()[1]
+            dist.all_gather_object(errors, error)
+        if any(errors):
+            return {"error": next(filter(None, errors))}
         return predict(base, getattr(splits, part), splits.candidates, batch_size, *world())
 
 

@@ -183,7 +183,7 @@ def work(
     """
     import ray
 
-    from train_fn.loop import run_trial, score_adapter
+    from train_fn.loop import run_trial, try_adapter
 
     number = assignment["number"]
     if job.inputs and rank == 0 and (problem := job.inputs.changed_images(job.splits)):
@@ -192,7 +192,7 @@ def work(
         for adapter in assignment["adapters"]:
             job.storage.pull(Path(adapter))
         found = [
-            score_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
+            try_adapter(base, job.splits, "test", job.model.per_device_eval_batch_size, Path(adapter))
             for adapter in assignment["adapters"]
         ]
         message = extra | {"done": True, "epoch": 1, "predictions": found}

@@ -27,6 +27,7 @@ from train_fn.copies import file_hash
 from train_fn.memory import GIB, measure, memory_needed
 from train_fn.settings import TrialSettings
 from train_fn.storage import Storage
+from train_fn.text import plain
 from train_fn.worker import versions
 from tune.prepare import Study, model_directory, prepare
 from tune.provenance import ROOT
@@ -543,10 +544,10 @@ def print_table(findings: Sequence[Finding]) -> None:
         console.width = 140
     table = Table("check", "where", "found", "verdict")
     for finding in findings:
-        table.add_row(finding.check, finding.where, finding.found, finding.verdict)
+        table.add_row(*map(plain, (finding.check, finding.where, finding.found, finding.verdict)))
     console.print(table)
     for finding in findings:
         if finding.fix:
-            console.print(f"  - {finding.verdict}: {finding.fix}", soft_wrap=True)
+            console.print(f"  - {finding.verdict}: {plain(finding.fix)}", soft_wrap=True)
     failed = sum(finding.verdict == "FAIL" for finding in findings)
     console.print(f"A study cannot run: {failed} check(s) fail." if failed else "A study can run.")

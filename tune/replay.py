@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
+import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from train_fn.storage import Storage
+from train_fn.text import plain
 from tune.prepare import Study
 from tune.results import TrialRecord, fold
 from tune.settings import SettingsError
@@ -29,22 +27,27 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
 
     workers = study.settings.study.workers_per_trial
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)
-    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
+    # Within the study's own folder or bucket: a temporary folder of this machine is no place for other nodes.
+    folder = study.directory / "replay"
+    study.storage.remove(folder)
+    found: list[dict[str, Any]] = []
+    try:
         dispatcher = start_dispatcher(layout, study.settings.study.hang_timeout)
-        lanes = Lanes(dataclasses.replace(study, storage=Storage(Path(folder))), layout, dispatcher, say)
+        lanes = Lanes(study, layout, dispatcher, say)
         say(f"Training trial {number} of {study.name} again")
-        job = {"kind": "train", "settings": record.settings, "output": folder}
+        job = {"kind": "train", "settings": record.settings, "output": str(folder)}
         ray.get(dispatcher.submit.remote(number, job))
-        found: list[dict[str, Any]] = []
         while len(found) < len(record.epochs):
             report = ray.get(dispatcher.next_report.remote(number, len(found)))
             if "error" in report:
-                say(f"It failed: {report['error']}")
+                say(f"It failed: {report['error'].splitlines()[0]}")
                 break
             found.append(report["metrics"])
         ray.get(dispatcher.stop.remote(number))
         lanes.close()
         ray.shutdown()
+    finally:
+        study.storage.remove(folder)
     return compare(record, found)
 
 
@@ -53,16 +56,19 @@ def compare(record: TrialRecord, found: list[dict[str, Any]]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 110
     table = Table("epoch", "metric", "then", "now", "difference")
     same = len(found) == len(record.epochs)
     for epoch, (then, now) in enumerate(zip(record.epochs, found, strict=False), 1):
         for name, value in then.items():
-            equal = now[name] == value or (now[name] != now[name] and value != value)
+            again = now.get(name, math.nan)  # another version may not have it
+            equal = again == value or (again != again and value != value)
             same &= equal
-            table.add_row(
-                str(epoch), name, repr(value), repr(now[name]), "none" if equal else f"{now[name] - value:+.3g}"
-            )
-    Console(width=110).print(table)
+            gap = "none" if equal else f"{again - value:+.3g}"
+            table.add_row(str(epoch), plain(name), repr(value), repr(again), gap)
+    console.print(table)
     threads = "" if record.num_threads <= 1 else f" (with {record.num_threads} threads last bits may differ)"
     print("Identical." if same else f"Not identical{threads}.")
     return 0 if same else 1

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from train_fn.data import DataReport, load_splits
+from train_fn.files import write_file
 from train_fn.metrics import confusion
+from train_fn.text import plain, plain_values
 from tune.results import (
     TrialRecord,
     defined,
@@ -117,13 +119,18 @@ class View:
 
 
 def load_search(directory: Path, warm_start: str) -> optuna.Study | None:
-    """The study's own trials as Optuna has them, None without an optuna.db."""
+    """The study's own trials as Optuna has them; None where optuna.db is missing or cannot be read."""
     import optuna
+    import sqlalchemy
 
     path = directory / "optuna.db"
     if not path.exists():
         return None
-    stored = optuna.load_study(study_name=directory.name, storage=f"sqlite:///{path}")
+    url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
+    try:
+        stored = optuna.load_study(study_name=directory.name, storage=url)
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, KeyError, RuntimeError):
+        return None  # damaged, or of another study: the report's other parts do not need it
     if not warm_start:
         return stored
     from tune.search import PRIOR  # the other study's trials come first: without them the numbers are this one's
@@ -282,7 +289,7 @@ def importances(view: View) -> Figure | str:
     import optuna
 
     if not view.search:
-        return "the search's optuna.db is not there"
+        return "the search's optuna.db is missing or cannot be read"
     done = view.search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     # A setting that only some trials have would be credited with all that sets those trials apart.
     shared = [name for name in view.names if all(name in trial.params for trial in done)]
@@ -304,7 +311,8 @@ def spans(view: View) -> list[tuple[TrialRecord, float, float]]:
     """Start and end of each trial in seconds since the first began. A trial is queued before its lane takes it, so its
     start is counted back from its end: `wall` goes from the end of the one before, `waited` of it idle."""
     ran = [record for record in view.records if record.ended_at]
-    begun = {r.number: r.ended_at - r.seconds["wall"] + r.seconds["waited"] for r in ran if "wall" in r.seconds}
+    lasted = {r.number: r.attempt_s or r.seconds["wall"] - r.seconds["waited"] for r in ran if "wall" in r.seconds}
+    begun = {r.number: r.ended_at - lasted[r.number] for r in ran if r.number in lasted}
     found = [(r, max(r.started_at, begun.get(r.number, 0.0)), r.ended_at) for r in ran]
     first = min((start for _, start, _ in found), default=0.0)
     return [(record, start - first, end - first) for record, start, end in found]
@@ -409,6 +417,7 @@ def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
             raw = io.BytesIO()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels in a small picture
+                warnings.filterwarnings("ignore", "Glyph .* missing from")  # an answer in a script that the font lacks
                 figure.savefig(raw, format="png", dpi=120)
         Image.open(raw).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
         shown[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -441,13 +450,13 @@ def write_explorer(view: View, path: Path) -> list[Path]:
         options = {"include_plotlyjs": not parts, "config": {"displaylogo": False, "responsive": True}}
         parts.append(figure.to_html(full_html=False, **options))
     title = html.escape(view.study["name"])
-    path.write_text(
+    page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         '<body style="font-family:system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem">'
         f"<h1>{title}</h1><p>Point at a mark for its trial; drag to zoom; double-click to zoom out.</p>"
-        + "".join(parts),
-        encoding="utf-8",
+        + "".join(parts)
     )
+    write_file(path, page)
     return [path]
 
 
@@ -461,7 +470,7 @@ def mistakes(view: View) -> list[tuple[str, str, str, float]]:
     probabilities, truth, names = next(iter(view.tested.values())), view.truth, view.study["candidates"]
     given, sure = probabilities.argmax(1), probabilities.max(1)
     wrong = sorted(np.flatnonzero(given != truth).tolist(), key=lambda image: -sure[image])[:10]
-    return [(view.splits.test[i].image, names[truth[i]], names[given[i]], float(sure[i])) for i in wrong]
+    return [(plain(view.splits.test[i].image), names[truth[i]], names[given[i]], float(sure[i])) for i in wrong]
 
 
 def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
@@ -472,6 +481,7 @@ def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
     """
     import jinja2
 
+    study = plain_values(study)
     view = View(study, directory)
     folder = directory / "pictures"
     folder.mkdir(exist_ok=True)
@@ -500,5 +510,5 @@ def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
         quote=shlex.quote,
     )
     path = directory / "report.html"
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text)
     return [path, *paths]

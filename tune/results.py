@@ -1,13 +1,11 @@
-"""What a study has found: the record of each trial, folded from the journal, the winner, its test score with intervals,
-table and study.json."""
+"""What a study has found: the record of each trial, from the journal's events; the winner and its adapter; its test
+score with intervals; table and study.json."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,16 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from train_fn.copies import file_hash
 from train_fn.data import Sample, Splits
+from train_fn.files import copy_folder, write_json
 from train_fn.metrics import MODES, bootstrap_intervals
 from train_fn.scores import metrics_of
 from train_fn.settings import PROFILE_PREFIX
 from train_fn.storage import Storage
+from train_fn.text import plain
 from tune.journal import Event
 from tune.settings import StudySettings, comparison, holds, seconds
 
 Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
-END_STATES = ("COMPLETE", "STOPPED", "FAILED", "INTERRUPTED")
+DONE_STATES = ("COMPLETE", "STOPPED", "FAILED")  # of which none is run again
+END_STATES = (*DONE_STATES, "INTERRUPTED")
 
 
 @dataclass
@@ -44,7 +46,10 @@ class TrialRecord:
     applied: dict[str, Any] = field(default_factory=dict)
     """What the live engine said it trains with."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase, and `wall`: from the end of the lane's trial before to the end of this one."""
+    """Seconds by phase, those before a loss or a kill included. `wall`: of the lane, from the end of its trial before
+    to the end of this one; `waited`: the part of it before this one came."""
+    attempt_s: float | None = None
+    """Seconds from the begin of the last attempt on its lane to the last report; None before the first report."""
     lane: int | None = None
     turn: int | None = None
     """How many assignments the lane's worker group had had before this one."""
@@ -93,7 +98,11 @@ class TrialRecord:
                          "base_16_bit_gib", "base_hash", "data_hash", "step"):  # fmt: skip
                 # An older journal may not know every one of them.
                 setattr(self, name, event.get(name, getattr(self, name)))
-            self.seconds = event["seconds"] | {"wall": event["wall_s"], "waited": event["waited_s"]}
+            self.attempt_s = event["wall_s"] - event["waited_s"]
+            # The phases of a trial that goes on include those before its loss or kill; `wall_s` is of this attempt.
+            phases = sum(s for name, s in event["seconds"].items() if not name.startswith(PROFILE_PREFIX))
+            wall = event["waited_s"] + max(self.attempt_s, phases)
+            self.seconds = event["seconds"] | {"wall": wall, "waited": event["waited_s"]}
             self.device_seconds = self.spent_before + event["device_s"]
         elif event["event"] == "ended":
             self.state, self.error, self.ended_at = event["state"], event["error"], event["time"]
@@ -169,10 +178,12 @@ def front(records: Sequence[TrialRecord], goals: Sequence[Goal]) -> list[TrialRe
     return [r for r in records if r.number in points and not beaten(points[r.number])]
 
 
-def spent(records: Iterable[TrialRecord], events: Sequence[Event], study: StudySettings) -> str:
-    """Which budget of the study is used up, as a sentence; empty if none is."""
+def spent(
+    records: Iterable[TrialRecord], events: Sequence[Event], study: StudySettings, until: float | None = None
+) -> str:
+    """Which budget of the study is used up, as a sentence; empty if none is. until: as for `wall_seconds`."""
     records = list(records)
-    if study.time_budget and wall_seconds(events) >= seconds(study.time_budget):
+    if study.time_budget and wall_seconds(events, until) >= seconds(study.time_budget):
         return f"the time budget of {study.time_budget} is used up"
     hours = sum(record.device_seconds for record in records) / 3600
     if study.gpu_hours and hours >= study.gpu_hours:
@@ -188,11 +199,24 @@ def spent(records: Iterable[TrialRecord], events: Sequence[Event], study: StudyS
     return ""
 
 
-def wall_seconds(events: Sequence[Event]) -> float:
-    """Seconds that a study has run so far: all sessions, each up to its last event, the present one up to now."""
+def wall_seconds(events: Sequence[Event], until: float | None = None) -> float:
+    """Seconds that a study has run, over all its sessions.
+
+    Args:
+        until: when the last session ends, in seconds since the epoch. None: it runs now.
+    """
+    return sum(session_s for _, session_s in sessions(events, until))
+
+
+def sessions(events: Sequence[Event], until: float | None = None) -> list[tuple[Event, float]]:
+    """The first event of each session and the session's seconds, up to its last event; the start before the first event
+    is included."""
     starts = [number for number, event in enumerate(events) if event["event"] == "session"]
-    ends = [events[number - 1]["time"] for number in starts[1:]] + [time.time()]
-    return sum(end - events[number]["time"] for number, end in zip(starts, ends, strict=True))
+    ends = [events[number - 1]["time"] for number in starts[1:]] + [time.time() if until is None else until]
+    return [
+        (events[number], end - events[number]["time"] + events[number].get("startup_s", 0.0))
+        for number, end in zip(starts, ends, strict=False)
+    ]
 
 
 Score = Callable[[np.ndarray], dict[str, float]]
@@ -240,19 +264,30 @@ def verdict(gain: dict[str, Any], metric: str) -> str:
 
 @dataclass
 class Outcome:
-    """A study at its end, however it ended."""
+    """A study's results: at its end, however it ended, or so far."""
 
     name: str
     directory: Path
     goals: tuple[Goal, ...]
     records: list[TrialRecord]
     require: tuple[str, ...] = ()
+    num_trials: int = 0
+    """How many trials were asked for."""
+    running: bool = False
+    """Whether a process runs the study now (`--show`)."""
     interrupted: bool = False
+    error: str = ""
+    """The error of the space or of the storage that ended the study before its time."""
     ended_by: str = ""
-    space_error: str = ""
-    """Why the search space gave no further trial."""
     winner: TrialRecord | None = None
     adapter: Path | None = None
+    """Where the winner's adapter lies: `best_adapter/`, or its trial's own folder as long as that is not written."""
+    rejected: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Trials whose adapter cannot be used, by number: the reason, and the sha256 of the adapter that it holds for."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Of the adapter in `best_adapter/`: its `source`, from the study's folder, and its `sha256` ("": not known)."""
+    incomplete: bool = False
+    """Whether something that follows the search is missing, such as the report; `--resume` makes it."""
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Test metrics by "winner" and "guide", and "difference": winner less guide, paired."""
     tested: int = 0
@@ -266,6 +301,8 @@ class Outcome:
     tested_winner: str = ""
     """The adapter that `tests` are of, from the study's folder."""
     seconds: dict[str, float] = field(default_factory=dict)
+    lane_seconds: float = 0.0
+    """Seconds of all lanes over all sessions, idle or not; 0: the lanes times the wall time."""
     lanes: int = 0
     notes: list[str] = field(default_factory=list)
     tracking_uri: str = ""
@@ -278,19 +315,28 @@ class Outcome:
 
     @property
     def state(self) -> str:
-        """How the study ended: INTERRUPTED, COMPLETE (there is a winner) or FAILED."""
-        return "INTERRUPTED" if self.interrupted else "COMPLETE" if self.winner else "FAILED"
+        """How the study ended: INTERRUPTED (also by an error), COMPLETE (there is a winner) or FAILED."""
+        return "INTERRUPTED" if self.interrupted or self.error else "COMPLETE" if self.winner else "FAILED"
 
     @property
     def exit_code(self) -> int:
-        """0: there is a winner; 1: no trial completed; 3: the space failed before the last trial; 130: interrupted."""
-        return 130 if self.interrupted else 3 if self.space_error else 0 if self.winner else 1
+        """0: there is a winner whose adapter can be used; 1: there is none; 3: an error of the space or of the storage
+        ended the study; 130: interrupted."""
+        return 130 if self.interrupted else 3 if self.error else 0 if self.winner and self.adapter else 1
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `--resume` has something left to do without more trials or larger budgets."""
+        states = [record.state for record in self.records]
+        left = not self.ended_by and sum(state in DONE_STATES for state in states) < self.num_trials
+        return self.interrupted or bool(self.error) or self.incomplete or left or "INTERRUPTED" in states
 
     @property
     def busy_share(self) -> float:
         """Share of the lanes' wall time, start-up included, that was training or evaluation."""
         busy = sum(r.seconds.get("train", 0) + r.seconds.get("evaluation", 0) for r in self.records)
-        return busy / (self.seconds["wall"] * max(1, self.lanes)) if self.seconds.get("wall") else 0.0
+        there = self.lane_seconds or self.seconds.get("wall", 0.0) * max(1, self.lanes)
+        return busy / there if there else 0.0
 
     @property
     def profile(self) -> dict[str, float]:
@@ -304,40 +350,134 @@ class Outcome:
             found["idle"] += sum(r.seconds.get("waited", 0.0) for r in self.records)
         return {name: value / sum(found.values()) for name, value in sorted(found.items(), key=lambda one: -one[1])}
 
+    def read(self, events: Sequence[Event], until: float | None = None) -> None:
+        """Take in a whole journal. until: as for `wall_seconds`."""
+        records = fold(events)
+        self.records = [records[number] for number in sorted(records)]
+        self.confirmations, self.confirmed_runs, self.tests, self.predictions = {}, {}, {}, {}
+        self.tested = 0
+        for event in events:
+            self.hear(event)
+        self.measure(events, until)
+
+    def measure(self, events: Sequence[Event], until: float | None = None) -> None:
+        """Take the study's wall time and that of its lanes from its journal. until: as for `wall_seconds`."""
+        ran = sessions(events, until)
+        self.seconds["wall"] = sum(session_s for _, session_s in ran)
+        self.lane_seconds = sum(session_s * max(1, lanes_of(start)) for start, session_s in ran)
+
     def hear(self, event: Event) -> None:
         """Take in one event that is not a trial's own."""
-        if event["event"] == "confirmed":
+        if event["event"] == "session":
+            self.lanes, self.ended_by, self.rejected, self.incomplete = lanes_of(event), "", {}, False
+        elif event["event"] == "confirmed":
             self.confirmations.setdefault(event["number"], []).append(event["value"])
             self.confirmed_runs.setdefault(event["number"], []).append(event["run"])
         elif event["event"] == "tested":
             self.tests, self.predictions = event["tests"], event["predictions"]
             self.tested_winner = event["adapters"]["winner"]
             self.tested += 1
+        elif event["event"] == "study_ended":
+            self.ended_by = event["tags"].get("ended_by", "")
+            self.incomplete = event.get("incomplete", False)
+            self.rejected = {int(number): (why, sha) for number, (why, sha) in event.get("rejected", {}).items()}
+            self.kept = event.get("kept") or self.kept_before(event["tags"])
+
+    @staticmethod
+    def kept_before(tags: dict[str, Any]) -> dict[str, str]:
+        """`kept` from the tags of an older journal."""
+        winner = tags.get("winner", "none")
+        known = isinstance(winner, int) and tags.get("adapter", "none") != "none"
+        return {"source": f"trials/{winner:04d}/final_model", "sha256": ""} if known else {}
+
+    def mean_confirmed(self, record: TrialRecord) -> float:
+        """The mean of the first goal over fresh seeds or folds; NaN without any that is a number."""
+        values = [value for value in self.confirmations.get(record.number, []) if math.isfinite(value)]
+        return float(np.mean(values)) if values else math.nan
 
     def best(self) -> list[TrialRecord]:
-        """Completed trials, best first; those with fresh seeds come first, by their means."""
-        best = ranked(self.records, self.goals, self.require)
-        again = [record for record in best if record.number in self.confirmations]
-        again.sort(key=lambda r: sign(self.goals[0][1]) * float(np.mean(self.confirmations[r.number])))
-        return again + [record for record in best if record.number not in self.confirmations]
+        """Completed trials, best first: those that keep the rules, then those with fresh seeds, by their means."""
+        rules = [comparison(text) for text in self.require]
+
+        def order(record: TrialRecord) -> tuple[bool, bool, float]:
+            breaks = not all(holds(rule, record.metrics) for rule in rules)
+            mean = self.mean_confirmed(record)
+            confirmed = math.isfinite(mean)
+            return breaks, not confirmed, sign(self.goals[0][1]) * mean if confirmed else 0.0
+
+        return sorted(ranked(self.records, self.goals, self.require), key=order)  # stable: the rest stays as ranked
 
     def choose_winner(self) -> None:
-        """Name the winner, the best by its mean over fresh seeds if there are any, and copy its adapter to
-        `best_adapter/`."""
-        best = self.best()
-        if not best:
+        """Name the winner and keep its adapter in `best_adapter/`. Raises OSError as `pick_winner`."""
+        self.pick_winner()
+        self.keep_adapter()
+
+    def pick_winner(self) -> None:
+        """Name the winner: the best trial whose adapter is there. Raises OSError when storage does not answer, or when
+        the study's folder is gone."""
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"{self.directory} is gone, or has another name now: put it back")
+        self.winner = self.adapter = None
+        for record in self.best():
+            if self.is_rejected(record):
+                continue
+            if found := self.find_adapter(record):
+                self.winner, self.adapter = record, found
+                break
+            self.reject(record, f"its adapter {self.adapter_of(record)} is missing")
+        if self.winner is None:
             return
-        self.winner = best[0]
         self.forget_old_tests()
-        broken = [rule for rule in self.require if not holds(comparison(rule), self.winner.metrics)]
-        if broken:
-            self.notes.append(f"no trial keeps every rule: the winner breaks {', '.join(broken)}")
-        self.adapter = self.directory / "best_adapter"
-        if self.adapter.exists():
-            shutil.rmtree(self.adapter)
+        if broken := [rule for rule in self.require if not holds(comparison(rule), self.winner.metrics)]:
+            self.note(f"no trial keeps every rule: the winner breaks {', '.join(broken)}")
+
+    def reject(self, record: TrialRecord, reason: str) -> None:
+        """Take a trial out of the choice, because its adapter cannot be used."""
+        self.rejected[record.number] = (reason, adapter_hash(self.adapter_of(record)))
+        self.note(f"trial {record.number} cannot be the winner: {reason}")
+
+    def is_rejected(self, record: TrialRecord) -> bool:
+        """Whether a trial's adapter was found to be of no use, and is still the same."""
+        _, digest = self.rejected.get(record.number, ("", None))
+        return digest is not None and digest == adapter_hash(self.adapter_of(record))
+
+    def note(self, text: str) -> None:
+        """Add a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def find_adapter(self, record: TrialRecord) -> Path | None:
+        """Where a trial's adapter lies: `best_adapter/` if that holds it undamaged, else the trial's own folder."""
+        source, best = self.adapter_of(record), self.directory / "best_adapter"
+        kept = self.kept if self.kept.get("source") == self.relative(source) and best.is_dir() else {}
+        in_bucket = self.storage is not None and bool(self.storage.uri)
+        if kept and not in_bucket and kept["sha256"] in ("", adapter_hash(best)):
+            return best
         if self.storage:
-            self.storage.pull(self.adapter_of(self.winner))
-        shutil.copytree(self.adapter_of(self.winner), self.adapter)
+            self.storage.pull(source)
+        return source if source.is_dir() else best if kept else None
+
+    def keep_adapter(self) -> None:
+        """Copy the winner's adapter to `best_adapter/`. What cannot be copied stays where it is, with a note."""
+        best = self.directory / "best_adapter"
+        if self.winner is None or self.adapter is None or (self.adapter == best and self.kept["sha256"]):
+            return
+        source = self.relative(self.adapter_of(self.winner))
+        try:
+            if self.adapter != best:
+                old = self.kept.get("source", "")
+                if best.is_dir() and old not in ("", source) and not (self.directory / old).is_dir():
+                    best.rename(self.directory / f"best_adapter-{old.replace('/', '-')}")  # there is no other copy
+                copy_folder(self.adapter, best)
+            self.adapter = best
+            self.kept = {"source": source, "sha256": adapter_hash(best)}
+        except OSError as error:
+            self.incomplete = True
+            self.note(f"best_adapter could not be written ({error}): the winner's adapter is {self.adapter}")
+
+    def relative(self, path: Path) -> str:
+        """A path from the study's folder."""
+        return path.relative_to(self.directory).as_posix()
 
     def forget_old_tests(self) -> None:
         """Test scores of another winner are not this one's."""
@@ -353,20 +493,22 @@ class Outcome:
         return (trial / f"confirm-{min(runs)}" if runs else trial) / "final_model"
 
     def save(self, plan: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-        """Write study.json: all of this, and the study's plan. Returns it."""
+        """Write study.json: all of this, and the study's plan. Returns it. Raises OSError; the old one then stays."""
+        whom = "the winner and the guide's defaults" if "guide" in self.tests else "the winner"
         often = "once" if self.tested < 2 else f"{self.tested} times, as the study went on after it had been scored,"
         content = clean(
             {
                 "name": self.name,
                 "state": self.state,
                 "ended_by": self.ended_by,
+                "error": self.error,
                 "metric": self.metric,
                 "mode": self.goals[0][1],
                 "goals": self.goals,
                 "winner": self.winner.number if self.winner else None,
                 "adapter": self.adapter,
                 "test": self.tests,
-                "test_note": f"scored {often} after the search, for the winner and the guide's defaults only",
+                "test_note": f"scored {often} after the search, for {whom} only",
                 "predictions": self.predictions,
                 "front": [r.number for r in front(self.records, self.goals)] if len(self.goals) > 1 else [],
                 "confirmations": self.confirmations,
@@ -375,17 +517,27 @@ class Outcome:
                 "profile": self.profile,
                 "device_seconds": sum(r.device_seconds for r in self.records),
                 "lanes": self.lanes,
+                "lane_seconds": self.lane_seconds,
                 "layout": layout,
                 "notes": self.notes,
+                "next_command": next_step(self)[1],
                 "trials": [dataclasses.asdict(r) | {"overhead_s": r.overhead_s} for r in self.records],
                 **plan,
             }
         )
-        path = self.directory / "study.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_json(self.directory / "study.json", content)
         return content
+
+
+def lanes_of(session: Event) -> int:
+    """The lanes of a session, from its first event."""
+    return int(session.get("params", {}).get("lanes", 0))
+
+
+def adapter_hash(folder: Path) -> str:
+    """sha256 of an adapter's weights; empty where there are none."""
+    path = folder / "adapter_model.safetensors"
+    return file_hash(path) if path.is_file() else ""
 
 
 def clean(value: Any) -> Any:
@@ -434,87 +586,114 @@ def print_summary(outcome: Outcome, most: int = 10) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    width = console.width if console.is_terminal else 160
-    console = Console(width=width, soft_wrap=False)
+    def tell(text: str) -> None:
+        print(plain(text))
+
+    # Names, values and answers are the user's: no markup, and nothing that commands the terminal.
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = 160
     best = outcome.best()
     shown = best[:most]
     guide = next((r for r in outcome.records if r.number == 0), None)
     if guide and guide not in shown:
         shown.append(guide)
-    ended = {state: sum(r.state == state for r in outcome.records) for state in END_STATES}
-    counts = ", ".join(f"{count} {state.lower()}" for state, count in ended.items() if count)
+    counts = Counter(record.state.lower() for record in outcome.records)
+    counted = ", ".join(
+        f"{counts[state]} {state}" for state in map(str.lower, (*END_STATES, "RUNNING")) if counts[state]
+    )
     names = list(dict.fromkeys(name for r in outcome.records for name in r.searched))
     scores = list(dict.fromkeys([*(name for name, _ in outcome.goals), "macro_f1", "auroc", "loss"]))
     scores = [m for m in scores if any(math.isfinite(r.value(m)) for r in outcome.records)]
-    table = Table(title=f"Study {outcome.name}: {counts}. Validation scores, best first by {outcome.metric}")
+    title = f"Study {outcome.name}: {counted}. Validation scores, best first by {outcome.metric}"
+    table = Table(title=plain(title))
     table.add_column("trial", justify="right")
     for name in (*names, *scores, "train s", "state"):
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(plain(name), justify="right", overflow="fold")
     for record in shown:
         label = f"{record.number}" + (" (guide)" if record.number == 0 else "")
         cells = [number_text(record.searched[name]) if name in record.searched else "-" for name in names]
         cells += [score_text(record.value(m)) for m in scores]
-        table.add_row(label, *cells, f"{record.seconds.get('train', 0):.1f}", record.state.lower())
+        cells += [f"{record.seconds.get('train', 0):.1f}", record.state.lower()]
+        table.add_row(label, *map(plain, cells))
+    everything = "study.json" if (outcome.directory / "study.json").is_file() else "journal.jsonl"
     if shown:
         console.print(table)
         if len(outcome.goals) > 1:
             numbers = ", ".join(str(r.number) for r in front(outcome.records, outcome.goals))
-            print(f"Pareto front of {', '.join(f'{name} ({mode})' for name, mode in outcome.goals)}: trials {numbers}")
+            tell(f"Pareto front of {', '.join(f'{name} ({mode})' for name, mode in outcome.goals)}: trials {numbers}")
         if len(best) > most:
-            print(f"(the best {most} of {len(best)}; all of them are in study.json and MLflow)")
+            tell(f"(the best {most} of {len(best)}; all of them are in {everything} and MLflow)")
     if len(best) > 1:
         low, high = (f(r.value(outcome.metric) for r in best) for f in (min, max))
-        print(f"Spread of {outcome.metric} over the completed trials: {low:.3f} to {high:.3f}")
+        tell(f"Spread of {outcome.metric} over the completed trials: {low:.3f} to {high:.3f}")
     for error, count in failures(outcome.records).items():
-        print(f"{count} failed: {error}")
+        tell(f"{count} failed: {error}")
     for number, values in outcome.confirmations.items():
         label = f"trial {number}" + (" (guide)" if number == 0 else "")
         spread = f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-        print(f"Confirmed {len(values)} times: {label}: validation {outcome.metric} {spread}")
+        tell(f"Confirmed {len(values)} times: {label}: validation {outcome.metric} {spread}")
     if outcome.tests:
         table = Table(title="Test scores (95 % bootstrap interval), computed once, after the search")
         table.add_column("metric")
-        titles = {"winner": f"winner (trial {outcome.winner.number})" if outcome.winner else "", "guide": "guide"}
-        titles["difference"] = "winner less guide, paired"
+        winner = f"winner (trial {outcome.winner.number})" if outcome.winner else "winner"
+        if outcome.winner and outcome.winner.number == 0:
+            winner = "winner = the guide's defaults"
+        titles = {"winner": winner, "guide": "guide", "difference": "winner less guide, paired"}
         for who in outcome.tests:
-            table.add_column("winner = the guide's defaults" if len(outcome.tests) == 1 else titles.get(who, who))
+            table.add_column(plain(titles.get(who, who)))
         for name in next(iter(outcome.tests.values())):
-            table.add_row(name, *(with_interval(scores[name]) for scores in outcome.tests.values()))
+            table.add_row(plain(name), *(with_interval(scores[name]) for scores in outcome.tests.values()))
         console.print(table)
         gain = outcome.tests.get("difference", {}).get(outcome.metric)
         if gain and defined(gain):
-            print(verdict(gain, outcome.metric))
+            tell(verdict(gain, outcome.metric))
+    if outcome.error:
+        tell(f"Ended by an error: {outcome.error}.")
     if outcome.ended_by:
-        print(f"Ended because {outcome.ended_by}.")
+        tell(f"Ended because {outcome.ended_by}.")
     for note in outcome.notes:
-        print(f"Note: {note}")
-    print(
+        tell(f"Note: {note}")
+    if outcome.running and outcome.winner:
+        tell(f"Best so far: trial {outcome.winner.number}")
+    tell(
         f"Wall time {outcome.seconds.get('wall', 0):.0f} s, {outcome.busy_share:.0%} of it training and evaluation "
         f"on {outcome.lanes} lane{'s' if outcome.lanes != 1 else ''}."
     )
     if outcome.profile:
-        print(f"Profile: {', '.join(f'{name} {share:.1%}' for name, share in outcome.profile.items())}.")
-    print(f"Results        {outcome.directory}/study.json")
+        tell(f"Profile: {', '.join(f'{name} {share:.1%}' for name, share in outcome.profile.items())}.")
+    tell(f"Results        {outcome.directory / everything}")
     if outcome.adapter:
-        print(f"Adapter        {outcome.adapter}")
-    print("Compare trials " + next_mlflow(outcome.tracking_uri))
+        tell(f"Adapter        {outcome.adapter}")
+    tell("Compare trials " + next_mlflow(outcome.tracking_uri))
     if outcome.adapter:
-        print(f"Use it         python -m train_fn.predict --adapter {outcome.adapter} IMAGE_OR_FOLDER")
-        print(f"Merge it       python -m train_fn.predict --adapter {outcome.adapter} --merge-into NEW_FOLDER")
-    run = f"python tune/run.py --results {outcome.directory.parent} --resume {outcome.name}"
-    unfinished = any(record.state == "INTERRUPTED" for record in outcome.records) or outcome.interrupted
-    print(f"Go on          {run}" if unfinished else f"Extend it      {run} --trials {len(outcome.records) + 10}")
-    if not outcome.winner and not outcome.interrupted:
-        print("No trial completed, so there is no winner. The first error is above; all are in study.json.")
+        predict = shlex.join(["python", "-m", "train_fn.predict", "--adapter", str(outcome.adapter)])
+        tell(f"Use it         {predict} IMAGE_OR_FOLDER")
+        tell(f"Merge it       {predict} --merge-into NEW_FOLDER")
+    label, command = next_step(outcome)
+    tell(f"{label:15}{command}")
+    if not outcome.winner and not outcome.unfinished:
+        reason = "No trial completed" if not best else "No adapter can be used"
+        tell(f"{reason}, so there is no winner. The first error is above; all are in {everything}.")
+
+
+def next_step(outcome: Outcome) -> tuple[str, str]:
+    """What to do next with a study, in two words, and its command: to look again while it runs, else to resume it."""
+    command = ["python", "tune/run.py", "--results", str(outcome.directory.parent)]
+    if outcome.running:
+        return "Look again", shlex.join([*command, "--show", outcome.name])
+    command += ["--resume", outcome.name]
+    if outcome.unfinished:
+        return "Go on", shlex.join(command)
+    more = max(outcome.num_trials, len(outcome.records)) + 10
+    return "Extend it", shlex.join([*command, "--trials", str(more)])
 
 
 def next_mlflow(uri: str) -> str:
     """The command that shows the trials."""
     from tune.uris import default_uri
 
-    shown = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-    return "mlflow ui" if uri == default_uri() else shown if "://" in uri else uri
+    return "mlflow ui" if uri == default_uri() else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
 
 
 def failures(records: Sequence[TrialRecord]) -> dict[str, int]:

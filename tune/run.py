@@ -14,6 +14,7 @@ STARTED = time.perf_counter()
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
 
+from train_fn.text import plain  # noqa: E402
 from tune.settings import SettingsError, parse, study_directory  # noqa: E402
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """One line of progress."""
-    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
+    from tune.terminal import print_line
+
+    print_line(f"[{time.perf_counter() - STARTED:6.1f} s] {text}")
 
 
 def begin(argv: list[str]) -> Study | int:
@@ -64,8 +67,7 @@ def begin(argv: list[str]) -> Study | int:
 
 
 def main(argv: list[str]) -> int:
-    """Run a study. Returns the exit code: 0 a winner, 1 no trial completed, 2 bad input, 3 the space failed while the
-    study ran, 130 interrupted."""
+    """Run a study. Returns the exit code: 0 a winner, 1 none, 2 bad input, 3 ended by an error, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may take ASCII only
@@ -79,18 +81,23 @@ def main(argv: list[str]) -> int:
     except SettingsError as error:
         print("The study cannot start:", file=sys.stderr)
         for problem in error.problems:
-            print(f"  - {problem}", file=sys.stderr)
+            print("  - " + plain(problem, keep="\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted before the first trial.", file=sys.stderr)
+        print("Interrupted: nothing has been changed.", file=sys.stderr)
         return 130
     from tune.results import print_summary
 
-    print_summary(outcome)
-    if outcome.interrupted:
+    try:
+        print_summary(outcome)
+        sys.stdout.flush()
+    except (OSError, KeyboardInterrupt):
+        from tune.terminal import drop_output
+
+        drop_output(1)  # nobody reads it any more; the same stands in study.json
+    if outcome.interrupted or outcome.error:
         # Lanes still run in threads; one that touches Ray while the interpreter shuts it down ends the process with
         # another code. Ray's processes end with this one.
-        sys.stdout.flush()
         os._exit(outcome.exit_code)
     return outcome.exit_code
 

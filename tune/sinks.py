@@ -58,6 +58,8 @@ class Target:
     """The study's own place on object storage, or nothing."""
     study_uri: str = ""
     """The MLflow store that the study was begun with, without credentials; `uri` may be another one."""
+    may_write: Callable[[], bool] = lambda: True
+    """Whether this process may write the study's files on object storage. Raises OSError."""
 
 
 Refusal = tuple[str, str]
@@ -621,6 +623,7 @@ class StorageSink:
 
     def __init__(self, target: Target) -> None:
         self.storage = Storage(target.directory, target.storage_uri)
+        self.may_write = target.may_write
 
     def deliver(self, event: Event) -> list[Refusal]:
         names = {
@@ -631,6 +634,8 @@ class StorageSink:
         refused: list[Refusal] = []
         for name in names:
             try:
+                if not self.may_write():
+                    raise StoreUnavailable("another machine runs the study")
                 path = inside(self.storage.directory, name)
                 if path.exists():
                     self.storage.push(path)

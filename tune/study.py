@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import fcntl
 import math
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,27 @@ import numpy as np
 
 from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
+from train_fn.files import DamagedFile, read_json
 from train_fn.scores import probabilities
 from train_fn.worker import versions
+from tune.journal import Event, read_events
 from tune.machine import allowed_cores, cluster_problem, private_folder
 from tune.plan import save_plan
 from tune.prepare import Study
-from tune.results import Outcome, TrialRecord, difference, fold, make_scorer, ranked, with_intervals
-from tune.settings import Settings, SettingsError
+from tune.results import (
+    DONE_STATES,
+    Goal,
+    Outcome,
+    TrialRecord,
+    adapter_hash,
+    difference,
+    make_scorer,
+    ranked,
+    spent,
+    with_intervals,
+)
+from tune.settings import Settings, SettingsError, searched_settings
+from tune.signals import StopSignals
 from tune.tracking import Tracking, target_of
 
 CONFIRMING = 10**6  # the dispatcher's numbers for training again begin here
@@ -205,6 +220,68 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     started: `time.perf_counter()` at which the user's waiting began.
     """
     settings = study.settings
+    outcome = Outcome(
+        name=study.name,
+        directory=study.directory,
+        goals=study.goals,
+        require=settings.study.require,
+        num_trials=settings.study.trials,
+        records=[],
+        tracking_uri=study.plan["tracking_uri"],
+        storage=study.storage,
+    )
+    events = study.journal.events
+    outcome.read(events, last_time(events))
+    for note in study.journal.notes:
+        say(note)
+        outcome.note(note)
+    layout = None
+    with StopSignals() as stop:
+        try:
+            if not nothing_left(study, outcome):
+                layout = begin(study, say)
+                stop.install()  # Ray has set a handler of its own
+            try:
+                if layout:
+                    search_and_test(study, layout, outcome, say, started, stop)
+                else:
+                    say("Every trial has ended and the test is scored: writing study.json and the report")
+                    conclude_again(study, outcome, stop, started)
+            except OSError as error:
+                outcome.error = f"the study's storage failed: {error}"
+        except KeyboardInterrupt:
+            if not (study.directory / "plan.json").is_file():
+                raise  # nothing has begun
+            outcome.interrupted = True
+    if study.lease.lost:
+        outcome.note(f"another machine runs this study now: it has taken over {study.storage.uri}")
+    study.lease.release()
+    return outcome
+
+
+def track(study: Study) -> Tracking:
+    """The delivery of this study's events to its stores."""
+    target = target_of(study.directory, study.plan)
+    return Tracking(dataclasses.replace(target, may_write=study.lease.ours), study.journal.events)
+
+
+def last_time(events: list[Event]) -> float:
+    """When a study that does not run ended, in seconds since the epoch."""
+    return events[-1]["time"] if events else 0.0
+
+
+def write_plan(study: Study) -> None:
+    """Fix on disk what the study rests on: splits.json, then plan.json, which makes the folder a study."""
+    path = study.directory / "splits.json"
+    if "splits_hash" not in study.plan:  # new
+        save_splits(study.splits, path)
+        study.plan["splits_hash"] = file_hash(path)
+    save_plan(study.directory, study.plan)
+
+
+def begin(study: Study, say: Callable[[str], None]) -> Layout:
+    """Start Ray and share out the machines. Raises SettingsError when the cluster can never hold one lane."""
+    settings = study.settings
     try:
         resources = start_ray(settings)
         layout = plan_layout(settings, resources)
@@ -219,17 +296,11 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     if not joins_cluster():
         with contextlib.suppress(PermissionError):  # another user's folder
             study.directory.chmod(0o700)  # on a cluster, nodes may work under other accounts
-    write_plan(study)
-    outcome = Outcome(
-        name=study.name,
-        directory=study.directory,
-        goals=study.goals,
-        require=settings.study.require,
-        records=[],
-        lanes=layout.lanes,
-        tracking_uri=study.plan["tracking_uri"],
-        storage=study.storage,
-    )
+    try:
+        write_plan(study)
+    except OSError as error:
+        ray.shutdown()
+        raise SettingsError([f"`--results` must be a folder that can be written, but {error}: make room"]) from error
     shown = ", ".join(f"{part} {len(getattr(study.splits, part))}" for part in ("train", "validation", "test"))
     say(
         f"Study {study.name}: {settings.study.trials} trials on {layout.lanes} lane(s) of "
@@ -242,26 +313,13 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     if layout.use_gpu and there < wanted:
         awaited = f"the {math.ceil(wanted)} GPUs: the lanes wait until its autoscaler has brought the rest"
         say(f"The cluster has {there} of {awaited}")
-    search_and_test(study, layout, outcome, say, started)
-    # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
-    # led here would never be seen. The interpreter's exit shuts Ray down in any case.
-    if not outcome.interrupted:
-        ray.shutdown()
-    return outcome
+    return layout
 
 
-def write_plan(study: Study) -> None:
-    """Fix on disk what the study rests on: splits.json, then plan.json, which makes the folder a study."""
-    path = study.directory / "splits.json"
-    if "splits_hash" not in study.plan:  # new
-        save_splits(study.splits, path)
-        study.plan["splits_hash"] = file_hash(path)
-    save_plan(study.directory, study.plan)
-
-
-def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float) -> None:
-    """Start the lanes, run the trials through them, and score the test split on one of them."""
-    import optuna
+def search_and_test(
+    study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float, stop: StopSignals
+) -> None:
+    """Start the lanes, run the trials through them, score the test split on one of them, and conclude."""
     import ray
     import ray.tune
 
@@ -274,60 +332,122 @@ def search_and_test(study: Study, layout: Layout, outcome: Outcome, say: Callabl
     dispatcher = start_dispatcher(layout, settings.study.hang_timeout)
     lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
-    journal.write("session", params=study_params(study, layout), tags=tags)
-    tracking = Tracking(target_of(study.directory, study.plan), journal.events)
+    waited_s = time.perf_counter() - started
+    journal.write("session", params=study_params(study, layout), tags=tags, startup_s=waited_s)
+    tracking = track(study)
     log = StudyLog(study, dispatcher, tracking, say)
 
     def collect() -> None:
-        outcome.records, outcome.ended_by, outcome.space_error = log.close(), log.ended_by, log.space_error
-        # A Ctrl-C in Tune's own hands ends the search without an exception.
+        log.close()
+        outcome.read(journal.events)
+        outcome.ended_by = log.ended_by
+        if log.space_error:
+            outcome.error = f"the search space gave no further trial: {log.space_error}"
+        outcome.error = outcome.error or log.study_error
         ended = [record for record in outcome.records if record.state != "INTERRUPTED"]
-        outcome.interrupted |= not log.ended_by and len(ended) < settings.study.trials
-        for event in journal.events:
-            outcome.hear(event)
+        outcome.interrupted |= stop.count > 0 or (not log.ended_by and len(ended) < settings.study.trials)
 
     try:
         with live(Footer(log, layout)):
             try:
-                search(study, layout, dispatcher, log)
+                with stop.searching():
+                    search(study, layout, dispatcher, log)
             finally:
                 collect()
             if settings.study.confirm and not outcome.interrupted:
                 confirm(study, dispatcher, outcome, say)
-            outcome.choose_winner()
-            if outcome.winner and not outcome.interrupted:
-                score_test(study, dispatcher, outcome, say)
+            choose_and_score(study, dispatcher, outcome, say)
     except KeyboardInterrupt:
         outcome.interrupted = True
-    except (OSError, optuna.exceptions.StorageInternalError) as error:
-        outcome.interrupted = True
-        outcome.notes.append(f"the study's storage failed: {error}")
-    except (ray.exceptions.RayActorError, ray.tune.TuneError):
-        if lives(dispatcher):
+    except (Exception, SystemExit) as error:  # SystemExit: of a space
+        failed_in_ray = isinstance(error, ray.exceptions.RayActorError | ray.tune.TuneError)
+        if failed_in_ray and not lives(dispatcher):
+            outcome.interrupted = lanes.over = True
+            outcome.note("the study lost its dispatcher")
+        elif reason := explain(error):
+            outcome.interrupted, outcome.error = stop.count > 0, reason
+        else:
             lanes.over = True
-            end_of_study(study, outcome, tracking, {"error": "an error inside Ray Tune"}, [])
+            end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
             raise
-        outcome.interrupted = lanes.over = True
-        outcome.notes.append("the study lost its dispatcher")
-    except BaseException as error:
-        lanes.over = True
-        end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
-        raise
-    if outcome.winner is None:
-        outcome.choose_winner()
-    if outcome.interrupted and not lanes.over:
-        lanes.leave()
-    outcome.seconds["wall"] = time.perf_counter() - started
-    content = outcome.save(study.plan, dataclasses.asdict(layout))
-    artifacts = [study.directory / "study.json"]
-    if outcome.records:
+    try:
+        if (outcome.interrupted or outcome.error) and not lanes.over:
+            lanes.leave()
+        conclude(study, outcome, tracking, dataclasses.asdict(layout), stop)
+        # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
+        # led here would never be seen. The interpreter's exit shuts Ray down in any case.
+        if not outcome.interrupted and not outcome.error:
+            lanes.close()
+            ray.shutdown()
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+
+
+def explain(error: BaseException) -> str:
+    """What ended a search, where that is an error of the user's space or of the study's storage; else an empty text.
+    Ray Tune wraps what its callbacks raise, so the errors that led to this one count, too."""
+    import sqlite3
+
+    import optuna
+    import ray
+    import sqlalchemy.exc
+
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in chain:
+        frames = [frame.f_code for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if searched_settings.__code__ in frames or isinstance(cause, SystemExit):
+            return f"the search space raised {type(cause).__name__}: {cause}".splitlines()[0]
+    storage = (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+    for cause in chain:
+        if isinstance(cause, storage) and not isinstance(cause, ray.exceptions.RayError):
+            root = cause.__cause__ if isinstance(cause, optuna.exceptions.StorageInternalError) else None
+            return f"the study's storage failed: {root or cause}".splitlines()[0]
+    return ""
+
+
+def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], stop: StopSignals) -> None:
+    """Write what was found: the winner's adapter, study.json, the report, the journal's last event. What cannot be
+    written costs itself only, with a note. The first signal leaves out the report, the second all that is left."""
+    if not outcome.records:  # a signal came while they were collected
+        outcome.read(study.journal.events)
+    for report in (True, False):
+        try:
+            write_results(study, outcome, tracking, layout, report)
+            return
+        except KeyboardInterrupt:
+            outcome.interrupted = outcome.incomplete = True
+            outcome.note("a signal ended the study before all of its results were written")
+            if stop.count > 1:
+                return
+
+
+def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], report: bool) -> None:
+    """The steps of `conclude`, once."""
+    artifacts: list[Path] = []
+    try:
+        if outcome.winner is None and not outcome.rejected:
+            outcome.choose_winner()
+        outcome.measure(study.journal.events)
+        content = outcome.save(study.plan, layout)
+        artifacts.append(study.directory / "study.json")
+    except OSError as error:
+        outcome.error = outcome.error or f"the study's results could not be written: {error}"
+        tracking.close(timeout_s=10)
+        return  # the journal is in the same folder: writing to it would wait for minutes
+    if outcome.records and report:
         from tune.report import write_report
 
-        artifacts += write_report(content, study.directory)
+        try:
+            artifacts += write_report(content, study.directory)
+        except Exception as error:  # whatever a drawing library raises costs the report alone
+            outcome.incomplete = True
+            outcome.note(f"the report could not be written ({type(error).__name__}: {error})".splitlines()[0])
     final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
-    end_of_study(study, outcome, tracking, final, artifacts)
-    if not outcome.interrupted:
-        lanes.close()
+    end_of_study(study, outcome, tracking, final, artifacts, timeout_s=60 if report else 5)
 
 
 def lives(actor: Any) -> bool:
@@ -342,9 +462,14 @@ def lives(actor: Any) -> bool:
 
 
 def end_of_study(
-    study: Study, outcome: Outcome, tracking: Tracking, tags: dict[str, Any], artifacts: list[Path]
+    study: Study,
+    outcome: Outcome,
+    tracking: Tracking,
+    tags: dict[str, Any],
+    artifacts: list[Path],
+    timeout_s: float = 60,
 ) -> None:
-    """The last event of a session, and the wait until the stores have been told."""
+    """Write the last event of a session, and wait until the stores have received all events."""
     scores = {f"best_{name}": value for name, value in outcome.winner.metrics.items()} if outcome.winner else {}
     tests = {f"test_{name}": f"{score['value']:.4f}" for name, score in outcome.tests.get("winner", {}).items()}
     hashes = {name: study.plan[name] for name in ("data_hash", "base_hash")}
@@ -355,12 +480,59 @@ def end_of_study(
         metrics=scores | {"wall_s": outcome.seconds.get("wall", 0.0)},
         num_trials=len(outcome.records),
         artifacts=[path.relative_to(study.directory) for path in artifacts],  # the folder may be moved
-        adapter=outcome.adapter.relative_to(study.directory) if outcome.adapter and not outcome.interrupted else None,
+        adapter=outcome.relative(outcome.adapter) if outcome.adapter and outcome.exit_code == 0 else None,
+        kept=outcome.kept,
+        rejected=outcome.rejected,
+        incomplete=outcome.incomplete or bool(outcome.error),
         register=study.settings.study.register,
         model_tags=hashes | tests | {"base_model": study.settings.model.model, "study": study.name},
     )
     tracking.notify()
-    outcome.notes += tracking.notes()
+    for sentence in tracking.notes(timeout_s):
+        outcome.note(sentence)
+
+
+def nothing_left(study: Study, outcome: Outcome) -> bool:
+    """Whether a study that goes on has nothing left to train or to score. Names its winner if so."""
+    settings, events = study.settings.study, study.journal.events
+    states = [record.state for record in outcome.records]
+    ended_by = spent(outcome.records, events, settings, last_time(events))
+    if not states or "RUNNING" in states:
+        return False
+    if not ended_by and sum(state in DONE_STATES for state in states) < settings.trials:
+        return False
+    if settings.confirm and confirmations_left(study, outcome):
+        return False
+    outcome.pick_winner()
+    outcome.ended_by = outcome.ended_by or ended_by
+    return outcome.winner is None or is_tested(study, outcome, chosen_for_test(outcome))
+
+
+def conclude_again(study: Study, outcome: Outcome, stop: StopSignals, started: float) -> None:
+    """Write the results of a study with nothing left to train or to score: no lane is started, nor Ray."""
+    write_plan(study)
+    before = [event for event in study.journal.events if event["event"] == "session"][-1]
+    waited_s = time.perf_counter() - started
+    study.journal.write("session", params=before["params"], tags=before["tags"], startup_s=waited_s)
+    tracking = track(study)
+    outcome.incomplete = False
+    outcome.keep_adapter()
+    names = [field.name for field in dataclasses.fields(Layout)]
+    conclude(study, outcome, tracking, {name: before["params"].get(name) for name in names}, stop)
+
+
+def confirmations_left(study: Study, outcome: Outcome) -> list[tuple[TrialRecord, int]]:
+    """The trainings over fresh seeds or folds that are not done: trial, and number of the seed or fold from 1."""
+    settings = study.settings.study
+    # Not `outcome.best()`: what an earlier session has confirmed would keep new trials out.
+    best = ranked(outcome.records, outcome.goals, outcome.require)
+    chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
+    return [
+        (record, run)
+        for run in range(1, (settings.folds or settings.confirm_seeds) + 1)
+        for record in chosen
+        if run not in outcome.confirmed_runs.get(record.number, [])
+    ]
 
 
 def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
@@ -372,64 +544,101 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     import ray
 
     settings = study.settings.study
-    # Not `outcome.best()`: what an earlier session has confirmed would keep new trials out.
-    best = ranked(outcome.records, outcome.goals, outcome.require)
-    chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
     data = study.settings.data
     folds = fold_splits(study.splits, settings.folds, data.split_seed, data.copies_distance) if settings.folds else []
-    count = settings.folds or settings.confirm_seeds
-    what = "folds" if folds else "seeds"
-    say(f"Confirming trials {', '.join(str(record.number) for record in chosen)} over {count} {what}")
-    runs: dict[int, tuple[TrialRecord, int]] = {}
-    for run in range(1, count + 1):
-        for record in chosen:
-            if run in outcome.confirmed_runs.get(record.number, []):
-                continue
-            output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}"
-            again = record.settings | {"seed": record.settings["seed"] + run}
-            label = f"trial {record.number} again ({run})"
-            assignment: dict[str, Any] = {"kind": "train", "settings": again, "output": str(output), "label": label}
-            if folds:
-                assignment["splits"] = folds[run - 1]
-            number = CONFIRMING + len(runs)
-            runs[number] = (record, run)
-            ray.get(dispatcher.submit.remote(number, assignment))
-    waiting = [dispatcher.last_report.remote(number) for number in runs]
-    for done, (answer, (record, run)) in enumerate(zip(waiting, runs.values(), strict=True), 1):
+    left = confirmations_left(study, outcome)
+    numbers = ", ".join(str(number) for number in dict.fromkeys(record.number for record, _ in left))
+    if left:
+        what = f"{settings.folds} folds" if folds else f"{settings.confirm_seeds} seeds"
+        say(f"Confirming trials {numbers} over {what}")
+    for index, (record, run) in enumerate(left):
+        output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}"
+        again = record.settings | {"seed": record.settings["seed"] + run}
+        label = f"trial {record.number} again ({run})"
+        assignment: dict[str, Any] = {"kind": "train", "settings": again, "output": str(output), "label": label}
+        if folds:
+            assignment["splits"] = folds[run - 1]
+        ray.get(dispatcher.submit.remote(CONFIRMING + index, assignment))
+    waiting = [dispatcher.last_report.remote(CONFIRMING + index) for index in range(len(left))]
+    for done, (answer, (record, run)) in enumerate(zip(waiting, left, strict=True), 1):
         report = ray.get(answer)
         if "error" in report:
-            outcome.notes.append(f"a confirmation of trial {record.number} failed: {report['error'].splitlines()[0]}")
+            outcome.note(f"a confirmation of trial {record.number} failed: {report['error'].splitlines()[0]}")
             continue
         value = report["metrics"].get(outcome.metric, record.value(outcome.metric))
         outcome.hear(study.journal.write("confirmed", number=record.number, run=run, value=value))
-        say(f"[{done}/{len(runs)}] trial {record.number} again: {outcome.metric} {value:.3f}")
+        say(f"[{done}/{len(left)}] trial {record.number} again: {outcome.metric} {value:.3f}")
 
 
-def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
-    """The test scores of the winner and of the guide's defaults (trial 0), if that one completed, and their paired
-    difference. What was scored already is not scored again."""
-    import ray
+def choose_and_score(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Name the winner, score the test with its adapter, and keep that. An adapter that cannot be loaded, or whose
+    scores are not finite, makes the next best trial the winner."""
+    outcome.pick_winner()
+    attempt = 0
+    while outcome.winner and not outcome.interrupted:
+        problem = score_test(study, dispatcher, outcome, say, SCORING + attempt)
+        if not problem:
+            break
+        outcome.reject(outcome.winner, problem)
+        outcome.pick_winner()
+        attempt += 1
+    outcome.keep_adapter()
 
+
+def chosen_for_test(outcome: Outcome) -> dict[str, TrialRecord]:
+    """The trials whose adapters the test is scored with: the winner, and the guide's defaults where they completed."""
     assert outcome.winner
     chosen = {"winner": outcome.winner}
     guide = next((record for record in outcome.records if record.number == 0), None)
     if guide and guide is not outcome.winner and guide.state == "COMPLETE":
         chosen["guide"] = guide
-    adapters = {who: str(outcome.adapter_of(record).relative_to(study.directory)) for who, record in chosen.items()}
-    tested = [event["adapters"] for event in study.journal.events if event["event"] == "tested"]
-    if tested[-1:] == [adapters]:
-        return
-    say("Scoring the test images, once, with the winner and the guide's defaults")
-    paths = [str(study.directory / path) for path in adapters.values()]
-    job = {"kind": "score", "adapters": paths, "label": "scoring the test images"}
-    ray.get(dispatcher.submit.remote(SCORING, job))
-    report = ray.get(dispatcher.next_report.remote(SCORING, 0))
+    return chosen
+
+
+def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) -> bool:
+    """Whether the last scores of the test are those of these trials' adapters, and the winner's is as it was then."""
+    last = next((event for event in reversed(study.journal.events) if event["event"] == "tested"), None)
+    assert outcome.adapter
+    if last is None or last["adapters"] != {who: outcome.relative(outcome.adapter_of(r)) for who, r in chosen.items()}:
+        return False
+    return "winner_sha256" not in last or last["winner_sha256"] == adapter_hash(outcome.adapter)
+
+
+def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None], number: int) -> str:
+    """Score the test images with the winner and with the guide's defaults (trial 0), if that trial completed, and their
+    paired difference. What was scored already is not scored again.
+
+    Args:
+        number: the job's number, a new one for each winner.
+
+    Returns: what is wrong with the winner's adapter; empty: nothing.
+    """
+    import ray
+
+    chosen = chosen_for_test(outcome)
+    if is_tested(study, outcome, chosen):
+        return ""
+    say("Scoring the test images with the winner" + (" and the guide's defaults" if "guide" in chosen else ""))
+    paths = {who: outcome.adapter if who == "winner" else outcome.find_adapter(r) for who, r in chosen.items()}
+    there = {who: path for who, path in paths.items() if path}
+    winner_hash = adapter_hash(there["winner"])
+    job = {"kind": "score", "adapters": list(map(str, there.values())), "label": "scoring the test images"}
+    ray.get(dispatcher.submit.remote(number, job))
+    report = ray.get(dispatcher.next_report.remote(number, 0))
     if "error" in report:
-        outcome.notes.append(f"the test could not be scored: {report['error'].splitlines()[0]}")
-        return
+        outcome.error = f"the test could not be scored: {report['error'].splitlines()[0]}"
+        return ""
+    answers = dict(zip(there, report["predictions"], strict=True))
+    problems = {who: adapter_problem(answer) for who, answer in answers.items()}
+    if problems["winner"]:
+        return f"its adapter {problems['winner']}"
+    if "guide" in chosen and (problem := problems.get("guide", "is missing")):
+        outcome.note(f"there is no test score of the guide's defaults: the adapter of trial 0 {problem}")
+        del chosen["guide"]
+    predicted = {who: answers[who] for who in chosen}
     scorers = {
-        who: make_scorer(predicted, study.splits, record.settings["class_balanced_loss"], study.positive)
-        for (who, record), predicted in zip(chosen.items(), report["predictions"], strict=True)
+        who: make_scorer(predicted[who], study.splits, record.settings["class_balanced_loss"], study.positive)
+        for who, record in chosen.items()
     }
     everything, clean = np.arange(len(study.splits.test)), np.array(study.data_report.test_clean, dtype=int)
     tests = {}
@@ -444,43 +653,102 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
             "answers": [sample.label for sample in study.splits.test],
             "probabilities": probabilities(found["scores"]).round(6).tolist(),
         }
-        for who, found in zip(chosen, report["predictions"], strict=True)
+        for who, found in predicted.items()
         if study.splits.candidates
     }
     event = study.journal.write(
-        "tested", tests=tests, predictions=predictions, adapters=adapters, num_trials=len(outcome.records)
+        "tested",
+        tests=tests,
+        predictions=predictions,
+        adapters={who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()},
+        winner_sha256=winner_hash,
+        num_trials=len(outcome.records),
     )
     outcome.hear(event)
+    return ""
+
+
+def adapter_problem(answer: dict[str, Any]) -> str:
+    """What a scoring job's answer says against an adapter; empty: nothing."""
+    if "error" in answer:
+        return f"cannot be loaded ({answer['error']})"
+    finite = all(np.isfinite(values).all() for values in answer.values())
+    return "" if finite else "gives scores that are not finite"
 
 
 def show(directory: Path) -> Outcome:
-    """The outcome of a study so far, from its journal; also while it runs."""
-    from tune.journal import StudyLock, read_events
+    """A study's results so far, from its journal; also while it runs. Writes nothing.
 
-    plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
-    events = read_events(directory / "journal.jsonl")
-    records = fold(events)
-    ended = [event for event in events if event["event"] == "study_ended"]
-    outcome = Outcome(
-        name=directory.name,
-        directory=directory,
-        goals=tuple((name, mode) for name, mode in plan["goals"]),
-        require=tuple(plan["settings"]["study"]["require"]),
-        records=[records[number] for number in sorted(records)],
-        tracking_uri=plan["tracking_uri"],
-        ended_by=ended[-1]["tags"]["ended_by"] if ended else "",
-    )
-    for event in events:
-        outcome.hear(event)
-    best = outcome.best()
-    if best and (directory / "best_adapter").exists():
-        outcome.winner, outcome.adapter = best[0], directory / "best_adapter"
-        outcome.forget_old_tests()
-    if not StudyLock(directory).acquire():
-        outcome.notes.append("the study is running")
-    elif not ended or events[-1]["event"] != "study_ended":
-        outcome.notes.append("the study was interrupted")
+    Raises SettingsError when plan.json or the journal is not what a study writes.
+    """
+    fix = "put it back from a copy"
+    try:
+        plan = read_json(directory / "plan.json", dict, fix)
+        settings = plan["settings"]["study"]
+        outcome = Outcome(
+            name=directory.name,
+            directory=directory,
+            goals=tuple(goal_of(one) for one in plan["goals"]),
+            require=tuple(settings["require"]),
+            num_trials=int(settings["trials"]),
+            records=[],
+            running=is_running(directory),
+            tracking_uri=str(plan["tracking_uri"]),
+        )
+    except (DamagedFile, OSError) as error:
+        raise SettingsError([str(error)]) from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        text = f"{directory / 'plan.json'} must be a study's plan, but is not ({type(error).__name__}: {error}): {fix}"
+        raise SettingsError([text]) from error
+    path = directory / "journal.jsonl"
+    try:
+        events = read_events(path)
+        outcome.read(events, None if outcome.running else last_time(events))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        text = f"{path} must hold a study's events, but does not ({type(error).__name__}: {error}): {fix}"
+        raise SettingsError([text]) from error
+    ended = bool(events) and events[-1]["event"] == "study_ended"
+    if outcome.running:
+        outcome.note("the study is running")
+    elif not ended:
+        outcome.note("the study was interrupted" if events else f"{path} is missing or empty: no trial is known")
+        for record in outcome.records:
+            record.state = "INTERRUPTED" if record.state == "RUNNING" else record.state
+    outcome.incomplete |= not outcome.running and not ended
+    try:
+        # Not `pick_winner`: what is missing here may lie in a bucket.
+        outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)
+        if outcome.winner:
+            outcome.forget_old_tests()
+            outcome.adapter = outcome.find_adapter(outcome.winner)
+    except OSError as error:
+        outcome.note(f"the winner's adapter cannot be read: {error}")
+    for number, (reason, _) in outcome.rejected.items():
+        outcome.note(f"trial {number} cannot be the winner: {reason}")
     return outcome
+
+
+def goal_of(pair: Any) -> Goal:
+    """A goal from a plan. Raises ValueError."""
+    name, mode = pair
+    if not isinstance(name, str) or mode not in ("min", "max"):
+        raise ValueError(f"a goal must be a name and min or max, but is {pair!r}")
+    return name, mode
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process holds the study's lock. Needs no right to write there. Raises OSError."""
+    try:
+        handle = os.open(directory / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ what is written down

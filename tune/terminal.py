@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,37 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from train_fn.text import plain
 from tune.results import Goal, TrialRecord, ranked, score_text
 from tune.settings import StudySettings
 
 MOST_LANES = 8  # shown, so that the lines above keep their place
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+def print_line(text: str) -> None:
+    """Print one line, with nothing in it that commands the terminal. Output that nobody reads any more, such as that of
+    a closed terminal, is dropped: it must not end a study."""
+    try:
+        print(plain(text), flush=True)
+    except OSError:
+        drop_output(1)
+
+
+def give_back_terminal(descriptors: Sequence[int]) -> None:
+    """Show the cursor again; a terminal that is gone is replaced by /dev/null, so that later lines raise no error."""
+    for descriptor in descriptors:
+        try:
+            os.write(descriptor, SHOW_CURSOR if os.isatty(descriptor) else b"")
+        except OSError:
+            drop_output(descriptor)
+
+
+def drop_output(descriptor: int) -> None:
+    """Send what is written to a descriptor nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -27,7 +55,7 @@ def live(render: Callable[[], RenderableType]) -> Iterator[None]:
 
     render: called twice a second by a thread of its own, under a lock that printing needs too: it must not wait.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     if not (sys.stdout.isatty() and console.is_interactive):
         yield
         return
@@ -65,15 +93,15 @@ def footer(
     left = seconds_left(records, snapshot, study.trials - done, devices_per_trial)
     if left is not None:
         told.append(f"about {duration(left)} left")
-    return Group(lanes, Text(" · ".join(told), no_wrap=True, overflow="ellipsis"))
+    return Group(lanes, Text(plain(" · ".join(told)), no_wrap=True, overflow="ellipsis"))
 
 
 def work_cells(work: dict[str, Any]) -> list[RenderableType]:
     """What a lane works on, and how far it is if that has steps and the first has been told of."""
     if "step" not in work:
-        return [work["label"]]
+        return [Text(plain(work["label"]))]
     return [
-        work["label"],
+        Text(plain(work["label"])),
         f"epoch {work['epoch']}/{work['num_epochs']}",
         f"step {work['step']}/{work['num_steps']}",
         "" if work["loss"] is None else f"loss {work['loss']:.3f}",

@@ -25,6 +25,7 @@ from typing import Any
 
 from train_fn.files import DamagedFile, read_json, write_json
 from train_fn.storage import Storage
+from tune.bucket import Lease
 from tune.journal import Event, StudyLock, read_journal
 from tune.plan import read_plan
 from tune.sinks import SINKS, MLflowSink, Refusal, Sink, StoreLost, StoreUnavailable, Target, inside, reason_of
@@ -369,6 +370,9 @@ def sync(directory: Path, given: str) -> int:
     lock = StudyLock(directory)
     if not lock.acquire():
         raise ValueError(f"{directory.name} is running: it delivers its records itself")
+    lease = Lease(Storage(directory, target.storage_uri))
+    if problem := lease.acquire():
+        raise ValueError(problem)
     journal = read_journal(inside(directory, "journal.jsonl"))
     tracking = Tracking(target, journal.events, 1.0)
     left = tracking.close(timeout_s=24 * 3600)  # as long as the stores answer
@@ -377,6 +381,7 @@ def sync(directory: Path, given: str) -> int:
     for name in target.report_to:
         waits = f"{left[name]} records wait, {tracking.reason(name)}" if name in left else "all records told"
         print(f"{name}: {waits}")
+    lease.release()
     return 1 if left else 0
 
 

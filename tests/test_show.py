@@ -1,0 +1,195 @@
+"""`--show`: a study's results so far from its journal, also of one that runs, was killed, or cannot be written to."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studies import LAYOUT, write_adapter, write_trial
+
+from tune.journal import Journal, StudyLock
+from tune.results import Outcome, print_summary
+from tune.settings import SettingsError
+from tune.study import show
+
+HOSTILE = "[/red]\x1b[2J\udcff\x00<img src=x>"
+
+
+def make_study(folder: Path, *, name: str = "s", trials: int = 20, **settings: Any) -> tuple[Path, Journal]:
+    """A study's folder with its plan and an open journal."""
+    directory = folder / name
+    directory.mkdir(parents=True)
+    plan = {
+        "settings": {"study": {"trials": trials, "require": [], "storage": "", **settings}},
+        "goals": [["auroc", "max"]],
+        "tracking_uri": "sqlite:////somewhere/mlflow.db",
+    }
+    (directory / "plan.json").write_text(json.dumps(plan))
+    (directory / "lock").touch()
+    journal = Journal(directory / "journal.jsonl")
+    journal.write("session", params=LAYOUT, tags={}, startup_s=5.0)
+    return directory, journal
+
+
+def end(journal: Journal, winner: int | str = "none", **fields: Any) -> None:
+    tags = {"winner": winner, "adapter": "best_adapter", "ended_by": fields.pop("ended_by", "")}
+    journal.write("study_ended", state="COMPLETE", tags=tags, metrics={}, num_trials=0, **fields)
+
+
+def summary(outcome: Outcome, capsys: pytest.CaptureFixture) -> str:
+    print_summary(outcome)
+    return capsys.readouterr().out
+
+
+def command(out: str, label: str) -> list[str]:
+    """The arguments of the command behind a label, as a shell takes it."""
+    (line,) = [line for line in out.splitlines() if line.startswith(label)]
+    return shlex.split(line.removeprefix(label))[2:]  # without `python tune/run.py`
+
+
+def test_a_running_study_shows_its_winner_lanes_and_time(tmp_path: Path, capsys) -> None:
+    directory, journal = make_study(tmp_path)
+    for number, auroc in enumerate((0.6, 0.9, 0.7)):
+        write_trial(journal, number, auroc=auroc)
+    write_trial(journal, 3, "FAILED")
+    write_trial(journal, 4, "RUNNING")
+    lock = StudyLock(directory)
+    assert lock.acquire()
+    outcome = show(directory)
+    out = summary(outcome, capsys)
+    assert outcome.winner and outcome.winner.number == 1 and "Best so far: trial 1" in out
+    assert outcome.adapter == directory / "trials" / "0001" / "final_model"
+    assert "3 complete, 1 failed, 1 running" in out and "on 2 lanes" in out and "the study is running" in out
+    assert outcome.seconds["wall"] >= 5
+    # `--resume` is refused while it runs, and there is no study.json.
+    assert command(out, "Look again") == ["--results", str(tmp_path), "--show", "s"]
+    assert "Extend it" not in out and "Go on" not in out and "study.json" not in out and "No trial completed" not in out
+    assert lock.acquire()  # it was not touched
+
+
+def test_a_killed_study_shows_what_is_there_and_how_it_goes_on(tmp_path: Path, capsys) -> None:
+    directory, journal = make_study(tmp_path / "a 'b [/red]")
+    write_trial(journal, 0, auroc=0.6)
+    write_trial(journal, 1, "RUNNING")
+    outcome = show(directory)
+    out = summary(outcome, capsys)
+    assert "1 complete, 1 interrupted" in out and "was interrupted" in out and "on 2 lanes" in out
+    assert command(out, "Go on") == ["--results", str(directory.parent), "--resume", "s"]
+
+
+@pytest.mark.parametrize(("asked", "ran"), [(20, 20), (3, 3), (20, 3)])
+def test_the_next_command_asks_for_more_trials_than_before(tmp_path: Path, capsys, asked: int, ran: int) -> None:
+    directory, journal = make_study(tmp_path, trials=asked)
+    for number in range(ran):
+        write_trial(journal, number, auroc=0.5 + number / 100)
+    end(journal, ran - 1, ended_by="" if asked == ran else "trial 2 has reached auroc>=0.5")
+    out = summary(show(directory), capsys)
+    argv = command(out, "Extend it")
+    assert argv[-2] == "--trials" and int(argv[-1]) > asked
+    assert "interrupted" not in out
+
+
+def test_the_adapter_is_the_winners_own(tmp_path: Path) -> None:
+    directory, journal = make_study(tmp_path, trials=2)
+    write_trial(journal, 0, auroc=0.6)
+    write_trial(journal, 1, auroc=0.7)
+    write_adapter(directory / "best_adapter", "1")
+    end(journal, 1)
+    assert show(directory).adapter == directory / "best_adapter"
+    journal.write("session", params=LAYOUT, tags={}, startup_s=0.0)
+    write_trial(journal, 2, auroc=0.8)
+    outcome = show(directory)  # best_adapter is still of trial 1
+    assert outcome.winner and outcome.winner.number == 2
+    assert outcome.adapter == directory / "trials" / "0002" / "final_model"
+    shutil.rmtree(directory / "trials" / "0002")
+    assert show(directory).adapter is None
+
+
+def test_wall_time_leaves_out_the_days_between_sessions(tmp_path: Path) -> None:
+    directory, journal = make_study(tmp_path, trials=2)
+    write_trial(journal, 0, auroc=0.6)
+    lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
+    day = 86_400.0
+    for number, event in enumerate(lines):
+        event["time"] = 1000.0 + number
+    again = [event | {"time": event["time"] + day} for event in lines]
+    journal.path.write_text("".join(json.dumps(event) + "\n" for event in [*lines, *again[:1]]))
+    assert show(directory).seconds["wall"] == 5.0 + 3.0 + 5.0  # the start of both, and three events a second apart
+
+
+@pytest.mark.parametrize("lock", ["there", "missing", "held"])
+def test_a_reader_needs_no_right_to_write(tmp_path: Path, monkeypatch, capsys, lock: str) -> None:
+    directory, journal = make_study(tmp_path)
+    write_trial(journal, 0, auroc=0.6)
+    held = StudyLock(directory)
+    assert held.acquire() or lock != "held"
+    if lock != "held":
+        held._file.close()
+    if lock == "missing":
+        (directory / "lock").unlink()
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    opens, low = builtins.open, os.open
+
+    def read_only(path: Any, mode: str = "r", *given: Any, **named: Any) -> Any:
+        assert not set(mode) & set("wax+"), f"{path} is opened for writing"
+        return opens(path, mode, *given, **named)
+
+    def low_read_only(path: Any, flags: int, *given: Any, **named: Any) -> int:
+        assert not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT), f"{path} is opened for writing"
+        return low(path, flags, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", read_only)
+        patch.setattr(io, "open", read_only)
+        patch.setattr(os, "open", low_read_only)
+        outcome = show(directory)
+    assert outcome.running is (lock == "held") and "1 complete" in summary(outcome, capsys)
+    assert before == sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["", "[]", "{}", "null", '{"settings": 3}', '{"settings": {"study": {"trials": 1, "require": []}}, "goals": [7]}'],
+)
+def test_a_plan_that_is_damaged_is_named(tmp_path: Path, plan: str) -> None:
+    directory, _ = make_study(tmp_path)
+    (directory / "plan.json").write_text(plan)
+    with pytest.raises(SettingsError) as told:
+        show(directory)
+    assert len(told.value.problems) == 1 and "plan.json" in told.value.problems[0]
+
+
+def test_a_study_without_a_journal_has_no_results_and_says_why(tmp_path: Path, capsys) -> None:
+    directory, journal = make_study(tmp_path)
+    journal.path.unlink()
+    out = summary(show(directory), capsys)
+    assert "journal.jsonl is missing or empty" in out and "--resume s" in out
+
+
+@pytest.mark.parametrize("where", ["value", "name", "error", "study", "answer"])
+def test_text_of_others_is_only_text(tmp_path: Path, capsys, where: str) -> None:
+    name = "[/red]" if where == "study" else "s"
+    directory, journal = make_study(tmp_path, name="red" if where == "study" else "s", trials=2)
+    searched = {"value": {"kind": HOSTILE}, "name": {HOSTILE: 1.0}}.get(where, {})
+    write_trial(journal, 0, auroc=0.6, searched=searched)
+    journal.write("started", number=1, searched=searched, settings={}, params={})
+    facts = {"best": None, "num_ended": 1, "step": 0, "seconds": {}, "applied": {}, "lane": 0, "device": "cpu"}
+    error = HOSTILE if where == "error" else "it broke"
+    journal.write("ended", number=1, state="FAILED", error=error, device_s=0.0, notes=[], **facts)
+    if where == "answer":
+        score = {"value": 0.5, "interval": [0.4, 0.6]}
+        adapters = {"winner": "trials/0000/final_model"}
+        journal.write("tested", tests={"winner": {HOSTILE: score}}, predictions={}, adapters=adapters, num_trials=2)
+    end(journal, 0)
+    outcome = show(directory)
+    outcome.name = name
+    out = summary(outcome, capsys)
+    assert not set(out) & {"\x1b", "\x00", "\udcff"} and out.encode()
+    assert "[/red]" in out or "[/r" in out  # a narrow column folds it

@@ -1,0 +1,30 @@
+"""Text from elsewhere (names, answers, errors), made safe to print and to write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def plain(text: Any, keep: str = "") -> str:
+    """A text without what could command a terminal, forge a line or fail to be encoded.
+
+    Args:
+        text: anything; what is no string is converted.
+        keep: characters that may stay though they cannot be printed, such as a line end.
+
+    Returns: the text with every other unprintable character (control characters, ESC, NUL, lone surrogates,
+        bidirectional marks) written as its escape sequence.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def plain_values(value: Any) -> Any:
+    """A value as JSON holds it, with every text in it plain; line ends stay."""
+    if isinstance(value, dict):
+        return {plain(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(item) for item in value]
+    return plain(value, keep="\n") if isinstance(value, str) else value
