@@ -19,16 +19,14 @@ import numpy as np
 
 from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
-from train_fn.files import DamagedFile, read_json
 from train_fn.scores import probabilities
 from train_fn.worker import versions
-from tune.journal import Event, read_events
+from tune.journal import Event, read_journal
 from tune.machine import allowed_cores, cluster_problem, private_folder
 from tune.plan import save_plan
 from tune.prepare import Study
 from tune.results import (
     DONE_STATES,
-    Goal,
     Outcome,
     TrialRecord,
     adapter_hash,
@@ -38,7 +36,7 @@ from tune.results import (
     spent,
     with_intervals,
 )
-from tune.settings import Settings, SettingsError, searched_settings
+from tune.settings import Settings, SettingsError, searched_settings, stored_settings
 from tune.signals import StopSignals
 from tune.tracking import Tracking, target_of
 
@@ -679,34 +677,29 @@ def adapter_problem(answer: dict[str, Any]) -> str:
 def show(directory: Path) -> Outcome:
     """A study's results so far, from its journal; also while it runs. Writes nothing.
 
-    Raises SettingsError when plan.json or the journal is not what a study writes.
+    Raises SettingsError when plan.json is damaged, or the study cannot be read.
     """
-    fix = "put it back from a copy"
-    try:
-        plan = read_json(directory / "plan.json", dict, fix)
-        settings = plan["settings"]["study"]
-        outcome = Outcome(
-            name=directory.name,
-            directory=directory,
-            goals=tuple(goal_of(one) for one in plan["goals"]),
-            require=tuple(settings["require"]),
-            num_trials=int(settings["trials"]),
-            records=[],
-            running=is_running(directory),
-            tracking_uri=str(plan["tracking_uri"]),
-        )
-    except (DamagedFile, OSError) as error:
-        raise SettingsError([str(error)]) from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        text = f"{directory / 'plan.json'} must be a study's plan, but is not ({type(error).__name__}: {error}): {fix}"
-        raise SettingsError([text]) from error
+    plan, values = stored_settings(directory)
     path = directory / "journal.jsonl"
     try:
-        events = read_events(path)
-        outcome.read(events, None if outcome.running else last_time(events))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        text = f"{path} must hold a study's events, but does not ({type(error).__name__}: {error}): {fix}"
-        raise SettingsError([text]) from error
+        running = is_running(directory)
+        journal = read_journal(path)
+    except OSError as error:
+        raise SettingsError([f"the study's files must be readable, but {error}: change their permissions"]) from error
+    outcome = Outcome(
+        name=directory.name,
+        directory=directory,
+        goals=tuple((name, mode) for name, mode in plan["goals"]),
+        require=values.get("require", ()),
+        num_trials=values["trials"],
+        records=[],
+        running=running,
+        tracking_uri=plan["tracking_uri"],
+    )
+    events = journal.events
+    outcome.read(events, None if running else last_time(events))
+    for note in journal.notes():
+        outcome.note(note)
     ended = bool(events) and events[-1]["event"] == "study_ended"
     if outcome.running:
         outcome.note("the study is running")
@@ -726,14 +719,6 @@ def show(directory: Path) -> Outcome:
     for number, (reason, _) in outcome.rejected.items():
         outcome.note(f"trial {number} cannot be the winner: {reason}")
     return outcome
-
-
-def goal_of(pair: Any) -> Goal:
-    """A goal from a plan. Raises ValueError."""
-    name, mode = pair
-    if not isinstance(name, str) or mode not in ("min", "max"):
-        raise ValueError(f"a goal must be a name and min or max, but is {pair!r}")
-    return name, mode
 
 
 def is_running(directory: Path) -> bool:
