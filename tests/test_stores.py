@@ -205,6 +205,40 @@ def test_artifacts_that_cannot_be_stored_cost_no_end_state(uri, tmp_path, capsys
         assert states(uri) == ALL
 
 
+def test_one_file_that_is_refused_costs_no_other_file(uri, tmp_path, capsys, monkeypatch) -> None:
+    directory = make_study(
+        tmp_path, uri, with_changes(study_ended={"artifacts": ["study.json", "report.html", "gone"]})
+    )
+    (directory / "study.json").write_text("{}")
+    log_artifact = MlflowClient.log_artifact
+
+    def refuse(self: Any, run: str, path: str, folder: str | None = None) -> None:
+        if path.endswith("study.json"):
+            raise OSError("413: too large")
+        log_artifact(self, run, path, folder)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    code, out, err = sync(capsys, directory)
+    assert code == 1 and "1 records wait, refused: study.json: 413" in out and "was not sent gone" in err
+    assert artifacts(uri, "study") == {"report.html"}
+
+
+def test_files_that_are_refused_slowly_are_given_up_for_a_while(uri, tmp_path, capsys, monkeypatch) -> None:
+    calls: list[str] = []
+
+    def wait(self: Any, run: str, *args: Any) -> None:
+        calls.append(run)
+        time.sleep(0.03)
+        raise OSError("no credentials found on the network")
+
+    monkeypatch.setattr(sinks, "SLOW_S", 0.02)
+    monkeypatch.setattr(MlflowClient, "log_dict", wait)
+    monkeypatch.setattr(MlflowClient, "log_artifact", wait)
+    code, out, _ = sync(capsys, make_study(tmp_path, uri))
+    assert code == 1 and "5 records wait, refused: settings.json: no credentials" in out and states(uri) == ALL
+    assert len(calls) == 4  # two files, each tried twice
+
+
 def with_changes(**changes: Any) -> list[dict[str, Any]]:
     """The events; a keyword such as started={"params": ...} changes the first event of that kind."""
     told = events()

@@ -26,6 +26,7 @@ STATES = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED", "INTE
 PARAM_LENGTH = 500  # of a parameter's text in MLflow; the whole is in an artifact
 REQUEST_S = 20  # MLFLOW_HTTP_REQUEST_TIMEOUT where the user sets none
 CALL_S = 30.0  # longest time for a call without a file; a server may also send its answer byte by byte
+SLOW_S = 1.0  # a file that is refused later than that has waited for something
 UPLOAD_BYTES_PER_S = 250_000  # slowest upload that is waited for
 
 # Codes of MLflow that do not blame the request. Any other code refuses it.
@@ -206,6 +207,9 @@ class MLflowSink:
         self.path = local_path(target.uri)
         self.refused: list[Refusal] = []
         self.left_out: set[str] = set()  # files that events name, but the folder lacks
+        self.num_slow = 0  # files in a row that were refused slowly
+        self.pause_until = 0.0
+        self.slow_reason = ""
         self.runs: dict[str, str] = {}
         self.when = 0  # ms of the event that is delivered: a run that is recorded late was not begun late
         self.client: MlflowClient = self._open(lambda: MlflowClient(target.uri))
@@ -280,6 +284,19 @@ class MLflowSink:
         """Raises StoreLost when the store's file was removed or replaced: SQLite goes on writing to the old one."""
         if self.inode and self._inode() != self.inode:
             raise StoreLost(f"{self.path} was removed or replaced while it was in use")
+
+    def _artifact(self, what: str, call: Callable[[], Any], num_bytes: int = 0) -> None:
+        """Store a file. After two in a row were refused slowly, none is tried for a minute: each could wait as long for
+        the same error, and the end states of later trials behind it."""
+        if self.num_slow >= 2 and time.monotonic() < self.pause_until:
+            self.refused.append((what, self.slow_reason))
+            return
+        began = time.monotonic()
+        if self._try(what, call, num_bytes):
+            self.num_slow = 0
+        elif time.monotonic() - began > SLOW_S:
+            self.num_slow += 1
+            self.pause_until, self.slow_reason = time.monotonic() + 60, self.refused[-1][1]
 
     # -------------------------------------------------------------------------------- experiment and runs
 
@@ -400,7 +417,7 @@ class MLflowSink:
         run = self._child(event["number"])
         self._try("state", lambda: self.client.update_run(run, status="RUNNING"))
         self._params(run, event["params"])
-        self._try("settings.json", lambda: self.client.log_dict(run, event["settings"], "settings.json"))
+        self._artifact("settings.json", lambda: self.client.log_dict(run, event["settings"], "settings.json"))
 
     def _on_report(self, event: Event) -> None:
         *steps, (step, found) = log_entries(event)
@@ -416,9 +433,9 @@ class MLflowSink:
         if event["best"] is not None and event["state"] != "INTERRUPTED":
             self._metrics(self._parent(), [(event["num_ended"], {"best_so_far": event["best"]})])
         if event["applied"]:
-            self._try("applied.json", lambda: self.client.log_dict(run, event["applied"], "applied.json"))
+            self._artifact("applied.json", lambda: self.client.log_dict(run, event["applied"], "applied.json"))
         if event["error"]:
-            self._try("error.txt", lambda: self.client.log_text(run, event["error"], "error.txt"))
+            self._artifact("error.txt", lambda: self.client.log_text(run, event["error"], "error.txt"))
 
     def _on_confirmed(self, event: Event) -> None:
         self._metrics(self._child(event["number"]), [(event["run"], {"confirmed": event["value"]})])
@@ -434,15 +451,11 @@ class MLflowSink:
         self._tags(run, {"end_state": event["state"], **event["tags"]})
         self._metrics(run, [(event["num_trials"], event["metrics"])])
         self._try("note", lambda: self.client.set_tag(run, "mlflow.note.content", note(directory)[:5000]))
-        stored = True
         for name in event["artifacts"]:
-            path = self._file(name)
-            if path and stored:
+            if path := self._file(name):
                 folder = "pictures" if path.parent.name == "pictures" else None
                 call = partial(self.client.log_artifact, run, str(path), folder)
-                stored = self._try(str(name), call, path.stat().st_size)
-            elif path:  # one store for all: the next file would only wait for the same error
-                self.refused.append((str(name), self.refused[-1][1]))
+                self._artifact(str(name), call, path.stat().st_size)
         if event["adapter"] and (adapter := self._file(event["adapter"])):
             self._model(run, adapter, event)
 
@@ -464,7 +477,7 @@ class MLflowSink:
 
         num_bytes = sum(path.stat().st_size for path in adapter.rglob("*") if path.is_file())
         call = partial(log_model, self.client, run, adapter, register=event["register"], tags=event["model_tags"])
-        self._try("model", call, num_bytes)
+        self._artifact("model", call, num_bytes)
 
     # -------------------------------------------------------------------------------- batches
 
@@ -474,7 +487,7 @@ class MLflowSink:
 
         texts = {name: str(value) for name, value in params.items()}
         if any(len(text) > PARAM_LENGTH for text in texts.values()):
-            self._try("parameters.json", lambda: self.client.log_dict(run, texts, "parameters.json"))
+            self._artifact("parameters.json", lambda: self.client.log_dict(run, texts, "parameters.json"))
         known = self._call(lambda: self.client.get_run(run)).data.params
         self._batch(
             run, "params", [Param(name, text[:PARAM_LENGTH]) for name, text in texts.items() if name not in known]
