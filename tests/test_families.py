@@ -32,6 +32,7 @@ from train_fn.loop import run_trial, score_adapter
 from train_fn.lora import adapted
 from train_fn.model import Base, answer_losses, answer_tail, collate, image_only, load_base, read_image
 from train_fn.phantoms import CLASSES, QUESTION
+from train_fn.preflight import base_problems
 from train_fn.settings import ModelSettings, TrialSettings
 
 ADAPTER = TrialSettings(num_train_epochs=6, lora_r=4, lora_alpha=8, learning_rate=1e-2, lora_dropout=0.0)
@@ -389,6 +390,14 @@ def unlike(splits, tmp_path_factory) -> list[Sample]:
         Sample(str(folder / "wide.png"), QUESTION, "Benign", 1),
         Sample(str(folder / "small.png"), "What is this?", "Malignant mass", 2),
     ]
+
+
+def test_each_family_passes_the_checks_before_ray(base, few, monkeypatch) -> None:
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    assert base_problems(base.settings, ADAPTER, few) == []
+    bad = replace(few, train=(*few.train, replace(few.train[0], text=f"{base.processor.image_token} What is this?")))
+    (problem,) = base_problems(base.settings, replace(ADAPTER, lora_target_modules=("q_proj",)), bad)
+    assert base.processor.image_token in problem
 
 
 def weights(base: Base) -> dict[str, torch.Tensor]:

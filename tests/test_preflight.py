@@ -122,6 +122,26 @@ def annex(model: Path) -> None:
     (model / "model.safetensors").symlink_to("../.git/annex/objects/xx/MD5E-s1--0.safetensors")
 
 
+def tensors(edit: Callable[[dict, str], object]) -> Callable[[Path], object]:
+    def rewrite(model: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        found = load_file(model / "model.safetensors")
+        edit(found, next(name for name in found if "layers.1" in name and "q_proj" in name))
+        save_file(found, model / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
+def config(**values: object) -> Callable[[Path], object]:
+    def rewrite(model: Path) -> None:
+        stored = json.loads((model / "config.json").read_text())
+        stored["text_config"] |= values
+        (model / "config.json").write_text(json.dumps(stored))
+
+    return rewrite
+
+
 def written(name: str, content: str) -> Callable[[Path], object]:
     return lambda model: (model / name).write_text(content)
 
@@ -135,6 +155,17 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (written("model.safetensors", ""), "whole safetensors file"),
     "a shard lost": (lost_shard, "model-00002-of-00002.safetensors must hold weights, but is missing"),
     "a shard twice": (swapped_shards, "tensors are not where it says"),
+    "a tensor missing": (
+        tensors(lambda t, name: t.pop(name)),
+        "1 are missing or of another shape, model.language_model",
+    ),
+    "a tensor of another shape": (
+        tensors(lambda t, name: t.update({name: t[name][:7].clone()})),
+        "1 are missing or of another shape, model.",
+    ),
+    "another width": (config(hidden_size=64), "are missing or of another shape"),
+    "a width that is text": (config(hidden_size="wide"), "'hidden_size' expected int, got str"),
+    "a depth below zero": (config(num_attention_heads=0), "must be a model that transformers can load"),
     "a configuration cut off": (written("config.json", '{"model_type": '), "must be JSON"),
     "a tokenizer that is a list": (written("tokenizer.json", "[]"), "must hold a JSON dict"),
     "a tokenizer of nothing": (written("tokenizer.json", "{}"), "a tokenizer and a processor that load"),

@@ -76,6 +76,7 @@ def native_config(original: dict[str, Any]) -> VideoLlama3Config:
 def load_model(directory: Path, **options: Any) -> PreTrainedModel:
     """The model with its weights. Raises ValueError when a tensor is missing, left over or of another shape."""
     load: Any = VideoLlama3ForConditionalGeneration.from_pretrained
+    options.pop("trust_remote_code", None)  # this class has no remote code to trust
     model, told = load(
         directory,
         config=native_config(read_config(directory)),

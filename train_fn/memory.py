@@ -119,8 +119,8 @@ def measure(
     return Sizes(held, trained, kept, cached * (1 + len(candidates)))  # of the prompt, and again for every candidate
 
 
-def skeleton_model(settings: ModelSettings, dtype: Any) -> Any:
-    """The base's model without weights, on the meta device. dtype: for settings that leave it to the device."""
+def skeleton(settings: ModelSettings, dtype: Any) -> Any:
+    """The base (`train_fn.model.Base`) without weights. dtype: for settings that leave it to the device."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -136,19 +136,9 @@ def skeleton_model(settings: ModelSettings, dtype: Any) -> Any:
         dtype = getattr(torch, settings.base_dtype)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.requires_grad_(False)
-
-
-def skeleton(settings: ModelSettings, dtype: Any) -> Any:
-    """The base (`train_fn.model.Base`) without weights. dtype: for settings that leave it to the device."""
-    import torch
-
-    from train_fn import model as bases
-
-    model = skeleton_model(settings, dtype)
     return bases.Base(
-        model=model,
-        processor=bases.load_processor(bases.resolve_model(settings.model), settings),
+        model=model.requires_grad_(False),
+        processor=bases.load_processor(directory, settings),
         vision_tower=bases.find_part(model, bases.VISION_TOWERS, "vision tower", settings.vision_tower),
         projector=bases.find_part(model, bases.PROJECTORS, "projector", settings.projector),
         language_model=bases.find_part(model, bases.LANGUAGE_MODELS, "language model", settings.language_model),

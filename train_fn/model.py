@@ -214,6 +214,27 @@ def base_gib(model: torch.nn.Module) -> tuple[float, float]:
     return held / 2**30, whole / 2**30
 
 
+def load_model(directory: Path, **options: Any) -> PreTrainedModel:
+    """The model with its weights; with `device_map={"": "meta"}` only its shapes, which reads no weights.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape. transformers would draw it at random.
+    """
+    options |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    options["ignore_mismatched_sizes"] = True  # they are named below
+    if hulumed.is_hulumed(directory):
+        return hulumed.load_model(directory, **options)
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    model, found = load(directory, output_loading_info=True, **options)
+    wrong = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if wrong:
+        raise ValueError(
+            f"the weights in {directory} must hold every tensor of the model in its shape, but {len(wrong)} are "
+            f"missing or of another shape, {wrong[0]} among them: fetch the model again"
+        )
+    return model
+
+
 def load_base(settings: ModelSettings, device: torch.device) -> Base:
     """Load and freeze the base model. No code from the model directory is run, and no pickle is read.
 
@@ -223,9 +244,6 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
     options: dict[str, Any] = {
         "dtype": choose_dtype(settings.base_dtype, device),
         "attn_implementation": "sdpa",
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "local_files_only": True,
     }
     if settings.use_qlora:
         options |= four_bit(settings, options["dtype"], device)
@@ -235,9 +253,7 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
         # What is multiplied in float32 all the same (a trained projector, DoRA, all adapters of a float16 base) tensor
         # cores do not take; TF32 holds what a 16-bit base gives.
         torch.set_float32_matmul_precision("high")
-    from_hulumed = hulumed.is_hulumed(directory)
-    load = hulumed.load_model if from_hulumed else AutoModelForImageTextToText.from_pretrained
-    model = load(directory, **options)
+    model = load_model(directory, **options)
     if settings.use_qlora:
         # What is not in 4 bit keeps the base's format. PEFT's preparation would make it float32, and with it all that
         # passes between the layers, for nothing here casts it back.
@@ -259,7 +275,7 @@ def load_base(settings: ModelSettings, device: torch.device) -> Base:
         language_model=find_part(model, LANGUAGE_MODELS, "language model", settings.language_model),
         device=device,
         settings=settings,
-        hulumed=from_hulumed,
+        hulumed=hulumed.is_hulumed(directory),
     )
     bridge_formats(model.get_submodule(base.projector), model.dtype)
     autocast_language_model(base)

@@ -69,15 +69,30 @@ def told(error: Exception) -> str:
 def skeleton_problems(settings: ModelSettings, trial: TrialSettings, processor: Any) -> list[str]:
     """Parts and target modules that the model does not have, found on torch's meta device."""
     import torch
+    from transformers.utils import logging
 
-    from train_fn.memory import skeleton_model
-    from train_fn.model import LANGUAGE_MODELS, PROJECTORS, VISION_TOWERS, Base, find_part, target_problems
+    from train_fn.model import (
+        LANGUAGE_MODELS,
+        PROJECTORS,
+        VISION_TOWERS,
+        Base,
+        find_part,
+        load_model,
+        target_problems,
+    )
 
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
-        model = skeleton_model(settings, torch.float32)
+        model = load_model(resolve_model(settings.model), device_map={"": "meta"})
     except Exception as error:  # a configuration is a stranger's, and transformers raises anything for it
         where = f"`--model` {settings.model!r}"
-        return [f"{where} must be a model that transformers can build, but {told(error)}: fetch the model again"]
+        return [f"{where} must be a model that transformers can load, but {told(error)}: fetch the model again"]
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     parts: dict[str, Any] = {}
     problems = []
     usual = {"vision_tower": VISION_TOWERS, "projector": PROJECTORS, "language_model": LANGUAGE_MODELS}
