@@ -205,8 +205,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     import tune.search
     from tune.study import Layout
 
-    made = SimpleNamespace(dispatcher=Trainings(), search=lambda study, log: None)
     lanes = SimpleNamespace(over=False, leave=lambda: None, close=lambda: None)
+    made = SimpleNamespace(dispatcher=Trainings(), lanes=lanes, search=lambda study, log: None)
     monkeypatch.setattr("tune.study.start_ray", lambda settings: {"CPU": 2})
     monkeypatch.setattr("tune.study.plan_layout", lambda settings, resources: Layout(2, 1, False, 1))
     monkeypatch.setattr(tune.lane, "start_dispatcher", lambda layout, timeout: made.dispatcher)
@@ -288,6 +288,10 @@ def test_the_guides_broken_adapter_costs_the_comparison_only(new_study, stand_in
     assert outcome.exit_code == 0 and outcome.winner.number == 1
     assert "no test score of the guide's defaults" in out and "winner (trial 1)" in out
     assert "winner = the guide" not in out
+    assert resume().tests and len(stand_ins.dispatcher.jobs) == 1  # it is not scored again, until it is mended
+    write_adapter(Path("results/s/trials/0000/final_model"), "mended")
+    stand_ins.search = lambda study, log: None
+    assert {"winner", "guide", "difference"} == resume().tests.keys()
 
 
 def test_a_guide_that_failed_is_not_called_the_winner(new_study, stand_ins, real_report, capsys) -> None:
@@ -572,6 +576,33 @@ def test_a_second_signal_ends_at_once_and_shows_what_is_safe(new_study, stand_in
     out = summary(outcome, capsys)
     assert outcome.exit_code == 130 and "2 complete" in out and "--resume s" in out
     assert "before all of its results were written" in out and not (outcome.directory / "study.json").exists()
+    assert outcome.winner.number == 1 and str(outcome.adapter) in out
+
+
+def test_a_second_signal_while_the_lanes_write_their_state(new_study, stand_ins, monkeypatch, capsys) -> None:
+    def interrupted(*given: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    stand_ins.search = lambda study, log: (trains({0: 0.6, 1: 0.7})(study, log), interrupted())
+    stand_ins.lanes.leave = interrupted
+    outcome = run_new(new_study("--trials", "3"))
+    out = summary(outcome, capsys)
+    assert outcome.exit_code == 130 and "2 complete" in out and "--resume s" in out and "at once" in out
+    assert outcome.winner.number == 1 and outcome.adapter.is_dir() and str(outcome.adapter) in out
+
+
+def test_a_signal_before_the_lanes_shows_what_earlier_sessions_have_done(new_study, monkeypatch, capsys) -> None:
+    finished_study(new_study)
+    monkeypatch.setattr("tune.study.start_ray", lambda settings: signal.raise_signal(signal.SIGTERM))
+    outcome = resume("--trials", "9")
+    out = summary(outcome, capsys)
+    assert outcome.exit_code == 130 and "3 complete" in out and "Go on" in out and outcome.winner.number == 2
+
+
+def test_a_signal_before_a_study_has_begun(new_study, monkeypatch) -> None:
+    monkeypatch.setattr("tune.study.start_ray", lambda settings: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):  # `main` says that nothing has been changed
+        run_new(new_study("--trials", "9"))
 
 
 def test_a_signal_waits_until_an_event_is_written(tmp_path: Path, monkeypatch) -> None:

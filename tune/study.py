@@ -254,6 +254,9 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     if study.lease.lost:
         outcome.note(f"another machine runs this study now: it has taken over {study.storage.uri}")
     study.lease.release()
+    if outcome.winner is None and outcome.exit_code > 1:  # ended before the winner was named
+        with contextlib.suppress(OSError):  # the outcome's error says what is wrong
+            outcome.pick_winner()
     return outcome
 
 
@@ -379,6 +382,7 @@ def search_and_test(
             ray.shutdown()
     except KeyboardInterrupt:
         outcome.interrupted = True
+        outcome.note("a signal ended the study at once: what was running goes on from its last state")
 
 
 def explain(error: BaseException) -> str:
@@ -594,12 +598,25 @@ def chosen_for_test(outcome: Outcome) -> dict[str, TrialRecord]:
 
 
 def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) -> bool:
-    """Whether the last scores of the test are those of these trials' adapters, and the winner's is as it was then."""
+    """Whether the last test scores are those of these trials' adapters, and their files are as they were then."""
     last = next((event for event in reversed(study.journal.events) if event["event"] == "tested"), None)
-    assert outcome.adapter
-    if last is None or last["adapters"] != {who: outcome.relative(outcome.adapter_of(r)) for who, r in chosen.items()}:
+    if last is None:
         return False
-    return "winner_sha256" not in last or last["winner_sha256"] == adapter_hash(outcome.adapter)
+    adapters = {who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()}
+    if "sha256" not in last:  # of an older version
+        return last["adapters"] == adapters
+    paths = adapter_paths(outcome, chosen)
+    return last["adapters"]["winner"] == adapters["winner"] and last["sha256"] == hashes_of(paths)
+
+
+def adapter_paths(outcome: Outcome, chosen: dict[str, TrialRecord]) -> dict[str, Path | None]:
+    """Where the adapters to score the test with lie; None: nowhere."""
+    return {who: outcome.adapter if who == "winner" else outcome.find_adapter(r) for who, r in chosen.items()}
+
+
+def hashes_of(paths: dict[str, Path | None]) -> dict[str, str]:
+    """The adapters' sha256, empty where there is none."""
+    return {who: adapter_hash(path) if path else "" for who, path in paths.items()}
 
 
 def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None], number: int) -> str:
@@ -617,9 +634,9 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     if is_tested(study, outcome, chosen):
         return ""
     say("Scoring the test images with the winner" + (" and the guide's defaults" if "guide" in chosen else ""))
-    paths = {who: outcome.adapter if who == "winner" else outcome.find_adapter(r) for who, r in chosen.items()}
+    paths = adapter_paths(outcome, chosen)
+    hashes = hashes_of(paths)
     there = {who: path for who, path in paths.items() if path}
-    winner_hash = adapter_hash(there["winner"])
     job = {"kind": "score", "adapters": list(map(str, there.values())), "label": "scoring the test images"}
     ray.get(dispatcher.submit.remote(number, job))
     report = ray.get(dispatcher.next_report.remote(number, 0))
@@ -659,7 +676,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
         tests=tests,
         predictions=predictions,
         adapters={who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()},
-        winner_sha256=winner_hash,
+        sha256=hashes,
         num_trials=len(outcome.records),
     )
     outcome.hear(event)
