@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from train_fn.data import Sample, Splits
 from train_fn.settings import Range, TrialSettings, broken_rules, rules
-from tune.settings import GROUPS, SettingsError, flag, parse
+from tune.settings import GROUPS, SettingsError, flag, goal, parse
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {field.name: (group, field) for group in GROUPS for field in dataclasses.fields(group)}
@@ -287,6 +288,23 @@ def test_results_that_are_a_file_and_a_folder_that_cannot_be_written(tmp_path: P
         assert ended.returncode == 2 and "--results" in ended.stderr and "Traceback" not in ended.stderr
 
 
+def test_what_the_system_says_of_a_path_is_a_sentence(monkeypatch, capsys) -> None:
+    from tune import run as script
+
+    errors: list[tuple[Exception, str]] = [
+        (PermissionError(13, "Permission denied", "/x/m.json"), "'/x/m.json' must be usable, but Permission denied"),
+        (OSError(28, "No space left on device"), "a disk must be usable, but No space left on device"),
+        (UnicodeEncodeError("utf-8", "a\ud800", 1, 2, "surrogates"), "'\\ud800'"),
+    ]
+    for error, words in errors:
+        monkeypatch.setattr(script, "parse", lambda argv, error=error: (_ for _ in ()).throw(error))
+        assert script.main([]) == 2 and words in capsys.readouterr().err
+    for error in (OSError("cannot identify image file"), ValueError("a bug")):
+        monkeypatch.setattr(script, "parse", lambda argv, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            script.main([])
+
+
 def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None:
     from train_fn.copies import cache_folder
 
@@ -301,3 +319,51 @@ def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None
         cache_folder()  # the folder is not this user's: the test does not run as them
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "vlm-tune"
+
+
+# ------------------------------------------------------------------------------------------------ metrics of the data
+
+
+def splits_of(train: str, validation: str, closed: bool = True) -> Splits:
+    """One image per letter: B(enign), M(alignant) or N(ormal)."""
+    names = {"B": "Benign", "M": "Malignant", "N": "Normal"}
+    candidates = tuple(names[letter] for letter in sorted(set(train + validation))) if closed else ()
+    label = {name: index for index, name in enumerate(candidates)}
+    parts = [
+        tuple(Sample("x.png", "?", names[c], label.get(names[c], -1)) for c in part) for part in (train, validation)
+    ]
+    return Splits(*parts, (), candidates)
+
+
+GOALS = [
+    ("--require sensitivity>=0.9", "BN", "BN", "", "a positive class (--positive-label, one of Benign, Normal)"),
+    ("--stop-when specificity>=0.9", "BN", "BN", "", "a positive class"),
+    ("--metric sensitivity", "BN", "BN", "", "a positive class"),
+    ("--require sensitivity>=0.9", "BM", "BB", "Malignant", "validation images whose answer is 'Malignant'"),
+    ("--metric accuracy,specificity", "BM", "MM", "Malignant", "validation images whose answer is not 'Malignant'"),
+    ("--stop-when auroc>=0.9", "BM", "BB", "Malignant", "validation images of two answers"),
+    ("--require sensitivity>=0.9,auroc>=0.5,loss<=1", "BM", "BM", "Malignant", ""),
+    ("--stop-when accuracy>=0.9", "BM", "BB", "", ""),
+    ("--metric loss", "BM", "BB", "", ""),
+]
+
+
+@pytest.mark.parametrize(("options", "train", "validation", "positive", "words"), GOALS)
+def test_metrics_that_the_data_cannot_give(
+    options: str, train: str, validation: str, positive: str, words: str
+) -> None:
+    from tune.prepare import check_goals
+
+    settings = parse(options.split())
+    goals = tuple(map(goal, settings.study.metric))
+    problems = check_goals(settings, goals, splits_of(train, validation), positive)
+    assert len(problems) == bool(words)
+    assert all(words in problem and options.split()[0] in problem for problem in problems)
+
+
+def test_open_answers_have_a_loss_only() -> None:
+    from tune.prepare import check_goals
+
+    settings = parse(["--metric", "loss,accuracy", "--require", "auroc>=0.5,loss<=1", "--stop-when", "macro_f1>=0.5"])
+    problems = check_goals(settings, tuple(map(goal, settings.study.metric)), splits_of("BM", "BM", closed=False), "")
+    assert len(problems) == 3 and "accuracy" in problems[0] and "auroc" in problems[1] and "macro_f1" in problems[2]

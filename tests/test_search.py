@@ -11,7 +11,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from search_spaces import lora
-from tune.search import GridSampler, make_sampler, make_scheduler
+from tune.search import GridSampler, make_sampler, make_scheduler, warm_start
 from tune.settings import SAMPLERS, parse, searched_settings
 
 
@@ -70,3 +70,11 @@ def test_the_median_rule_hears_a_journal_again() -> None:
         events.append({"event": "started", "number": number})
         events += [{"event": "report", "number": number, "epoch": e, "metrics": {"auroc": auroc}} for e in (1, 2)]
     assert median_rule().replay(events) == {4}
+
+
+def test_a_warm_start_whose_study_is_elsewhere_is_said(tmp_path: Any) -> None:
+    """A study that goes on from object storage has its own trials only."""
+    study: Any = SimpleNamespace(settings=parse(["--results", str(tmp_path)]))
+    object.__setattr__(study.settings.study, "warm_start", "/nowhere/other")
+    optuna_study = optuna.create_study()
+    assert "/nowhere/other is not on this machine" in warm_start(study, optuna_study) and not optuna_study.trials

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from studies import SMALL, finish, start
 
 from tune.prepare import Study, prepare, resume
 from tune.settings import SAMPLERS, Settings, SettingsError, SpaceError, load_space, parse, searched_settings
@@ -330,10 +331,22 @@ def test_a_shipped_space_is_not_exchanged(begun: Study) -> None:
 # ------------------------------------------------------------------------------------------------ plan.json
 
 
-def plan_with(change: Any) -> bytes:
-    plan = json.loads(Path("results/s/plan.json").read_text())
-    change(plan)
-    return json.dumps(plan).encode()
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """plan.json of a study with first points."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "points.json").write_text('[{"lora_r": 4}]')
+    argv = ["--num-phantoms", "30", "--results", str(folder), "--first-points", str(folder / "points.json")]
+    study = prepare(parse(argv), lambda text: None)
+    study.lock._file.close()
+    return json.loads(json.dumps(study.plan))
+
+
+def with_change(plan: bytes, change: Any) -> bytes:
+    """A plan that somebody has edited."""
+    edited = json.loads(plan)
+    change(edited)
+    return json.dumps(edited).encode()
 
 
 PLANS = {
@@ -343,38 +356,50 @@ PLANS = {
     "no UTF-8": lambda plan: b"\xff" + plan,
     "a list": lambda plan: b"[1]",
     "deep": lambda plan: b"[" * 100_000,
-    "without settings": lambda plan: plan_with(lambda p: p.pop("settings")),
-    "settings as text": lambda plan: plan_with(lambda p: p.update(settings="x")),
-    "a part as a list": lambda plan: plan_with(lambda p: p["settings"].update(study=[])),
-    "a part missing": lambda plan: plan_with(lambda p: p["settings"].pop("data")),
-    "trials as text": lambda plan: plan_with(lambda p: p["settings"]["study"].update(trials="20")),
-    "epochs of 2.5": lambda plan: plan_with(lambda p: p["settings"]["trial"].update(num_train_epochs=2.5)),
-    "space as a number": lambda plan: plan_with(lambda p: p["settings"]["study"].update(space=3)),
-    "metric as an object": lambda plan: plan_with(lambda p: p["settings"]["study"].update(metric={})),
-    "an unknown setting": lambda plan: plan_with(lambda p: p["settings"]["model"].update(rank=3)),
-    "pinned as text": lambda plan: plan_with(lambda p: p["settings"].update(pinned="lora_r")),
-    "pinned nonsense": lambda plan: plan_with(lambda p: p["settings"].update(pinned=["x", {}])),
-    "points as text": lambda plan: plan_with(lambda p: p.update(first_points="x")),
-    "a point as a number": lambda plan: plan_with(lambda p: p.update(first_points=[3])),
+    "without settings": lambda plan: with_change(plan, lambda p: p.pop("settings")),
+    "settings as text": lambda plan: with_change(plan, lambda p: p.update(settings="x")),
+    "a part as a list": lambda plan: with_change(plan, lambda p: p["settings"].update(study=[])),
+    "a part missing": lambda plan: with_change(plan, lambda p: p["settings"].pop("data")),
+    "trials as text": lambda plan: with_change(plan, lambda p: p["settings"]["study"].update(trials="20")),
+    "epochs of 2.5": lambda plan: with_change(plan, lambda p: p["settings"]["trial"].update(num_train_epochs=2.5)),
+    "space as a number": lambda plan: with_change(plan, lambda p: p["settings"]["study"].update(space=3)),
+    "metric as an object": lambda plan: with_change(plan, lambda p: p["settings"]["study"].update(metric={})),
+    "an unknown setting": lambda plan: with_change(plan, lambda p: p["settings"]["model"].update(rank=3)),
+    "pinned as text": lambda plan: with_change(plan, lambda p: p["settings"].update(pinned="lora_r")),
+    "pinned nonsense": lambda plan: with_change(plan, lambda p: p["settings"].update(pinned=["x", {}])),
+    "points as text": lambda plan: with_change(plan, lambda p: p.update(first_points="x")),
+    "a point as a number": lambda plan: with_change(plan, lambda p: p.update(first_points=[3])),
 }
 
 
 @pytest.mark.parametrize("damage", PLANS.values(), ids=PLANS)
-def test_a_damaged_plan(begun: Study, damage: Any) -> None:
-    path = Path("results/s/plan.json")
-    path.write_bytes(damage(path.read_bytes()))
+def test_a_damaged_plan(plan: dict[str, Any], tmp_path: Path, damage: Any) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "plan.json").write_bytes(damage(json.dumps(plan).encode()))
     for command in ("--resume", "--replay"):
-        problems = problems_of(command, "s", "--results", "results")
-        assert all("plan.json" in problem for problem in problems)
+        problems = problems_of(command, "s", "--results", str(tmp_path))
+        assert all("plan.json" in problem and "\n" not in problem for problem in problems)
 
 
-def test_an_older_plan_gets_newer_settings_by_default(begun: Study) -> None:
-    path = Path("results/s/plan.json")
-
-    def older(plan: dict[str, Any]) -> None:
-        del plan["first_points"], plan["settings"]["study"]["lanes_per_gpu"], plan["settings"]["trial"]["torch_compile"]
-
-    path.write_bytes(plan_with(older))
-    settings = resumed()
+def test_an_older_plan_gets_newer_settings_by_default(plan: dict[str, Any], tmp_path: Path) -> None:
+    older = json.loads(json.dumps(plan))
+    del older["first_points"], older["settings"]["study"]["lanes_per_gpu"], older["settings"]["trial"]["torch_compile"]
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "plan.json").write_text(json.dumps(older))
+    settings = parse(["--resume", "s", "--results", str(tmp_path)])
     assert settings.study.lanes_per_gpu == 1 and settings.trial.torch_compile is False
-    assert settings.first_points == ({"r": 4},)  # from the file, as then
+    assert settings.first_points == ({"lora_r": 4},)  # from the file, as then
+
+
+def test_a_study_whose_space_fails_ends_with_its_winner(tmp_path: Path) -> None:
+    (tmp_path / "space.py").write_text(
+        "import os\nGUIDE = {'r': 8}\ndef space(trial):\n"
+        "    rank = trial.suggest_categorical('r', [4, 8])\n"
+        "    if os.path.exists('results/s/optuna.db') and trial.number == 2: raise SystemExit(0)\n"
+        "    return {'lora_r': rank}\n"
+    )
+    ended = finish(start(tmp_path, "--trials", "5", "--lanes", "1", "--space", "space.py", *SMALL), tmp_path)
+    assert ended.code == 3 and "must return settings, but raised SystemExit" in ended.out, ended.err
+    assert "Traceback" not in ended.out + ended.err
+    assert [trial["state"] for trial in ended.study["trials"]] == ["COMPLETE", "COMPLETE"]
+    assert (tmp_path / "results" / "s" / "best_adapter").is_dir()

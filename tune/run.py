@@ -15,7 +15,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
 
 from train_fn.text import plain  # noqa: E402
-from tune.settings import SettingsError, parse, study_directory  # noqa: E402
+from tune.settings import SettingsError, parse, study_directory, user_paths  # noqa: E402
 
 if TYPE_CHECKING:
     from tune.prepare import Study
@@ -34,36 +34,24 @@ def begin(argv: list[str]) -> Study | int:
     Raises:
         SettingsError: the command line, or a file or folder that it names, cannot be used.
     """
-    try:
-        os.getcwd()
-        settings = parse(argv)
-        if settings.command.doctor:
-            from tune.doctor import examine
+    settings = parse(argv)
+    if settings.command.doctor:
+        from tune.doctor import examine
 
-            return examine(settings, say)
-        if settings.command.show:
-            from tune.results import print_summary
-            from tune.study import show
+        return examine(settings, say)
+    if settings.command.show:
+        from tune.results import print_summary
+        from tune.study import show
 
-            print_summary(show(study_directory(settings.command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
-            return 0
-        from tune.prepare import prepare, resume
+        print_summary(show(study_directory(settings.command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
+        return 0
+    from tune.prepare import prepare, resume
 
-        if settings.command.replay:
-            from tune.replay import replay
+    if settings.command.replay:
+        from tune.replay import replay
 
-            return replay(resume(settings, say), settings.command.trial, say)
-        return resume(settings, say) if settings.command.resume else prepare(settings, say)
-    except OSError as error:
-        if error.errno is None:  # no error of the operating system
-            raise
-        what = f"{error.filename!r}" if error.filename is not None else "the working folder or a disk"
-        raise SettingsError(
-            [f"{what} must be usable, but {error.strerror}: mend it, or choose another place"]
-        ) from error
-    except UnicodeEncodeError as error:
-        what = f"{error.object[error.start : error.end]!r}"
-        raise SettingsError([f"every name must be UTF-8, but one has {what}: rename the file or folder"]) from error
+        return replay(resume(settings, say), settings.command.trial, say)
+    return resume(settings, say) if settings.command.resume else prepare(settings, say)
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +60,8 @@ def main(argv: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may take ASCII only
     try:
-        study = begin(argv)
+        with user_paths():
+            study = begin(argv)
         if isinstance(study, int):
             return study
         from tune.study import run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,6 +82,23 @@ class SettingsError(Exception):
     def __init__(self, problems: list[str]) -> None:
         self.problems = [scrub(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
+
+
+@contextlib.contextmanager
+def user_paths() -> Iterator[None]:
+    """Turn what the operating system says of a file or folder into a SettingsError. Other errors pass."""
+    try:
+        os.getcwd()  # every relative path needs it
+        yield
+    except OSError as error:
+        if error.errno is None:  # a library's own error
+            raise
+        what = "the working folder or a disk" if error.filename is None else repr(error.filename)
+        text = f"{what} must be usable, but {error.strerror}: mend it, or choose another place"
+        raise SettingsError([text]) from error
+    except UnicodeEncodeError as error:
+        what = repr(error.object[error.start : error.end])
+        raise SettingsError([f"every name must be UTF-8, but one has {what}: rename the file or folder"]) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -587,7 +605,7 @@ def check(settings: Settings) -> list[str]:
             except ValueError as error:
                 why = str(error) if str(error).startswith("must") else "must be a number"
                 if name == "time_budget":
-                    why += " with s, m or h, such as 90m"
+                    why += ", such as 90m, 2h or 30s"
                 found.append(f"`{flag(name)}` {why}, but got {SHOWN.repr(text)}: see --help")
     names = [text.removeprefix("-") for text in study.metric]
     rule("metric", len(set(names)) == len(names), "must name each goal only once", "leave one out")
