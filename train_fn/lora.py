@@ -184,7 +184,7 @@ def wanted_modules(base: Base, settings: TrialSettings) -> set[str]:
     """Full names of the linear layers that the settings name, worked out without PEFT."""
     linear = {name for name, (module, _) in pristine(base).modules.items()
               if isinstance(module, torch.nn.Linear) and name.startswith(base.language_model + ".")}  # fmt: skip
-    allowed = {name for name in linear if not any(re.search(p, name) for p in settings.lora_exclude_patterns)}
+    allowed = {name for name in linear if not any(part in name for part in settings.lora_exclude_patterns)}
     ends = tuple(f".{target}" for target in settings.lora_target_modules)
     return {name for name in allowed if f".{name}".endswith(ends)}
 

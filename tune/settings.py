@@ -384,7 +384,7 @@ def parse(argv: Sequence[str]) -> Settings:
                 problems += refresh_stored(directory)
             values, pinned, points = resumed_values(values, directory, problems)
     if "trial" in given and not values.get("replay"):
-        problems.append(f"`--trial` goes with --replay, but got {given['trial']!r} alone: add --replay STUDY")
+        problems.append(f"`--trial` goes with --replay, but got {SHOWN.repr(given['trial'])} alone: add --replay STUDY")
     groups = [
         group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
         for group in GROUPS
@@ -624,7 +624,7 @@ def check(settings: Settings) -> list[str]:
             f"{data.val_fraction + data.test_fraction:g}: lower one"
         )
     asked = [name for name in ("bf16", "fp16") if getattr(model, name)]
-    if len(asked) + (model.dtype != "auto") > 1:
+    if "dtype" not in broken and len(asked) + (model.dtype != "auto") > 1:
         found.append(
             f"`--bf16`, `--fp16` and `--dtype` must not contradict each other, but got {', '.join(map(flag, asked))} "
             f"and --dtype {model.dtype}: keep one"
