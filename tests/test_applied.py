@@ -29,7 +29,7 @@ SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
     ("options", "names"),
     [
         ({"lora_target_modules": ("q_proj", "v_porj")}, r"but got v_porj: choose from down_proj, .*, v_proj"),
-        ({"lora_target_modules": ("all-linear",)}, "but got all-linear"),
+        ({"lora_target_modules": ("all-linear",)}, "all-linear"),
         ({"lora_target_modules": ("q_proj", "embed_tokens")}, "but got embed_tokens"),
         ({"lora_target_modules": ("lm_head", "q_proj")}, "but got lm_head"),
         ({"lora_target_modules": ("q_proj", "fc1")}, "but got fc1"),  # of the vision tower alone
@@ -50,7 +50,7 @@ def test_every_target_must_name_a_linear_layer(base, splits, options, names) -> 
     [
         ({"lora_target_modules": ("q_proj",)}, 4),
         ({"lora_target_modules": ("self_attn.q_proj", "mlp.up_proj")}, 8),
-        ({"lora_exclude_patterns": (r"layers\.[01]\.",), "lora_target_modules": ("q_proj", "up_proj")}, 4),
+        ({"lora_exclude_patterns": ("layers.0.", "layers.1."), "lora_target_modules": ("q_proj", "up_proj")}, 4),
         ({"lora_exclude_patterns": ()}, 28),
     ],
 )  # fmt: skip
