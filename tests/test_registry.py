@@ -182,7 +182,7 @@ def test_what_is_no_image_is_refused(loaded, images) -> None:
         loaded.predict(pd.DataFrame({"image": [*encoded, "/etc/passwd", "nowhere.png", images[0], ""]}))
     problems = str(caught.value).split("; ")
     assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
-    assert [text for text in problems if "row 0 must have at most 100,000,000 pixels" in text]
+    assert [text for text in problems if "row 0 must have at most 50,000,000 pixels" in text]
     assert [text for text in problems if "row 2: `image` must be a path" in text]
     for row in (1, 5):
         assert [text for text in problems if f"image row {row} must be decodable" in text]

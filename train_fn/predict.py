@@ -125,7 +125,7 @@ def predict_lines(
     samples: Sequence[Sample],
     candidates: Sequence[str],
     generate: bool,
-    faults: Mapping[str, str],
+    faults: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each image its path and, with candidates, their probabilities and the likeliest; the generated answer. For an
     image that cannot be answered, its path and the `error`.
@@ -149,7 +149,7 @@ def predict_lines(
         for sample in samples:
             line: dict[str, Any] = {"image": sample.image}
             try:
-                if sample.image in faults:
+                if faults and sample.image in faults:
                     raise ValueError(faults[sample.image])
                 if candidates:
                     line |= label_probabilities(base, sample, candidates)
