@@ -130,6 +130,13 @@ def base_files(directory: Path) -> dict[str, str]:
     return {name: value for name, _, value in found}
 
 
-def base_hash(directory: Path) -> str:
-    """sha256 over `base_files`."""
-    return hashlib.sha256(json.dumps(base_files(directory)).encode()).hexdigest()
+def base_hash(directory: Path, version: int = 2) -> str:
+    """sha256 over `base_files`. Version 1, of plans of the first version, has the weights and *.json alone."""
+    files = base_files(directory)
+    if version == 1:
+        files = {
+            name: files[name]
+            for name in sorted(files)
+            if "/" not in name and Path(name).suffix in (".json", ".safetensors")
+        }
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -29,7 +29,7 @@ FIX = "put it back from a copy, or begin a new study"
 
 
 def read_plan(directory: Path) -> dict[str, Any]:
-    """The plan of a study, with the types that its readers rely on, and without what guards the file.
+    """The plan of a study, with the types that its readers rely on, and without its checksum.
 
     Raises:
         OSError: there is none, or it cannot be read.
@@ -37,10 +37,10 @@ def read_plan(directory: Path) -> dict[str, Any]:
     """
     path = directory / "plan.json"
     plan = read_json(path, dict, FIX)
-    version = plan.pop("format", 1)
+    version = plan.setdefault("format", 1)
     if version not in range(1, FORMAT + 1):
         raise DamagedFile(f"{path} must have a format up to {FORMAT}, but has {version!r}: use the newer version")
-    unknown = [name for name in plan if version == 1 and name not in (*KEYS, *ALSO)]
+    unknown = [name for name in plan if version == 1 and name not in (*KEYS, *ALSO, "format")]
     if unknown or (version > 1 and plan.pop("checksum", None) != checksum(plan)):
         raise DamagedFile(f"{path} must be as it was written, but it was changed: {FIX}")
     wrong = [name for name, kind in KEYS.items() if not isinstance(plan.get(name), kind)]
@@ -67,5 +67,5 @@ def is_goal(value: Any) -> bool:
 
 def save_plan(directory: Path, plan: dict[str, Any]) -> None:
     """Write the plan, which makes the folder a study. Raises OSError."""
-    plain = json.loads(json.dumps(plan))
-    write_json(directory / "plan.json", {"format": FORMAT, "checksum": checksum(plain)} | plain)
+    plain = json.loads(json.dumps(plan | {"format": FORMAT}))
+    write_json(directory / "plan.json", plain | {"checksum": checksum(plain)})

@@ -169,7 +169,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     now = {
         "splits_hash": ("splits.json", file_hash(directory / "splits.json")),
         "data_hash": ("the images, questions and answers", data_hash(splits)),
-        "base_hash": (f"the base model {settings.model.model}", base_hash(model_directory(settings))),
+        "base_hash": (f"the base model {settings.model.model}", base_hash(model_directory(settings), plan["format"])),
         "space_hash": (f"the space {settings.study.space}", space_hash(settings.study.space)),
     }
     problems = [
@@ -180,6 +180,8 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     ]
     if problems:
         raise SettingsError(problems)
+    if plan["format"] == 1:  # from here on, all files that decide a prompt count
+        plan["base_hash"] = base_hash(model_directory(settings))
     plan["settings"] = settings.to_dict()
     storage = Storage.under(settings.study.storage, directory)
     plan["first_points"] = settings.first_points
