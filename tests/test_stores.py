@@ -487,6 +487,14 @@ def test_a_folder_that_cannot_be_written_is_found_first_and_costs_no_other_store
         assert len(list(directory.glob("trials/*/runs/events*"))) >= 2
 
 
+def test_other_stores_receive_all_trials(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    directory = make_study(tmp_path, "sqlite:///unused", report_to=("tensorboard", "wandb"))
+    assert sync(capsys, directory)[:2] == (0, "tensorboard: all records told\nwandb: all records told\n")
+    assert len(list(directory.glob("trials/*/runs/events*"))) == 2
+    assert len(list(directory.glob("wandb/offline-run-*"))) == 2
+
+
 # ------------------------------------------------------------------------------------------------ strangers' folders
 
 

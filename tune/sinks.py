@@ -75,13 +75,16 @@ class Sink(Protocol):
         """Take in one event; a second time changes nothing. Returns the calls that were refused."""
 
 
-def inside(directory: Path, name: object) -> Path:
-    """The path of a file or folder of a study. Raises ValueError if it, or a link in it, leads out of the folder."""
+def inside(directory: Path, name: object, content: bool = True) -> Path:
+    """The path of a file or folder of a study. Raises ValueError if it leads out of the study's folder, links followed.
+
+    content: whether all that a folder holds must lie inside, too, because it is sent.
+    """
     path, root = directory / str(name), directory.resolve()
-    for part in (path, *(path.rglob("*") if path.is_dir() else ())):
+    for part in (path, *(path.rglob("*") if content and path.is_dir() else ())):
         if not part.resolve().is_relative_to(root):
             raise ValueError(
-                f"{str(name)!r} must lie inside the study's folder, but leads to {part.resolve()}: it is not sent"
+                f"{str(name)!r} must lie inside the study's folder, but leads to {part.resolve()}: it is not used"
             )
     return path
 
@@ -586,7 +589,7 @@ class TensorBoardSink:
         from tensorboardX import SummaryWriter
 
         if number not in self.writers:
-            folder = inside(self.directory, f"trials/{number:04d}/runs")
+            folder = inside(self.directory, f"trials/{number:04d}/runs", content=False)
             folder.mkdir(parents=True, exist_ok=True)
             self.writers[number] = SummaryWriter(str(folder))
         return self.writers[number]
@@ -617,7 +620,7 @@ class WandbSink:
 
         if number not in self.runs:
             # W&B would write to the system's temporary folder instead, and only log a warning.
-            inside(self.target.directory, "wandb").mkdir(exist_ok=True)
+            inside(self.target.directory, "wandb", content=False).mkdir(exist_ok=True)
             self.runs[number] = wandb.init(
                 project=self.target.experiment,
                 group=self.target.study,
