@@ -372,7 +372,7 @@ def parse(argv: Sequence[str]) -> Settings:
         if directory is None and len(problems) == refused:
             problems.append(
                 f"`{flag(command)}` must name a study, but got {SHOWN.repr(bare(place))}: give its name (and "
-                f"--results), its folder, or its address on object storage"
+                f"--results), its folder, in which plan.json lies, or its address on object storage"
             )
         elif directory and command != "show":
             values, pinned, points = resumed_values(values, directory, problems)
