@@ -377,7 +377,7 @@ def parse(argv: Sequence[str]) -> Settings:
         if directory is None and len(problems) == refused:
             problems.append(
                 f"`{flag(command)}` must name a study, but got {SHOWN.repr(strip_credentials(place))}: give its name "
-                f"(and --results), its folder, or its address on object storage"
+                f"(and --results), its folder, in which plan.json lies, or its address on object storage"
             )
         elif directory and command != "show":
             if command == "resume" and "://" not in place:
