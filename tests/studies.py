@@ -112,3 +112,14 @@ def write_trial(journal: Journal, number: int, state: str = "COMPLETE", auroc: f
 def write_adapter(folder: Path, content: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_text(content)
+
+
+def write_plan(directory: Path, study: dict, **others: object) -> None:
+    """A study's plan.json, of what the tests need in it."""
+    from tune.plan import save_plan
+
+    hashes = {f"{name}_hash": "" for name in ("data", "base", "space", "splits")}
+    settings = {"study": study, "model": {}, "data": {}, "trial": {}, "pinned": []}
+    plan = {"study_id": "1", "settings": settings, "tracking_uri": "", "data_report": {}, "goals": [["auroc", "max"]],
+            "candidates": [], "positive_label": ""}  # fmt: skip
+    save_plan(directory, plan | hashes | others)

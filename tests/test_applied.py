@@ -28,14 +28,14 @@ SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"lora_target_modules": ("q_proj", "v_porj")}, r"but got v_porj: choose from down_proj, .*, v_proj"),
+        ({"lora_target_modules": ("q_proj", "v_porj")}, r"but got 'v_porj': choose from down_proj, .*, v_proj"),
         ({"lora_target_modules": ("all-linear",)}, "all-linear"),
-        ({"lora_target_modules": ("q_proj", "embed_tokens")}, "but got embed_tokens"),
-        ({"lora_target_modules": ("lm_head", "q_proj")}, "but got lm_head"),
-        ({"lora_target_modules": ("q_proj", "fc1")}, "but got fc1"),  # of the vision tower alone
-        ({"lora_target_modules": ("self_attn",)}, "but got self_attn"),
-        ({"lora_exclude_patterns": ("q_proj",)}, "q_proj excludes every q_proj"),
-        ({"lora_exclude_patterns": ("language",)}, "language excludes every q_proj, k_proj, .*, down_proj"),
+        ({"lora_target_modules": ("q_proj", "embed_tokens")}, "but got 'embed_tokens'"),
+        ({"lora_target_modules": ("lm_head", "q_proj")}, "but got 'lm_head'"),
+        ({"lora_target_modules": ("q_proj", "fc1")}, "but got 'fc1'"),  # of the vision tower alone
+        ({"lora_target_modules": ("self_attn",)}, "but got 'self_attn'"),
+        ({"lora_exclude_patterns": ("q_proj",)}, "q_proj excludes every 'q_proj'"),
+        ({"lora_exclude_patterns": ("language",)}, "language excludes every 'q_proj', 'k_proj', .*, 'down_proj'"),
     ],
 )
 def test_every_target_must_name_a_linear_layer(base, splits, options, names) -> None:

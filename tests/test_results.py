@@ -25,6 +25,7 @@ from tune.results import (
     with_intervals,
 )
 from tune.settings import StudySettings
+from tune.uris import default_uri
 
 AUROC = (("auroc", "max"),)
 
@@ -122,7 +123,7 @@ def test_printed_commands_are_what_a_shell_takes(tmp_path, capsys, monkeypatch, 
     directory = tmp_path / folder / "s"
     (directory / "trials" / "0000" / "final_model").mkdir(parents=True)
     monkeypatch.chdir(directory.parent)
-    uri = f"sqlite:///{tmp_path / folder / 'mlflow.db'}"
+    uri = default_uri()
     outcome = Outcome("s", directory, AUROC, [record(0, auroc=0.7, loss=1)], num_trials=1, tracking_uri=uri)
     outcome.choose_winner()
     print_summary(outcome)

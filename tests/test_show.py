@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import LAYOUT, write_adapter, write_trial
+from studies import LAYOUT, write_adapter, write_plan, write_trial
 
 from tune.journal import Journal, StudyLock
 from tune.results import Outcome, print_summary
@@ -26,12 +26,8 @@ def make_study(folder: Path, *, name: str = "s", trials: int = 20, **settings: A
     """A study's folder with its plan and an open journal."""
     directory = folder / name
     directory.mkdir(parents=True)
-    plan = {
-        "settings": {"study": {"trials": trials, "require": [], "storage": "", **settings}},
-        "goals": [["auroc", "max"]],
-        "tracking_uri": "sqlite:////somewhere/mlflow.db",
-    }
-    (directory / "plan.json").write_text(json.dumps(plan))
+    study = {"trials": trials, "require": [], "storage": "", **settings}
+    write_plan(directory, study, tracking_uri="sqlite:////somewhere/mlflow.db")
     (directory / "lock").touch()
     journal = Journal(directory / "journal.jsonl")
     journal.write("session", params=LAYOUT, tags={}, startup_s=5.0)

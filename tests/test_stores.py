@@ -17,6 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from servers import reply, served
+from studies import write_plan
 
 from train_fn.files import DamagedFile
 from train_fn.storage import Storage
@@ -65,13 +66,7 @@ def make_study(folder: Path, uri: str, told: list[Any] | None = None, report_to:
     directory.mkdir(parents=True)
     (directory / "report.html").write_text("<h1>s</h1>")
     study = {"experiment": "e", "report_to": report_to, "storage": ""}
-    plan = {
-        "study_id": f"{folder.name}",
-        "tracking_uri": uri,
-        "settings": {"study": study},
-        "goals": [("auroc", "max")],
-    }
-    (directory / "plan.json").write_text(json.dumps(plan))
+    write_plan(directory, study, study_id=folder.name, tracking_uri=uri)
     lines = [json.dumps(event) for event in (events() if told is None else told)]
     (directory / "journal.jsonl").write_text("".join(line + "\n" for line in lines))
     return directory
@@ -576,6 +571,7 @@ def test_a_redirect_is_not_followed(uri, tmp_path, capsys, monkeypatch, status) 
 def test_a_plan_of_other_types_is_one_sentence(uri, tmp_path, capsys, change) -> None:
     directory = make_study(tmp_path, uri)
     plan = json.loads((directory / "plan.json").read_text())
+    del plan["format"], plan["checksum"]  # as the first version wrote it
     (directory / "plan.json").write_text(json.dumps(change(plan)))
     code, out, err = sync(capsys, directory)
     assert code == 2 and not out and "plan.json must" in err and err.count("\n") == 1

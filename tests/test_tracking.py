@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from servers import proxied
-from studies import ROOT
+from studies import ROOT, write_plan
 
 from train_fn.storage import Storage
 from tune.journal import Event, Journal, read_events
@@ -178,9 +178,8 @@ def study(tmp_path_factory) -> Path:
 def copy_of(study: Path, folder: Path, uri: str, experiment: str) -> Path:
     """The study under an id of its own, told to an experiment of its own."""
     directory = Path(shutil.copytree(study, folder / "s"))
-    settings = {"study": {"experiment": experiment, "report_to": ["mlflow"], "storage": ""}}
-    plan = {"study_id": experiment, "tracking_uri": uri, "settings": settings, "goals": [("auroc", "max")]}
-    (directory / "plan.json").write_text(json.dumps(plan))
+    study_settings = {"experiment": experiment, "report_to": ["mlflow"], "storage": ""}
+    write_plan(directory, study_settings, study_id=experiment, tracking_uri=uri)
     return directory
 
 

@@ -474,7 +474,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class BatchFailed(Exception):
+class BatchFailed(ValueError):
     """A batch could not be made of its images and questions. No setting of a trial has a part in that."""
 
 
@@ -594,11 +594,11 @@ def target_problems(base: Base, settings: TrialSettings) -> list[str]:
     if excluded:
         found.append(
             f"`lora_exclude_patterns` must leave each target module a layer, but "
-            f"{', '.join(settings.lora_exclude_patterns)} excludes every {', '.join(excluded)}: change the patterns"
+            f"{', '.join(settings.lora_exclude_patterns)} excludes every {', '.join(map(repr, excluded))}: change the patterns"
         )
     if unknown:
         found.append(
-            f"`lora_target_modules` must name linear layers of the language model, but got {', '.join(unknown)}: "
+            f"`lora_target_modules` must name linear layers of the language model, but got {', '.join(map(repr, unknown))}: "
             f"choose from {', '.join(there)}"
         )
     return found if settings.use_lora else []

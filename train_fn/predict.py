@@ -155,7 +155,7 @@ def predict_lines(
                     line |= label_probabilities(base, sample, candidates)
                 if generate:
                     line["generated"] = generated_answer(base, sample)
-            except (ValueError, MemoryError) as error:  # what processors raise for images that they do not take
+            except (ValueError, MemoryError) as error:  # BatchFailed too: the processor does not take this image
                 line = {"image": sample.image, "error": str(error) or type(error).__name__}
             yield line
 
