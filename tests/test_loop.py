@@ -140,7 +140,8 @@ def test_no_module_to_adapt_is_the_trials_fault(base, splits) -> None:
 
 def test_a_loss_that_is_not_finite_is_the_trials_fault(base, splits) -> None:
     with pytest.raises(TrialFailed, match="lower the learning rate"):
-        train(base, splits, replace(SHORT, num_train_epochs=4, lora_alpha=1e6, learning_rate=10.0, max_grad_norm=0.0))
+        large = {"lora_alpha": 1e6, "learning_rate": 10.0, "loraplus_lr_ratio": 1e6, "max_grad_norm": 0.0}
+        train(base, splits, replace(SHORT, num_train_epochs=4, **large))
     assert np.isfinite(train(base, splits, SHORT)[0]["metrics"]["loss"])
 
 

@@ -594,12 +594,13 @@ def target_problems(base: Base, settings: TrialSettings) -> list[str]:
     if excluded:
         found.append(
             f"`lora_exclude_patterns` must leave each target module a layer, but "
-            f"{', '.join(settings.lora_exclude_patterns)} excludes every {', '.join(map(repr, excluded))}: change the patterns"
+            f"{', '.join(settings.lora_exclude_patterns)} excludes every {', '.join(map(repr, excluded))}: change the "
+            f"patterns"
         )
     if unknown:
         found.append(
-            f"`lora_target_modules` must name linear layers of the language model, but got {', '.join(map(repr, unknown))}: "
-            f"choose from {', '.join(there)}"
+            f"`lora_target_modules` must name linear layers of the language model, but got "
+            f"{', '.join(map(repr, unknown))}: choose from {', '.join(there)}"
         )
     return found if settings.use_lora else []
 

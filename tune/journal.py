@@ -93,7 +93,11 @@ def decode(line: bytes) -> Event | None:
     body, mark, crc = line.rpartition(MARK)
     if not mark or crc != f'{zlib.crc32(body):08x}"}}'.encode():
         return None
-    return json.loads(body + b"}")
+    try:
+        event = json.loads(body + b"}")
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("seq"), int) and "event" in event else None
 
 
 def decode_unchecked(line: bytes) -> Event | None:

@@ -175,16 +175,6 @@ def contains(range_: Any, value: Any) -> bool:
 
 def corners(settings: Settings) -> list[TrialSettings]:
     """The trials of a space's guide and of both ends of its ranges. Raises SpaceError."""
-    return [TrialSettings(**point) for _, point in corner_points(settings)]
-
-
-def asked_names(settings: Settings) -> set[str]:
-    """The names that a space asks for at its guide and at both ends of its ranges. Raises SpaceError."""
-    return {name for params, _ in corner_points(settings) for name in params}
-
-
-def corner_points(settings: Settings) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What a space asks for, and the trial settings that come of it, at its guide and at both ends of its ranges."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -193,9 +183,7 @@ def corner_points(settings: Settings) -> list[tuple[dict[str, Any], dict[str, An
     found = []
     for values, end in ((guide, 0), ({}, 0), ({}, -1)):
         study.sampler = make_corner(values, end)
-        trial = study.ask()
-        point, _ = searched_settings(settings, space, trial)
-        found.append((trial.params, point))
+        found.append(TrialSettings(**searched_settings(settings, space, study.ask())[0]))
     return found
 
 

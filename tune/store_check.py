@@ -36,31 +36,8 @@ def check_store(settings: Settings, directory: Path, uri: str, say: Callable[[st
         if name in report_to and (why := not_writable(folder)):
             problems.append(f"`--report-to` {name} writes to {folder}, but {why}: make it writable, or choose another")
     if "mlflow" in report_to:
-        problems += check_names(settings)
         problems += check_mlflow(settings.study.experiment, settings.study.register, uri, say)
     return problems
-
-
-def check_names(settings: Settings) -> list[str]:
-    """Which names a space asks for that MLflow refuses; `tune.settings` has the rules of all other names.
-
-    MLflow's own rules (mlflow/utils/validation.py), without the two seconds that its import takes.
-    """
-    from tune.space_check import asked_names
-
-    problems = []
-    for name in sorted(asked_names(settings)):
-        if not re.fullmatch(r"[/\w.\- :]{1,250}", name) or leads_elsewhere(name):
-            problems.append(
-                f"`--space` must ask for names that MLflow takes (letters, digits, _ - . / : and blanks, at most 250), "
-                f"but asks for {name[:40]!r}: rename it, or leave mlflow out of --report-to"
-            )
-    return problems
-
-
-def leads_elsewhere(name: str) -> bool:
-    """Whether a name, taken as a path, is another one's, such as a//b or ../a."""
-    return os.path.normpath(name) != name or name == "." or name.startswith(("..", "/"))
 
 
 def check_mlflow(experiment: str, register: str, uri: str, say: Callable[[str], None]) -> list[str]:
