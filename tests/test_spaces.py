@@ -160,6 +160,12 @@ def test_a_space_that_can(tmp_path: Path, sampler: str) -> None:
     assert asked(tmp_path, text, sampler=sampler) == []
 
 
+@pytest.mark.parametrize("trials", [1, 3, 8])
+def test_a_space_may_choose_by_the_trials_number(tmp_path: Path, trials: int) -> None:
+    text = f"GUIDE = {{}}\ndef space(trial): return {{'lora_r': list(range(1, {trials + 1}))[trial.number]}}\n"
+    assert asked(tmp_path, text, trials=trials) == []
+
+
 @pytest.mark.parametrize("name", ["lora", "qlora", "schedule"])
 def test_shipped_spaces(name: str) -> None:
     settings = parse(["--space", name])

@@ -122,13 +122,14 @@ def ask(settings: Settings, space: Callable[[Any], Any], trial: Any, where: str,
     import optuna
 
     found = []
+    number = trial.number % settings.study.trials  # a space may choose by it, and knows those of the study
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            chosen, _ = searched_settings(settings, space, trial, trial.number)
+            chosen, _ = searched_settings(settings, space, trial, number)
             if again:
-                fixed = optuna.trial.FixedTrial(trial.params, trial.number)
-                if searched_settings(settings, space, fixed, trial.number)[0] != chosen:
+                fixed = optuna.trial.FixedTrial(trial.params, number)
+                if searched_settings(settings, space, fixed, number)[0] != chosen:
                     found.append(f"{where} must return the same settings for the same values, but does not: mend it")
         except SpaceError as error:
             found.append(f"{where} {error}")
