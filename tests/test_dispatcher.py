@@ -371,3 +371,24 @@ def test_an_error_that_every_trial_meets_ends_the_study(errors, own, further, en
             assert dispatcher.study_error.endswith("KeyError: 'a'")
 
     run(scenario)
+
+
+# ------------------------------------------------------------------------------------------------ several ranks
+
+
+def test_a_trials_own_fault_ends_it_whichever_rank_is_first() -> None:
+    """Every rank says so and then asks for work; the second may come long after the first."""
+
+    async def scenario() -> None:
+        dispatcher = await at_work(workers_per_trial=2)
+        await dispatcher.fail(0, "old 0", "its own fault", True)  # rank 1
+        next_one = begin(dispatcher.next_assignment(0, "old 0", 1))
+        await asyncio.sleep(0.01)
+        assert (await dispatcher.next_report(0, 0))["error"] == "its own fault"
+        await dispatcher.submit(1, dict(TRAINS))
+        assert (await next_one)["number"] == 1
+        await dispatcher.fail(0, "old 0", "its own fault", True)  # rank 0
+        assert (await dispatcher.next_assignment(0, "old 0", 1))["number"] == 1
+        assert dispatcher.running == {0: 1} and not dispatcher.tickets[1].ended
+
+    run(scenario)

@@ -535,5 +535,5 @@ def test_what_becomes_of_an_error_in_a_trial(base, monkeypatch, error, call, sou
     calls = Calls()
     job = LaneJob(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")), positive="",
                   storage=Storage(Path()), num_threads=1)  # fmt: skip
-    assert goes_on(job, error, 7, "g", 0) is sound
+    assert goes_on(job, error, 7, "g") is sound
     assert [(*made[:3], made[3].partition("\n")[0], *made[4:]) for made in calls.made] == [call] * (call is not None)

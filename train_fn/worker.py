@@ -153,7 +153,7 @@ def lane_loop(config: dict[str, Any]) -> None:
         try:
             work(job, base, assignment, group, rank, extra, times, pulse)
         except Exception as error:
-            if not goes_on(job, error, assignment["number"], group, rank):
+            if not goes_on(job, error, assignment["number"], group):
                 raise
         # Not after an error that ends these workers: on a broken device it would raise another one, and hide the first.
         idle_since = time.perf_counter()
@@ -219,7 +219,7 @@ class InputsChanged(Exception):
     """An image of the study has changed while it runs."""
 
 
-def goes_on(job: LaneJob, error: Exception, number: int, group: str, rank: int) -> bool:
+def goes_on(job: LaneJob, error: Exception, number: int, group: str) -> bool:
     """Report an error of an assignment to the dispatcher. Returns True if these workers are sound and go on."""
     import ray
     import torch
@@ -232,9 +232,9 @@ def goes_on(job: LaneJob, error: Exception, number: int, group: str, rank: int) 
     from train_fn.model import BatchFailed
 
     told = "".join(traceback.format_exception_only(error)).strip()
-    if isinstance(error, TrialFailed):  # every rank knows it
-        if rank == 0:
-            ray.get(job.dispatcher.fail.remote(number, group, str(error), True))
+    if isinstance(error, TrialFailed):
+        # Every rank knows it and says so: the one that asks for work first would otherwise have moved the lane on.
+        ray.get(job.dispatcher.fail.remote(number, group, str(error), True))
         return True
     if is_out_of_memory(error):
         # Begun again with half the micro-batch. With several ranks the others may wait in a collective for this one,
