@@ -88,3 +88,21 @@ def test_splits_with_a_sample_of_another_type_are_refused(tmp_path: Path) -> Non
         path.write_text(json.dumps(whole | {"test": [whole["test"][0] | change]}))
         with pytest.raises(DamagedFile, match=r"splits\.json must"):
             load_splits(path)
+
+
+def test_a_new_study_does_not_take_over_the_journal_of_one_whose_plan_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tune.journal import Journal
+    from tune.prepare import prepare
+    from tune.settings import SettingsError, parse
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "results" / "s"
+    folder.mkdir(parents=True)
+    words = ["--num-phantoms", "30", "--name", "s"]
+    journal = Journal(folder / "journal.jsonl")  # of a study that was ended before its first event: no hindrance
+    assert prepare(parse(words), lambda text: None).journal.events == []
+    journal.write("confirmed", number=0, run=1, value=0.5)
+    with pytest.raises(SettingsError, match=r"plan\.json is gone"):
+        prepare(parse(words), lambda text: None)

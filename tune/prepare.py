@@ -24,7 +24,7 @@ from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.storage import Storage
 from train_fn.worker import versions
 from tune.bucket import Lease
-from tune.journal import Journal, StudyLock
+from tune.journal import Journal, StudyLock, read_events
 from tune.plan import read_plan
 from tune.provenance import base_hash, data_hash, git_state
 from tune.results import Goal
@@ -116,14 +116,22 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems.append(
             f"`--name` must be new, but {directory} holds a study: choose another name, or go on with --resume {name}"
         )
+    elif (directory / "journal.jsonl").exists() and read_events(directory / "journal.jsonl"):
+        problems.append(
+            f"`--name` must be new, but {directory} holds a study whose plan.json is gone: choose another name, or put "
+            f"plan.json back"
+        )
     problems += check_store(settings, directory, tracking_uri(settings.study.mlflow_uri), say)
-    if not problems:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problems.append(f"`--results` must be a folder that can be written, but {directory}: {error.strerror}")
     if problems:
         raise SettingsError(problems)
+    storage = Storage.under(settings.study.storage, directory)
+    lease = take_lease(storage, new=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            [f"`--results` must be a folder that can be written, but {directory}: {error.strerror}: choose another"]
+        ) from error
     plan = {
         "study_id": uuid.uuid4().hex,
         "settings": settings.to_dict(),
@@ -143,8 +151,6 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     note_space(settings, say)
     held = lock(directory)
     journal = Journal(directory / "journal.jsonl")
-    storage = Storage.under(settings.study.storage, directory)
-    lease = take_lease(storage, new=True)
     return Study(settings, name, directory, goals, positive, splits, report, plan, storage, journal, held, lease)
 
 
