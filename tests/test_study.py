@@ -225,11 +225,19 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
     assert {run.info.status for run in finished.runs()} == {"FINISHED", "KILLED"}
 
 
-def test_a_base_that_cannot_be_loaded_ends_the_study(tmp_path) -> None:
+def test_a_base_that_cannot_be_loaded_is_refused_or_ends_the_study_once(tmp_path) -> None:
     model = shutil.copytree(ROOT / "train_fn" / "nano" / "checkpoint", tmp_path / "model")
+    weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
-    finished = finish(start(tmp_path, "--trials", "2", "--lanes", "1", "--model", str(model), *SMALL), tmp_path)
-    assert finished.code == 1, finished.out + finished.err
+    options = ("--trials", "2", "--lanes", "1", "--model", str(model), *SMALL)
+    refused = finish(start(tmp_path, *options), tmp_path)
+    assert refused.code == 2 and "model.safetensors" in refused.err, refused.out + refused.err
+    (model / "model.safetensors").write_bytes(weights)
+    process = start(tmp_path, *options)
+    wait_for(process, "Starting the lanes")
+    (model / "model.safetensors").write_bytes(weights[:-4])
+    finished = finish(process, tmp_path)
+    assert finished.code == 3, finished.out + finished.err
     assert "could not begin" in finished.out and "no winner" in finished.out
 
 
