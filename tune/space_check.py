@@ -122,7 +122,7 @@ def ask(settings: Settings, space: Callable[[Any], Any], trial: Any, where: str,
     import optuna
 
     found = []
-    number = trial.number % settings.study.trials  # a space may choose by it, and knows those of the study
+    number = trial.number % max(1, settings.study.trials)  # a space may choose by it, and knows those of the study
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
