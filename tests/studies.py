@@ -103,7 +103,16 @@ def write_trial(journal: Journal, number: int, state: str = "COMPLETE", auroc: f
         journal.write("report", **report_event(number, auroc, **more))
     if state != "RUNNING":
         error = "it broke" if state == "FAILED" else ""
-        facts = {"best": None, "num_ended": number, "step": 3, "seconds": {}, "applied": {}, "lane": 0, "device": "cpu"}
+        step = 3 if state == "COMPLETE" else 0
+        facts = {
+            "best": None,
+            "num_ended": number,
+            "step": step,
+            "seconds": {},
+            "applied": {},
+            "lane": 0,
+            "device": "cpu",
+        }
         journal.write("ended", number=number, state=state, error=error, device_s=1.5, notes=[], **facts)
     if state == "COMPLETE":
         write_adapter(journal.path.parent / "trials" / f"{number:04d}" / "final_model", str(number))

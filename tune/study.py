@@ -36,7 +36,7 @@ from tune.results import (
     spent,
     with_intervals,
 )
-from tune.settings import Settings, SettingsError, searched_settings, stored_settings
+from tune.settings import Settings, SettingsError, SpaceError, searched_settings, stored_settings
 from tune.signals import StopSignals
 from tune.tracking import Tracking, target_of
 
@@ -400,6 +400,8 @@ def explain(error: BaseException) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     for cause in chain:
+        if isinstance(cause, SpaceError):
+            return f"the search space {cause}".splitlines()[0]
         frames = [frame.f_code for frame, _ in traceback.walk_tb(cause.__traceback__)]
         if searched_settings.__code__ in frames or isinstance(cause, SystemExit):
             return f"the search space raised {type(cause).__name__}: {cause}".splitlines()[0]
