@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import io
-import json
 import os
 import shlex
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from studies import LAYOUT, write_adapter, write_plan, write_trial
 
-from tune.journal import Journal, StudyLock
+from tune.journal import Journal, StudyLock, encode
 from tune.results import Outcome, print_summary
 from tune.settings import SettingsError
 from tune.study import show
@@ -111,12 +110,13 @@ def test_the_adapter_is_the_winners_own(tmp_path: Path) -> None:
 def test_wall_time_leaves_out_the_days_between_sessions(tmp_path: Path) -> None:
     directory, journal = make_study(tmp_path, trials=2)
     write_trial(journal, 0, auroc=0.6)
-    lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
+    lines = [dict(event) for event in journal.events]
     day = 86_400.0
     for number, event in enumerate(lines):
         event["time"] = 1000.0 + number
     again = [event | {"time": event["time"] + day} for event in lines]
-    journal.path.write_text("".join(json.dumps(event) + "\n" for event in [*lines, *again[:1]]))
+    events = [event | {"seq": seq} for seq, event in enumerate([*lines, *again[:1]])]
+    journal.path.write_bytes(b"".join(encode(event) + b"\n" for event in events))
     assert show(directory).seconds["wall"] == 5.0 + 3.0 + 5.0  # the start of both, and three events a second apart
 
 
