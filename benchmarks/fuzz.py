@@ -359,7 +359,7 @@ def check_records(records: dict[int, Any], true: dict[int, Any]) -> None:
 
 def studies(count: int, seed: int, folder: Path, sync_every: int = 20) -> Tally:
     """Damaged copies of two studies through `--show`, `--resume`, `predict` and, one in `sync_every`, `sync`."""
-    from train_fn.adapters import BadAdapter, read_config, read_shapes, read_task
+    from train_fn.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
     from train_fn.files import DamagedFile
     from tune.results import fold
     from tune.run import begin
@@ -404,6 +404,7 @@ def studies(count: int, seed: int, folder: Path, sync_every: int = 20) -> Tally:
             try:
                 read_task(adapter)
                 read_shapes(adapter, read_config(adapter))
+                check_files(adapter)
             except (BadAdapter, DamagedFile):
                 return "predict refused"
             assert describe_adapter(adapter) == adapters[whole], "another adapter is accepted"

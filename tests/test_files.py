@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 
 from train_fn.files import (
     DamagedFile,
+    check_sums,
     copy_folder,
     read_checked,
     read_json,
     write_checked,
     write_file,
     write_json,
+    write_sums,
 )
 
 
@@ -72,3 +75,32 @@ def test_a_folder_that_cannot_be_copied_leaves_the_one_that_is_there(tmp_path: P
     copy_folder(tmp_path / "new", tmp_path / "best")
     assert (tmp_path / "best" / "adapter").read_text() == "new"
     assert sorted(os.listdir(tmp_path)) == ["best", "new"]
+
+
+def test_sums_name_the_file_that_has_changed(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "adapter", tmp_path / "outside"
+    (folder / "sub").mkdir(parents=True)
+    outside.write_text("outside")
+    for name in ("task.json", "a file", "sub/b"):
+        (folder / name).write_text(name)
+    check_sums(folder)  # without sums, nothing is known
+    write_sums(folder)
+    check_sums(folder)
+    assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder).returncode == 0
+    for name in ("task.json", "a file", "sub/b"):
+        (folder / name).write_text("changed")
+        with pytest.raises(DamagedFile, match=name):
+            check_sums(folder)
+        (folder / name).write_text(name)
+    sums = (folder / "SHA256SUMS").read_text()
+    digest = sums.split()[0]
+    for damaged in (
+        "\0",
+        "x" + sums,
+        sums.replace("sub/b", "sub/c"),
+        f"{digest}  ../outside\n",
+        f"{digest}  /etc/passwd\n",
+    ):
+        (folder / "SHA256SUMS").write_text(damaged)
+        with pytest.raises(DamagedFile, match="SHA256SUMS"):
+            check_sums(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.checkpoint import tensor_shapes
-from train_fn.files import DamagedFile, read_json
+from train_fn.files import DamagedFile, check_sums, read_json
 from train_fn.settings import DTYPES, ModelSettings
 
 MAX_RANK = 4096
@@ -130,6 +130,14 @@ def read_shapes(adapter: Path, config: AdapterConfig) -> dict[str, tuple[int, ..
             f"ranks are {found}: train or fetch the adapter again"
         )
     return shapes
+
+
+def check_files(adapter: Path) -> None:
+    """Whether an adapter's files are as they were written, where that is known. Raises BadAdapter."""
+    try:
+        check_sums(adapter)
+    except (OSError, DamagedFile) as error:
+        raise BadAdapter(str(error)) from error
 
 
 def read_task(adapter: Path) -> Task:

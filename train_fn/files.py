@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -20,6 +21,7 @@ Json = TypeVar("Json", dict, list)
 # First line of a file that carries its own checksum: the format's version, then the sha256 of what follows.
 MAGIC = b"vlm-tune checked 1 sha256 "
 HEADER = len(MAGIC) + 64 + 1
+SUMS = "SHA256SUMS"
 
 
 class DamagedFile(ValueError):
@@ -102,6 +104,32 @@ def read_checked(path: Path) -> bytes:
     if head != MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n":
         raise DamagedFile(f"{path} must match its checksum, but does not: it is damaged, or no file of this project")
     return body
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS, as `sha256sum -c` reads it, over all files of a folder. Raises OSError."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in names if name != SUMS]
+    write_file(folder / SUMS, "".join(lines))
+
+
+def check_sums(folder: Path) -> None:
+    """Compare a folder's files with its SHA256SUMS, if it has one. Raises OSError, or DamagedFile naming the file."""
+    if not (folder / SUMS).is_file():
+        return
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line)
+        name = found[2] if found else SUMS
+        # A name may not lead out of the folder, nor to what could be read for ever.
+        path = (folder / name).resolve()
+        if not found or not path.is_relative_to(folder.resolve()) or not path.is_file() or sha256(path) != found[1]:
+            raise DamagedFile(f"{folder / name} must be as {SUMS} says, but is not: fetch it again (or remove {SUMS})")
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class HashingFile:

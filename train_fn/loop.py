@@ -38,7 +38,7 @@ from train_fn.engine import (
     read_schedule,
 )
 from train_fn.evaluation import predict
-from train_fn.files import DamagedFile, read_checked, replace_folder, write_checked, write_json
+from train_fn.files import DamagedFile, read_checked, replace_folder, write_checked, write_json, write_sums
 from train_fn.lora import adapted, load_adapter, save_adapter
 from train_fn.memory import is_out_of_memory
 from train_fn.model import Base, collate, prompt_size, to_device
@@ -435,6 +435,7 @@ def save_final(
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(base, model, settings, partial)
     save_task(base, splits, partial)
+    write_sums(partial)
     replace_folder(partial, output / "final_model")
     log.save(output)
     storage.push(output / "final_model")

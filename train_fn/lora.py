@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from train_fn.adapters import TENSOR, WEIGHTS, BadAdapter, read_config, read_shapes
+from train_fn.adapters import TENSOR, WEIGHTS, BadAdapter, check_files, read_config, read_shapes
 from train_fn.files import write_file
 from train_fn.hulumed import native_name, original_name
 from train_fn.model import Base, adapter_pattern, target_problems
@@ -300,6 +300,7 @@ def read_adapter(base: Base, directory: Path) -> tuple[LoraConfig, dict[str, tor
             f"{directory / WEIGHTS} must hold finite numbers, but {len(bad)} of {len(tensors)} tensors do not, "
             f"{bad[0]} among them: train or fetch the adapter again"
         )
+    check_files(directory)
     tensors = {native_name(name) if base.hulumed else name: tensor for name, tensor in tensors.items()}
     targets = sorted({found[1] for name in tensors if (found := TENSOR.fullmatch(name))})
     assert targets, f"read_shapes has found LoRA matrices in {shapes.keys()}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train_fn.adapters import BadAdapter, read_config, read_shapes, read_task
+from train_fn.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
 from train_fn.checkpoint import file_problems, resolve_model
 from train_fn.data import Sample, read_manifest, shorten
 from train_fn.files import DamagedFile, replace_folder
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     """See `main`. Raises InputError, BadAdapter or DamagedFile for bad input."""
     task = read_task(options.adapter)
     read_shapes(options.adapter, read_config(options.adapter))  # before the base is loaded, which takes minutes
+    check_files(options.adapter)
     settings = replace(task.model, model=options.model or task.model.model)
     if options.dtype:
         settings = replace(settings, dtype=options.dtype, bf16=False, fp16=False)
