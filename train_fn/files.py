@@ -119,7 +119,7 @@ def check_sums(folder: Path) -> None:
         return
     for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         found = re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line)
-        name = found[2] if found else SUMS
+        name = found[2] if found and found[2].isprintable() else SUMS
         # A name may not lead out of the folder, nor to what could be read for ever.
         path = (folder / name).resolve()
         if not found or not path.is_relative_to(folder.resolve()) or not path.is_file() or sha256(path) != found[1]:
