@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from studies import SMALL, finish, start
 
+from tune.plan import FORMAT, checksum
 from tune.prepare import Study, prepare, resume
 from tune.settings import SAMPLERS, Settings, SettingsError, SpaceError, load_space, parse, searched_settings
 from tune.space_check import corners, problems_of_space
@@ -345,14 +346,21 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     argv = ["--num-phantoms", "30", "--results", str(folder), "--first-points", str(folder / "points.json")]
     study = prepare(parse(argv), lambda text: None)
     study.lock._file.close()
-    return json.loads(json.dumps(study.plan))
+    return json.loads(json.dumps(study.plan | {"splits_hash": ""}))
+
+
+def sealed(plan: dict[str, Any]) -> bytes:
+    """A plan as it is written, with its checksum."""
+    plain = plan | {"format": FORMAT}
+    return json.dumps(plain | {"checksum": checksum(plain)}).encode()
 
 
 def with_change(plan: bytes, change: Any) -> bytes:
-    """A plan that somebody has edited."""
+    """A plan that somebody has edited, checksum included."""
     edited = json.loads(plan)
+    del edited["checksum"]
     change(edited)
-    return json.dumps(edited).encode()
+    return sealed(edited)
 
 
 PLANS = {
@@ -381,14 +389,16 @@ PLANS = {
 @pytest.mark.parametrize("damage", PLANS.values(), ids=PLANS)
 def test_a_damaged_plan(plan: dict[str, Any], tmp_path: Path, damage: Any) -> None:
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "plan.json").write_bytes(damage(json.dumps(plan).encode()))
+    (tmp_path / "s" / "plan.json").write_bytes(sealed(plan))
+    assert parse(["--resume", "s", "--results", str(tmp_path)]).study.trials == 20  # as it is, it is taken
+    (tmp_path / "s" / "plan.json").write_bytes(damage(sealed(plan)))
     for command in ("--resume", "--replay"):
         problems = problems_of(command, "s", "--results", str(tmp_path))
         assert all("plan.json" in problem and "\n" not in problem for problem in problems)
 
 
 def test_an_older_plan_gets_newer_settings_by_default(plan: dict[str, Any], tmp_path: Path) -> None:
-    older = json.loads(json.dumps(plan | {"splits_hash": ""}))
+    older = json.loads(json.dumps(plan))
     del older["first_points"], older["settings"]["study"]["lanes_per_gpu"], older["settings"]["trial"]["torch_compile"]
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "plan.json").write_text(json.dumps(older))
