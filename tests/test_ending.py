@@ -70,6 +70,14 @@ class Stores:
 
 
 @pytest.fixture(autouse=True)
+def hang_up_is_heard() -> Iterator[None]:
+    """These tests may themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(autouse=True)
 def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """No store is there, and intervals take no time."""
     from train_fn.metrics import bootstrap_intervals
