@@ -237,8 +237,10 @@ def test_a_base_that_cannot_be_loaded_is_refused_or_ends_the_study_once(tmp_path
     wait_for(process, "Starting the lanes")
     (model / "model.safetensors").write_bytes(weights[:-4])
     finished = finish(process, tmp_path)
-    assert finished.code == 3, finished.out + finished.err
-    assert "could not begin" in finished.out and "no winner" in finished.out
+    # The driver itself has seen it just before the lanes, or a worker as it began.
+    assert finished.code in (2, 3) and "model" in finished.out + finished.err, finished.out + finished.err
+    said = finished.err if finished.code == 2 else finished.out
+    assert "must stay as the study was begun with" in said and "complete" not in finished.out
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path) -> None:

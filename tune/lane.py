@@ -25,9 +25,11 @@ import ray
 import ray.tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from train_fn.checkpoint import base_hash
 from train_fn.unchanged import Inputs
 from train_fn.worker import LaneJob, lane_loop, versions
 from tune.prepare import model_directory
+from tune.settings import SettingsError
 
 if TYPE_CHECKING:
     from tune.prepare import Study
@@ -619,9 +621,7 @@ class Lanes:
             profile=settings.study.profile,
             trace=settings.study.trace,
             versions=versions(),
-            inputs=Inputs.seen(
-                study.splits, model_directory(settings), study.plan["data_hash"], study.plan["base_hash"]
-            ),
+            inputs=inputs_of(study),
             collective_timeout_s=round(2 * settings.study.hang_timeout) + 60,
         )
         place = f"{study.storage.uri or study.directory}/ray/{time.strftime('%Y%m%d-%H%M%S')}"
@@ -708,6 +708,17 @@ class Lanes:
         ray.get(self.dispatcher.close.remote())
         for thread in self.threads:
             thread.join(timeout_s)
+
+
+def inputs_of(study: Study) -> Inputs:
+    """Images and base as the driver sees them now. Raises SettingsError when the base is no longer what the plan names."""
+    directory = model_directory(study.settings)
+    inputs = Inputs.seen(study.splits, directory, study.plan["data_hash"], study.plan["base_hash"])
+    if base_hash(directory) != inputs.base_hash:
+        raise SettingsError(
+            [f"the base model {directory} must stay as the study was begun with, but has changed since"]
+        )
+    return inputs
 
 
 class QueuedTrial(ray.tune.Trainable):
