@@ -711,7 +711,7 @@ class Lanes:
 
 
 def inputs_of(study: Study) -> Inputs:
-    """Images and base as the driver sees them now. Raises SettingsError when the base is no longer what the plan names."""
+    """Images and base as the driver sees them now. Raises SettingsError when the base is not the plan's any more."""
     directory = model_directory(study.settings)
     inputs = Inputs.seen(study.splits, directory, study.plan["data_hash"], study.plan["base_hash"])
     if base_hash(directory) != inputs.base_hash:
