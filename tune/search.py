@@ -416,6 +416,8 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
         return
     # Asking Optuna may take more than a second on a busy machine; there is nothing to be done about it.
     warnings.filterwarnings("ignore", "Define-by-run function passed")
+    # After the journal has lost an epoch, that one is reported to Optuna once more, with the same value.
+    warnings.filterwarnings("ignore", "The reported value is ignored")
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(QueuedTrial, dispatcher=dispatcher, trials=str(study.directory / "trials")),
         {"node:__internal_head__": 0.001},  # it only waits: no CPU of a worker, no place on a GPU node
