@@ -458,6 +458,20 @@ def test_events_that_the_journal_left_out_move_no_cursor(uri, tmp_path, capsys) 
     assert sync(capsys, directory)[0] == 0 and states(uri) == ALL
 
 
+def test_an_epoch_that_is_trained_again_is_recorded_once(uri, tmp_path, capsys) -> None:
+    told = events()
+    directory = make_study(tmp_path, uri, told)
+    assert sync(capsys, directory)[0] == 0
+    again = [told[0], told[1], told[2], report(0, 2) | {"time": 2e9, "seq": 20}, told[4] | {"time": 2e9, "seq": 21}]
+    lines = [encode(event) + b"\n" for event in (*again, *(told[5:9]))]
+    (directory / "journal.jsonl").write_bytes(b"".join(sorted(lines, key=lambda line: json.loads(line)["seq"])))
+    assert sync(capsys, directory)[0] == 0 and states(uri) == ALL
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id], "tags.trial = '0'")
+    history = client.get_metric_history(run.info.run_id, "auroc")
+    assert sorted(metric.step for metric in history) == [1, 2]
+
+
 def test_events_without_numbers_are_counted(uri, tmp_path, capsys) -> None:
     told = [{name: value for name, value in event.items() if name != "seq"} for event in events()]
     directory = make_study(tmp_path, uri, told[:4])

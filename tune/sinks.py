@@ -214,6 +214,7 @@ class MLflowSink:
         self.pause_until = 0.0
         self.slow_reason = ""
         self.runs: dict[str, str] = {}
+        self.epochs: dict[str, dict[int, int]] = {}  # ms at which a run's epochs were recorded, by optimizer step
         self.when = 0  # ms of the event that is delivered: a run that is recorded late was not begun late
         self.client: MlflowClient = self._open(lambda: MlflowClient(target.uri))
         self.experiment_id: str = self._open(self._experiment)
@@ -425,7 +426,14 @@ class MLflowSink:
     def _on_report(self, event: Event) -> None:
         *steps, (step, found) = log_entries(event)
         first = {name: found[name] for name in (self.target.metric,) if name in found}  # what MLflow's plots begin with
-        self._metrics(self._child(event["number"]), [(step, first | found), *steps])
+        run = self._child(event["number"])
+        if run not in self.epochs:
+            told = self.epochs[run] = {}
+            history = partial(self.client.get_metric_history, run, "epoch")
+            self._try("epochs", lambda: told.update({metric.step: metric.timestamp for metric in history()}))
+        # An epoch that the journal lost is trained again, to the same values: under the same time, MLflow keeps one.
+        self.when = self.epochs[run].setdefault(step, self.when)
+        self._metrics(run, [(step, first | found), *steps])
 
     def _on_ended(self, event: Event) -> None:
         run = self._child(event["number"])
