@@ -12,8 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from train_fn.copies import default_cache, file_hash, read_known, write_known
-from train_fn.files import DamagedFile, read_json
+from train_fn.copies import default_cache, read_known, write_known
+from train_fn.files import DamagedFile, file_hash, read_json
 from train_fn.nano import CHECKPOINT as NANO
 
 JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",

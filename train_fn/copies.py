@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from train_fn.files import file_hash
 from train_fn.images import upright
 
 # Of the 64 bits of a hash, how many may differ between copies. On BUSI pairs up to 8 apart are copies by eye, and
@@ -69,12 +69,6 @@ def perceptual_hashes(pixels: np.ndarray) -> np.ndarray:
     low = (DCT @ pixels.astype(np.float64) @ DCT.T).reshape(-1, 64)
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)  # without the mean brightness, which dwarfs the rest
     return np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
-
-
-def file_hash(path: str | Path) -> str:
-    """sha256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_known(cache: Path) -> dict[str, Any]:

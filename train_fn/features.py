@@ -29,7 +29,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from train_fn.copies import default_cache, file_hash
+from train_fn.copies import default_cache
+from train_fn.files import file_hash
 
 WRITES_PER_COUNT = 16  # files that a process writes before it looks again how full the cache is
 # Seconds before its start in which what others have touched still counts as in use; also covers coarse file clocks.

@@ -109,7 +109,7 @@ def read_checked(path: Path) -> bytes:
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS, as `sha256sum -c` reads it, over all files of a folder. Raises OSError."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in names if name != SUMS]
+    lines = [f"{file_hash(folder / name)}  {name}\n" for name in names if name != SUMS]
     write_file(folder / SUMS, "".join(lines))
 
 
@@ -122,11 +122,11 @@ def check_sums(folder: Path) -> None:
         name = found[2] if found and found[2].isprintable() else SUMS
         # A name may not lead out of the folder, nor to what could be read for ever.
         path = (folder / name).resolve()
-        if not found or not path.is_relative_to(folder.resolve()) or not path.is_file() or sha256(path) != found[1]:
+        if not found or not path.is_relative_to(folder.resolve()) or not path.is_file() or file_hash(path) != found[1]:
             raise DamagedFile(f"{folder / name} must be as {SUMS} says, but is not: fetch it again (or remove {SUMS})")
 
 
-def sha256(path: Path) -> str:
+def file_hash(path: str | Path) -> str:
     """sha256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

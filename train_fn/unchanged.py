@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train_fn.checkpoint import base_files
-from train_fn.copies import file_hash
 from train_fn.data import Splits
+from train_fn.files import file_hash
 
 Stamps = dict[str, tuple[int, int]]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_fn.copies import file_hash
+from train_fn.files import file_hash
 from train_fn.memory import GIB, measure, memory_needed
 from train_fn.settings import TrialSettings
 from train_fn.storage import Storage

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_fn.copies import file_hash
 from train_fn.data import DataReport, Splits, load_splits, make_splits, read_manifest, unreadable_images
-from train_fn.files import DamagedFile
+from train_fn.files import DamagedFile, file_hash
 from train_fn.metrics import MODES
 from train_fn.nano import CHECKPOINT
 from train_fn.preflight import base_problems

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_fn.copies import file_hash
+from train_fn.files import file_hash
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.copies import file_hash
 from train_fn.data import Sample, Splits
-from train_fn.files import copy_folder, write_json
+from train_fn.files import copy_folder, file_hash, write_json
 from train_fn.metrics import MODES, bootstrap_intervals
 from train_fn.scores import metrics_of
 from train_fn.settings import PROFILE_PREFIX

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.copies import file_hash
 from train_fn.data import fold_splits, save_splits
+from train_fn.files import file_hash
 from train_fn.scores import probabilities
 from train_fn.worker import versions
 from tune.journal import Event, read_journal
