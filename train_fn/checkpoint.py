@@ -139,4 +139,9 @@ def base_hash(directory: Path, version: int = 2) -> str:
             for name in sorted(files)
             if "/" not in name and Path(name).suffix in (".json", ".safetensors")
         }
+    return hash_of(files)
+
+
+def hash_of(files: dict[str, str]) -> str:
+    """sha256 over names and hashes of files."""
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 from train_fn.copies import MAX_DISTANCE, copy_groups, copy_pairs, leaking_samples
 from train_fn.files import DamagedFile, read_json, write_json
 from train_fn.images import MAX_PIXELS, image_problems
+from train_fn.settings import SHOWN
 
 Say = Callable[[str], None]
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
@@ -32,8 +32,6 @@ MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: suc
 UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters, which no tokenizer takes
 LARGE_GROUP = 0.1  # share of the images from which a group of near-copies makes the parts uneven
 MAX_ENTRIES = 1_000_000  # near-copies are looked for in all pairs of images
-SHOWN = reprlib.Repr()  # a value in a message: whatever a manifest holds, a line of it is enough
-SHOWN.maxstring = SHOWN.maxother = 120
 
 
 @dataclass(frozen=True)

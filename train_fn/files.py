@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,17 @@ class HashingFile:
     def flush(self) -> None:
         """Pass on."""
         self.file.flush()
+
+
+def unwritable(folder: Path) -> tuple[Path, str] | None:
+    """Why no file can be made in a folder, or the folder itself: the place that was tried and the system's words. None:
+    it can."""
+    place = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return place, error.strerror or str(error)
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_fn.checkpoint import file_problems, resolve_model
-from train_fn.data import SHOWN, Sample, Splits, shorten
+from train_fn.data import Sample, Splits, shorten
 from train_fn.images import image_size
-from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.settings import SHOWN, ModelSettings, TrialSettings
 
 if TYPE_CHECKING:
     from train_fn.model import Base

@@ -25,7 +25,7 @@ import ray
 import ray.tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from train_fn.checkpoint import base_hash
+from train_fn.checkpoint import hash_of
 from train_fn.unchanged import Inputs
 from train_fn.worker import LaneJob, lane_loop, versions
 from tune.prepare import model_directory
@@ -714,7 +714,7 @@ def inputs_of(study: Study) -> Inputs:
     """Images and base as the driver sees them now. Raises SettingsError when the base is not the plan's any more."""
     directory = model_directory(study.settings)
     inputs = Inputs.seen(study.splits, directory, study.plan["data_hash"], study.plan["base_hash"])
-    if base_hash(directory) != inputs.base_hash:
+    if hash_of(inputs.base_files) != inputs.base_hash:
         raise SettingsError(
             [f"the base model {directory} must stay as the study was begun with, but has changed since"]
         )

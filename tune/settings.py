@@ -16,7 +16,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from train_fn.copies import cache_folder
-from train_fn.files import DamagedFile, read_json, write_file
+from train_fn.files import DamagedFile, read_json, unwritable, write_file
 from train_fn.metrics import MODES
 from train_fn.settings import (
     MAX_SEED,
@@ -651,17 +650,10 @@ def check(settings: Settings) -> list[str]:
 
 def check_writable(results: Path) -> list[str]:
     """Whether files can be made in --results, or where that folder will be made."""
-    try:
-        place = results.absolute()
-        while not place.exists():
-            place = place.parent
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        return [
-            f"`--results` must be a folder in which files can be made, but {str(results)!r}: {error.strerror}: choose "
-            f"another folder"
-        ]
-    return []
+    if (found := unwritable(results.absolute())) is None:
+        return []
+    what = f"{str(results)!r}: {found[1]}"
+    return [f"`--results` must be a folder in which files can be made, but {what}: choose another folder"]
 
 
 def check_model_directory(directory: Path) -> list[str]:

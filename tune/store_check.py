@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import tempfile
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train_fn.files import unwritable
 from tune.sinks import StoreUnavailable, bounded, deleted_experiment, prepare_mlflow, reason_of, refuses
 from tune.uris import local_path, scrub, with_credentials
 
@@ -141,9 +141,5 @@ def check_artifacts(location: str, uri: str, say: Callable[[str], None]) -> list
 
 def not_writable(folder: Path) -> str:
     """Why no file can be made in a folder, or the folder itself; empty: it can."""
-    place = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return ""
-    except OSError as error:
-        return f"{place}: {error.strerror}"
+    found = unwritable(folder)
+    return f"{found[0]}: {found[1]}" if found else ""
