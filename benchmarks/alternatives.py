@@ -42,11 +42,13 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
     from peft import get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from train_fn import loop
-    from train_fn.data import class_weights, epoch_order, load_splits, micro_batches
-    from train_fn.lora import lora_config, parameter_groups
-    from train_fn.model import answer_losses, collate, load_base
+    from train_fn.data.order import class_weights, epoch_order, micro_batches
+    from train_fn.data.splitting import load_splits
+    from train_fn.model.base import load_base
+    from train_fn.model.batches import answer_losses, collate
     from train_fn.settings import ModelSettings, TrialSettings
+    from train_fn.trial import loop
+    from train_fn.trial.lora import lora_config, parameter_groups
 
     splits, trials = load_splits(Path(work["splits"])), [TrialSettings.from_dict(values) for values in work["trials"]]
     weights, guide = torch.tensor(class_weights(splits.class_counts("train"))), TrialSettings()
@@ -138,8 +140,9 @@ def bare_loop(work: dict[str, Any]) -> list[dict[str, Any]]:
     """(d) The floor. Trials of one process share its base, and the batches, which all trials take in the same order."""
     import torch
 
-    from train_fn.data import load_splits
-    from train_fn.model import image_features, load_base
+    from train_fn.data.splitting import load_splits
+    from train_fn.model.base import load_base
+    from train_fn.model.batches import image_features
     from train_fn.settings import ModelSettings, TrialSettings
 
     splits, base = load_splits(Path(work["splits"])), load_base(ModelSettings(), torch.device("cpu"))
@@ -157,10 +160,11 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
     from safetensors.torch import save_file
     from transformers import get_scheduler
 
-    from train_fn import loop
-    from train_fn.data import class_weights, epoch_order, micro_batches
-    from train_fn.lora import parameter_groups
-    from train_fn.model import adapter_pattern, answer_losses, collate
+    from train_fn.data.order import class_weights, epoch_order, micro_batches
+    from train_fn.model.batches import answer_losses, collate
+    from train_fn.model.targets import adapter_pattern
+    from train_fn.trial import loop
+    from train_fn.trial.lora import parameter_groups
 
     class Adapted(torch.nn.Module):
         def __init__(self, frozen: torch.nn.Linear, settings: Any) -> None:

@@ -30,10 +30,11 @@ EPOCHS = 3
 
 def measure_epochs(model: str, manifest: Path) -> None:
     """CPU seconds of an epoch after the first, with and without; the metrics must be the same."""
-    from train_fn.data import make_splits, read_manifest
-    from train_fn.loop import run_trial
-    from train_fn.model import load_base
+    from train_fn.data.manifest import read_manifest
+    from train_fn.data.splitting import make_splits
+    from train_fn.model.base import load_base
     from train_fn.settings import ModelSettings, TrialSettings
+    from train_fn.trial.loop import run_trial
 
     entries, _ = read_manifest(manifest, manifest.parent)
     splits = make_splits(entries, None, None, val_fraction=0.25, test_fraction=0.25, seed=0)[0]
@@ -55,8 +56,9 @@ def measure_epochs(model: str, manifest: Path) -> None:
 
 def fill(model: str, manifest: Path) -> list[torch.Tensor]:
     """Load a base, take the features of all images, and say what CPU time that took and what memory they are."""
-    from train_fn.data import read_manifest
-    from train_fn.model import image_features, load_base
+    from train_fn.data.manifest import read_manifest
+    from train_fn.model.base import load_base
+    from train_fn.model.batches import image_features
     from train_fn.settings import ModelSettings
 
     images = [entry["image"] for entry in read_manifest(manifest, manifest.parent)[0]]
@@ -83,9 +85,9 @@ def measure_preparation(image_tokens: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from train_fn.features import FeatureStore
-    from train_fn.hulumed import HulumedImageProcessor
-    from train_fn.model import read_image
+    from train_fn.model.base import read_image
+    from train_fn.model.features import FeatureStore
+    from train_fn.model.hulumed import HulumedImageProcessor
 
     side = round(image_tokens**0.5) * 14
     with tempfile.TemporaryDirectory(prefix="features-") as folder:
@@ -116,7 +118,7 @@ def flops(image_tokens: int) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import VideoLlama3ForConditionalGeneration
 
-    from train_fn import hulumed
+    from train_fn.model import hulumed
     from train_fn.settings import TrialSettings
 
     def count(run) -> float:
@@ -176,7 +178,7 @@ def main() -> None:
         return
     import torch.distributed as dist
 
-    from train_fn.phantoms import generate
+    from train_fn.data.phantoms import generate
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # DeepSpeed wants a group

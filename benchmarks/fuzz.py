@@ -81,7 +81,9 @@ def check_problems(problems: list[str]) -> None:
 
 def command_lines(count: int, seed: int) -> Tally:
     """Random command lines through `parse`."""
-    from tune.settings import GROUPS, SettingsError, flag, parse, rules
+    from tune.config.cli import parse
+    from tune.config.paths import SettingsError
+    from tune.config.settings import GROUPS, flag, rules
 
     tally, rng = Tally("command lines"), random.Random(seed)
     fields = {field.name: (group, field) for group in GROUPS for field in dataclasses.fields(group)}
@@ -206,7 +208,8 @@ def damage_manifest(rng: random.Random, entries: list[Any]) -> Any:
 
 def manifests(count: int, seed: int, folder: Path) -> Tally:
     """Random manifests, as a study reads them before it looks at the base."""
-    from train_fn.data import make_splits, read_manifest, unreadable_images
+    from train_fn.data.manifest import read_manifest, unreadable_images
+    from train_fn.data.splitting import make_splits
 
     tally, rng = Tally("manifests"), random.Random(seed)
     images = make_images(folder / "images")
@@ -250,15 +253,16 @@ def build_study(results: Path, name: str, finished: bool) -> Path:
     a journal of four trials, of which the last has not ended if the study is not `finished`."""
     import torch
 
-    from train_fn.loop import History, save_final
-    from train_fn.lora import adapted
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
     from train_fn.settings import ModelSettings
-    from train_fn.storage import Storage
-    from tune.prepare import prepare
-    from tune.results import Outcome
-    from tune.settings import parse
-    from tune.study import show, write_plan
+    from train_fn.support.storage import Storage
+    from train_fn.trial.lora import adapted
+    from train_fn.trial.outputs import History, save_final
+    from tune.config.cli import parse
+    from tune.plan.prepare import prepare
+    from tune.results.outcome import Outcome
+    from tune.show import show
+    from tune.study import write_plan
 
     argv = ["--results", str(results), "--name", name, "--num-phantoms", "60", "--trials", "4"]
     argv += ["--mlflow-uri", f"sqlite:///{results}/mlflow.db"]
@@ -340,8 +344,8 @@ def damage_file(rng: random.Random, path: Path, others: list[Path]) -> str:
 
 def truth(folder: Path) -> dict[int, Any]:
     """Each trial's settings and epochs, from a journal."""
-    from tune.journal import read_events
-    from tune.results import fold
+    from tune.records.journal import read_events
+    from tune.records.trials import fold
 
     return fold(read_events(folder / "journal.jsonl"))
 
@@ -359,11 +363,11 @@ def check_records(records: dict[int, Any], true: dict[int, Any]) -> None:
 
 def studies(count: int, seed: int, folder: Path, sync_every: int = 20) -> Tally:
     """Damaged copies of two studies through `--show`, `--resume`, `predict` and, one in `sync_every`, `sync`."""
-    from train_fn.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
-    from train_fn.files import DamagedFile
-    from tune.results import fold
+    from train_fn.model.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
+    from train_fn.support.files import DamagedFile
+    from tune.config.paths import SettingsError
+    from tune.records.trials import fold
     from tune.run import begin
-    from tune.settings import SettingsError
 
     tally, rng = Tally("studies"), random.Random(seed)
     wholes = [build_study(folder / "whole", name, name == "finished") for name in ("finished", "unfinished")]
@@ -411,7 +415,7 @@ def studies(count: int, seed: int, folder: Path, sync_every: int = 20) -> Tally:
             return "predict went on"
 
         def check_sync(copy: Path = copy, number: int = number) -> str:
-            from tune.tracking import main
+            from tune.tracking.__main__ import main
 
             told = io.StringIO()
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
@@ -433,7 +437,7 @@ def studies(count: int, seed: int, folder: Path, sync_every: int = 20) -> Tally:
 
 def describe_adapter(adapter: Path) -> Any:
     """What an adapter says of itself: the task and the configuration by value, the names and shapes of its tensors."""
-    from train_fn.adapters import read_config, read_shapes, read_task
+    from train_fn.model.adapters import read_config, read_shapes, read_task
 
     config = read_config(adapter)
     return read_task(adapter), config, read_shapes(adapter, config)

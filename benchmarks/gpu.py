@@ -63,7 +63,7 @@ def random_checkpoint(folder: Path, fixtures: Path, device: torch.device, shape:
     from safetensors.torch import save_file
     from transformers import VideoLlama3ForConditionalGeneration
 
-    from train_fn import hulumed
+    from train_fn.model import hulumed
 
     shutil.copytree(fixtures / "checkpoint", folder, ignore=shutil.ignore_patterns("model.safetensors"))
     folder.chmod(0o755)
@@ -86,8 +86,9 @@ def prepare(folder: Path, images: int, image_tokens: int) -> Any:
     """Splits of generated images, each of that many tokens of 14 x 14 pixels: 2/3 train, 1/3 validation."""
     from PIL import Image
 
-    from train_fn.data import make_splits, read_manifest
-    from train_fn.phantoms import generate
+    from train_fn.data.manifest import read_manifest
+    from train_fn.data.phantoms import generate
+    from train_fn.data.splitting import make_splits
 
     manifest = generate(folder / "phantoms", images, 0)
     entries, _ = read_manifest(manifest, manifest.parent)
@@ -115,7 +116,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 def run(base: Any, splits: Any, trial: Any, folder: Path) -> dict[str, float]:
     """One trial of the product's loop: seconds of a step and of an evaluated image after the first epoch."""
-    from train_fn.loop import run_trial
+    from train_fn.trial.loop import run_trial
 
     reports: list[dict[str, Any]] = []
 
@@ -151,9 +152,9 @@ def run_bare(base: Any, splits: Any, trial: Any, folder: Path) -> dict[str, floa
 
 def measure(name: str, base: Any, splits: Any, epochs: int, folder: Path) -> dict[str, float]:
     """One row of the table."""
-    from train_fn.memory import measure as sizes_of
-    from train_fn.memory import memory_needed
     from train_fn.settings import TrialSettings
+    from train_fn.trial.memory import measure as sizes_of
+    from train_fn.trial.memory import memory_needed
 
     trial = TrialSettings(num_train_epochs=epochs, save_steps=0, **VARIANTS[name][1])
     (output := folder / name.replace(" ", "-")).mkdir(exist_ok=True)
@@ -186,7 +187,7 @@ def main() -> None:
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
     from train_fn.settings import ModelSettings
 
     found: dict[str, Any] = {}

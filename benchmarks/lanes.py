@@ -46,9 +46,9 @@ def documented_worker(config: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from train_fn.loop import run_trial
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
     from train_fn.settings import ModelSettings, TrialSettings
+    from train_fn.trial.loop import run_trial
 
     base = load_base(ModelSettings(), ray.train.torch.get_device())
 
@@ -79,7 +79,7 @@ def run_documented(folder: Path, splits_file: Path, trials: int, at_once: int = 
     import ray
     import ray.tune
 
-    from train_fn.data import load_splits
+    from train_fn.data.splitting import load_splits
 
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=os.cpu_count())
     results = ray.tune.Tuner(

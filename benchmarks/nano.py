@@ -37,8 +37,8 @@ from transformers import (
 from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 
+from train_fn.data.phantoms import CLASSES, MASS_ATTRIBUTES, QUESTION, draw_attributes, render
 from train_fn.nano import CHECKPOINT
-from train_fn.phantoms import CLASSES, MASS_ATTRIBUTES, QUESTION, draw_attributes, render
 
 NUM_PHANTOMS, NUM_TEST_PHANTOMS = 6000, 400
 VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 2000, 32, 1e-3

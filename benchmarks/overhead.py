@@ -30,17 +30,17 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT / "ben
 
 EPOCHS = 3
 PARTS = {
-    "Optuna: suggest": "tune.search.DiskSearch.suggest",
-    "Optuna: tell": "tune.search.DiskSearch.on_trial_complete",
-    "Optuna: intermediate": "tune.search.DiskSearch.on_trial_result",
-    "scheduler": "tune.search.SparingGuide.on_trial_result",
-    "budgets": "tune.progress.StudyLog.spent",
-    "journal": "tune.journal.Journal.write",
-    "trial's end": "tune.progress.StudyLog.end",  # holds its line of the journal
+    "Optuna: suggest": "tune.search.tuner.DiskSearch.suggest",
+    "Optuna: tell": "tune.search.tuner.DiskSearch.on_trial_complete",
+    "Optuna: intermediate": "tune.search.tuner.DiskSearch.on_trial_result",
+    "scheduler": "tune.search.tuner.SparingGuide.on_trial_result",
+    "budgets": "tune.search.callback.StudyLog.spent",
+    "journal": "tune.records.journal.Journal.write",
+    "trial's end": "tune.search.callback.StudyLog.end",  # holds its line of the journal
     "Tune's controller": "ray.tune.execution.tune_controller.TuneController.step",  # holds all of the above
-    "footer": "tune.progress.Footer.__call__",
-    "tracking": "tune.tracking.Tracking._run",
-    "report": "tune.report.write_report",
+    "footer": "tune.search.footer.Footer.__call__",
+    "tracking": "tune.tracking.delivery.Tracking._run",
+    "report": "tune.results.report.write_report",
 }
 
 
@@ -52,7 +52,7 @@ def score(settings: dict[str, Any], epoch: int) -> float:
 
 
 class StubLanes:
-    """Stands for `tune.lane.Lanes`: a thread per lane does what `train_fn.worker.lane_loop` does, without a model."""
+    """Stands for `tune.lanes.trainers.Lanes`: a thread per lane does what `lane_loop` does, without a model."""
 
     def __init__(self, study: Any, layout: Any, dispatcher: Any, say: Any = None) -> None:
         self.study, self.dispatcher, self.over, self.cpu_s = study, dispatcher, False, 0.0
@@ -140,8 +140,8 @@ def measure(trials: int, keep: Path | None, options: list[str]) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    import tune.prepare
-    import tune.settings
+    import tune.config.cli
+    import tune.plan.prepare
     import tune.study
 
     spent: dict[str, float] = defaultdict(float)
@@ -153,9 +153,9 @@ def measure(trials: int, keep: Path | None, options: list[str]) -> dict[str, Any
         lanes.append(StubLanes(*given))
         return lanes[-1]
 
-    import tune.lane
+    import tune.lanes.trainers
 
-    tune.lane.Lanes = stub  # type: ignore[assignment, misc]
+    tune.lanes.trainers.Lanes = stub  # type: ignore[assignment, misc]
     ends: list[float] = []
 
     def say(text: str) -> None:
@@ -165,7 +165,7 @@ def measure(trials: int, keep: Path | None, options: list[str]) -> dict[str, Any
             print(text, file=sys.stderr, flush=True)
 
     words = ["--trials", str(trials), "--name", f"sweep-{trials}", "--num-phantoms", "60", "--lanes", "2", *options]
-    study = tune.prepare.prepare(tune.settings.parse(words), lambda text: None)
+    study = tune.plan.prepare.prepare(tune.config.cli.parse(words), lambda text: None)
     wall, cpu = time.perf_counter(), time.process_time()
     outcome = tune.study.run(study, say, wall)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -128,9 +128,10 @@ def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
     import optuna
 
     from search_spaces import lora
-    from train_fn.data import make_splits, read_manifest, save_splits
-    from train_fn.phantoms import generate
-    from tune.settings import DataSettings
+    from train_fn.data.manifest import read_manifest
+    from train_fn.data.phantoms import generate
+    from train_fn.data.splitting import make_splits, save_splits
+    from tune.config.settings import DataSettings
 
     data, splits_file = DataSettings(), folder / "splits.json"
     manifest = Path(generate(folder / "phantoms", num_phantoms, data.split_seed))

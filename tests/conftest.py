@@ -20,7 +20,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Manifest of 60 phantoms."""
-    from train_fn.phantoms import generate
+    from train_fn.data.phantoms import generate
 
     return generate(tmp_path_factory.mktemp("data") / "phantoms", 60, 0)
 
@@ -28,7 +28,8 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def splits(phantoms: Path):
     """Train, validation and test of the phantoms."""
-    from train_fn.data import make_splits, read_manifest
+    from train_fn.data.manifest import read_manifest
+    from train_fn.data.splitting import make_splits
 
     entries, problems = read_manifest(phantoms, phantoms.parent)
     assert not problems
@@ -43,7 +44,7 @@ def base():
     import torch
     import torch.distributed as dist
 
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
     from train_fn.settings import ModelSettings
 
     if not dist.is_initialized():

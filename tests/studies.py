@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow import MlflowClient
 
 if TYPE_CHECKING:
-    from tune.journal import Journal
+    from tune.records.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num-phantoms", "60", "--num-train-epochs", "1"]
@@ -125,7 +125,7 @@ def write_adapter(folder: Path, content: str) -> None:
 
 def write_plan(directory: Path, study: dict, **others: object) -> None:
     """A study's plan.json, of what the tests need in it."""
-    from tune.plan import save_plan
+    from tune.records.plan import save_plan
 
     hashes = {f"{name}_hash": "" for name in ("data", "base", "space", "splits")}
     settings = {"study": study, "model": {}, "data": {}, "trial": {}, "pinned": []}

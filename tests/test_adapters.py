@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train_fn.adapters import BadAdapter, read_config, read_shapes, read_task
-from train_fn.loop import save_task
-from train_fn.lora import adapted, load_adapter, save_adapter
-from train_fn.model import target_problems
-from train_fn.phantoms import phantom
+from train_fn.data.phantoms import phantom
+from train_fn.model.adapters import BadAdapter, read_config, read_shapes, read_task
+from train_fn.model.targets import target_problems
 from train_fn.predict import NotFinite, label_probabilities, main
 from train_fn.settings import TrialSettings
+from train_fn.trial.adapter_files import load_adapter, save_adapter
+from train_fn.trial.lora import adapted
+from train_fn.trial.outputs import save_task
 
 TRIAL = TrialSettings(lora_r=4, lora_alpha=8, lora_target_modules=("q_proj", "v_proj"))
 
@@ -131,7 +132,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(("spoil", "words"), STRANGE.values(), ids=STRANGE)
 def test_a_strange_adapter_is_refused_before_the_base_is_loaded(adapter, capsys, monkeypatch, spoil, words) -> None:
     spoil(adapter)
-    monkeypatch.setattr("train_fn.model.load_base", lambda *given: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("train_fn.model.base.load_base", lambda *given: pytest.fail("the base was loaded"))
     assert main(["--adapter", str(adapter), __file__]) == 2
     said = capsys.readouterr().err
     assert said.startswith("Cannot predict: ") and said.count("\n") == 1 and words in said
@@ -259,7 +260,7 @@ def test_bad_words_to_predict(sound, folder, capsys, monkeypatch, argv, words) -
 
 
 def test_a_base_that_is_damaged_is_named(sound, folder, tmp_path, capsys) -> None:
-    from train_fn.checkpoint import resolve_model
+    from train_fn.model.checkpoint import resolve_model
 
     damaged = Path(shutil.copytree(resolve_model("nano"), tmp_path / "base"))
     (damaged / "model.safetensors").write_text(LFS)

@@ -10,14 +10,15 @@ import torch
 from peft import get_peft_model
 from transformers import get_scheduler
 
-from train_fn import engine as engine_module
-from train_fn import lora
-from train_fn.engine import TrialFailed, build_engine, check_applied, check_schedule, check_trained, read_applied
-from train_fn.engine import read_schedule as read_back
-from train_fn.loop import run_trial
-from train_fn.lora import adapted
-from train_fn.memory import is_out_of_memory
+from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import LR_SCHEDULER_TYPES, TrialSettings
+from train_fn.trial import engine as engine_module
+from train_fn.trial import lora
+from train_fn.trial.applied import TrialFailed, check_applied, check_schedule, check_trained, read_applied
+from train_fn.trial.applied import read_schedule as read_back
+from train_fn.trial.engine import build_engine
+from train_fn.trial.loop import run_trial
+from train_fn.trial.lora import adapted
 
 SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 

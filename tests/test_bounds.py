@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
-from train_fn.data import Sample, Splits
+from train_fn.data.samples import Sample, Splits
 from train_fn.settings import Range, TrialSettings, broken_rules, rules
-from tune.settings import GROUPS, SettingsError, flag, goal, parse
+from tune.config.cli import parse
+from tune.config.paths import SettingsError
+from tune.config.settings import GROUPS, flag
+from tune.records.goals import goal
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {field.name: (group, field) for group in GROUPS for field in dataclasses.fields(group)}
@@ -41,7 +44,7 @@ def refusal(*argv: str) -> str:
 @pytest.fixture(autouse=True)
 def without_a_space(monkeypatch) -> None:
     """These tests are not of spaces, which would be asked a thousand times."""
-    monkeypatch.setattr("tune.settings.check_space", lambda settings: [])
+    monkeypatch.setattr("tune.config.space_check.check_space", lambda settings: [])
 
 
 def test_every_field_is_of_a_kind_that_these_tests_know() -> None:
@@ -306,7 +309,7 @@ def test_what_the_system_says_of_a_path_is_a_sentence(monkeypatch, capsys) -> No
 
 
 def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None:
-    from train_fn.copies import cache_folder
+    from train_fn.data.copies import cache_folder
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -352,7 +355,7 @@ GOALS = [
 def test_metrics_that_the_data_cannot_give(
     options: str, train: str, validation: str, positive: str, words: str
 ) -> None:
-    from tune.prepare import check_goals
+    from tune.plan.prepare import check_goals
 
     settings = parse(options.split())
     goals = tuple(map(goal, settings.study.metric))
@@ -362,7 +365,7 @@ def test_metrics_that_the_data_cannot_give(
 
 
 def test_open_answers_have_a_loss_only() -> None:
-    from tune.prepare import check_goals
+    from tune.plan.prepare import check_goals
 
     settings = parse(["--metric", "loss,accuracy", "--require", "auroc>=0.5,loss<=1", "--stop-when", "macro_f1>=0.5"])
     problems = check_goals(settings, tuple(map(goal, settings.study.metric)), splits_of("BM", "BM", closed=False), "")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from train_fn.storage import Storage
-from tune import bucket
-from tune.bucket import LEASE_S, Lease, refresh
-from tune.journal import Journal, read_events
+from train_fn.support.storage import Storage
+from tune.records import bucket
+from tune.records.bucket import LEASE_S, Lease, refresh
+from tune.records.journal import Journal, read_events
 
 OTHER = {"token": "t", "host": "node7", "boot": "another", "pid": 5}
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
 
-from train_fn.copies import (
+from train_fn.data.copies import (
     copy_groups,
     copy_pairs,
     hash_images,
@@ -21,8 +21,9 @@ from train_fn.copies import (
     read_thumbnails,
     thumbnail,
 )
-from train_fn.data import make_splits, read_manifest, split_indices
-from train_fn.phantoms import phantom
+from train_fn.data.manifest import read_manifest
+from train_fn.data.phantoms import phantom
+from train_fn.data.splitting import make_splits, split_indices
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train_fn.copies import copy_pairs
-from train_fn.data import (
-    answer_set,
-    class_weights,
-    epoch_order,
-    load_splits,
-    make_splits,
-    micro_batches,
-    read_manifest,
-    save_splits,
-    split_indices,
-    unreadable_images,
-)
+from train_fn.data.copies import copy_pairs
+from train_fn.data.manifest import answer_set, read_manifest, unreadable_images
+from train_fn.data.order import class_weights, epoch_order, micro_batches
+from train_fn.data.splitting import load_splits, make_splits, save_splits, split_indices
 
 
 def entry(image: str = "a.png", answer: str = "Benign", label: object = 1) -> dict:

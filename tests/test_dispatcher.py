@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from tune.lane import MAX_ALIKE, MAX_CONTROLLERS_IN_A_ROW, Dispatcher
+from tune.lanes.dispatcher import MAX_ALIKE, MAX_CONTROLLERS_IN_A_ROW, Dispatcher
 
 BEGUN: list[asyncio.Future] = []
 TRAINS = {"settings": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}}
@@ -43,7 +43,7 @@ async def at_work(num_lanes: int = 1, **options: Any) -> Dispatcher:
 @pytest.fixture
 def killed(monkeypatch) -> list:
     actors: list = []
-    monkeypatch.setattr("tune.lane.ray.kill", actors.append)
+    monkeypatch.setattr("tune.lanes.trainers.ray.kill", actors.append)
     return actors
 
 
@@ -79,7 +79,7 @@ def test_a_late_question_of_a_dead_group_takes_nothing_and_does_not_unseat_the_n
 
 
 def test_a_group_whose_heartbeat_is_overdue_takes_nothing_before_it_is_heard_again(monkeypatch) -> None:
-    monkeypatch.setattr("tune.lane.SILENT_S", 0.05)
+    monkeypatch.setattr("tune.lanes.dispatcher.SILENT_S", 0.05)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
@@ -195,7 +195,7 @@ def test_the_watch_survives_what_a_kill_raises(monkeypatch, error) -> None:
         if len(killed) == 1:
             raise error
 
-    monkeypatch.setattr("tune.lane.ray.kill", kill)
+    monkeypatch.setattr("tune.lanes.trainers.ray.kill", kill)
 
     async def scenario() -> None:
         dispatcher = await at_work(2, hang_timeout_s=0.2)
@@ -225,8 +225,8 @@ def test_the_watch_is_there_from_the_start_and_comes_back(killed) -> None:
 
 
 def test_a_start_that_never_ends_is_mentioned_then_ended_though_its_heart_beats(monkeypatch, killed) -> None:
-    monkeypatch.setattr("tune.lane.SLOW_START_S", 0.1)
-    monkeypatch.setattr("tune.lane.LONGEST_START_S", 0.5)
+    monkeypatch.setattr("tune.lanes.dispatcher.SLOW_START_S", 0.1)
+    monkeypatch.setattr("tune.lanes.dispatcher.LONGEST_START_S", 0.5)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.4)
@@ -243,7 +243,7 @@ def test_a_start_that_never_ends_is_mentioned_then_ended_though_its_heart_beats(
 
 
 def test_a_lane_without_workers_is_mentioned_once(monkeypatch) -> None:
-    monkeypatch.setattr("tune.lane.NO_WORKERS_S", 0.1)
+    monkeypatch.setattr("tune.lanes.dispatcher.NO_WORKERS_S", 0.1)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(2, hang_timeout_s=0.2)

@@ -21,11 +21,11 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{output}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    from train_fn.engine import build_engine
-    from train_fn.evaluation import predict
-    from train_fn.loop import run_trial
-    from train_fn.lora import adapted
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
+    from train_fn.scoring.evaluation import predict
+    from train_fn.trial.engine import build_engine
+    from train_fn.trial.loop import run_trial
+    from train_fn.trial.lora import adapted
 
     base = load_base(ModelSettings(), torch.device("cpu"))
     odd = splits.validation[:7]
@@ -56,8 +56,8 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
 def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
     """The steps from which a trial of two points goes on: once the second rank's newest file is damaged, and once the
     ranks' files of the older point have changed places as well."""
-    from train_fn import loop
-    from train_fn.storage import Storage
+    from train_fn.support.storage import Storage
+    from train_fn.trial import loop
 
     loop.engine_state = lambda engine: {}  # type: ignore[assignment]
     state = loop.ResumeState(folder, Storage(folder), SETTINGS)
@@ -97,7 +97,7 @@ def test_zero_2_partitions_optimizer_state_and_gradients(found) -> None:
 
 
 def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
-    from train_fn.evaluation import predict
+    from train_fn.scoring.evaluation import predict
 
     alone = predict(base, splits.validation[:7], splits.candidates, 4, 0, 1)
     for result in found:
@@ -107,7 +107,7 @@ def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
 
 
 def test_two_workers_train_the_same_trial(found, base, splits) -> None:
-    from train_fn.loop import run_trial
+    from train_fn.trial.loop import run_trial
 
     reports: list[dict] = []
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")

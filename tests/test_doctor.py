@@ -11,13 +11,16 @@ import pytest
 import torch
 from studies import SMALL, finish, start
 
-from train_fn.lora import adapted
-from train_fn.memory import GIB, Sizes, measure, memory_needed
-from train_fn.model import answer_losses, base_gib, collate
+from train_fn.model.base import base_gib
+from train_fn.model.batches import answer_losses, collate
+from train_fn.model.memory import GIB
 from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings, TrialSettings
-from tune.doctor import Need, parse_gpus, verdicts
-from tune.study import Layout
+from train_fn.trial.lora import adapted
+from train_fn.trial.memory import Sizes, measure, memory_needed
+from tune.doctor.nodes import parse_gpus
+from tune.doctor.verdicts import Need, verdicts
+from tune.lanes.layout import Layout
 
 A10G = {"name": "NVIDIA A10G", "free_gib": 22.0, "driver": "570.1", "bf16": True}
 GOOD = {

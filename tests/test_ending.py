@@ -27,9 +27,9 @@ import numpy as np
 import pytest
 from studies import LAYOUT, ROOT, SMALL, finish, start, wait_for, write_adapter, write_trial
 
-from tune.journal import Journal
-from tune.results import print_summary
-from tune.settings import parse
+from tune.config.cli import parse
+from tune.records.journal import Journal
+from tune.results.summary import print_summary
 
 NUM_TEST = 12
 
@@ -41,7 +41,7 @@ def adapter_of(folder: Path) -> str:
 @pytest.fixture(autouse=True)
 def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds: a report without pictures, but for the tests that ask for `real_report`."""
-    import tune.report
+    import tune.results.report
 
     def write(content: dict[str, Any], directory: Path) -> list[Path]:
         path = directory / "report.html"
@@ -49,7 +49,7 @@ def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return [path]
 
     if "real_report" not in request.fixturenames:
-        monkeypatch.setattr(tune.report, "write_report", write)
+        monkeypatch.setattr(tune.results.report, "write_report", write)
 
 
 class Stores:
@@ -80,10 +80,10 @@ def hang_up_is_heard() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """No store is there, and intervals take no time."""
-    from train_fn.metrics import bootstrap_intervals
+    from train_fn.scoring.metrics import bootstrap_intervals
 
     monkeypatch.setattr("tune.study.Tracking", Stores)
-    monkeypatch.setattr("tune.results.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
+    monkeypatch.setattr("tune.results.outcome.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ OPTIONS = ["--name", "s", "--report-to", "tensorboard"]
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Any:
     """A study as `prepare` makes it, which the others are copies of."""
-    from tune.prepare import prepare
+    from tune.plan.prepare import prepare
 
     folder = tmp_path_factory.mktemp("prepared")
     return prepare(parse([*OPTIONS, "--results", str(folder), "--data", str(phantoms)]), lambda text: None)
@@ -106,8 +106,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Any:
 @pytest.fixture
 def new_study(tmp_path: Path, phantoms: Path, prepared: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A prepared study, without trials, in the folder `results` of the working folder."""
-    from train_fn.storage import Storage
-    from tune.journal import StudyLock
+    from train_fn.support.storage import Storage
+    from tune.records.journal import StudyLock
 
     monkeypatch.chdir(tmp_path)
 
@@ -147,7 +147,7 @@ def finished_study(make: Callable[..., Any], *argv: str) -> Path:
 
 def resume(*argv: str) -> Any:
     """The outcome of `--resume s`, in this process."""
-    from tune.prepare import resume as prepare_again
+    from tune.plan.prepare import resume as prepare_again
     from tune.study import run
 
     study = prepare_again(parse(["--resume", "s", *argv]))
@@ -211,17 +211,18 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """No Ray: `search` is to be set by the test; `dispatcher` answers jobs at once."""
     import ray
 
-    import tune.lane
-    import tune.search
-    from tune.study import Layout
+    import tune.lanes.dispatcher
+    import tune.lanes.trainers
+    import tune.search.tuner
+    from tune.lanes.layout import Layout
 
     lanes = SimpleNamespace(over=False, leave=lambda: None, close=lambda: None)
     made = SimpleNamespace(dispatcher=Trainings(), lanes=lanes, search=lambda study, log: None)
     monkeypatch.setattr("tune.study.start_ray", lambda settings: {"CPU": 2})
     monkeypatch.setattr("tune.study.plan_layout", lambda settings, resources: Layout(2, 1, False, 1))
-    monkeypatch.setattr(tune.lane, "start_dispatcher", lambda layout, timeout: made.dispatcher)
-    monkeypatch.setattr(tune.lane, "Lanes", lambda study, layout, dispatcher, say: lanes)
-    monkeypatch.setattr(tune.search, "search", lambda study, layout, dispatcher, log: made.search(study, log))
+    monkeypatch.setattr(tune.lanes.dispatcher, "start_dispatcher", lambda layout, timeout: made.dispatcher)
+    monkeypatch.setattr(tune.lanes.trainers, "Lanes", lambda study, layout, dispatcher, say: lanes)
+    monkeypatch.setattr(tune.search.tuner, "search", lambda study, layout, dispatcher, log: made.search(study, log))
     monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
     yield made
 
@@ -345,7 +346,7 @@ def test_a_full_disk_while_the_winner_is_copied(new_study, monkeypatch, capsys) 
     def full(source: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
-    monkeypatch.setattr("tune.results.copy_folder", full)
+    monkeypatch.setattr("tune.results.outcome.copy_folder", full)
     outcome = resume()
     out = summary(outcome, capsys)
     assert outcome.exit_code == 0 and outcome.adapter == folder / "trials" / "0002" / "final_model"
@@ -382,7 +383,7 @@ def test_a_report_that_fails_costs_the_report_only(new_study, monkeypatch, capsy
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("tune.report.write_report", fail)
+        patch.setattr("tune.results.report.write_report", fail)
         outcome = resume()
     out = summary(outcome, capsys)
     assert outcome.exit_code == 0 and outcome.winner.number == 2
@@ -403,10 +404,10 @@ def test_a_disk_that_is_full_at_the_end(new_study, stand_ins, monkeypatch, capsy
 
     with monkeypatch.context() as patch:
         if when == "study.json":
-            patch.setattr("tune.results.write_json", full)
+            patch.setattr("tune.results.outcome.write_json", full)
         elif when == "winner":
-            patch.setattr("tune.results.copy_folder", full)
-            patch.setattr("tune.results.write_json", full)
+            patch.setattr("tune.results.outcome.copy_folder", full)
+            patch.setattr("tune.results.outcome.write_json", full)
         else:
             stand_ins.dispatcher.before = lambda job: study.directory.rename(study.directory.parent / "other")
         outcome = run_new(study)
@@ -507,7 +508,7 @@ SPACES = {
 def test_errors_of_a_space_are_told_in_a_sentence(new_study, stand_ins, capsys, body: str) -> None:
     import optuna
 
-    from tune.settings import searched_settings
+    from tune.config.space import searched_settings
 
     scope: dict[str, Any] = {}
     exec(f"import sys\ndef space(trial):\n    {body}\n    return {{}}", scope)
@@ -562,7 +563,7 @@ def test_one_signal_stops_a_study_in_every_phase(
     stand_ins.search = search
     stand_ins.dispatcher.before = lambda job: at("confirmation" if job["kind"] == "train" else "scoring")
     with monkeypatch.context() as patch:
-        patch.setattr("tune.report.write_report", lambda *given: at("report") or [])
+        patch.setattr("tune.results.report.write_report", lambda *given: at("report") or [])
         patch.setattr(Stores, "close", lambda *given: at("stores") or {})
         before = [signal.getsignal(one) for one in SIGNALS]
         outcome = run_new(new_study("--trials", "2", "--confirm", "1", "--confirm-seeds", "1"))
@@ -581,7 +582,7 @@ def test_a_second_signal_ends_at_once_and_shows_what_is_safe(new_study, stand_in
         signal.raise_signal(signal.SIGINT)
 
     stand_ins.search = lambda study, log: (trains({0: 0.6, 1: 0.7})(study, log), interrupted())
-    monkeypatch.setattr("tune.results.write_json", interrupted)
+    monkeypatch.setattr("tune.results.outcome.write_json", interrupted)
     outcome = run_new(new_study("--trials", "3"))
     out = summary(outcome, capsys)
     assert outcome.exit_code == 130 and "2 complete" in out and "--resume s" in out
@@ -714,9 +715,10 @@ def test_a_scoring_job_answers_for_each_adapter(base, splits, tmp_path: Path) ->
     import torch
     from safetensors.torch import load_file, save_file
 
-    from train_fn.loop import run_trial, score_adapter, try_adapter
     from train_fn.settings import TrialSettings
-    from tune.study import adapter_problem
+    from train_fn.trial.loop import run_trial
+    from train_fn.trial.scoring import score_adapter, try_adapter
+    from tune.final_test import adapter_problem
 
     run_trial(base, splits, TrialSettings(max_steps=1, lora_r=4, lora_alpha=8), lambda report: False, output=tmp_path)
     sound = tmp_path / "final_model"
@@ -752,13 +754,13 @@ def test_a_scoring_job_answers_for_each_adapter(base, splits, tmp_path: Path) ->
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError):
-        patch.setattr("train_fn.lora.load_file", denied)
+        patch.setattr("train_fn.trial.lora.load_file", denied)
         try_adapter(base, splits, "test", 16, sound)  # a disk that fails is no fault of the adapter
 
 
 @pytest.mark.parametrize("uri", ["", "file:///bucket"])
 def test_a_replay_writes_where_all_nodes_can(new_study, stand_ins, monkeypatch, tmp_path: Path, uri: str) -> None:
-    from train_fn.storage import Storage
+    from train_fn.support.storage import Storage
     from tune.replay import replay
 
     monkeypatch.setattr("tune.replay.start_ray", lambda settings: {})
@@ -791,7 +793,7 @@ def test_a_replay_writes_where_all_nodes_can(new_study, stand_ins, monkeypatch, 
     ],
 )
 def test_plain_text_commands_no_terminal(text: Any, shown: str) -> None:
-    from train_fn.text import plain, plain_values
+    from train_fn.support.text import plain, plain_values
 
     assert plain(text) == shown and plain(text).isprintable()
     assert plain("a\nb\x1b", keep="\n") == "a\nb\\x1b"

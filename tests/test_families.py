@@ -25,15 +25,19 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from train_fn.data import Sample
-from train_fn.engine import build_engine
-from train_fn.evaluation import score_candidates
-from train_fn.loop import run_trial, score_adapter
-from train_fn.lora import adapted
-from train_fn.model import Base, answer_losses, answer_tail, collate, image_only, load_base, read_image
-from train_fn.phantoms import CLASSES, QUESTION
-from train_fn.preflight import base_problems
+from train_fn.data.phantoms import CLASSES, QUESTION
+from train_fn.data.samples import Sample
+from train_fn.model.base import Base, load_base, read_image
+from train_fn.model.batches import answer_losses, collate
+from train_fn.model.preflight import base_problems
+from train_fn.model.processors import image_only
+from train_fn.model.prompts import answer_tail
+from train_fn.scoring.evaluation import score_candidates
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.trial.engine import build_engine
+from train_fn.trial.loop import run_trial
+from train_fn.trial.lora import adapted
+from train_fn.trial.scoring import score_adapter
 
 ADAPTER = TrialSettings(num_train_epochs=6, lora_r=4, lora_alpha=8, learning_rate=1e-2, lora_dropout=0.0)
 PROJECTOR = replace(ADAPTER, train_projector=True, lora_exclude_patterns=())

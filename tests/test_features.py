@@ -16,12 +16,13 @@ import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from train_fn.data import Sample
-from train_fn.features import FeatureStore, features_key
-from train_fn.loop import run_trial
-from train_fn.lora import attached, lora_config
-from train_fn.model import Base, answer_losses, collate, image_features, load_base, num_patches, process
+from train_fn.data.samples import Sample
+from train_fn.model.base import Base, load_base
+from train_fn.model.batches import answer_losses, collate, image_features, num_patches, process
+from train_fn.model.features import FeatureStore, features_key
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.trial.loop import run_trial
+from train_fn.trial.lora import attached, lora_config
 
 FIXTURES = os.environ.get("HULUMED_FIXTURES", "")
 NANO = ModelSettings()
@@ -197,7 +198,7 @@ def test_a_damaged_entry_is_written_anew(base, images, cache, damage) -> None:
 def test_the_bound_holds_and_the_longest_unused_goes_first(images, cache, monkeypatch) -> None:
     features = torch.zeros(50, 128)
     written = features.nbytes + 100  # with the header
-    monkeypatch.setattr("train_fn.features.WRITES_PER_COUNT", 1)
+    monkeypatch.setattr("train_fn.model.features.WRITES_PER_COUNT", 1)
     old = FeatureStore("old", 10 * written)
     for image in images:
         old.keep(image, features)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from train_fn.files import (
+from train_fn.support.files import (
     DamagedFile,
     check_sums,
     copy_folder,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_fn.data import save_splits
+from train_fn.data.splitting import save_splits
 from train_fn.settings import ModelSettings, TrialSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -26,7 +26,7 @@ def on_gpu(request):
     """The nano base on the GPU, in a process group of one."""
     import torch.distributed as dist
 
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
 
     if not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -35,7 +35,7 @@ def on_gpu(request):
 
 
 def train(base, splits, settings: TrialSettings, output: Path | None = None) -> list[dict]:
-    from train_fn.loop import run_trial
+    from train_fn.trial.loop import run_trial
 
     reports: list[dict] = []
     run_trial(base, splits, settings, lambda report: reports.append(report) or False, output=output)
@@ -46,7 +46,7 @@ def train(base, splits, settings: TrialSettings, output: Path | None = None) -> 
                                      {"gradient_checkpointing": True}, {"offload_optimizer": True},
                                      {"torch_compile": True}])  # fmt: skip
 def test_a_trial_on_a_gpu(on_gpu, splits, tmp_path, options) -> None:
-    from train_fn.loop import score_adapter
+    from train_fn.trial.scoring import score_adapter
 
     before = {name: parameter.clone() for name, parameter in on_gpu.model.named_parameters()}
     reports = train(on_gpu, splits, replace(SHORT, **options), tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train_fn.data import read_manifest, unreadable_images
+from train_fn.data.manifest import read_manifest, unreadable_images
 
 pytestmark = pytest.mark.timeout(60)
 MOST_SECONDS = 20  # a busy machine's share: alone each takes well under one, those of 100 MB up to four
@@ -207,8 +207,9 @@ def test_image_root_that_is_no_folder(root: Path, image_root: str) -> None:
 
 
 def test_faults_of_entries_and_of_images_are_told_together(tmp_path: Path) -> None:
-    from tune.prepare import prepare
-    from tune.settings import SettingsError, parse
+    from tune.config.cli import parse
+    from tune.config.paths import SettingsError
+    from tune.plan.prepare import prepare
 
     Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])

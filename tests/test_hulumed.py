@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import smart_resize
 
-from train_fn import hulumed
-from train_fn.data import Sample
-from train_fn.model import answer_losses, collate, forward_hidden, load_base, prompt_text
+from train_fn.data.samples import Sample
+from train_fn.model import hulumed
+from train_fn.model.base import load_base
+from train_fn.model.batches import answer_losses, collate, forward_hidden
+from train_fn.model.prompts import prompt_text
 from train_fn.settings import ModelSettings
 
 FIXTURES = os.environ.get("HULUMED_FIXTURES", "")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from train_fn.copies import read_thumbnails
-from train_fn.images import image_problems, image_size, read_image
+from train_fn.data.copies import read_thumbnails
+from train_fn.data.images import image_problems, image_size, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)  # not square, so that a turn shows
 KINDS = {"jpg": {"quality": 95}, "png": {}, "webp": {"lossless": True}, "tif": {}}
@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(("name", "make", "words"), REFUSED.values(), ids=REFUSED)
 def test_refused_by_its_header(tmp_path, monkeypatch, name, make, words) -> None:
     make(tmp_path / name)
-    monkeypatch.setattr("train_fn.images.decode", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr("train_fn.data.images.decode", lambda image: pytest.fail("decoded"))
     (problem,) = image_problems([str(tmp_path / name)]).values()
     assert words in problem and str(tmp_path / name) in problem
 
@@ -166,7 +166,7 @@ def test_an_image_that_does_not_fit_the_memory_is_its_own_problem(tmp_path, monk
         if image.filename == paths[1]:
             raise MemoryError
 
-    monkeypatch.setattr("train_fn.images.decode", decode)
+    monkeypatch.setattr("train_fn.data.images.decode", decode)
     (problem,) = image_problems(paths).values()
     assert "must fit the memory" in problem and paths[1] in problem
 
@@ -186,8 +186,9 @@ def test_after_a_while_only_headers_are_read(tmp_path, monkeypatch) -> None:
 
 
 def test_a_study_takes_the_limit_from_its_settings(tmp_path) -> None:
-    from tune.prepare import prepare
-    from tune.settings import SettingsError, parse
+    from tune.config.cli import parse
+    from tune.config.paths import SettingsError
+    from tune.plan.prepare import prepare
 
     (tmp_path / "m.json").write_text('[{"image": "a.png", "text": "?", "answer": "yes", "label": 1}]')
     png(100, 100, tmp_path / "a.png")

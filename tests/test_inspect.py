@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train_fn.data.phantoms import QUESTION, phantom
 from train_fn.inspect import main
-from train_fn.phantoms import QUESTION, phantom
-from tune.prepare import prepare
-from tune.settings import SettingsError, parse
+from tune.config.cli import parse
+from tune.config.paths import SettingsError
+from tune.plan.prepare import prepare
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tune.journal import Journal, read_events, read_journal
+from tune.records.journal import Journal, read_events, read_journal
 
 
 @pytest.fixture
@@ -119,6 +119,6 @@ def test_a_short_write_on_a_full_disk_leaves_no_half_line(
         return write(file, content)
 
     monkeypatch.setattr(os, "write", short)
-    monkeypatch.setattr("train_fn.storage.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("train_fn.support.storage.time.sleep", lambda seconds: None)
     journal.write("confirmed", number=5, run=1, value=0.5)
     assert numbers(path) == [0, 1, 2, 3, 4, 5] and read_journal(path).notes() == []

@@ -11,15 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train_fn.data import Sample, Splits
-from train_fn.engine import MicroBatchTooLarge, TrialFailed
-from train_fn.loop import Leaving
-from train_fn.lora import BaseChanged
-from train_fn.model import BatchFailed
+from train_fn.data.samples import Sample, Splits
+from train_fn.model.batches import BatchFailed
 from train_fn.settings import ModelSettings
-from train_fn.storage import Storage
+from train_fn.support.storage import Storage
+from train_fn.trial.applied import TrialFailed
+from train_fn.trial.engine import MicroBatchTooLarge
+from train_fn.trial.loop import Leaving
+from train_fn.trial.pristine import BaseChanged
 from train_fn.worker import InputsChanged, LaneJob, check_node, goes_on, versions
-from tune.lane import MAX_ATTEMPTS, Dispatcher
+from tune.lanes.dispatcher import MAX_ATTEMPTS, Dispatcher
 
 
 def message(epoch: int, done: bool = False) -> dict:
@@ -447,7 +448,7 @@ def test_an_interrupted_study_lets_every_trial_leave_and_begins_none() -> None:
 
 def test_a_worker_that_lives_but_gets_no_further_is_ended_if_it_has_a_trial(monkeypatch) -> None:
     killed = []
-    monkeypatch.setattr("tune.lane.ray.kill", killed.append)
+    monkeypatch.setattr("tune.lanes.trainers.ray.kill", killed.append)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.4)
@@ -475,7 +476,7 @@ def test_a_worker_that_lives_but_gets_no_further_is_ended_if_it_has_a_trial(monk
 
 def test_a_silent_worker_is_ended(monkeypatch) -> None:
     killed = []
-    monkeypatch.setattr("tune.lane.ray.kill", killed.append)
+    monkeypatch.setattr("tune.lanes.trainers.ray.kill", killed.append)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.4)

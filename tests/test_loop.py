@@ -15,15 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train_fn import engine as engine_module
-from train_fn.data import Sample, Splits
-from train_fn.engine import MicroBatchTooLarge, TrialFailed, build_engine, check_applied, read_applied
-from train_fn.evaluation import predict, score_candidates
-from train_fn.loop import Leaving, run_trial, score_adapter
-from train_fn.lora import adapted, adapter_layers
-from train_fn.model import answer_losses, collate, forward_hidden, load_base, read_image
-from train_fn.scores import metrics_of
+from train_fn.data.samples import Sample, Splits
+from train_fn.model.base import load_base, read_image
+from train_fn.model.batches import answer_losses, collate, forward_hidden
+from train_fn.scoring.evaluation import predict, score_candidates
+from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.trial import engine as engine_module
+from train_fn.trial.applied import TrialFailed, check_applied, read_applied
+from train_fn.trial.engine import MicroBatchTooLarge, build_engine
+from train_fn.trial.loop import Leaving, run_trial
+from train_fn.trial.lora import adapted, adapter_layers
+from train_fn.trial.scoring import score_adapter
 
 SHORT = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 PROJECTOR = replace(SHORT, train_projector=True, projector_learning_rate=5e-4, lora_r=8, lora_alpha=8, seed=5)
@@ -291,7 +294,7 @@ EIGHT_BIT = replace(LONG, optim="adamw_8bit")
 )
 def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monkeypatch, settings, killed_in) -> None:
     whole = train(base, splits, settings, tmp_path / "whole")
-    from train_fn import loop
+    from train_fn.trial import loop
 
     step = loop.train_step
 
@@ -346,7 +349,7 @@ def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch, stage) -> None:
-    from train_fn import engine
+    from train_fn.trial import engine
 
     losses = engine.answer_losses
 
@@ -359,7 +362,7 @@ def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch
         train(base, splits, replace(SHORT, zero_stage=stage))
 
 
-@pytest.mark.parametrize("place", ["train_fn.engine.answer_losses", "train_fn.loop.predict"])
+@pytest.mark.parametrize("place", ["train_fn.trial.engine.answer_losses", "train_fn.trial.loop.predict"])
 def test_out_of_memory_in_a_step_is_told_apart(base, splits, monkeypatch, place) -> None:
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -383,7 +386,7 @@ def test_an_fp16_base_trains_in_the_direction_of_a_float32_one(base, splits, tmp
 
 
 def test_evaluation_that_does_not_fit_is_cut_into_smaller_batches(base, splits, monkeypatch) -> None:
-    from train_fn import evaluation
+    from train_fn.scoring import evaluation
 
     score, sizes = evaluation.score_candidates, []
 
@@ -455,7 +458,7 @@ def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) ->
     """Two sizes in turn: no micro-batch mixes them, and the step is the one of the order as given."""
     from PIL import Image
 
-    from train_fn import loop
+    from train_fn.trial import loop
 
     samples = []
     for number in range(8):

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 from studies import ROOT
 
-from tune import machine
-from tune.machine import LONGEST_FOLDER, allowed_cores, cgroup_limits, cluster_problem, private_folder
-from tune.settings import SettingsError
-from tune.study import check_address, discard
+from tune.config.paths import SettingsError
+from tune.lanes import machine
+from tune.lanes.machine import LONGEST_FOLDER, allowed_cores, cgroup_limits, cluster_problem, private_folder
+from tune.lanes.ray_start import check_address
+from tune.study import discard
 
 # ------------------------------------------------------------------------------------------------ RAY_ADDRESS
 

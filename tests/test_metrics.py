@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from train_fn.metrics import binary_auroc, bootstrap_intervals, classification_metrics
+from train_fn.scoring.metrics import binary_auroc, bootstrap_intervals, classification_metrics
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,12 +9,15 @@ from functools import partial
 import pytest
 import torch
 
-from train_fn.engine import TrialFailed, build_engine, check_applied, read_applied, recycling
-from train_fn.loop import run_trial, score_adapter
-from train_fn.lora import adapted, load_adapter
-from train_fn.model import base_gib, load_base
+from train_fn.model.base import base_gib, load_base
 from train_fn.predict import generated_answer
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.trial.adapter_files import load_adapter
+from train_fn.trial.applied import TrialFailed, check_applied, read_applied
+from train_fn.trial.engine import build_engine, recycling
+from train_fn.trial.loop import run_trial
+from train_fn.trial.lora import adapted
+from train_fn.trial.scoring import score_adapter
 
 SHORT = TrialSettings(num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=1e-3)
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from train_fn.data import Sample, Splits, load_splits, save_splits
-from train_fn.files import DamagedFile
-from tune.plan import read_plan, save_plan
+from train_fn.data.samples import Sample, Splits
+from train_fn.data.splitting import load_splits, save_splits
+from train_fn.support.files import DamagedFile
+from tune.records.plan import read_plan, save_plan
 
 SETTINGS = {"study": {}, "model": {}, "data": {}, "trial": {}, "pinned": []}
 PLAN: dict[str, Any] = {
@@ -93,9 +94,10 @@ def test_splits_with_a_sample_of_another_type_are_refused(tmp_path: Path) -> Non
 def test_a_new_study_does_not_take_over_the_journal_of_one_whose_plan_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tune.journal import Journal
-    from tune.prepare import prepare
-    from tune.settings import SettingsError, parse
+    from tune.config.cli import parse
+    from tune.config.paths import SettingsError
+    from tune.plan.prepare import prepare
+    from tune.records.journal import Journal
 
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "results" / "s"

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from train_fn.files import copy_folder, write_json
-from tune.journal import Journal, read_events
-from tune.plan import read_plan, save_plan
+from train_fn.support.files import copy_folder, write_json
+from tune.records.journal import Journal, read_events
+from tune.records.plan import read_plan, save_plan
 
 
 def mount(image: Path, folder: Path) -> bool:
@@ -92,9 +92,10 @@ def test_plan_journal_and_adapter_survive(disk: Any) -> None:
 def test_what_a_trial_has_reported_survives(disk: Any, base: Any, splits: Any) -> None:
     from safetensors.torch import load_file
 
-    from train_fn.loop import ResumeState, run_trial
     from train_fn.settings import TrialSettings
-    from train_fn.storage import Storage
+    from train_fn.support.storage import Storage
+    from train_fn.trial.loop import run_trial
+    from train_fn.trial.resume_state import ResumeState
 
     folder, after_power_loss = disk
     settings = TrialSettings(num_train_epochs=2, lora_r=4, lora_alpha=8, save_steps=0)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from train_fn.data import save_splits
-from train_fn.loop import run_trial, score_adapter
-from train_fn.model import load_base
-from train_fn.scores import probabilities
+from train_fn.data.splitting import save_splits
+from train_fn.model.base import load_base
+from train_fn.scoring.scores import probabilities
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.trial.loop import run_trial
+from train_fn.trial.scoring import score_adapter
 
 ROOT = Path(__file__).parents[1]
 TRIAL = TrialSettings(
@@ -62,7 +63,7 @@ def test_merged_model_answers_as_base_and_adapter(trained, splits, tmp_path) -> 
     found = run("--adapter", adapter, "--merge-into", merged, "--dtype", "float32")
     assert found.returncode == 0, found.stderr
     whole = load_base(ModelSettings(model=str(merged)), torch.device("cpu"))
-    from train_fn.evaluation import predict
+    from train_fn.scoring.evaluation import predict
 
     ours = predict(whole, splits.test, splits.candidates, 16, 0, 1)["scores"]
     assert np.allclose(ours, scores, atol=1e-4)
@@ -96,7 +97,7 @@ def test_qlora_merges_onto_the_unquantised_base(base, splits, tmp_path) -> None:
     scores = score_adapter(quantised, splits, "test", 16, adapter)["scores"]
     found = run("--adapter", adapter, "--merge-into", tmp_path / "merged", "--dtype", "float32")
     assert found.returncode == 0, found.stderr
-    from train_fn.evaluation import predict
+    from train_fn.scoring.evaluation import predict
 
     whole = load_base(ModelSettings(model=str(tmp_path / "merged")), torch.device("cpu"))
     merged = predict(whole, splits.test, splits.candidates, 16, 0, 1)["scores"]

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train_fn.checkpoint import base_hash, file_problems, resolve_model
-from train_fn.data import Sample, Splits
-from train_fn.phantoms import CLASSES, QUESTION, phantom
-from train_fn.preflight import base_problems
+from train_fn.data.phantoms import CLASSES, QUESTION, phantom
+from train_fn.data.samples import Sample, Splits
+from train_fn.model.checkpoint import base_hash, file_problems, resolve_model
+from train_fn.model.preflight import base_problems
 from train_fn.settings import ModelSettings, TrialSettings
 
 
@@ -237,8 +237,9 @@ def test_faults_of_several_kinds_are_told_together(tmp_path) -> None:
 
 
 def test_a_study_is_refused_before_its_folder_is_made(tmp_path) -> None:
-    from tune.prepare import prepare
-    from tune.settings import SettingsError, parse
+    from tune.config.cli import parse
+    from tune.config.paths import SettingsError
+    from tune.plan.prepare import prepare
 
     said: list[str] = []
     argv = ["--num-phantoms", "30", "--results", str(tmp_path / "results"), "--name", "s"]
@@ -293,7 +294,7 @@ def test_the_hash_does_not_see_documents(model) -> None:
 def test_weights_are_read_once_while_nothing_touches_them(model, monkeypatch) -> None:
     before = base_hash(model)
     monkeypatch.setattr(
-        "train_fn.checkpoint.file_hash",
+        "train_fn.model.checkpoint.file_hash",
         lambda path: pytest.fail("read again") if path.suffix == ".safetensors" else "x",
     )
     assert base_hash(model) != before  # of the small files, which are read each time

@@ -23,13 +23,14 @@ import pytest
 import torch
 from PIL import Image
 
-from train_fn.data import Sample
-from train_fn.loop import save_task
-from train_fn.lora import adapted, save_adapter
+from train_fn.data.samples import Sample
 from train_fn.nano import CHECKPOINT
 from train_fn.predict import InputError, predict_lines
 from train_fn.settings import ModelSettings, TrialSettings
-from tune.registry import log_model
+from train_fn.trial.adapter_files import save_adapter
+from train_fn.trial.lora import adapted
+from train_fn.trial.outputs import save_task
+from tune.tracking.registry import log_model
 
 TAGS = {"base": "nano", "data": "phantoms", "test/auroc": "0.9"}
 

@@ -16,21 +16,16 @@ import optuna
 import pytest
 from PIL import Image
 
-from train_fn.data import DataReport, Sample, Splits, save_splits
+from train_fn.data.samples import Sample, Splits
+from train_fn.data.splitting import DataReport, save_splits
 from train_fn.settings import ModelSettings, TrialSettings
-from tune.report import (
-    PICTURES,
-    View,
-    calibration,
-    confusions,
-    importances,
-    load_search,
-    parameter_axis,
-    spans,
-    write_report,
-)
-from tune.results import Goal, Outcome, TrialRecord
-from tune.settings import DataSettings, StudySettings
+from tune.config.settings import DataSettings, StudySettings
+from tune.records.goals import Goal
+from tune.records.trials import TrialRecord
+from tune.results.outcome import Outcome
+from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
+from tune.results.report import write_report
+from tune.results.view import View, load_search
 
 HOSTILE = "<img src=x onerror=alert('$x$')>"
 ANSWERS = ("Normal", "Malignant")

@@ -9,23 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train_fn.data import Sample, Splits
-from tune.results import (
-    Outcome,
-    TrialRecord,
-    difference,
-    fold,
-    front,
-    make_scorer,
-    print_summary,
-    ranked,
-    spent,
-    verdict,
-    wall_seconds,
-    with_intervals,
-)
-from tune.settings import StudySettings
-from tune.uris import default_uri
+from train_fn.data.samples import Sample, Splits
+from tune.config.settings import StudySettings
+from tune.config.uris import default_uri
+from tune.records.budgets import spent, wall_seconds
+from tune.records.ranking import front, ranked
+from tune.records.trials import TrialRecord, fold
+from tune.results.intervals import difference, make_scorer, verdict, with_intervals
+from tune.results.outcome import Outcome
+from tune.results.summary import print_summary
 
 AUROC = (("auroc", "max"),)
 

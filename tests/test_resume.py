@@ -51,9 +51,9 @@ def random_moment() -> float:
 
 def check_whole(folder: Path, base, num_trials: int = 6) -> None:
     """Every trial once, complete everywhere, with the numbers of an undisturbed run."""
-    from train_fn.data import load_splits
-    from train_fn.loop import run_trial
+    from train_fn.data.splitting import load_splits
     from train_fn.settings import TrialSettings
+    from train_fn.trial.loop import run_trial
 
     study = json.loads((folder / "results" / "s" / "study.json").read_text())
     trials = study["trials"]
@@ -183,7 +183,7 @@ def test_resume_with_a_budget_and_replay(ended, base) -> None:
 
 
 def test_one_process_at_a_time(ended) -> None:
-    from tune.journal import StudyLock
+    from tune.records.journal import StudyLock
 
     lock = StudyLock(ended / "results" / "s")
     assert lock.acquire()
@@ -192,7 +192,7 @@ def test_one_process_at_a_time(ended) -> None:
 
 
 def test_a_journal_cut_in_its_last_line_is_read_up_to_it(tmp_path) -> None:
-    from tune.journal import Journal, read_events
+    from tune.records.journal import Journal, read_events
 
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)

@@ -11,8 +11,10 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from search_spaces import lora
-from tune.search import GridSampler, make_sampler, make_scheduler, warm_start
-from tune.settings import SAMPLERS, parse, searched_settings
+from tune.config.cli import parse
+from tune.config.settings import SAMPLERS
+from tune.config.space import searched_settings
+from tune.search.tuner import GridSampler, make_sampler, make_scheduler, warm_start
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -14,9 +14,9 @@ import pytest
 from optuna.trial import TrialState
 
 from search_spaces import lora
-from tune.results import TrialRecord
-from tune.search import fill_database, open_database, open_search
-from tune.settings import parse
+from tune.config.cli import parse
+from tune.records.trials import TrialRecord
+from tune.search.tuner import fill_database, open_database, open_search
 
 SEARCHED = {"lora_r": 16, "lora_alpha_ratio": 1.0, "learning_rate": 1e-3, "train_projector": False}
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from train_fn.settings import TrialSettings
-from tune.settings import GROUPS, SettingsError, check_space, load_space, parse, searched_settings
-from tune.space_check import corners, make_corner
+from tune.config.cli import parse
+from tune.config.paths import SettingsError
+from tune.config.settings import GROUPS
+from tune.config.space import load_space, searched_settings
+from tune.config.space_check import check_space, corners, make_corner
 
 ROOT = Path(__file__).parents[1]
 GUIDE_VALUES = {
@@ -190,7 +193,7 @@ def test_accumulation_keeps_the_global_batch() -> None:
 
 def test_threads_of_cpu_workers(monkeypatch) -> None:
     """The cores are shared out, and OMP_NUM_THREADS is the most that a worker takes."""
-    from tune.study import plan_layout
+    from tune.lanes.layout import plan_layout
 
     settings = parse(["--lanes", "2"])
     for asked, threads in (("", 4), ("1", 1), ("3", 3), ("64", 4), ("4,2", 4)):
@@ -200,7 +203,7 @@ def test_threads_of_cpu_workers(monkeypatch) -> None:
 
 
 def test_lanes_share_a_gpu() -> None:
-    from tune.study import plan_layout
+    from tune.lanes.layout import plan_layout
 
     shared = plan_layout(parse(["--lanes-per-gpu", "3"]), {"CPU": 8, "GPU": 2})
     assert (shared.lanes, shared.worker_resources) == (6, {"CPU": 1, "GPU": pytest.approx(1 / 3)})

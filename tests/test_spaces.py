@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from studies import SMALL, finish, start
 
-from tune.plan import FORMAT, checksum
-from tune.prepare import Study, prepare, resume
-from tune.settings import SAMPLERS, Settings, SettingsError, SpaceError, load_space, parse, searched_settings
-from tune.space_check import corners, problems_of_space
+from tune.config.cli import parse
+from tune.config.paths import SettingsError
+from tune.config.settings import SAMPLERS, Settings
+from tune.config.space import SpaceError, load_space, searched_settings
+from tune.config.space_check import corners, problems_of_space
+from tune.plan.prepare import Study, prepare, resume
+from tune.records.plan import FORMAT, checksum
 
 FINE = "GUIDE = {'r': 8}\ndef space(trial): return {'lora_r': trial.suggest_categorical('r', [4, 8])}\n"
 
@@ -186,7 +189,7 @@ APART = {
 @pytest.mark.parametrize(("text", "words"), APART.values(), ids=APART)
 def test_a_space_that_would_take_the_process_along(tmp_path: Path, monkeypatch, text: str, words: str) -> None:
     if "within" in words:
-        monkeypatch.setattr("tune.space_check.TIMEOUT_S", 3.0)
+        monkeypatch.setattr("tune.config.space_check.TIMEOUT_S", 3.0)
     (tmp_path / "mine.py").write_text(text)
     (problem,) = problems_of("--space", str(tmp_path / "mine.py"))
     assert words in problem
@@ -231,7 +234,7 @@ def test_an_error_of_optunas_storage_is_not_the_spaces(tmp_path: Path) -> None:
 
 def test_a_space_that_fails_while_the_study_runs() -> None:
     """The searcher ends the search; what it does not survive is not hidden."""
-    from tune.search import time_limit
+    from tune.search.tuner import time_limit
 
     def fails(trial: Any) -> dict[str, Any]:
         raise SystemExit(0)
@@ -270,7 +273,7 @@ def begun(tmp_path: Path, monkeypatch) -> Study:
 
 def load_anew() -> None:
     """As another process would."""
-    from tune.settings import read_source, run_source
+    from tune.config.space import read_source, run_source
 
     read_source.cache_clear()
     run_source.cache_clear()

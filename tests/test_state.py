@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from train_fn import storage
-from train_fn.files import write_checked
-from train_fn.loop import Leaving, ResumeState, run_trial
 from train_fn.settings import TrialSettings
-from train_fn.storage import Storage
+from train_fn.support import storage
+from train_fn.support.files import write_checked
+from train_fn.support.storage import Storage
+from train_fn.trial.loop import Leaving, run_trial
+from train_fn.trial.resume_state import ResumeState
 
 SETTINGS = TrialSettings(num_train_epochs=2, max_steps=4, lora_r=4, lora_alpha=8, learning_rate=1e-3, save_steps=1)
 
@@ -125,7 +126,7 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
         assert not (tmp_path / "final_model").exists() or len(partial) >= 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    from train_fn import loop
+    from train_fn.trial import loop
 
     write = loop.patiently
 

@@ -16,9 +16,9 @@ import pytest
 from studies import finish, start, wait_for
 from test_resume import OPTIONS, SPACE, check_whole
 
-from train_fn.loop import ResumeState
 from train_fn.settings import TrialSettings
-from train_fn.storage import Storage
+from train_fn.support.storage import Storage
+from train_fn.trial.resume_state import ResumeState
 
 pytest.importorskip("moto")
 fs = pytest.importorskip("pyarrow.fs")

@@ -19,15 +19,18 @@ from mlflow.exceptions import MlflowException
 from servers import reply, served
 from studies import write_plan
 
-from train_fn.files import DamagedFile
-from train_fn.storage import Storage
-from tune import sinks
-from tune.journal import encode
-from tune.settings import SettingsError, parse
-from tune.sinks import prepare_mlflow
-from tune.store_check import check_store
-from tune.tracking import Tracking, main, read_deliveries, target_of
-from tune.uris import default_uri, is_own, scrub, strip_credentials, tracking_uri
+from train_fn.support.files import DamagedFile
+from train_fn.support.storage import Storage
+from tune.config.cli import parse
+from tune.config.paths import SettingsError
+from tune.config.uris import default_uri, is_own, scrub, strip_credentials, tracking_uri
+from tune.records.journal import encode
+from tune.tracking import sinks
+from tune.tracking.__main__ import main
+from tune.tracking.calls import prepare_mlflow
+from tune.tracking.delivery import Tracking, read_deliveries
+from tune.tracking.store_check import check_store
+from tune.tracking.target import target_of
 
 # ------------------------------------------------------------------------------------------------ a study
 
@@ -621,7 +624,7 @@ def hang(handler: Any) -> None:
 def test_a_server_that_never_answers_delays_by_a_said_time(uri, tmp_path, capsys, monkeypatch, answer) -> None:
     monkeypatch.setattr(sinks, "CALL_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setattr("tune.store_check.CHECK_S", 0.5)
+    monkeypatch.setattr("tune.tracking.store_check.CHECK_S", 0.5)
     with served(answer) as (address, asked):
         directory = make_study(tmp_path, address)
         code, out, _ = sync(capsys, directory, "--mlflow-uri", address)
@@ -716,7 +719,7 @@ def test_a_server_that_is_away_is_a_warning_and_one_that_lets_nobody_in_is_none(
 
 
 def test_preparing_a_study_asks_its_store(uri, tmp_path) -> None:
-    from tune.prepare import prepare
+    from tune.plan.prepare import prepare
 
     deleted(uri, tmp_path)
     with pytest.raises(SettingsError, match="experiments restore"):
@@ -729,7 +732,7 @@ def test_preparing_a_study_asks_its_store(uri, tmp_path) -> None:
 
 
 def test_the_doctor_says_what_a_study_would_be_refused_with(uri, tmp_path) -> None:
-    from tune.doctor import check_records
+    from tune.doctor.examine import check_records
 
     def verdicts(*words: str) -> list[tuple[str, str]]:
         return [(finding.check, finding.verdict) for finding in check_records(parse(list(words)))]
@@ -745,7 +748,7 @@ def test_the_doctor_says_what_a_study_would_be_refused_with(uri, tmp_path) -> No
 def test_the_command_that_shows_the_trials_can_be_pasted(tmp_path, monkeypatch) -> None:
     import shlex
 
-    from tune.results import next_mlflow
+    from tune.results.summary import next_mlflow
 
     monkeypatch.chdir(tmp_path)
     assert next_mlflow(default_uri()) == "mlflow ui"

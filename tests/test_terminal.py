@@ -16,9 +16,9 @@ from rich.console import Console, Group
 from rich.text import Text
 from studies import ROOT, environment
 
-from tune.results import TrialRecord
-from tune.settings import StudySettings
-from tune.terminal import duration, footer, live
+from tune.config.settings import StudySettings
+from tune.records.trials import TrialRecord
+from tune.results.terminal import duration, footer, live
 
 STUDY = StudySettings(trials=20, workers_per_trial=2)
 GOALS = (("auroc", "max"),)
@@ -116,8 +116,8 @@ def test_an_interrupt_leaves_the_terminal_as_it_was(monkeypatch) -> None:
 
 
 def test_a_trial_tells_how_far_it_is(base, splits) -> None:
-    from train_fn.loop import run_trial
     from train_fn.settings import TrialSettings
+    from train_fn.trial.loop import run_trial
 
     settings = TrialSettings(num_train_epochs=2, lora_r=4, lora_alpha=8, logging_steps=2)
     told: list[dict] = []

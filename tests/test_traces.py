@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft.tuners.lora.model import LoraModel
 
-from train_fn import lora
-from train_fn.loop import run_trial
-from train_fn.lora import BaseChanged, adapted, attached, changes, lora_config, pristine
-from train_fn.model import load_base
+from train_fn.model.base import load_base
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.trial import lora
+from train_fn.trial.loop import run_trial
+from train_fn.trial.lora import adapted, attached, lora_config
+from train_fn.trial.pristine import BaseChanged, changes, pristine
 
 SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 

@@ -26,9 +26,10 @@ from mlflow import MlflowClient
 from servers import proxied
 from studies import ROOT, write_plan
 
-from train_fn.storage import Storage
-from tune.journal import Event, Journal, read_events
-from tune.tracking import Tracking, strip_credentials, target_of
+from train_fn.support.storage import Storage
+from tune.records.journal import Event, Journal, read_events
+from tune.tracking.delivery import Tracking, strip_credentials
+from tune.tracking.target import target_of
 
 LONG = "x" * 2000
 
@@ -111,7 +112,7 @@ def report(epoch: int, seed: int, last: int = 3) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     """A study's folder: six trials that end in every way, two of them begun again by a second session."""
-    from tune.progress import StudyLog
+    from tune.search.callback import StudyLog
 
     directory = tmp_path_factory.mktemp("study") / "s"
     adapter = directory / "best_adapter"
@@ -503,7 +504,8 @@ def test_a_uri_is_shown_without_its_credentials(uri, shown) -> None:
     "words", [["--mlflow-uri", "http://somebody:SECRET@host"], ["--storage", "s3://KEY:SECRET@bucket/results"]]
 )
 def test_a_secret_on_the_command_line_is_refused_and_not_shown(words) -> None:
-    from tune.settings import SettingsError, parse
+    from tune.config.cli import parse
+    from tune.config.paths import SettingsError
 
     with pytest.raises(SettingsError) as refused:
         parse(words)
@@ -517,9 +519,10 @@ def test_sync_refuses_a_secret_on_its_command_line(study, tmp_path) -> None:
 
 
 def test_no_secret_is_written_down_or_told(server, study, tmp_path, monkeypatch, capfd) -> None:
-    from tune.prepare import prepare
-    from tune.settings import parse
-    from tune.study import Layout, study_params, write_plan
+    from tune.config.cli import parse
+    from tune.lanes.layout import Layout
+    from tune.plan.prepare import prepare
+    from tune.study import study_params, write_plan
 
     whole = server.uri.replace("://", "://somebody:SECRET-1@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_fn.checkpoint import base_hash
-from train_fn.data import Sample, Splits
-from train_fn.model import BatchFailed, collate
+from train_fn.data.samples import Sample, Splits
+from train_fn.model.batches import BatchFailed, collate
+from train_fn.model.checkpoint import base_hash
+from train_fn.model.unchanged import Inputs, data_hash
 from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings
-from train_fn.storage import Storage
-from train_fn.unchanged import Inputs, data_hash
+from train_fn.support.storage import Storage
 from train_fn.worker import LaneJob, check_node
 
 REMEDY = "must stay as the study was begun with, but has changed: put it back"
@@ -40,7 +40,7 @@ def study(tmp_path: Path, splits) -> tuple[Path, Splits, Inputs]:
 
 def test_nothing_has_changed(study, monkeypatch) -> None:
     model, own, inputs = study
-    monkeypatch.setattr("train_fn.unchanged.data_hash", lambda _: pytest.fail("sizes and times say enough"))
+    monkeypatch.setattr("train_fn.model.unchanged.data_hash", lambda _: pytest.fail("sizes and times say enough"))
     assert inputs.changed_base(model) == "" and inputs.changed_images(own) == ""
 
 
@@ -66,7 +66,7 @@ def test_an_image_that_was_only_touched_or_copied_has_not_changed(study, monkeyp
     shutil.copyfile(own.test[0].image, aside)
     aside.replace(own.test[0].image)
     assert inputs.changed_images(own) == ""
-    monkeypatch.setattr("train_fn.unchanged.data_hash", lambda _: pytest.fail("that was compared before"))
+    monkeypatch.setattr("train_fn.model.unchanged.data_hash", lambda _: pytest.fail("that was compared before"))
     assert inputs.changed_images(own) == ""
 
 
@@ -135,7 +135,7 @@ def test_a_batch_that_cannot_be_made_is_nobodys_hyperparameter(base, splits, mon
     def refuse(*_) -> None:
         raise error
 
-    monkeypatch.setattr("train_fn.model.make_batch", refuse)
+    monkeypatch.setattr("train_fn.model.batches.make_batch", refuse)
     with pytest.raises(raised) as caught:
         collate(base, splits.train[:3], with_answers=True)
     if raised is BatchFailed:

@@ -17,23 +17,13 @@ from typing import Any
 
 from PIL import Image
 
-from train_fn.copies import MAX_DISTANCE, copy_groups, copy_pairs
-from train_fn.data import (
-    LARGE_GROUP,
-    MAX_CANDIDATES,
-    DataReport,
-    Sample,
-    Splits,
-    answer_set,
-    contradictory_groups,
-    different_images,
-    make_splits,
-    read_manifest,
-    shorten,
-)
-from train_fn.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
-from train_fn.phantoms import CLASSES, QUESTION
-from train_fn.text import plain
+from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
+from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
+from train_fn.data.manifest import MAX_CANDIDATES, answer_set, read_manifest, shorten
+from train_fn.data.phantoms import CLASSES, QUESTION
+from train_fn.data.samples import Sample, Splits
+from train_fn.data.splitting import LARGE_GROUP, DataReport, contradictory_groups, different_images, make_splits
+from train_fn.support.text import plain
 
 
 def main(argv: Sequence[str]) -> int:

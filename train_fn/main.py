@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train_fn.data import load_splits
+from train_fn.data.splitting import load_splits
 from train_fn.settings import ModelSettings, TrialSettings, broken_rules
 
 
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from train_fn.loop import run_trial
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
+    from train_fn.trial.loop import run_trial
 
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train_fn.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
-from train_fn.checkpoint import file_problems, resolve_model
-from train_fn.data import Sample, read_manifest, shorten
-from train_fn.files import DamagedFile, replace_folder
-from train_fn.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
-from train_fn.preflight import checked_processor, text_problems
+from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
+from train_fn.data.manifest import read_manifest, shorten
+from train_fn.data.samples import Sample
+from train_fn.model.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
+from train_fn.model.checkpoint import file_problems, resolve_model
+from train_fn.model.preflight import checked_processor, text_problems
 from train_fn.settings import DTYPES, ModelSettings
+from train_fn.support.files import DamagedFile, replace_folder
 
 if TYPE_CHECKING:
-    from train_fn.model import Base
+    from train_fn.model.base import Base
 
 BASE_VARIABLE = "VLM_TUNE_BASE"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -170,8 +171,8 @@ def adapted_base(settings: ModelSettings, adapter: Path) -> Iterator[Base]:
     find_base(settings)
     import torch
 
-    from train_fn.lora import load_adapter
-    from train_fn.model import load_base
+    from train_fn.model.base import load_base
+    from train_fn.trial.adapter_files import load_adapter
 
     try:
         base = load_base(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -196,8 +197,8 @@ def find_base(settings: ModelSettings) -> Path:
 
 def label_probabilities(base: Base, sample: Sample, candidates: Sequence[str]) -> dict[str, Any]:
     """The probability of each candidate, and the likeliest one. Raises NotFinite."""
-    from train_fn.evaluation import score_candidates
-    from train_fn.scores import probabilities
+    from train_fn.scoring.evaluation import score_candidates
+    from train_fn.scoring.scores import probabilities
 
     scores = score_candidates(base, [sample], candidates).double().cpu().numpy()
     if not np.isfinite(scores).all():
@@ -213,7 +214,7 @@ def generated_answer(base: Base, sample: Sample, most_tokens: int = 64) -> str:
     """The model's own words, greedy."""
     import torch
 
-    from train_fn.model import process
+    from train_fn.model.batches import process
 
     inputs = {
         name: value.to(base.device, base.model.dtype if value.is_floating_point() else None)
@@ -258,9 +259,9 @@ def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory
     import torch
     from safetensors.torch import save_file
 
-    from train_fn.hulumed import original_name
-    from train_fn.lora import merged_adapter
-    from train_fn.model import choose_dtype, load_base
+    from train_fn.model.base import choose_dtype, load_base
+    from train_fn.model.hulumed import original_name
+    from train_fn.trial.adapter_files import merged_adapter
 
     wanted = settings.base_dtype
     plain = replace(settings, use_qlora=False, dtype="float32", bf16=False, fp16=False)

@@ -29,11 +29,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from train_fn.adapters import read_task
-from train_fn.data import Sample, shorten
-from train_fn.images import image_problems
+from train_fn.data.images import image_problems
+from train_fn.data.manifest import shorten
+from train_fn.data.samples import Sample
+from train_fn.model.adapters import read_task
+from train_fn.model.preflight import text_problems
 from train_fn.predict import BASE_VARIABLE, adapted_base, generated_answer, label_probabilities
-from train_fn.preflight import text_problems
 
 ROOT_VARIABLE = "VLM_TUNE_IMAGE_ROOT"
 

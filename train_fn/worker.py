@@ -21,11 +21,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from train_fn.data import Splits
+from train_fn.data.samples import Splits
+from train_fn.model.unchanged import Inputs
 from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings, TrialSettings
-from train_fn.storage import Storage
-from train_fn.unchanged import Inputs
+from train_fn.support.storage import Storage
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
 LEAVE = Path("/tmp/vlm-tune-leave")  # made by a node's watcher for spot notices: see cluster.yaml
@@ -45,7 +45,7 @@ class LaneJob:
 
     lane: int
     dispatcher: Any
-    """Handle of the study's `tune.lane.Dispatcher` actor."""
+    """Handle of the study's `tune.lanes.dispatcher.Dispatcher` actor."""
     model: ModelSettings
     splits: Splits
     positive: str
@@ -116,7 +116,7 @@ def lane_loop(config: dict[str, Any]) -> None:
         torch.set_num_threads(job.num_threads)
     started = time.perf_counter()
     try:
-        from train_fn.model import base_gib, load_base
+        from train_fn.model.base import base_gib, load_base
 
         importlib.import_module("train_fn.loop")  # with DeepSpeed: seconds that belong to no trial
         device = ray.train.torch.get_device()
@@ -183,7 +183,8 @@ def work(
     """
     import ray
 
-    from train_fn.loop import run_trial, try_adapter
+    from train_fn.trial.loop import run_trial
+    from train_fn.trial.scoring import try_adapter
 
     number = assignment["number"]
     if job.inputs and rank == 0 and (problem := job.inputs.changed_images(job.splits)):
@@ -225,11 +226,12 @@ def goes_on(job: LaneJob, error: Exception, number: int, group: str) -> bool:
     import torch
     import torch.distributed as dist
 
-    from train_fn.engine import MicroBatchTooLarge, TrialFailed
-    from train_fn.loop import Leaving
-    from train_fn.lora import BaseChanged
-    from train_fn.memory import is_out_of_memory
-    from train_fn.model import BatchFailed
+    from train_fn.model.batches import BatchFailed
+    from train_fn.model.memory import is_out_of_memory
+    from train_fn.trial.applied import TrialFailed
+    from train_fn.trial.engine import MicroBatchTooLarge
+    from train_fn.trial.loop import Leaving
+    from train_fn.trial.pristine import BaseChanged
 
     told = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, TrialFailed):
@@ -265,7 +267,7 @@ class Pulse(threading.Thread):
         super().__init__(daemon=True)
         import ray
 
-        from train_fn import profile  # here, for a thread that imports beside another one may see half a module
+        from train_fn.support import profile  # here, for a thread that imports beside another one may see half a module
 
         self.profile = profile
         self.dispatcher = job.dispatcher

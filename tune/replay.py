@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from train_fn.text import plain
-from tune.prepare import Study
-from tune.results import TrialRecord, fold
-from tune.settings import SettingsError
-from tune.study import Layout, start_ray
+from train_fn.support.text import plain
+from tune.config.paths import SettingsError
+from tune.lanes.layout import Layout
+from tune.lanes.ray_start import start_ray
+from tune.plan.prepare import Study
+from tune.records.trials import TrialRecord, fold
 
 
 def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
@@ -23,7 +24,8 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     start_ray(study.settings)
     import ray  # after what `start_ray` sets for it
 
-    from tune.lane import Lanes, start_dispatcher
+    from tune.lanes.dispatcher import start_dispatcher
+    from tune.lanes.trainers import Lanes
 
     workers = study.settings.study.workers_per_trial
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)

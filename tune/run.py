@@ -14,16 +14,17 @@ STARTED = time.perf_counter()
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
 
-from train_fn.text import plain  # noqa: E402
-from tune.settings import SettingsError, parse, study_directory, user_paths  # noqa: E402
+from train_fn.support.text import plain  # noqa: E402
+from tune.config.cli import parse  # noqa: E402
+from tune.config.paths import SettingsError, study_directory, user_paths  # noqa: E402
 
 if TYPE_CHECKING:
-    from tune.prepare import Study
+    from tune.plan.prepare import Study
 
 
 def say(text: str) -> None:
     """One line of progress."""
-    from tune.terminal import print_line
+    from tune.results.terminal import print_line
 
     print_line(f"[{time.perf_counter() - STARTED:6.1f} s] {text}")
 
@@ -36,16 +37,16 @@ def begin(argv: list[str]) -> Study | int:
     """
     settings = parse(argv)
     if settings.command.doctor:
-        from tune.doctor import examine
+        from tune.doctor.examine import examine
 
         return examine(settings, say)
     if settings.command.show:
-        from tune.results import print_summary
-        from tune.study import show
+        from tune.results.summary import print_summary
+        from tune.show import show
 
         print_summary(show(study_directory(settings.command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
         return 0
-    from tune.prepare import prepare, resume
+    from tune.plan.prepare import prepare, resume
 
     if settings.command.replay:
         from tune.replay import replay
@@ -75,13 +76,13 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted: nothing has been changed.", file=sys.stderr)
         return 130
-    from tune.results import print_summary
+    from tune.results.summary import print_summary
 
     try:
         print_summary(outcome)
         sys.stdout.flush()
     except (OSError, KeyboardInterrupt):
-        from tune.terminal import drop_output
+        from tune.results.terminal import drop_output
 
         drop_output(1)  # nobody reads it any more; the same stands in study.json
     if outcome.interrupted or outcome.error:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from train_fn.storage import patiently
-from tune.journal import Journal
-from tune.terminal import give_back_terminal
+from train_fn.support.storage import patiently
+from tune.records.journal import Journal
+from tune.results.terminal import give_back_terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_S = 0.05  # a signal that comes while an event is written is raised again after so long

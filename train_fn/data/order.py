@@ -1,0 +1,28 @@
+"""The order of the training images, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+def class_weights(counts: Sequence[int]) -> list[float]:
+    """Loss weight per class: inverse frequency, scaled so that the mean over the images is 1."""
+    return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+
+
+def epoch_order(num_images: int, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of one epoch as [steps, global_batch_size] indices, shuffled by seed and epoch.
+
+    The last batch is filled up from the epoch's beginning, so that every step has the same number of images.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_images)
+    steps = -(-num_images // global_batch_size)
+    return np.resize(order, (steps, global_batch_size))
+
+
+def micro_batches(step: np.ndarray, micro_batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """This worker's micro-batches of one step's [global_batch_size] indices."""
+    mine = step.reshape(-1, world_size, micro_batch_size)[:, rank]
+    yield from mine

@@ -1,0 +1,147 @@
+"""A model's files on disk: whether they are whole, and their hash. Nothing here needs torch or transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from train_fn.data.copies import default_cache, read_known, write_known
+from train_fn.nano import CHECKPOINT as NANO
+from train_fn.support.files import DamagedFile, file_hash, read_json
+
+JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+              "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "vocab.json", "chat_template.json", "model.safetensors.index.json")  # fmt: skip
+INDEX = "model.safetensors.index.json"
+POINTERS = {b"version https://git-lfs": "Git LFS", b"/annex/objects": "git-annex", b"../": "git-annex"}
+# Neither the weights nor a prompt depend on these: documents, pictures, code (never run) and formats (never read).
+UNREAD = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".py", ".bin", ".pt", ".pth", ".ckpt", ".gguf",
+          ".onnx", ".h5", ".msgpack", ".lock", ".metadata")  # fmt: skip
+
+
+def resolve_model(model: str) -> Path:
+    """The folder that `--model` names."""
+    return NANO if model == "nano" else Path(model)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, from its header.
+
+    Raises:
+        DamagedFile: the file is missing, a pointer to its content, cut off, or no safetensors file.
+    """
+    if not path.is_file():  # a pipe or a device would be waited for
+        what = "is no file" if path.exists() else "is a link to nowhere" if path.is_symlink() else "is missing"
+        raise DamagedFile(f"{path} must hold weights, but {what}: fetch it (from git-annex: git annex get)")
+    try:
+        with safe_open(path, "np") as opened:  # compares the header with the file's length
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise DamagedFile(f"{path} must be readable, but is not: {error.strerror or error}") from error
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            begin = file.read(64)
+        tool = next((tool for mark, tool in POINTERS.items() if begin.startswith(mark)), "")
+        if tool:
+            raise DamagedFile(
+                f"{path} must hold weights, but is {tool}'s pointer to them: fetch the content "
+                f"(git lfs pull, git annex get, or download the file)"
+            ) from error
+        raise DamagedFile(
+            f"{path} must be a whole safetensors file, but is not ({error}; {path.stat().st_size:,} bytes): fetch it "
+            f"again"
+        ) from error
+
+
+def file_problems(directory: Path) -> list[str]:
+    """Every reason why the files of a model directory cannot be loaded: JSON that is none, weights that are missing,
+    cut off, or pointers."""
+    problems = []
+    for path in (directory / name for name in JSON_FILES if os.path.lexists(directory / name)):
+        try:
+            read_json(path, dict, "fetch the model again")
+        except DamagedFile as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{path} must be readable, but is not: {error.strerror}")
+    if problems:
+        return problems
+    shards = sorted(directory.glob("*.safetensors"))
+    wanted: dict[str, str] = {}
+    if (directory / INDEX).is_file() and not (directory / "model.safetensors").exists():
+        wanted = read_json(directory / INDEX, dict).get("weight_map", {})
+        if not isinstance(wanted, dict) or not wanted:
+            return [f"{directory / INDEX} must map tensors to files under `weight_map`: fetch the model again"]
+        shards = [directory / str(name) for name in sorted(set(wanted.values()), key=str)]
+    found: dict[str, set[str]] = {}
+    for path in shards:
+        try:
+            found[path.name] = set(tensor_shapes(path))
+        except DamagedFile as error:
+            problems.append(str(error))
+    lacking = [name for name, file in wanted.items() if file in found and name not in found[file]]
+    if lacking:
+        problems.append(
+            f"{directory / INDEX} must agree with the weights, but {len(lacking)} tensors are not where it says, "
+            f"{lacking[0]} among them: fetch the model again"
+        )
+    return problems
+
+
+def files_that_count(directory: Path) -> Iterator[Path]:
+    """The files of a model directory that can decide weights or prompts, subfolders included, in order."""
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.suffix.lower() not in UNREAD and path.is_file():
+                yield path
+
+
+def base_files(directory: Path) -> dict[str, str]:
+    """sha256 of each file of a model directory that can decide its weights or its prompts, by name.
+
+    Small files are read each time. Hashes of weights are kept between studies by path, size, inode and the times of
+    change, of which a program can set all but ctime: 8 GB take some seconds once.
+    """
+    memory = default_cache().with_name("hashes.json")
+    known = read_known(memory)
+
+    def one(path: Path) -> tuple[str, str, str]:
+        name = path.relative_to(directory).as_posix()
+        if path.suffix != ".safetensors":
+            return name, "", file_hash(path)
+        state = path.stat()
+        key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+        return name, key, known.get(key) or file_hash(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(one, files_that_count(directory)))
+    fresh: dict[str, Any] = {key: value for _, key, value in found if key and key not in known}
+    if fresh:
+        write_known(memory, known | fresh)
+    return {name: value for name, _, value in found}
+
+
+def base_hash(directory: Path, version: int = 2) -> str:
+    """sha256 over `base_files`. Version 1, of plans of the first version, has the weights and *.json alone."""
+    files = base_files(directory)
+    if version == 1:
+        files = {
+            name: files[name]
+            for name in sorted(files)
+            if "/" not in name and Path(name).suffix in (".json", ".safetensors")
+        }
+    return hash_of(files)
+
+
+def hash_of(files: dict[str, str]) -> str:
+    """sha256 over names and hashes of files."""
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""Putting an adapter on the frozen base, taking it off again without a trace, and writing it to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from train_fn.model.base import Base
+from train_fn.model.targets import adapter_pattern, target_problems
+from train_fn.settings import TrialSettings
+from train_fn.trial.pristine import BaseChanged, changes, pristine, restore
+
+
+@contextlib.contextmanager
+def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
+    """The base with an adapter of this configuration; afterwards the base as it was loaded, projector included, also
+    when attaching fails.
+
+    Raises BaseChanged when an earlier trial has left something on the base.
+    """
+    before = pristine(base)
+    if found := changes(base, before):
+        raise BaseChanged(f"the base must be as it was loaded, but differs in {', '.join(found[:5])}")
+    try:
+        base.autocasts = base.autocasts and not config.use_dora  # whose norms need float32
+        # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
+        model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+        for layer in adapter_layers(model).values():
+            layer.cast_input_dtype_enabled = not base.autocasts
+        yield model
+    finally:
+        restore(base, before)
+
+
+def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
+    """Put other weights in the projector's place; `attached` puts back those that it found."""
+    projector = base.model.get_submodule(base.projector)
+    for name, weight in weights.items():
+        module, _, last = name.rpartition(".")
+        projector.get_submodule(module)._parameters[last] = torch.nn.Parameter(weight.to(base.device))
+
+
+@contextlib.contextmanager
+def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
+    """The base with a fresh adapter and, if asked, a trainable float32 projector; afterwards the base as it was loaded.
+
+    Raises ValueError when a name in `lora_target_modules` matches no module, or the adapted modules are not those that
+    the settings name; BaseChanged as `attached` does.
+    """
+    if problems := target_problems(base, settings):
+        raise ValueError("; ".join(problems))
+    torch.manual_seed(settings.seed)
+    wanted = wanted_modules(base, settings) if settings.use_lora else set()
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(attached(base, lora_config(base, settings)))
+        adapted_modules = {name.removeprefix("base_model.model.") for name in adapter_layers(model)}
+        if settings.use_lora and (other := wanted ^ adapted_modules):
+            raise ValueError(f"the adapter must be on the modules that the settings name, but differs in {min(other)}")
+        if not settings.use_lora:  # the adapter stays what it begins as, without effect
+            model.requires_grad_(False)
+        if settings.train_projector:
+            weights = base.model.get_submodule(base.projector).named_parameters()
+            replace_projector(base, {name: p.detach().to(torch.float32, copy=True) for name, p in weights})
+        if settings.gradient_checkpointing:
+            # Re-entrant checkpointing gives no gradient where no input needs one: the frozen embeddings.
+            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if settings.torch_compile:
+            stack.enter_context(compiled(base))
+        yield model
+
+
+@contextlib.contextmanager
+def compiled(base: Base) -> Iterator[None]:
+    """The language model's layers compiled, for training only: an evaluation's cache of keys and values would be
+    compiled anew for every layer. All layers are alike and share what is compiled."""
+    layers = [layer for layer in base.model.get_submodule(base.language_model).modules()
+              if isinstance(layer, GradientCheckpointingLayer)]  # fmt: skip
+    try:
+        for layer in layers:
+            # What nn.Module.compile sets, and what nn.Module.__call__ looks for.
+            layer._compiled_call_impl = functools.partial(call, layer, torch.compile(layer._call_impl))
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        torch._dynamo.reset()  # it would keep up to eight ranks, and then give up
+
+
+def call(layer: torch.nn.Module, as_compiled: Callable, *given: Any, **named: Any) -> Any:
+    """A layer's output, compiled where gradients are wanted."""
+    return (as_compiled if torch.is_grad_enabled() else layer._call_impl)(*given, **named)
+
+
+def wanted_modules(base: Base, settings: TrialSettings) -> set[str]:
+    """Full names of the linear layers that the settings name, worked out without PEFT."""
+    linear = {name for name, (module, _) in pristine(base).modules.items()
+              if isinstance(module, torch.nn.Linear) and name.startswith(base.language_model + ".")}  # fmt: skip
+    allowed = {name for name in linear if not any(part in name for part in settings.lora_exclude_patterns)}
+    ends = tuple(f".{target}" for target in settings.lora_target_modules)
+    return {name for name in allowed if f".{name}".endswith(ends)}
+
+
+def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:
+    """PEFT's configuration of a trial's adapter."""
+    return LoraConfig(
+        r=settings.lora_r if settings.use_lora else 1,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int, computes with float
+        lora_dropout=settings.lora_dropout,
+        target_modules=adapter_pattern(base, settings.lora_target_modules, settings.lora_exclude_patterns),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base.model.name_or_path),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+
+
+def adapter_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
+    """The modules that carry an adapter, by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def parameter_groups(model: torch.nn.Module, settings: TrialSettings) -> list[dict]:
+    """AdamW's groups: adapter (its B matrices apart), projector weights, projector biases (not decayed). Named, so that
+    they can be read back."""
+    projector_rate = settings.projector_learning_rate or settings.learning_rate
+    rates = {
+        "adapter": settings.learning_rate,
+        "adapter_b": settings.learning_rate * settings.loraplus_lr_ratio,
+        "projector": projector_rate,
+        "projector_bias": projector_rate,
+    }
+    groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" in name:
+            groups["adapter_b" if ".lora_B." in name else "adapter"].append(parameter)
+        elif parameter.requires_grad:
+            groups["projector_bias" if name.endswith("bias") else "projector"].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates[name],
+            "weight_decay": 0.0 if name.endswith("bias") else settings.weight_decay,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]

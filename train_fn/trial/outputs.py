@@ -1,0 +1,87 @@
+"""What a trial leaves on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from train_fn.data.samples import Splits
+from train_fn.model.base import Base
+from train_fn.settings import TrialSettings
+from train_fn.support.files import replace_folder, write_json, write_sums
+from train_fn.support.storage import Storage
+from train_fn.trial.adapter_files import save_adapter
+
+
+def save_checkpoint(
+    base: Base, model: Any, settings: TrialSettings, log: History, output: Path, storage: Storage
+) -> None:
+    """Write `checkpoint-N/` and remove the oldest beyond `save_total_limit`."""
+    directory = output / f"checkpoint-{log.step}"
+    partial = output / f".checkpoint-{log.step}"  # a half-written one must not look like one
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(base, model, settings, partial)
+    log.save(partial)
+    replace_folder(partial, directory)
+    storage.push(directory)
+    for old in checkpoints(output, storage)[: -settings.save_total_limit] if settings.save_total_limit else []:
+        storage.remove(old)
+
+
+def checkpoints(output: Path, storage: Storage) -> list[Path]:
+    """The folders `checkpoint-N/` of a trial, the oldest first."""
+    found = [name for name in storage.names(output) if name.startswith("checkpoint-")]
+    return [output / name for name in sorted(found, key=lambda name: int(name.rpartition("-")[2]))]
+
+
+def save_final(
+    base: Base, model: Any, settings: TrialSettings, splits: Splits, log: History, output: Path, storage: Storage
+) -> None:
+    """Write `final_model/`, with its task.json, and trainer_state.json; both are on the disk when this returns."""
+    partial = output / ".final_model"  # a half-written one must never become a winner's
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(base, model, settings, partial)
+    save_task(base, splits, partial)
+    write_sums(partial)
+    replace_folder(partial, output / "final_model")
+    log.save(output)
+    storage.push(output / "final_model")
+    storage.push(output / "trainer_state.json")
+
+
+def save_task(base: Base, splits: Splits, directory: Path) -> None:
+    """Write task.json beside an adapter: base, question and candidates, so that `train_fn.predict` need not ask."""
+    questions = Counter(sample.text for sample in splits.train)
+    task = {
+        "model": dataclasses.asdict(base.settings),
+        "question": questions.most_common(1)[0][0],
+        "candidates": splits.candidates,
+    }
+    write_json(directory / "task.json", task)
+
+
+class History:
+    """A trial's log, in the form of the Hugging Face Trainer's trainer_state.json."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.entries: list[dict[str, float]] = []
+        self.told = 0
+        self.recent: list[float] = []  # losses of the steps since the last entry on training
+
+    def add(self, **values: float) -> None:
+        """Append an entry for the present step."""
+        self.entries.append({**values, "step": self.step})
+
+    def take_new(self) -> list[dict[str, float]]:
+        """Entries since the last call."""
+        fresh, self.told = self.entries[self.told :], len(self.entries)
+        return fresh
+
+    def save(self, directory: Path) -> None:
+        """Write trainer_state.json."""
+        state = {"global_step": self.step, "log_history": self.entries}
+        write_json(directory / "trainer_state.json", state)

@@ -1,0 +1,83 @@
+"""The end of a study: winner's adapter, study.json, report, the journal's last event."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tune.plan.prepare import Study
+from tune.results.outcome import Outcome
+from tune.signals import StopSignals
+from tune.tracking.delivery import Tracking
+
+
+def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], stop: StopSignals) -> None:
+    """Write what was found: the winner's adapter, study.json, the report, the journal's last event. What cannot be
+    written costs itself only, with a note. The first signal leaves out the report, the second all that is left."""
+    if not outcome.records:  # a signal came while they were collected
+        outcome.read(study.journal.events)
+    for report in (True, False):
+        try:
+            write_results(study, outcome, tracking, layout, report)
+            return
+        except KeyboardInterrupt:
+            outcome.interrupted = outcome.incomplete = True
+            outcome.note("a signal ended the study before all of its results were written")
+            if stop.count > 1:
+                return
+
+
+def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], report: bool) -> None:
+    """The steps of `conclude`, once."""
+    artifacts: list[Path] = []
+    try:
+        if outcome.winner is None and not outcome.rejected:
+            outcome.choose_winner()
+        outcome.measure(study.journal.events)
+        content = outcome.save(study.plan, layout)
+        artifacts.append(study.directory / "study.json")
+    except OSError as error:
+        outcome.error = outcome.error or f"the study's results could not be written: {error}"
+        tracking.close(timeout_s=10)
+        return  # the journal is in the same folder: writing to it would wait for minutes
+    if outcome.records and report:
+        from tune.results.report import write_report
+
+        try:
+            artifacts += write_report(content, study.directory)
+        except Exception as error:  # whatever a drawing library raises costs the report alone
+            outcome.incomplete = True
+            outcome.note(f"the report could not be written ({type(error).__name__}: {error})".splitlines()[0])
+    final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
+    end_of_study(study, outcome, tracking, final, artifacts, timeout_s=60 if report else 5)
+
+
+def end_of_study(
+    study: Study,
+    outcome: Outcome,
+    tracking: Tracking,
+    tags: dict[str, Any],
+    artifacts: list[Path],
+    timeout_s: float = 60,
+) -> None:
+    """Write the last event of a session, and wait until the stores have received all events."""
+    scores = {f"best_{name}": value for name, value in outcome.winner.metrics.items()} if outcome.winner else {}
+    tests = {f"test_{name}": f"{score['value']:.4f}" for name, score in outcome.tests.get("winner", {}).items()}
+    hashes = {name: study.plan[name] for name in ("data_hash", "base_hash")}
+    study.journal.write(
+        "study_ended",
+        state=outcome.state,
+        tags=tags | {"ended_by": outcome.ended_by},
+        metrics=scores | {"wall_s": outcome.seconds.get("wall", 0.0)},
+        num_trials=len(outcome.records),
+        artifacts=[path.relative_to(study.directory) for path in artifacts],  # the folder may be moved
+        adapter=outcome.relative(outcome.adapter) if outcome.adapter and outcome.exit_code == 0 else None,
+        kept=outcome.kept,
+        rejected=outcome.rejected,
+        incomplete=outcome.incomplete or bool(outcome.error),
+        register=study.settings.study.register,
+        model_tags=hashes | tests | {"base_model": study.settings.model.model, "study": study.name},
+    )
+    tracking.notify()
+    for sentence in tracking.notes(timeout_s):
+        outcome.note(sentence)

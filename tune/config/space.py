@@ -1,0 +1,196 @@
+"""Search spaces: their source, and the trial settings of one point."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from train_fn.settings import SHOWN, TrialSettings, matching
+from train_fn.support.files import read_json
+from tune.config.paths import is_file
+from tune.config.settings import Settings, flag
+
+MAX_FILE = 10_000_000  # bytes of a space or of first points
+
+
+class SpaceError(ValueError):
+    """A search space cannot be used; the message goes on from the space's name: "asks for ...", "must return ..."."""
+
+
+def is_own(space: str) -> bool:
+    """Whether a space is a Python file of the user, and none of search_spaces/."""
+    return space.endswith(".py")
+
+
+def read_space(space: str) -> bytes:
+    """The source of a space. One process reads it once, so what runs is what was compared. Raises SpaceError."""
+    folder = Path(__file__).resolve().parents[2] / "search_spaces"
+    known = sorted(path.stem for path in folder.glob("[a-z]*.py"))
+    if not is_own(space) and space not in known:
+        raise SpaceError(f"must be one of {', '.join(known)} or a Python file, but got {SHOWN.repr(space)}: check it")
+    return read_source(os.path.abspath(space) if is_own(space) else str(folder / f"{space}.py"))
+
+
+@functools.cache
+def read_source(path: str) -> bytes:
+    """The content of a Python file. Raises SpaceError."""
+    if not is_file(path):
+        raise SpaceError(f"must be an existing Python file, but got {SHOWN.repr(path)}: check the path")
+    try:
+        with open(path, "rb") as file:
+            source = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise SpaceError(f"must be readable, but {path!r}: {error.strerror}: change its permissions") from error
+    if len(source) > MAX_FILE:
+        raise SpaceError(f"must have at most {MAX_FILE:,} bytes, but {path!r} has more: give the right file")
+    return source
+
+
+def space_hash(space: str) -> str:
+    """sha256 of the file that defines a space. Raises SpaceError."""
+    return hashlib.sha256(read_space(space)).hexdigest()
+
+
+def load_space(name: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
+    """`space` and `GUIDE` of a module of search_spaces/ or of a Python file. Raises SpaceError."""
+    return run_source(name, os.path.abspath(name), read_space(name))
+
+
+@functools.cache
+def run_source(name: str, path: str, source: bytes) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
+    """`space` and `GUIDE` that a source defines. Not by an import, which would prefer a compiled file beside it."""
+    module = types.ModuleType(f"space_{Path(name).stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:  # a user's own file: whatever it raises is what they must mend
+        raise SpaceError(f"{name!r} must be importable, but raised {type(error).__name__}: {error}: mend it") from error
+    space, guide = getattr(module, "space", None), getattr(module, "GUIDE", None)
+    if not callable(space) or not isinstance(guide, dict):
+        raise SpaceError(f"must define a function `space` and a dict `GUIDE`, but {name!r} does not: see search_spaces")
+    return space, guide
+
+
+GRID_POINTS = 4  # of a range, its ends among them
+NAME_OF_PARAMETER = matching(r"(?!\.)[\w.: -]{1,250}", "letters, digits, `_`, `.`, `:`, `-` and spaces, at most 250")
+RESERVED = ("number", "settings", "chosen", "known_epochs")  # what Ray Tune's configuration of a trial holds beside
+
+
+class Pinned:
+    """An Optuna trial, under its number in this study, in which some parameters have been decided on the command line:
+    they are not asked for. With `grid`, ranges are asked for at a few points only, and at those of the `first` ones."""
+
+    def __init__(
+        self, trial: Any, values: dict[str, Any], number: int, grid: bool = False, first: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self._trial = trial
+        self._values = values
+        self._first = first
+        self.number = number
+        self.failed: Exception | None = None
+        """What Optuna raised that is no fault of the space, such as an error of its storage."""
+        if grid:
+            self.suggest_float = self._suggest_from_grid(float)
+            self.suggest_int = self._suggest_from_grid(int)
+
+    def _suggest_from_grid(self, kind: type) -> Callable[..., Any]:
+        def suggest(name: str, low: float, high: float, *, log: bool = False, **_: Any) -> Any:
+            if name in self._values:
+                return self._values[name]
+            shares = [step / (GRID_POINTS - 1) for step in range(GRID_POINTS)]
+            points = [low * (high / low) ** share if log else low + (high - low) * share for share in shares]
+            choices = {float(f"{point:.6g}") if kind is float else round(point) for point in points}
+            choices |= {kind(point[name]) for point in self._first if name in point}
+            return self._ask(self._trial.suggest_categorical, name, sorted(choices))
+
+        return suggest
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._trial, name)
+        if not name.startswith("suggest_"):
+            return attribute
+
+        def suggest(name: str, *args: Any, **options: Any) -> Any:
+            return self._values[name] if name in self._values else self._ask(attribute, name, *args, **options)
+
+        return suggest
+
+    def _ask(self, suggest: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+        if not isinstance(name, str) or not NAME_OF_PARAMETER.holds(name) or name in RESERVED:
+            raise SpaceError(
+                f"must ask under names of {NAME_OF_PARAMETER.words}, other than {', '.join(RESERVED)}, but asks for "
+                f"{SHOWN.repr(name)}: rename it"
+            )
+        try:
+            return suggest(name, *args, **options)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise SpaceError(
+                f"must ask for {name!r} as Optuna allows, but Optuna says {str(error).rstrip('.')!r}: mend its choices "
+                f"or range, or ask under a second name"
+            ) from error
+        except Exception as error:
+            self.failed = error
+            raise
+
+
+def searched_settings(
+    settings: Settings, space: Callable[[Any], dict[str, Any]], trial: Any, number: int = 0
+) -> tuple[dict[str, Any], list[str]]:
+    """The trial settings of one point of the space, over those of the command line, and the names of those that the
+    space decides.
+
+    Raises:
+        SpaceError: the space raises, or what it returns cannot be trained, or a pinned setting is computed from others.
+    """
+    pinned = {name: getattr(settings.trial, name) for name in settings.pinned}
+    grid = settings.study.sampler == "grid"
+    asking = Pinned(trial, pinned, number, grid, first_points(settings) if grid else ())
+    workers = max(1, settings.study.workers_per_trial)
+    known = settings.trial.problems(workers)  # the command line's own, which `check` reports
+    try:
+        found = space(asking)
+        if not isinstance(found, dict):
+            raise SpaceError(f"must return a dict of settings, but returned {SHOWN.repr(found)}: see search_spaces")
+        clash = [name for name in pinned if name in found and found[name] != pinned[name]]
+        point = TrialSettings.from_dict(dataclasses.asdict(settings.trial) | found)
+        problems = [text for text in point.problems(workers) if text not in known]
+    except SpaceError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's own function: whatever it raises is what they must mend
+        if error is asking.failed:
+            raise
+        raise SpaceError(f"must return settings, but raised {type(error).__name__}: {error}: mend it") from error
+    if clash:
+        options = ", ".join(map(flag, clash))
+        raise SpaceError(f"computes {options} from what it searches: leave the option out, or use another space")
+    if problems:
+        raise SpaceError(f"must return settings that can be trained: {'; '.join(problems)}")
+    return dataclasses.asdict(point), sorted(found)
+
+
+def read_points(path: str) -> list[dict[str, Any]]:
+    """The points of --first-points. Raises ValueError."""
+    if not is_file(path):
+        raise ValueError(f"must be an existing file, but got {SHOWN.repr(path)}: check the path")
+    try:
+        if (size := Path(path).stat().st_size) > MAX_FILE:
+            raise ValueError(f"must have at most {MAX_FILE:,} bytes, but {path!r} has {size:,}: leave points out")
+        points = read_json(Path(path), list, "give a JSON list of objects")
+    except OSError as error:
+        raise ValueError(f"must be readable, but {path!r}: {error.strerror}: change its permissions") from error
+    if not all(isinstance(point, dict) for point in points):
+        raise ValueError(f"must be a JSON list of objects, but {path!r} holds something else: see --help")
+    return points
+
+
+def first_points(settings: Settings) -> list[dict[str, Any]]:
+    """What a search begins with: the space's guide, and the points of --first-points. Raises SpaceError."""
+    return [load_space(settings.study.space)[1], *settings.first_points]

@@ -1,0 +1,136 @@
+"""The test split, scored once with the winner's adapter and with the guide's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train_fn.scoring.scores import probabilities
+from tune.plan.prepare import Study
+from tune.records.trials import TrialRecord
+from tune.results.intervals import difference, make_scorer, with_intervals
+from tune.results.outcome import Outcome, adapter_hash
+
+SCORING = 10**9  # and this is its number for the scoring job
+
+
+def choose_and_score(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Name the winner, score the test with its adapter, and keep that. An adapter that cannot be loaded, or whose
+    scores are not finite, makes the next best trial the winner."""
+    outcome.pick_winner()
+    attempt = 0
+    while outcome.winner and not outcome.interrupted:
+        problem = score_test(study, dispatcher, outcome, say, SCORING + attempt)
+        if not problem:
+            break
+        outcome.reject(outcome.winner, problem)
+        outcome.pick_winner()
+        attempt += 1
+    outcome.keep_adapter()
+
+
+def chosen_for_test(outcome: Outcome) -> dict[str, TrialRecord]:
+    """The trials whose adapters the test is scored with: the winner, and the guide's defaults where they completed."""
+    assert outcome.winner
+    chosen = {"winner": outcome.winner}
+    guide = next((record for record in outcome.records if record.number == 0), None)
+    if guide and guide is not outcome.winner and guide.state == "COMPLETE":
+        chosen["guide"] = guide
+    return chosen
+
+
+def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) -> bool:
+    """Whether the last test scores are those of these trials' adapters, and their files are as they were then."""
+    last = next((event for event in reversed(study.journal.events) if event["event"] == "tested"), None)
+    if last is None:
+        return False
+    adapters = {who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()}
+    if "sha256" not in last:  # of an older version
+        return last["adapters"] == adapters
+    paths = adapter_paths(outcome, chosen)
+    return last["adapters"]["winner"] == adapters["winner"] and last["sha256"] == hashes_of(paths)
+
+
+def adapter_paths(outcome: Outcome, chosen: dict[str, TrialRecord]) -> dict[str, Path | None]:
+    """Where the adapters to score the test with lie; None: nowhere."""
+    return {who: outcome.adapter if who == "winner" else outcome.find_adapter(r) for who, r in chosen.items()}
+
+
+def hashes_of(paths: dict[str, Path | None]) -> dict[str, str]:
+    """The adapters' sha256, empty where there is none."""
+    return {who: adapter_hash(path) if path else "" for who, path in paths.items()}
+
+
+def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None], number: int) -> str:
+    """Score the test images with the winner and with the guide's defaults (trial 0), if that trial completed, and their
+    paired difference. What was scored already is not scored again.
+
+    Args:
+        number: the job's number, a new one for each winner.
+
+    Returns: what is wrong with the winner's adapter; empty: nothing.
+    """
+    import ray
+
+    chosen = chosen_for_test(outcome)
+    if is_tested(study, outcome, chosen):
+        return ""
+    say("Scoring the test images with the winner" + (" and the guide's defaults" if "guide" in chosen else ""))
+    paths = adapter_paths(outcome, chosen)
+    hashes = hashes_of(paths)
+    there = {who: path for who, path in paths.items() if path}
+    job = {"kind": "score", "adapters": list(map(str, there.values())), "label": "scoring the test images"}
+    ray.get(dispatcher.submit.remote(number, job))
+    report = ray.get(dispatcher.next_report.remote(number, 0))
+    if "error" in report:
+        outcome.error = f"the test could not be scored: {report['error'].splitlines()[0]}"
+        return ""
+    answers = dict(zip(there, report["predictions"], strict=True))
+    problems = {who: adapter_problem(answer) for who, answer in answers.items()}
+    if problems["winner"]:
+        return f"its adapter {problems['winner']}"
+    if "guide" in chosen and (problem := problems.get("guide", "is missing")):
+        outcome.note(f"there is no test score of the guide's defaults: the adapter of trial 0 {problem}")
+        del chosen["guide"]
+    predicted = {who: answers[who] for who in chosen}
+    scorers = {
+        who: make_scorer(predicted[who], study.splits, record.settings["class_balanced_loss"], study.positive)
+        for who, record in chosen.items()
+    }
+    everything, clean = np.arange(len(study.splits.test)), np.array(study.data_report.test_clean, dtype=int)
+    tests = {}
+    for who, scorer in scorers.items():
+        tests[who] = with_intervals(scorer, everything)
+        if 0 < len(clean) < len(everything):
+            tests[f"{who}, clean part"] = with_intervals(scorer, clean)
+    if "guide" in scorers:
+        tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
+    predictions = {
+        who: {
+            "answers": [sample.label for sample in study.splits.test],
+            "probabilities": probabilities(found["scores"]).round(6).tolist(),
+        }
+        for who, found in predicted.items()
+        if study.splits.candidates
+    }
+    event = study.journal.write(
+        "tested",
+        tests=tests,
+        predictions=predictions,
+        adapters={who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()},
+        sha256=hashes,
+        num_trials=len(outcome.records),
+    )
+    outcome.hear(event)
+    return ""
+
+
+def adapter_problem(answer: dict[str, Any]) -> str:
+    """What a scoring job's answer says against an adapter; empty: nothing."""
+    if "error" in answer:
+        return f"cannot be loaded ({answer['error']})"
+    finite = all(np.isfinite(values).all() for values in answer.values())
+    return "" if finite else "gives scores that are not finite"

@@ -1,0 +1,66 @@
+"""How a study shares out the machines."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from tune.config.paths import SettingsError
+from tune.config.settings import Settings
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the study shares out the machines."""
+
+    lanes: int
+    workers_per_trial: int
+    use_gpu: bool
+    num_threads: int
+    """torch threads of each CPU worker, no more than OMP_NUM_THREADS says; 0 for GPUs: torch's default."""
+    lanes_per_gpu: int = 1
+
+    @property
+    def devices_per_trial(self) -> float:
+        """GPUs or CPU workers that a trial holds."""
+        return self.workers_per_trial / (self.lanes_per_gpu if self.use_gpu else 1)
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray sets aside for a worker."""
+        return {"CPU": 1} | ({"GPU": 1 / self.lanes_per_gpu} if self.use_gpu else {})
+
+
+def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
+    """Lanes and workers from what the cluster has. Raises SettingsError when it can never hold one lane.
+
+    As few workers per trial as asked: independent trials scale better than one trial over several workers.
+    """
+    study = settings.study
+    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    use_gpu = study.device == "gpu" or (study.device == "auto" and gpus > 0)
+    slots, what = cores, "CPU cores"
+    if use_gpu:
+        slots, what = gpus * study.lanes_per_gpu, "GPUs" if study.lanes_per_gpu == 1 else "shares of GPUs"
+    most = slots // study.workers_per_trial
+    # An autoscaler brings GPUs on request: there, what is missing now says nothing, but somebody must say how many.
+    awaited = study.device == "gpu" and study.lanes > 0 and joins_cluster()
+    if most < max(1, study.lanes) and not awaited:
+        raise SettingsError(
+            [
+                f"`--lanes` x `--workers-per-trial` must fit the {slots} {what} of the cluster, but got "
+                f"{max(1, study.lanes)} x {study.workers_per_trial}: lower one (on an autoscaling cluster say "
+                f"--device gpu and --lanes)"
+            ]
+        )
+    lanes = min(study.lanes or most, study.trials)
+    threads = 0 if use_gpu else max(1, cores // (lanes * study.workers_per_trial))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal():
+        threads = min(threads, max(1, int(asked)))
+    return Layout(lanes, study.workers_per_trial, use_gpu, threads, study.lanes_per_gpu)
+
+
+def joins_cluster() -> bool:
+    """Whether a study runs on a cluster that is there already."""
+    return bool(os.environ.get("RAY_ADDRESS"))

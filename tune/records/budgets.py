@@ -1,0 +1,86 @@
+"""What a study has used of its time, GPU-hours and failures, from the journal's events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from tune.records.goals import comparison, holds
+from tune.records.journal import Event
+from tune.records.trials import TrialRecord
+
+MAX_SECONDS = 10**6 * 3600
+
+
+def seconds(text: str) -> float:
+    """A duration such as 30s, 90m or 2h in seconds; empty: 0. Raises ValueError."""
+    if not text:
+        return 0.0
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1])
+    found = float(text[:-1]) * unit if unit else float(text)
+    if not 0 < found <= MAX_SECONDS:
+        raise ValueError(f"must be a time above 0 and at most {MAX_SECONDS // 3600:,} h")
+    return found
+
+
+class Budgets(Protocol):
+    """The budgets of a study: fields of `StudySettings`."""
+
+    @property
+    def time_budget(self) -> str: ...
+    @property
+    def gpu_hours(self) -> float: ...
+    @property
+    def max_failures(self) -> int: ...
+    @property
+    def stop_when(self) -> str: ...
+
+
+def spent(records: Iterable[TrialRecord], events: Sequence[Event], study: Budgets, until: float | None = None) -> str:
+    """Which budget of the study is used up, as a sentence; empty if none is. until: as for `wall_seconds`."""
+    records = list(records)
+    if study.time_budget and wall_seconds(events, until) >= seconds(study.time_budget):
+        return f"the time budget of {study.time_budget} is used up"
+    hours = sum(record.device_seconds for record in records) / 3600
+    if study.gpu_hours and hours >= study.gpu_hours:
+        return f"the budget of {study.gpu_hours:g} GPU-hours is used up"
+    failed = sum(record.state == "FAILED" for record in records)
+    if study.max_failures and failed >= study.max_failures:
+        return f"{failed} trials have failed (--max-failures {study.max_failures})"
+    if study.stop_when:
+        rule = comparison(study.stop_when)
+        for record in records:
+            if record.state == "COMPLETE" and holds(rule, record.metrics):
+                return f"trial {record.number} has reached {study.stop_when}"
+    return ""
+
+
+def wall_seconds(events: Sequence[Event], until: float | None = None) -> float:
+    """Seconds that a study has run, over all its sessions.
+
+    Args:
+        until: when the last session ends, in seconds since the epoch. None: it runs now.
+    """
+    return sum(session_s for _, session_s in sessions(events, until))
+
+
+def sessions(events: Sequence[Event], until: float | None = None) -> list[tuple[Event, float]]:
+    """The first event of each session and the session's seconds, up to its last event; the start before the first event
+    is included."""
+    starts = [number for number, event in enumerate(events) if event["event"] == "session"]
+    ends = [events[number - 1]["time"] for number in starts[1:]] + [time.time() if until is None else until]
+    return [
+        (events[number], end - events[number]["time"] + events[number].get("startup_s", 0.0))
+        for number, end in zip(starts, ends, strict=False)
+    ]
+
+
+def lanes_of(session: Event) -> int:
+    """The lanes of a session, from its first event."""
+    return int(session.get("params", {}).get("lanes", 0))
+
+
+def last_time(events: list[Event]) -> float:
+    """When a study that does not run ended, in seconds since the epoch."""
+    return events[-1]["time"] if events else 0.0

@@ -1,0 +1,71 @@
+"""plan.json: what a study rests on, fixed before its first trial, and read again by everything that goes on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from train_fn.support.files import DamagedFile, read_json, write_json
+
+FORMAT = 2  # of plan.json; 1, without a number and a checksum in the file, was the first version's
+KEYS: dict[str, type] = {
+    "study_id": str,
+    "settings": dict,
+    "tracking_uri": str,
+    "data_report": dict,
+    "goals": list,
+    "candidates": list,
+    "positive_label": str,
+    "data_hash": str,
+    "base_hash": str,
+    "space_hash": str,
+    "splits_hash": str,
+}
+ALSO = ("class_counts", "versions", "git")  # in the first version's plans, and not read again
+PARTS = ("study", "model", "data", "trial")  # of the settings
+FIX = "put it back from a copy, or begin a new study"
+
+
+def read_plan(directory: Path) -> dict[str, Any]:
+    """The plan of a study, with the types that its readers rely on, and without its checksum.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        DamagedFile: it is no plan, or a newer version has written it.
+    """
+    path = directory / "plan.json"
+    plan = read_json(path, dict, FIX)
+    version = plan.setdefault("format", 1)
+    if version not in range(1, FORMAT + 1):
+        raise DamagedFile(f"{path} must have a format up to {FORMAT}, but has {version!r}: use the newer version")
+    unknown = [name for name in plan if version == 1 and name not in (*KEYS, *ALSO, "format")]
+    if unknown or (version > 1 and plan.pop("checksum", None) != checksum(plan)):
+        raise DamagedFile(f"{path} must be as it was written, but it was changed: {FIX}")
+    wrong = [name for name, kind in KEYS.items() if not isinstance(plan.get(name), kind)]
+    if "settings" not in wrong:
+        wrong += [f"settings.{name}" for name in PARTS if not isinstance(plan["settings"].get(name), dict)]
+    if wrong:
+        raise DamagedFile(f"{path} must hold a study's plan, but lacks a sound {', '.join(wrong)}: {FIX}")
+    if not plan["goals"] or not all(is_goal(goal) for goal in plan["goals"]):
+        raise DamagedFile(f"{path} must name goals such as ['auroc', 'max'], but has {plan['goals']!r:.80}: {FIX}")
+    if not all(isinstance(answer, str) for answer in plan["candidates"]):
+        raise DamagedFile(f"{path} must name the answers, but has {plan['candidates']!r:.80}: {FIX}")
+    return plan
+
+
+def checksum(plan: dict[str, Any]) -> str:
+    """sha256 of a plan as JSON holds it."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def is_goal(value: Any) -> bool:
+    """Whether a value is a goal as JSON holds it."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[1] in ("max", "min")
+
+
+def save_plan(directory: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, which makes the folder a study. Raises OSError."""
+    plain = json.loads(json.dumps(plan | {"format": FORMAT}))
+    write_json(directory / "plan.json", plain | {"checksum": checksum(plain)})

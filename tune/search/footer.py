@@ -1,0 +1,35 @@
+"""The live footer of a running study."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import ray
+import ray.tune
+from rich.console import Group
+
+from tune.lanes.layout import Layout
+from tune.results.terminal import footer
+from tune.search.callback import StudyLog
+
+
+class Footer:
+    """A running study's footer: the journal's records, and what the dispatcher last answered. Never waits for it."""
+
+    def __init__(self, log: StudyLog, layout: Layout) -> None:
+        self.log = log
+        self.devices_per_trial = layout.devices_per_trial
+        self.snapshot: dict[str, Any] = {"lanes": layout.lanes, "starting": layout.lanes, "running": []}
+        self.asked = log.dispatcher.snapshot.remote()
+
+    def __call__(self) -> Group:
+        """The footer of this moment."""
+        if ray.wait([self.asked], timeout=0)[0]:
+            # A dispatcher that is gone ends the search, which tells of it.
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                self.snapshot = ray.get(self.asked)
+            self.asked = self.log.dispatcher.snapshot.remote()
+        study = self.log.study
+        records = list(self.log.records.values())
+        return footer(records, self.snapshot, study.goals, study.settings.study, self.devices_per_trial)

@@ -1,0 +1,75 @@
+"""The results of a study so far, also while it runs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from tune.config.paths import SettingsError
+from tune.config.stored import stored_settings
+from tune.records.budgets import last_time
+from tune.records.journal import read_journal
+from tune.results.outcome import Outcome
+
+
+def show(directory: Path) -> Outcome:
+    """A study's results so far, from its journal; also while it runs. Writes nothing.
+
+    Raises SettingsError when plan.json is damaged, or the study cannot be read.
+    """
+    plan, values = stored_settings(directory)
+    path = directory / "journal.jsonl"
+    try:
+        running = is_running(directory)
+        journal = read_journal(path)
+    except OSError as error:
+        raise SettingsError([f"the study's files must be readable, but {error}: change their permissions"]) from error
+    outcome = Outcome(
+        name=directory.name,
+        directory=directory,
+        goals=tuple((name, mode) for name, mode in plan["goals"]),
+        require=values.get("require", ()),
+        num_trials=values["trials"],
+        records=[],
+        running=running,
+        tracking_uri=plan["tracking_uri"],
+    )
+    events = journal.events
+    outcome.read(events, None if running else last_time(events))
+    for note in journal.notes():
+        outcome.note(note)
+    ended = bool(events) and events[-1]["event"] == "study_ended"
+    if outcome.running:
+        outcome.note("the study is running")
+    elif not ended:
+        outcome.note("the study was interrupted" if events else f"{path} is missing or empty: no trial is known")
+        for record in outcome.records:
+            record.state = "INTERRUPTED" if record.state == "RUNNING" else record.state
+    outcome.incomplete |= not outcome.running and not ended
+    try:
+        # Not `pick_winner`: what is missing here may lie in a bucket.
+        outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)
+        if outcome.winner:
+            outcome.forget_old_tests()
+            outcome.adapter = outcome.find_adapter(outcome.winner)
+    except OSError as error:
+        outcome.note(f"the winner's adapter cannot be read: {error}")
+    for number, (reason, _) in outcome.rejected.items():
+        outcome.note(f"trial {number} cannot be the winner: {reason}")
+    return outcome
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process holds the study's lock. Needs no right to write there. Raises OSError."""
+    try:
+        handle = os.open(directory / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

@@ -1,0 +1,301 @@
+"""MLflow, TensorBoard and W&B: threads of the driver deliver the journal's events to them, in order.
+
+Workers never talk to a tracking store, and the search never waits for one. What each store has received, and what it
+has refused, is kept beside the journal in tracking.json. The rest is delivered later by the same study, by `--resume`,
+or by
+
+    python -m tune.tracking sync STUDY
+
+Delivering an event twice changes nothing, so a kill between delivering and noting it loses and doubles nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train_fn.support.files import DamagedFile, read_json, write_json
+from tune.config.uris import strip_credentials
+from tune.records.journal import Event
+from tune.tracking.calls import Refusal, StoreLost, StoreUnavailable, reason_of
+from tune.tracking.mlflow_sink import MLflowSink
+from tune.tracking.sinks import Sink, StorageSink, TensorBoardSink, WandbSink
+from tune.tracking.target import Target, sync_command
+
+FORMAT = 2  # of tracking.json
+CLOSE_S = 60.0  # longest time that a study's end waits for its stores
+
+
+@dataclass
+class Delivery:
+    """What a store has received of a study."""
+
+    name: str
+    """mlflow, tensorboard, wandb or storage."""
+    key: str
+    """Its key in tracking.json: a URI without credentials, or the name."""
+    position: int = 0
+    """Index of the first event that was not delivered yet."""
+    again: list[int] = field(default_factory=list)
+    """Indices of events that are delivered once more: the store has lost them, or has refused some of them."""
+    refused: dict[int, list[Refusal]] = field(default_factory=dict)
+    """The refused calls, by the event's index."""
+    sink: Sink | None = None
+    unavailable: str = ""
+    """Why the store could not be used at the last try, if it could not."""
+
+
+def number(events: Sequence[Event], index: int) -> int:
+    """The number under which tracking.json knows an event: its `seq`, or else its index."""
+    event = events[index]
+    seq = event.get("seq") if isinstance(event, dict) else None
+    return seq if isinstance(seq, int) and not isinstance(seq, bool) else index
+
+
+def index_of(events: Sequence[Event], seq: int) -> int:
+    """Index of the first event whose number is at least `seq`."""
+    return bisect.bisect_left(range(len(events)), seq, key=lambda index: number(events, index))
+
+
+class Tracking:
+    """Delivers the journal's events to each store, each in a thread of its own."""
+
+    def __init__(self, target: Target, events: Sequence[Event], retry_s: float = 5.0) -> None:
+        self.damage = ""  # what is wrong with tracking.json
+        self._events = events  # the journal's own list: it grows
+        self._target = target
+        self._retry_s = retry_s
+        self._path = target.directory / "tracking.json"
+        self._stored: dict[str, Any] = {}  # of all stores, those that this process does not reach included
+        try:
+            self._stored = read_deliveries(self._path, target)
+        except (OSError, DamagedFile) as error:
+            self.damage = f"{error}: every record is delivered again"
+        self._deliveries = [self._begin(name) for name in target.report_to]
+        self._changed = threading.Condition()
+        self._writing = threading.Lock()  # apart: `notify` must not wait for a disk
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(delivery,), daemon=True) for delivery in self._deliveries
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _begin(self, name: str) -> Delivery:
+        """What tracking.json says of a store."""
+        uris = {"mlflow": strip_credentials(self._target.uri), "storage": strip_credentials(self._target.storage_uri)}
+        delivery = Delivery(name, uris.get(name, name))
+        stored = self._stored.get(delivery.key, {"next": 0, "again": [], "refused": []})
+        last = number(self._events, len(self._events) - 1) if self._events else -1
+        if stored["next"] > last + 1:
+            self.damage = (
+                f"{self._path} counts {stored['next']} records, but the journal has fewer: all are delivered again"
+            )
+            return delivery
+        delivery.position = index_of(self._events, stored["next"])
+        seqs = {number(self._events, index): index for index in range(delivery.position)}
+        delivery.again = sorted(seqs[seq] for seq in stored["again"] if seq in seqs)
+        for entry in stored["refused"]:
+            if entry["seq"] in seqs:
+                delivery.refused.setdefault(seqs[entry["seq"]], []).append((entry["call"], entry["reason"]))
+        return delivery
+
+    def notify(self) -> None:
+        """The journal has grown."""
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def errors(self) -> list[str]:
+        """What stores have refused: one line for each reason."""
+        return [f"{delivery.name}: {reason}" for delivery in self._deliveries for reason in refusals(delivery)]
+
+    def close(self, timeout_s: float = CLOSE_S) -> dict[str, int]:
+        """Wait until all is delivered, or a store fails once more, at most so long.
+
+        Returns the number of events that each store still waits for, in whole or in part.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return {delivery.name: count for delivery in self._deliveries if (count := self._waiting(delivery))}
+
+    def reason(self, name: str) -> str:
+        """Why a store's records wait."""
+        delivery = next(delivery for delivery in self._deliveries if delivery.name == name)
+        refused = refusals(delivery)
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        texts = [delivery.unavailable] if delivery.unavailable else []
+        texts += [f"refused: {'; '.join(refused[:3])}{more}"] if refused else []
+        return ", ".join(texts) or "it cannot be reached: no answer in time"
+
+    def notes(self, timeout_s: float = CLOSE_S) -> list[str]:
+        """`close`, and a sentence for each store that still waits for records."""
+        found = [self.damage] if self.damage else []
+        for name, count in self.close(timeout_s).items():
+            found.append(
+                f"{name}: {count} records wait, {self.reason(name)} (waited {timeout_s:g} s at most). "
+                f"Deliver them with {sync_command(self._target)}"
+            )
+        return found + self.left_out
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each store that misses files which the study's folder no longer holds."""
+        return [
+            f"{delivery.name} was not sent {', '.join(names)}: the study's folder does not hold it"
+            for delivery in self._deliveries
+            if (names := sorted(getattr(delivery.sink, "left_out", ())))
+        ]
+
+    def _waiting(self, delivery: Delivery) -> int:
+        with self._changed:
+            partly = set(delivery.again) | set(delivery.refused)
+            return len(self._events) - delivery.position + len(partly)
+
+    def _run(self, delivery: Delivery) -> None:
+        while True:
+            closing = self._closing
+            done = self._deliver(delivery)
+            if closing:
+                return
+            with self._changed:
+                if done and delivery.position == len(self._events) and not self._closing:
+                    self._changed.wait(self._retry_s)
+                elif not done:
+                    self._changed.wait_for(lambda: self._closing, self._retry_s)
+
+    def _deliver(self, delivery: Delivery) -> bool:
+        """Deliver all that a store has not received. Returns False if it cannot be used now."""
+        try:
+            if delivery.sink is None:
+                self._open(delivery)
+            assert delivery.sink
+            while delivery.again or delivery.position < len(self._events):
+                index = delivery.again[0] if delivery.again else delivery.position
+                try:
+                    refused = delivery.sink.deliver(self._events[index])
+                except StoreUnavailable:
+                    raise
+                except Exception as error:  # a store, or a damaged event, must not end a study; it stays on record
+                    refused = [("event", reason_of(error))]
+                self._note(delivery, index, refused)
+            if isinstance(delivery.sink, MLflowSink):
+                delivery.sink.check_file()
+        except StoreLost as error:
+            with self._changed:
+                delivery.again = list(range(delivery.position))
+            delivery.unavailable = f"its records are gone: {reason_of(error)}"
+            return False
+        except StoreUnavailable as error:
+            delivery.unavailable = f"it cannot be reached: {reason_of(error)}"
+            return False
+        except Exception as error:  # it refuses to be opened, for whatever reason; all of its records wait
+            delivery.unavailable = f"it cannot be used: {reason_of(error)}"
+            return False
+        delivery.unavailable = ""
+        return True
+
+    def _open(self, delivery: Delivery) -> None:
+        """Open a store, and find out what it must receive once more."""
+        sink = SINKS[delivery.name](self._target)
+        again = set(delivery.again) | set(delivery.refused)
+        if isinstance(sink, MLflowSink):
+            again = sink.missing(self._events[: delivery.position], again)
+        with self._changed:
+            delivery.again = sorted(again)
+        delivery.sink = sink
+
+    def _note(self, delivery: Delivery, index: int, refused: list[Refusal]) -> None:
+        """Note that an event was delivered, but for what was refused of it."""
+        with self._changed:
+            delivery.refused.pop(index, None)
+            if refused:
+                delivery.refused[index] = refused
+            if delivery.again and delivery.again[0] == index:
+                delivery.again.pop(0)
+            else:
+                delivery.position = index + 1
+        # A full disk costs no record: after a kill, some are delivered again.
+        with self._writing, contextlib.suppress(OSError):
+            self._stored[delivery.key] = self._record(delivery)
+            write_json(self._path, {"format": FORMAT, "study_id": self._target.study_id, "stores": self._stored})
+
+    def _record(self, delivery: Delivery) -> dict[str, Any]:
+        """What tracking.json keeps of a store."""
+        position = delivery.position
+        return {
+            "next": number(self._events, position - 1) + 1 if position else 0,
+            "again": [number(self._events, index) for index in delivery.again],
+            "refused": [
+                {"seq": number(self._events, index), "call": call, "reason": reason}
+                for index, calls in delivery.refused.items()
+                for call, reason in calls
+            ],
+        }
+
+
+def refusals(delivery: Delivery) -> list[str]:
+    """The calls that a store has refused, each reason once; it may differ from run to run by an id in a path."""
+    first: dict[str, str] = {}
+    for calls in list(delivery.refused.values()):
+        for call, reason in calls:
+            first.setdefault(re.sub("[0-9a-f]{32}", "", reason), f"{call}: {reason}")
+    return list(first.values())
+
+
+def read_deliveries(path: Path, target: Target) -> dict[str, Any]:
+    """The stores of tracking.json by their keys; none if there is no such file.
+
+    Raises OSError, or DamagedFile when it holds something else, or belongs to another study.
+    """
+    if not path.exists():
+        return {}
+    content = read_json(path, dict, "remove it")
+    count = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0  # noqa: E731
+    if "format" not in content:  # of the first version: counts by the store's name
+        if not all(count(value) for value in content.values()):
+            raise DamagedFile(f"{path} must hold counts, but does not: remove it")
+        keys = {"mlflow": target.study_uri, "storage": strip_credentials(target.storage_uri)}
+        return {keys.get(name, name): {"next": value, "again": [], "refused": []} for name, value in content.items()}
+    if content["format"] != FORMAT:
+        raise DamagedFile(
+            f"{path} must have format {FORMAT}, but has {content['format']!r}: use the version that wrote it"
+        )
+    if content.get("study_id") != target.study_id:
+        raise DamagedFile(f"{path} must be of this study, but is of {content.get('study_id')!r}: remove it")
+    stores = content.get("stores")
+    sound = isinstance(stores, dict) and all(
+        isinstance(store, dict)
+        and count(store.get("next"))
+        and isinstance(store.get("again"), list)
+        and all(map(count, store["again"]))
+        and isinstance(store.get("refused"), list)
+        and all(
+            isinstance(entry, dict) and count(entry.get("seq")) and isinstance(entry.get("call"), str)
+            and isinstance(entry.get("reason"), str) for entry in store["refused"]
+        )
+        for store in stores.values()
+    )  # fmt: skip
+    if not sound:
+        raise DamagedFile(f"{path} must hold next, again and refused for each store, but does not: remove it")
+    assert isinstance(stores, dict)
+    return stores
+
+
+SINKS: dict[str, Callable[[Target], Sink]] = {
+    "mlflow": MLflowSink,
+    "tensorboard": TensorBoardSink,
+    "wandb": WandbSink,
+    "storage": StorageSink,
+}

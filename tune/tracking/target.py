@@ -1,0 +1,84 @@
+"""Which study is recorded, and where."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train_fn.support.files import DamagedFile
+from train_fn.support.storage import Storage
+from tune.config.settings import REPORT_TO
+from tune.config.uris import default_uri, strip_credentials, with_credentials
+
+
+def sync_command(target: Target) -> str:
+    """The command that delivers a study's records later."""
+    words = ["python", "-m", "tune.tracking", "sync", str(target.directory)]
+    uri = strip_credentials(target.uri)
+    if "mlflow" in target.report_to and uri != default_uri():
+        words += ["--mlflow-uri", uri]
+    return shlex.join(words)
+
+
+def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target:
+    """The target of a study that was begun. uri: another MLflow store than the study's own.
+
+    Raises DamagedFile when plan.json does not hold what it must.
+    """
+    try:
+        study = plan["settings"]["study"]
+        texts = [plan["study_id"], plan["tracking_uri"], study["experiment"], study["storage"], plan["goals"][0][0]]
+        report_to = tuple(study["report_to"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise DamagedFile(f"{directory / 'plan.json'} must be a study's plan, but lacks {error}") from error
+    if not all(isinstance(text, str) for text in (*texts, *report_to)) or not set(report_to) <= {*REPORT_TO, "storage"}:
+        raise DamagedFile(f"{directory / 'plan.json'} must be a study's plan, but a value has another type")
+    return Target(
+        study=directory.name,
+        study_id=plan["study_id"],
+        directory=directory,
+        experiment=study["experiment"],
+        metric=plan["goals"][0][0],
+        uri=with_credentials(uri or plan["tracking_uri"]),
+        report_to=(*report_to, *(["storage"] if study["storage"] else [])),
+        storage_uri=Storage.under(study["storage"], directory).uri,
+        study_uri=strip_credentials(plan["tracking_uri"]),
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which study is recorded, and where."""
+
+    study: str
+    study_id: str
+    """Unique, so that a run is found again and never mistaken for one of another study of the same name."""
+    directory: Path
+    experiment: str
+    metric: str
+    """The first goal."""
+    uri: str
+    report_to: tuple[str, ...]
+    storage_uri: str = ""
+    """The study's own place on object storage, or nothing."""
+    study_uri: str = ""
+    """The MLflow store that the study was begun with, without credentials; `uri` may be another one."""
+    may_write: Callable[[], bool] = lambda: True
+    """Whether this process may write the study's files on object storage. Raises OSError."""
+
+
+def inside(directory: Path, name: object, content: bool = True) -> Path:
+    """The path of a file or folder of a study. Raises ValueError if it leads out of the study's folder, links followed.
+
+    content: whether all that a folder holds must lie inside, too, because it is sent.
+    """
+    path, root = directory / str(name), directory.resolve()
+    for part in (path, *(path.rglob("*") if content and path.is_dir() else ())):
+        if not part.resolve().is_relative_to(root):
+            raise ValueError(
+                f"{str(name)!r} must lie inside the study's folder, but leads to {part.resolve()}: it is not used"
+            )
+    return path
