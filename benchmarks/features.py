@@ -85,7 +85,7 @@ def measure_preparation(image_tokens: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from train_fn.model.base import read_image
+    from train_fn.data.images import read_image
     from train_fn.model.features import FeatureStore
     from train_fn.model.hulumed import HulumedImageProcessor
 

@@ -81,9 +81,10 @@ def check_problems(problems: list[str]) -> None:
 
 def command_lines(count: int, seed: int) -> Tally:
     """Random command lines through `parse`."""
+    from train_fn.settings import rules
     from tune.config.cli import parse
     from tune.config.paths import SettingsError
-    from tune.config.settings import GROUPS, flag, rules
+    from tune.config.settings import GROUPS, flag
 
     tally, rng = Tally("command lines"), random.Random(seed)
     fields = {field.name: (group, field) for group in GROUPS for field in dataclasses.fields(group)}

@@ -83,7 +83,7 @@ def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     from train_fn.scoring.metrics import bootstrap_intervals
 
     monkeypatch.setattr("tune.study.Tracking", Stores)
-    monkeypatch.setattr("tune.results.outcome.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
+    monkeypatch.setattr("tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
 
 
 @pytest.fixture
@@ -754,7 +754,7 @@ def test_a_scoring_job_answers_for_each_adapter(base, splits, tmp_path: Path) ->
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError):
-        patch.setattr("train_fn.trial.lora.load_file", denied)
+        patch.setattr("train_fn.trial.adapter_files.load_file", denied)
         try_adapter(base, splits, "test", 16, sound)  # a disk that fails is no fault of the adapter
 
 

@@ -25,9 +25,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from train_fn.data.images import read_image
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.samples import Sample
-from train_fn.model.base import Base, load_base, read_image
+from train_fn.model.base import Base, load_base
 from train_fn.model.batches import answer_losses, collate
 from train_fn.model.preflight import base_problems
 from train_fn.model.processors import image_only

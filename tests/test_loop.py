@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from train_fn.data.images import read_image
 from train_fn.data.samples import Sample, Splits
-from train_fn.model.base import load_base, read_image
+from train_fn.model.base import load_base
 from train_fn.model.batches import answer_losses, collate, forward_hidden
 from train_fn.scoring.evaluation import predict, score_candidates
 from train_fn.scoring.scores import metrics_of
@@ -362,7 +363,7 @@ def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch
         train(base, splits, replace(SHORT, zero_stage=stage))
 
 
-@pytest.mark.parametrize("place", ["train_fn.trial.engine.answer_losses", "train_fn.trial.loop.predict"])
+@pytest.mark.parametrize("place", ["train_fn.trial.engine.answer_losses", "train_fn.trial.scoring.predict"])
 def test_out_of_memory_in_a_step_is_told_apart(base, splits, monkeypatch, place) -> None:
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -12,9 +12,10 @@ from ray.tune.schedulers import TrialScheduler
 
 from search_spaces import lora
 from tune.config.cli import parse
+from tune.config.samplers import GridSampler, make_sampler
 from tune.config.settings import SAMPLERS
 from tune.config.space import searched_settings
-from tune.search.tuner import GridSampler, make_sampler, make_scheduler, warm_start
+from tune.search.tuner import make_scheduler, warm_start
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

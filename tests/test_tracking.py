@@ -27,8 +27,9 @@ from servers import proxied
 from studies import ROOT, write_plan
 
 from train_fn.support.storage import Storage
+from tune.config.uris import strip_credentials
 from tune.records.journal import Event, Journal, read_events
-from tune.tracking.delivery import Tracking, strip_credentials
+from tune.tracking.delivery import Tracking
 from tune.tracking.target import target_of
 
 LONG = "x" * 2000

@@ -17,7 +17,9 @@ from typing import Any
 from train_fn.data.manifest import read_manifest, unreadable_images
 from train_fn.data.samples import Splits
 from train_fn.data.splitting import DataReport, load_splits, make_splits
+from train_fn.model.checkpoint import base_hash
 from train_fn.model.preflight import base_problems
+from train_fn.model.unchanged import data_hash
 from train_fn.nano import CHECKPOINT
 from train_fn.scoring.metrics import MODES
 from train_fn.settings import ModelSettings, TrialSettings
@@ -29,7 +31,7 @@ from tune.config.settings import Settings, flag
 from tune.config.space import space_hash
 from tune.config.trust import remember_space
 from tune.config.uris import tracking_uri
-from tune.plan.provenance import base_hash, data_hash, git_state
+from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
 from tune.records.goals import Goal, comparison, goal
 from tune.records.journal import Journal, StudyLock, read_events
