@@ -83,7 +83,9 @@ def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     from train_fn.scoring.metrics import bootstrap_intervals
 
     monkeypatch.setattr("tune.study.Tracking", Stores)
-    monkeypatch.setattr("tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
+    monkeypatch.setattr(
+        "tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9)
+    )
 
 
 @pytest.fixture

@@ -247,7 +247,9 @@ import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 from pathlib import Path
-from train_fn.model import load_processor, read_image, resolve_model
+from train_fn.data.images import read_image
+from train_fn.model.checkpoint import resolve_model
+from train_fn.model.processors import load_processor
 base = AutoModelForImageTextToText.from_pretrained(resolve_model("nano"), dtype=torch.float32)
 model = PeftModel.from_pretrained(base, {str(adapter)!r}).eval()
 processor = load_processor(Path({str(adapter)!r}))

@@ -1,83 +1,339 @@
-"""Samplers and schedulers, as the search uses them, without Ray's processes."""
+"""What a search tries next, when it stops a trial, and what optuna.db holds: functions of the journal alone."""
 
 from __future__ import annotations
 
+import json
 import random
+import sqlite3
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
-from ray.tune.schedulers import TrialScheduler
+from optuna.trial import TrialState
 
 from search_spaces import lora
 from tune.config.cli import parse
-from tune.config.samplers import GridSampler, make_sampler
+from tune.config.samplers import grid_points
 from tune.config.settings import SAMPLERS
-from tune.config.space import searched_settings
-from tune.search.tuner import make_scheduler, warm_start
+from tune.records.journal import Journal, read_events
+from tune.records.optuna_study import DatabaseExport, as_optuna
+from tune.records.trials import TrialRecord, fold
+from tune.search.early_stopping import should_stop
+from tune.search.points import Point, propose, to_json, warm_start
+from tune.search.searcher import JournalSearcher
+
+GOALS = (("auroc", "max"),)
+WIDE = "GUIDE = {}\ndef space(trial):\n    return {'lora_r': trial.suggest_int('lora_r', 1, 64)}\n"
+
+
+def make_study(*argv: str, name: str = "s", folder: Path = Path()) -> Any:
+    return SimpleNamespace(settings=parse([*argv]), name=name, directory=folder, goals=GOALS, metric="auroc")
+
+
+def record_of(point: Point, number: int, auroc: float | None, state: str = "COMPLETE") -> TrialRecord:
+    epochs = [] if auroc is None else [{"auroc": auroc}]
+    return TrialRecord(number, point.searched, {}, point.distributions, state, epochs, finished=state == "COMPLETE")
+
+
+def run(study: Any, num_trials: int, records: dict[int, TrialRecord] | None = None) -> dict[int, TrialRecord]:
+    """The records of a search with one lane, whose scores depend on the points."""
+    records = dict(records or {})
+    grid = grid_points(study.settings) if study.settings.study.sampler == "grid" else []
+    for number in range(num_trials):
+        if number not in records:
+            if (point := propose(study, records, number, grid=grid)) is None:
+                break
+            records[number] = record_of(point, number, 1 / (1 + abs(point.settings.learning_rate - 1e-3)))
+    return records
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_goes_on_from_the_guide(name: str) -> None:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    settings, scores = parse(["--sampler", name]), random.Random(0)
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(name, 0))
-    study.enqueue_trial(lora.GUIDE)
-    seen = []
-    for number in range(14):
-        trial = study.ask()
-        chosen, names = searched_settings(settings, lora.space, trial, number)
-        seen.append(tuple(str(chosen[name]) for name in names))
-        study.tell(trial, scores.random())
-    assert {key: chosen for key, chosen in study.trials[0].params.items()} == lora.GUIDE
-    assert len(set(seen)) > 7
-    assert name != "grid" or len(set(seen)) == 14
+def test_a_killed_search_goes_on_with_the_points_of_an_undisturbed_one(name: str) -> None:
+    study = make_study("--sampler", name)
+    whole = run(study, 13)
+    points = [record.searched for record in whole.values()]
+    assert points[0] == lora.GUIDE and len({str(point) for point in points}) == 13
+    for kept in (1, 11):  # TPE and GP draw their first ten at random
+        again = run(study, 13, {number: whole[number] for number in range(kept)})
+        assert [record.searched for record in again.values()] == points
 
 
-def test_a_grid_is_known_to_be_through_by_a_later_session() -> None:
+def test_a_grid_tries_every_point_once_with_any_number_of_lanes() -> None:
     pinned = ["--lora-r", "8", "--learning-rate", "1e-3", "--sampler", "grid"]
-    settings = parse(pinned)
-    study = optuna.create_study(sampler=make_sampler("grid", 0))
-    later = GridSampler(seed=1)
-    while True:
-        trial = study.ask()
-        searched_settings(settings, lora.space, trial, trial.number)
-        assert not later.exhausted and len(study.trials) < 50
-        study.tell(trial, 0.0)
-        last = study.trials[-1]
-        later.after_trial(study, last, last.state, last.values)
-        if study.sampler.exhausted:  # type: ignore[attr-defined]
-            break
-    assert later.exhausted
+    study = make_study(*pinned)
+    points = grid_points(study.settings)
+    assert len(points) == len({str(point) for point in points}) == 4 * (1 + 4)  # ratios, and rates of the projector
+    for lanes in (1, 3):
+        records: dict[int, TrialRecord] = {}
+        number = 0
+        while (point := propose(study, records, number, grid=points)) is not None:
+            records[number] = record_of(point, number, None, "RUNNING")
+            if number >= lanes:
+                records[number - lanes].state = "COMPLETE" if number % 2 else "FAILED"
+            number += 1
+        tried = [json.dumps(record.searched, sort_keys=True) for record in records.values()]
+        assert sorted(tried) == sorted(json.dumps(point, sort_keys=True) for point in points)
 
 
-def median_rule() -> Any:
-    settings = SimpleNamespace(study=SimpleNamespace(scheduler="median", grace_period=1))
-    scheduler: Any = make_scheduler(SimpleNamespace(goals=(("auroc", "max"),), settings=settings))  # type: ignore[arg-type]
-    return scheduler
+def test_first_points_follow_the_guide_and_what_they_leave_open_is_sampled(tmp_path: Path) -> None:
+    (tmp_path / "points.json").write_text('[{"lora_r": 8}, {"lora_r": 16}]')
+    study = make_study("--first-points", str(tmp_path / "points.json"))
+    records = run(study, 4)
+    assert records[0].searched == lora.GUIDE
+    assert [records[n].searched["lora_r"] for n in (1, 2)] == [8, 16]
+    assert set(records[1].searched) >= {"lora_r", "lora_alpha_ratio", "learning_rate", "train_projector"}
 
 
-def test_the_median_rule_spares_the_guide_and_never_pauses() -> None:
-    rule = median_rule()
-    for epoch in (1, 2, 3):
-        for number, auroc in enumerate([0.1, 0.8, 0.9, 0.85]):
-            assert rule.decide(number, {"epoch": epoch, "auroc": auroc}) == TrialScheduler.CONTINUE
-    assert rule.decide(4, {"epoch": 1, "auroc": 0.2}) == TrialScheduler.STOP
-    assert rule.decide(0, {"epoch": 4, "auroc": 0.1}) == TrialScheduler.CONTINUE
+def test_a_pinned_setting_is_not_asked_for() -> None:
+    records = run(make_study("--lora-r", "8"), 3)
+    assert all("lora_r" not in record.searched for record in records.values())
 
 
-def test_the_median_rule_hears_a_journal_again() -> None:
+# ------------------------------------------------------------------------------------------------ the searcher
+
+
+class Log:
+    """Stands for `StudyLog`."""
+
+    def __init__(self, records: dict[int, TrialRecord]) -> None:
+        self.records, self.space_error, self.said = records, "", []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def numbers(study: Any, records: dict[int, TrialRecord], count: int) -> list[int]:
+    searcher = JournalSearcher(study, Log(records))  # type: ignore[arg-type]
+    return [searcher.suggest(str(n))["number"] for n in range(count)]  # type: ignore[index]
+
+
+def write_study(path: Path, study: Any, num_trials: int) -> None:
+    """The journal of a finished search."""
+    journal = Journal(path)
+    for number, record in run(study, num_trials).items():
+        fields = {"searched": record.searched, "distributions": record.distributions, "settings": record.settings}
+        journal.write("started", number=number, params={}, **fields)
+        for epoch in (1, 2):
+            journal.write("report", number=number, epoch=epoch, step=epoch, metrics={"auroc": 0.5}, seconds={},
+                          wall_s=1.0, waited_s=0.0, device_s=1.0, finished=epoch == 2)  # fmt: skip
+        journal.write("ended", number=number, state="COMPLETE", error="", step=2, device_s=1.0)
+
+
+def test_whatever_line_the_journal_loses_no_trial_is_lost_and_none_doubled(tmp_path: Path) -> None:
+    study, path = make_study(), tmp_path / "journal.jsonl"
+    write_study(path, study, 5)
+    whole = fold(read_events(path))
+    assert len(whole) == 5 and {record.state for record in whole.values()} == {"COMPLETE"}
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 20
+    for lost in range(len(lines)):
+        path.write_bytes(b"".join(lines[:lost] + lines[lost + 1 :]))
+        records = fold(read_events(path))
+        # The trial that the line was about is tried again, under its number; then come new ones.
+        first, second = numbers(study, records, 2)
+        done = {number for number, record in records.items() if record.state == "COMPLETE"}
+        assert len(done) in (4, 5) and (first, second) == ((5, 6) if len(done) == 5 else (lost // 4, 5))
+        if first == 0 and 0 not in records:
+            assert propose(study, records, 0).searched == lora.GUIDE  # type: ignore[union-attr]
+
+
+def test_unfinished_trials_keep_their_settings_and_come_first() -> None:
+    study = make_study()
+    records = run(study, 4)
+    for number in (1, 3):
+        records[number].state = "INTERRUPTED"
+        records[number].settings = {"learning_rate": number / 1000}
+    del records[2]  # its begin was lost
+    searcher = JournalSearcher(study, Log(records))  # type: ignore[arg-type]
+    configs: list[Any] = [searcher.suggest(str(n)) for n in range(4)]
+    assert [config["number"] for config in configs] == [1, 2, 3, 4]
+    assert [config["settings"].learning_rate for config in configs[::2]] == [0.001, 0.003]
+    assert [config["known_epochs"] for config in configs] == [1, 0, 1, 0]
+
+
+def test_a_space_that_fails_ends_the_search_and_is_asked_again_later(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(WIDE.replace("    return", "    if trial.number == 2: raise RuntimeError('no more')\n    return"))
+    study = make_study("--space", str(path), "--trials", "2")
+    log = Log({})
+    searcher = JournalSearcher(study, log)  # type: ignore[arg-type]
+    assert [searcher.suggest(str(n))["number"] for n in range(2)] == [0, 1]  # type: ignore[index]
+    assert searcher.suggest("2") == searcher.FINISHED and "no more" in log.space_error
+
+
+# ------------------------------------------------------------------------------------------------ early stopping
+
+
+def journal_of(*reports: tuple[int, float]) -> dict[int, TrialRecord]:
+    """Records from reports (trial, score) in their order; the epochs of a trial are counted."""
     events: list[Any] = []
-    for number, auroc in enumerate([0.7, 0.8, 0.9, 0.85, 0.2]):
-        events.append({"event": "started", "number": number})
-        events += [{"event": "report", "number": number, "epoch": e, "metrics": {"auroc": auroc}} for e in (1, 2)]
-    assert median_rule().replay(events) == {4}
+    begun: dict[int, int] = {}
+    for seq, (number, auroc) in enumerate(reports):
+        if number not in begun:
+            events.append({"event": "started", "number": number, "searched": {}, "settings": {}, "time": 0.0})
+        begun[number] = begun.get(number, 0) + 1
+        events.append({"event": "report", "number": number, "epoch": begun[number], "metrics": {"auroc": auroc},
+                       "seconds": {}, "wall_s": 0.0, "waited_s": 0.0, "device_s": 0.0, "seq": seq})  # fmt: skip
+    return fold(events)
 
 
-def test_a_warm_start_whose_study_is_elsewhere_is_said(tmp_path: Any) -> None:
+def stops(records: dict[int, TrialRecord], number: int, epoch: int, *argv: str, goals: Any = GOALS) -> bool:
+    return should_stop(records, number, epoch, parse([*argv]).study, goals)
+
+
+def test_asha_goes_on_with_the_best_third_at_each_rung() -> None:
+    records = journal_of((0, 0.5), (1, 0.6), (2, 0.7), (3, 0.62), (4, 0.9), (4, 0.1), (4, 0.1))
+    assert not stops(records, 2, 1) and stops(records, 3, 1) and not stops(records, 4, 1)
+    assert not stops(records, 4, 2)  # no rung
+    assert not stops(records, 4, 3)  # the first to reach it
+    assert stops(journal_of((1, 0.5), (2, 0.4)), 2, 1) and not stops(journal_of((1, 0.5), (2, 0.5)), 2, 1)
+    assert not stops(journal_of((1, 0.5), (2, 0.4)), 2, 1, "--grace-period", "2")
+    assert not stops(journal_of((1, 0.4), (2, 0.5)), 2, 1) and stops(
+        journal_of((1, 0.4), (2, 0.5)), 2, 1, goals=(("auroc", "min"),)
+    )
+
+
+def test_asha_decides_as_rays_own() -> None:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+    draw = random.Random(0)
+    for mode in ("max", "min"):
+        theirs = AsyncHyperBandScheduler("epoch", "auroc", mode, max_t=10**6, grace_period=1, reduction_factor=3)
+        reports: list[tuple[int, float]] = []
+        num_stopped = 0
+        for number in range(1, 30):
+            trial: Any = SimpleNamespace(trial_id=str(number))
+            theirs.on_trial_add(None, trial)  # type: ignore[arg-type]
+            for epoch in range(1, 10):
+                reports.append((number, draw.random()))
+                result = {"epoch": epoch, "auroc": reports[-1][1]}
+                decision = theirs.on_trial_result(None, trial, result)  # type: ignore[arg-type]
+                ours = stops(journal_of(*reports), number, epoch, goals=(("auroc", mode),))
+                assert ours == (decision == TrialScheduler.STOP), (number, epoch)
+                if ours:
+                    num_stopped += 1
+                    break
+        assert 10 < num_stopped < 29
+
+
+def test_a_decision_is_the_same_however_much_the_journal_knows_by_now() -> None:
+    reports = [(n, 0.5 + (7 * n % 11) / 20) for n in range(9)] + [(n, 0.6 + (5 * n % 11) / 20) for n in range(9)] * 2
+    for rule in ("asha", "median"):
+        seen: dict[tuple[int, int], bool] = {}
+        for count in range(1, len(reports) + 1):
+            number = reports[count - 1][0]
+            epoch = [n for n, _ in reports[:count]].count(number)
+            seen[number, epoch] = stops(journal_of(*reports[:count]), number, epoch, "--scheduler", rule)
+        later = {key: stops(journal_of(*reports), *key, "--scheduler", rule) for key in seen}
+        assert later == seen and set(seen.values()) == {True, False}
+
+
+def test_the_median_rule_compares_the_best_so_far_with_the_others_means() -> None:
+    reports = [(number, auroc) for _ in range(3) for number, auroc in enumerate([0.1, 0.8, 0.9, 0.85])]
+    records = journal_of(*reports, (4, 0.2))
+    assert stops(records, 4, 1, "--scheduler", "median")
+    assert not any(stops(records, number, 3, "--scheduler", "median") for number in range(4))
+    assert not stops(journal_of((0, 0.9), (1, 0.9), (2, 0.1)), 2, 1, "--scheduler", "median")  # too few others
+
+
+@pytest.mark.parametrize("rule", ["asha", "median"])
+def test_the_guide_runs_to_its_end_but_counts_for_the_others(rule: str) -> None:
+    records = journal_of((1, 0.9), (2, 0.9), (3, 0.9), (0, 0.1))
+    assert not stops(records, 0, 1, "--scheduler", rule)
+    assert stops(journal_of((0, 0.9), (1, 0.9), (2, 0.9), (3, 0.1)), 3, 1, "--scheduler", rule)
+
+
+def test_nothing_is_stopped_without_a_rule_or_with_several_goals() -> None:
+    records = journal_of((1, 0.9), (2, 0.1))
+    assert not stops(records, 2, 1, "--scheduler", "none")
+    assert not stops(records, 2, 1, goals=(*GOALS, ("loss", "min")))
+
+
+# ------------------------------------------------------------------------------------------------ Optuna's view
+
+
+def mixed() -> dict[int, TrialRecord]:
+    records = run(make_study(), 5)
+    records[1].state, records[2].state = "STOPPED", "FAILED"
+    del records[3]
+    return records
+
+
+def test_records_as_an_optuna_study() -> None:
+    records = mixed()
+    trials = as_optuna(records, GOALS).trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL,
+                                         TrialState.COMPLETE]  # fmt: skip
+    assert trials[4].params == records[4].searched and trials[4].value == records[4].metrics["auroc"]
+    assert trials[1].intermediate_values == {1: records[1].metrics["auroc"]}
+    records[4].epochs = [{"auroc": float("nan")}]
+    assert as_optuna(records, GOALS).trials[4].state == TrialState.FAIL
+    records[4].state = "INTERRUPTED"
+    assert as_optuna(records, GOALS).trials[4].state == TrialState.RUNNING
+    records[0].distributions = {}  # of an older version
+    assert as_optuna(records, GOALS).trials[0].params == {}
+
+
+@pytest.mark.parametrize("name", ["plain", "which one?", "100%20", "a#b", "{x}", "it's", "a&b=c"])
+def test_the_export_holds_ended_trials_in_order_and_all_at_the_end(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    path = folder / "optuna.db"
+
+    def states() -> list[str]:
+        connection = sqlite3.connect(path)
+        rows = connection.execute("select state from trials order by number").fetchall()
+        connection.close()
+        return [state for (state,) in rows]
+
+    records = run(make_study(), 4)
+    records[1].state = "RUNNING"
+    export = DatabaseExport(path, name, GOALS)
+    export.write(records)
+    assert states() == ["COMPLETE"]
+    records[1].state = "STOPPED"
+    export.write(records)
+    assert states() == ["COMPLETE", "PRUNED", "COMPLETE", "COMPLETE"]
+    records[4] = record_of(propose(make_study(), records, 4), 4, None, "INTERRUPTED")  # type: ignore[arg-type]
+    export.write(records, ended_only=False)
+    assert states() == ["COMPLETE", "PRUNED", "COMPLETE", "COMPLETE", "RUNNING"]
+    assert [p.name for p in tmp_path.iterdir()] == [name] and [p.name for p in folder.iterdir()] == ["optuna.db"]
+    (tmp_path / "copy.db").write_bytes(path.read_bytes())
+    found = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'copy.db'}")
+    assert found.best_value == max(records[n].metrics["auroc"] for n in (0, 2, 3))
+    assert [t.params for t in found.trials] == [record.searched for record in records.values()]
+
+
+# ------------------------------------------------------------------------------------------------ warm start
+
+
+def test_a_warm_start_takes_what_fits_the_space(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "plan.json").write_text("{}")
+    write_study(other / "journal.jsonl", make_study(), 5)
+    study = make_study("--results", str(tmp_path), "--warm-start", "other")
+    said: list[str] = []
+    trials = warm_start(study, said.append)
+    assert len(trials) == 5 and said == ["Warm start: 5 of the 5 completed trials of other fit the space"]
+    assert {str(trial.params) for trial in trials} == {str(r.searched) for r in run(make_study(), 5).values()}
+    assert propose(study, {}, 0, trials).searched == lora.GUIDE  # type: ignore[union-attr]
+    pinned = make_study("--results", str(tmp_path), "--warm-start", "other", "--lora-r", "8")
+    assert warm_start(pinned, said.append) == [] and "0 of the 5" in said[-1]
+
+
+def test_a_warm_start_whose_study_is_elsewhere_is_said(tmp_path: Path) -> None:
     """A study that goes on from object storage has its own trials only."""
-    study: Any = SimpleNamespace(settings=parse(["--results", str(tmp_path)]))
+    study = make_study("--results", str(tmp_path))
     object.__setattr__(study.settings.study, "warm_start", "/nowhere/other")
-    optuna_study = optuna.create_study()
-    assert "/nowhere/other is not on this machine" in warm_start(study, optuna_study) and not optuna_study.trials
+    said: list[str] = []
+    assert warm_start(study, said.append) == [] and "/nowhere/other is not on this machine" in said[0]
+
+
+def test_distributions_come_back_from_the_journal() -> None:
+    ranges = {"a": optuna.distributions.FloatDistribution(1e-4, 1.0, log=True),
+              "b": optuna.distributions.CategoricalDistribution([None, True, 2, "x"])}  # fmt: skip
+    read = {name: optuna.distributions.json_to_distribution(text) for name, text in to_json(ranges).items()}
+    assert read == ranges

@@ -82,7 +82,6 @@ REFUSED = {
     "a slash in a name": (asking("suggest_float('a/b', 0, 1)"), "'a/b'"),
     "an empty name": (asking("suggest_float('', 0, 1)"), "names"),
     "a name that is none": (asking("suggest_float(3, 0, 1)"), "asks for 3"),
-    "a name of Ray Tune's configuration": (asking("suggest_int('number', 0, 1)"), "other than number"),
     "a name of 300 characters": (asking("suggest_int('x' * 300, 0, 1)"), "at most 250"),
     # GUIDE
     "GUIDE outside a range": (asking("suggest_float('x', 0, 1)", "{'x': 2}"), "GUIDE: x must be between 0 and 1"),
@@ -234,7 +233,7 @@ def test_an_error_of_optunas_storage_is_not_the_spaces(tmp_path: Path) -> None:
 
 def test_a_space_that_fails_while_the_study_runs() -> None:
     """The searcher ends the search; what it does not survive is not hidden."""
-    from tune.search.tuner import time_limit
+    from tune.search.points import time_limit
 
     def fails(trial: Any) -> dict[str, Any]:
         raise SystemExit(0)

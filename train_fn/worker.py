@@ -118,7 +118,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     try:
         from train_fn.model.base import base_gib, load_base
 
-        importlib.import_module("train_fn.loop")  # with DeepSpeed: seconds that belong to no trial
+        importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that belong to no trial
         device = ray.train.torch.get_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else collectives of several workers on a node would all take its first GPU

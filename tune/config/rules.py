@@ -56,13 +56,11 @@ def check(settings: Settings) -> list[str]:
                 found.append(f"`{flag(name)}` {why}, but got {SHOWN.repr(text)}: see --help")
     names = [text.removeprefix("-") for text in study.metric]
     rule("metric", len(set(names)) == len(names), "must name each goal only once", "leave one out")
-    several = len(study.metric) > 1
-    rule("sampler", not (several and study.sampler == "cmaes"), "knows one goal only", "take tpe or nsga2")
     if study.warm_start and not goes_on:
         begun = study_directory(study.warm_start, study.results)
         rule("warm_start", begun, "must name a study", "give its name or its folder")
     rule("report_to", study.report_to, "must name a place", f"choose from {', '.join(REPORT_TO)}")
-    for name, needed in (("report_to", "wandb"), ("sampler", "cmaes")):
+    for name, needed in (("report_to", "wandb"),):
         if needed in getattr(study, name) and importlib.util.find_spec(needed) is None:
             found.append(f"`{flag(name)}` {needed} needs the package {needed}: pip install {needed}")
     if not broken.keys() & {"val_fraction", "test_fraction"} and data.val_fraction + data.test_fraction >= 1:

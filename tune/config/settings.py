@@ -11,7 +11,7 @@ from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, Tr
 from tune.records.plan import PARTS
 
 SCHEDULERS = ("asha", "median", "none")
-SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsga2")
+SAMPLERS = ("tpe", "random", "gp", "grid")
 REPORT_TO = ("mlflow", "tensorboard", "wandb")
 # Text rules. A folder name of at most 200 bytes leaves room for what is written beside it under other names.
 NAME = TextRule(
@@ -91,7 +91,7 @@ class StudySettings:
     require: tuple[str, ...] = ()
     """Rules that the winner must keep on validation, such as sensitivity>=0.9; several with commas."""
     sampler: Annotated[str, one_of(SAMPLERS)] = "tpe"
-    """How points are chosen: tpe, random, gp, cmaes, qmc, grid (ranges at four points each), or nsga2."""
+    """How points are chosen: tpe, random, gp, or grid (every point once, ranges at four points each)."""
     first_points: Annotated[str, PATH] = ""
     """JSON list of points to try right after the guide's: objects of the names that the space asks for."""
     warm_start: Annotated[str, PATH] = ""

@@ -81,7 +81,6 @@ def run_source(name: str, path: str, source: bytes) -> tuple[Callable[[Any], dic
 
 GRID_POINTS = 4  # of a range, its ends among them
 NAME_OF_PARAMETER = matching(r"(?!\.)[\w.: -]{1,250}", "letters, digits, `_`, `.`, `:`, `-` and spaces, at most 250")
-RESERVED = ("number", "settings", "chosen", "known_epochs")  # what Ray Tune's configuration of a trial holds beside
 
 
 class Pinned:
@@ -124,10 +123,9 @@ class Pinned:
         return suggest
 
     def _ask(self, suggest: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
-        if not isinstance(name, str) or not NAME_OF_PARAMETER.holds(name) or name in RESERVED:
+        if not isinstance(name, str) or not NAME_OF_PARAMETER.holds(name):
             raise SpaceError(
-                f"must ask under names of {NAME_OF_PARAMETER.words}, other than {', '.join(RESERVED)}, but asks for "
-                f"{SHOWN.repr(name)}: rename it"
+                f"must ask under names of {NAME_OF_PARAMETER.words}, but asks for {SHOWN.repr(name)}: rename it"
             )
         try:
             return suggest(name, *args, **options)

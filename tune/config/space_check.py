@@ -102,19 +102,21 @@ def ask_sampler(settings: Settings, space: Callable[[Any], Any], study: Any, whe
     """What is wrong with the points that the study's own sampler chooses."""
     import optuna
 
-    from tune.config.samplers import make_sampler
+    from tune.config.samplers import grid_points, make_sampler
 
-    sampler = make_sampler(settings.study.sampler, settings.study.study_seed)
     if settings.study.sampler == "grid":
-        study = optuna.create_study()  # it asks for choices where the space has ranges
-    study.sampler = sampler
+        try:
+            points = grid_points(settings)[:NUM_ASKED]
+        except SpaceError as error:
+            return [f"{where} {error}"]
+        asked = (ask(settings, space, optuna.trial.FixedTrial(point, n), where) for n, point in enumerate(points))
+        return next(filter(None, asked), [])
     for number in range(NUM_ASKED):
+        study.sampler = make_sampler(settings.study.sampler, settings.study.study_seed + number)
         trial = study.ask()
         if found := ask(settings, space, trial, where):
             return found
         study.tell(trial, float(7 * number % 11))
-        if getattr(sampler, "exhausted", False):
-            break
     return []
 
 

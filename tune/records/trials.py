@@ -23,9 +23,13 @@ class TrialRecord:
     """The values that the search chose, by the names it asked for."""
     settings: dict[str, Any]
     """All settings that the trial was given."""
+    distributions: dict[str, str] = field(default_factory=dict)
+    """Optuna's JSON of the range of each searched value; empty in journals of older versions."""
     state: str = "RUNNING"
     epochs: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics and training loss after each epoch."""
+    report_seqs: list[int] = field(default_factory=list)
+    """Sequence number in the journal of each epoch's report: which reports came first."""
     applied: dict[str, Any] = field(default_factory=dict)
     """What the live engine said it trains with."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -64,6 +68,11 @@ class TrialRecord:
     incomplete: bool = False
     """Whether the journal lost an event of this trial: those after it do not count, until it is begun again."""
 
+    @classmethod
+    def of(cls, started: Event) -> TrialRecord:
+        """The record of a trial that begins."""
+        return cls(started["number"], started["searched"], started["settings"], started.get("distributions", {}))
+
     def hear(self, event: Event) -> None:
         """Take in one event of this trial."""
         if event["event"] == "report" and event["epoch"] <= len(self.epochs):
@@ -77,6 +86,7 @@ class TrialRecord:
             return
         elif event["event"] == "report":
             self.epochs.append(event["metrics"])
+            self.report_seqs.append(event.get("seq", 0))
             for name in ("finished", "applied", "lane", "turn", "device", "num_threads", "notes", "base_gib",
                          "base_16_bit_gib", "base_hash", "data_hash", "step"):  # fmt: skip
                 # An older journal may not know every one of them.
@@ -123,10 +133,7 @@ def fold(events: Sequence[Event]) -> dict[int, TrialRecord]:
         if event["event"] in ("started", "report", "ended"):
             number = event["number"]
             if number not in records and event["event"] == "started":
-                records[number] = TrialRecord(number, event["searched"], event["settings"])
+                records[number] = TrialRecord.of(event)
             if number in records:
                 records[number].hear(event)
     return records
-
-
-PRIOR = "from_study"  # user attribute of Optuna trials that another study has run (--warm-start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ import ray.tune
 from tune.plan.prepare import Study
 from tune.records.budgets import spent
 from tune.records.goals import sign
+from tune.records.optuna_study import DatabaseExport
 from tune.records.trials import TrialRecord, fold
 from tune.results.summary import number_text
+from tune.search.early_stopping import should_stop
 from tune.tracking.delivery import Tracking
 
 REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished", "lane", "turn", "device", "notes",
@@ -36,12 +39,23 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         self.space_error = ""  # why the search space gave no further trial
         self.study_error = ""  # an error that ended the search and that no trial is to blame for
         self.heard = -1  # events at the last look at the budgets
+        self.export = DatabaseExport(study.directory / "optuna.db", study.name, study.goals)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it for a restore that nobody here asks for
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
+        """Write an epoch's report to the journal. Returns True if its trial is stopped early.
+
+        Tune calls it with each result, before anything else.
+        """
+        if "error" in result:
+            return False
+        number, epoch = result["number"], result["epoch"]
+        # A trial whose Tune process was lost reports its epochs again.
+        if epoch > len(self.records[number].epochs):
+            self._tell("report", number, **{name: result[name] for name in REPORTED if name in result})
+        return should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals)
 
     def stop_all(self) -> bool:
         return self.spent()
@@ -50,16 +64,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         config = trial.config
         if config["number"] not in self.running:
             self.running.add(config["number"])
-            own = ("number", "settings", "chosen", "known_epochs")
-            searched = {name: value for name, value in config.items() if name not in own}
-            params = searched | {name: config["settings"][name] for name in config["chosen"]}
-            self._tell("started", config["number"], searched=searched, settings=config["settings"], params=params)
-
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        record = self.records[trial.config["number"]]
-        # One whose Tune process was lost tells its reports again.
-        if "error" not in result and result["epoch"] > len(record.epochs):
-            self._tell("report", record.number, **{name: result[name] for name in REPORTED if name in result})
+            self._tell("started", config["number"], **self._begin(config))
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number, last = trial.config["number"], trial.last_result
@@ -72,6 +77,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             self.end(number, "COMPLETE" if self.records[number].finished else "STOPPED")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
         if trial.config["number"] in self.records:
             self.end(trial.config["number"], "FAILED", "its Tune process was lost again and again")
 
@@ -97,6 +103,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
                 # Tune kills a process that waits for its trial's next report, which then cannot stop it any more.
                 self.dispatcher.stop.remote(record.number)
                 self.end(record.number, "INTERRUPTED")
+        self._export(ended_only=False)
         return [self.records[number] for number in sorted(self.records)]
 
     def end(self, number: int, state: str, error: str = "", device_s: float = 0.0) -> None:
@@ -114,6 +121,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             # What storage that fails keeps of it does no harm; an error here, Tune would take for the trial's.
             with contextlib.suppress(OSError):
                 self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
+            self._export()
         score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
         values = ", ".join(f"{key} {number_text(value)}" for key, value in record.searched.items())
         values += "; " + "; ".join(record.notes) if record.notes else ""
@@ -123,9 +131,27 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         took = f"{record.seconds.get('wall', 0):.1f} s"
         self.say(f"{place} {f'{state.lower()}{told},':9} {score}, {took:>7} ({values})")
 
+    def _begin(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a trial's first event; those of its earlier one if the trial goes on."""
+        if point := config.get("point"):
+            settings = dataclasses.asdict(point.settings)
+            params = point.searched | {name: settings[name] for name in point.decided}
+            return {"searched": point.searched, "distributions": point.distributions, "settings": settings,
+                    "params": params}  # fmt: skip
+        events = self.study.journal.events
+        before = next(e for e in events if e["event"] == "started" and e["number"] == config["number"])
+        names = ("searched", "distributions", "settings", "params")
+        return {name: before[name] for name in names if name in before}
+
+    def _export(self, ended_only: bool = True) -> None:
+        try:
+            self.export.write(self.records, ended_only)
+        except OSError as error:
+            self.say(f"optuna.db could not be written ({error}); the search does not need it")
+
     def _tell(self, kind: str, number: int, **fields: Any) -> None:
         event = self.study.journal.write(kind, number=number, **fields)
         if kind == "started" and number not in self.records:
-            self.records[number] = TrialRecord(number, event["searched"], event["settings"])
+            self.records[number] = TrialRecord.of(event)
         self.records[number].hear(event)
         self.tracking.notify()

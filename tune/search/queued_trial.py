@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class QueuedTrial(ray.tune.Trainable):
             return {**report, "done": True}
         # Tune overwrites `done` when it stops a trial itself.
         costs = {"trainable_params": report["applied"]["trainable_params"], "train_s": report["seconds"]["train"]}
-        return {**report["metrics"], **costs, **report, "finished": report["done"]}
+        return {**report["metrics"], **costs, **report, "finished": report["done"], "number": self.number}
 
     def cleanup(self) -> None:
         self._stop()
@@ -40,7 +41,7 @@ class QueuedTrial(ray.tune.Trainable):
         self.number, self.seen = config["number"], 0
         assignment = {
             "kind": "train",
-            "settings": config["settings"],
+            "settings": dataclasses.asdict(config["settings"]),
             "output": str(self.trials / f"{self.number:04d}"),
             "known_epochs": config["known_epochs"],
         }

@@ -1,0 +1,94 @@
+"""Trial records as an Optuna study: what samplers and pictures read, and the export optuna.db.
+
+The journal is the truth. An Optuna study is made from its records whenever somebody needs one, and never read back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+from optuna.trial import FrozenTrial, TrialState
+
+from train_fn.support.files import write_file
+from tune.records.goals import Goal
+from tune.records.trials import TrialRecord
+
+STATES = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
+
+
+def as_optuna(
+    records: Mapping[int, TrialRecord], goals: Sequence[Goal], prior: Sequence[FrozenTrial] = ()
+) -> optuna.Study:
+    """The records as an Optuna study in memory. Without `prior`, a trial has the same number there.
+
+    Args:
+        prior: trials of another study (`--warm-start`), which come first.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(directions=["minimize" if mode == "min" else "maximize" for _, mode in goals])
+    numbers = range(max(records, default=-1) + 1)
+    study.add_trials([*prior, *(frozen_trial(records.get(number), goals) for number in numbers)])
+    return study
+
+
+def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTrial:
+    """A record as an Optuna trial: RUNNING if it has no end, FAIL if the journal has lost it (None) or a value of a
+    goal is not finite. Parameters without a stored distribution are left out."""
+    if record is None:
+        return optuna.trial.create_trial(state=TrialState.FAIL)
+    state = STATES.get(record.state, TrialState.RUNNING)
+    values = [record.value(name) for name, _ in goals]
+    if state == TrialState.COMPLETE and not all(map(math.isfinite, values)):
+        state = TrialState.FAIL
+    distributions = {
+        name: optuna.distributions.json_to_distribution(text) for name, text in record.distributions.items()
+    }
+    metric = goals[0][0]
+    epochs = enumerate(record.epochs, 1) if len(goals) == 1 else ()  # Optuna knows no epochs of several goals
+    return optuna.trial.create_trial(
+        state=state,
+        params={name: value for name, value in record.searched.items() if name in distributions},
+        distributions=distributions,
+        values=values if state == TrialState.COMPLETE else None,
+        intermediate_values={epoch: metrics[metric] for epoch, metrics in epochs if metric in metrics},
+    )
+
+
+class DatabaseExport:
+    """optuna.db: the trials for optuna-dashboard and for people. Nothing here reads it.
+
+    The database is built in memory, where a trial costs milliseconds, and then replaces the file as a whole.
+    """
+
+    def __init__(self, path: Path, name: str, goals: Sequence[Goal]) -> None:
+        self.path, self.name, self.goals = path, name, goals
+        self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+        storage = optuna.storages.RDBStorage(
+            "sqlite://", engine_kwargs={"creator": lambda: self._connection, "poolclass": sqlalchemy.StaticPool}
+        )
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        directions = as_optuna({}, goals).directions
+        self._study = optuna.create_study(study_name=name, storage=storage, directions=directions)
+        self._num_trials = 0
+
+    def write(self, records: Mapping[int, TrialRecord], ended_only: bool = True) -> None:
+        """Write the trials that are not in the file yet, in the order of their numbers. Raises OSError.
+
+        Args:
+            ended_only: stop before the first trial that has not ended, since Optuna's trials cannot be changed later.
+        """
+        before = self._num_trials
+        for number in range(self._num_trials, max(records, default=-1) + 1):
+            trial = frozen_trial(records.get(number), self.goals)
+            if ended_only and not trial.state.is_finished():
+                break
+            self._study.add_trial(trial)
+            self._num_trials += 1
+        if self._num_trials > before or not self.path.exists():
+            write_file(self.path, self._connection.serialize())

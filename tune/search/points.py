@@ -1,0 +1,132 @@
+"""Which point a search tries next: a function of the study's settings and of its records so far.
+
+The sampler of trial N is seeded with the study's seed and N, and sees an Optuna study made from the records. So a study
+that goes on after a kill tries the same points as an undisturbed one, as long as the same trials have ended by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from train_fn.settings import TrialSettings
+from tune.config.paths import study_directory
+from tune.config.samplers import make_sampler
+from tune.config.space import SpaceError, first_points, load_space, searched_settings
+from tune.config.space_check import TIMEOUT_S
+from tune.plan.prepare import Study
+from tune.records.journal import read_events
+from tune.records.optuna_study import as_optuna
+from tune.records.trials import TrialRecord, fold
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the search space."""
+
+    searched: dict[str, Any]
+    """The values that the sampler chose, by the names under which the space asks for them."""
+    distributions: dict[str, str]
+    """Their ranges, as Optuna's JSON."""
+    settings: TrialSettings
+    decided: tuple[str, ...]
+    """The settings that the space decides; the others are the command line's."""
+
+
+def propose(
+    study: Study,
+    records: Mapping[int, TrialRecord],
+    number: int,
+    prior: Sequence[FrozenTrial] = (),
+    grid: Sequence[dict[str, Any]] = (),
+) -> Point | None:
+    """The point of trial `number`; None when every point of a grid has been tried. Raises SpaceError.
+
+    Args:
+        prior: trials of another study, from `warm_start`.
+        grid: all points of `--sampler grid`, from `grid_points`.
+    """
+    settings = study.settings.study
+    space, _ = load_space(settings.space)
+    optuna_study = as_optuna(records, study.goals, prior)
+    optuna_study.sampler = make_sampler(settings.sampler, settings.study_seed + number)
+    first = first_points(study.settings)
+    if number < len(first):
+        optuna_study.enqueue_trial({k: v for k, v in first[number].items() if k not in study.settings.pinned})
+    elif settings.sampler == "grid":
+        tried = [record.searched for record in records.values()]
+        left = next((point for point in grid if json.loads(json.dumps(point)) not in tried), None)
+        if left is None:
+            return None
+        optuna_study.enqueue_trial(left)
+    trial = optuna_study.ask()
+    with time_limit(TIMEOUT_S):
+        chosen, decided = searched_settings(study.settings, space, trial, number)
+    return Point(trial.params, to_json(trial.distributions), TrialSettings.from_dict(chosen), tuple(decided))
+
+
+def to_json(distributions: Mapping[str, optuna.distributions.BaseDistribution]) -> dict[str, str]:
+    """Distributions as the journal keeps them."""
+    return {name: optuna.distributions.distribution_to_json(range_) for name, range_ in distributions.items()}
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End a space that does not return. Raises SpaceError. Python runs signal handlers in the main thread only, which
+    is where Ray Tune asks its searcher."""
+
+    def stop(*_: Any) -> None:
+        raise SpaceError(f"must answer within {seconds:g} s, but does not: look for a loop without an end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def warm_start(study: Study, say: Callable[[str], None]) -> list[FrozenTrial]:
+    """The completed trials of another study (`--warm-start`) that fit this one's space, with their values of this
+    study's goals."""
+    name = study.settings.study.warm_start
+    if not name:
+        return []
+    other = study_directory(name, study.settings.study.results)
+    if other is None:  # a study that goes on where the other one's files are not
+        say(f"Warm start: {name} is not on this machine; the search goes on without it")
+        return []
+    complete = [record for record in fold(read_events(other / "journal.jsonl")).values() if record.state == "COMPLETE"]
+    trials = []
+    for record in complete:
+        values = [record.value(goal) for goal, _ in study.goals]
+        asked = ask_with(study, record.searched)
+        if asked is not None and all(map(math.isfinite, values)):
+            trials.append(
+                optuna.trial.create_trial(params=asked.params, distributions=asked.distributions, values=values)
+            )
+    say(f"Warm start: {len(trials)} of the {len(complete)} completed trials of {other.name} fit the space")
+    return trials
+
+
+def ask_with(study: Study, searched: dict[str, Any]) -> optuna.trial.FixedTrial | None:
+    """This study's space, asked with given values; None when it asks for other names or other ranges."""
+    space, _ = load_space(study.settings.study.space)
+    fixed = optuna.trial.FixedTrial(searched)
+    try:
+        with warnings.catch_warnings(), time_limit(TIMEOUT_S):
+            warnings.simplefilter("error")  # a value outside its range only warns
+            searched_settings(study.settings, space, fixed)
+    except (ValueError, UserWarning):
+        return None
+    return fixed if fixed.params.keys() == searched.keys() else None

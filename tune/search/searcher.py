@@ -1,0 +1,66 @@
+"""Tune's side of the search: what is tried next."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from train_fn.settings import TrialSettings
+from tune.config.samplers import grid_points
+from tune.config.space import SpaceError
+from tune.config.space_check import TIMEOUT_S
+from tune.plan.prepare import Study
+from tune.records.trials import DONE_STATES
+from tune.search.callback import StudyLog
+from tune.search.points import propose, time_limit, warm_start
+
+
+class JournalSearcher(Searcher):
+    """Hands out the trials that have no end yet, each with its old settings, and then new points. Raises SpaceError.
+
+    It holds no results: `propose` takes them from the log's records.
+    """
+
+    def __init__(self, study: Study, log: StudyLog) -> None:
+        super().__init__()
+        self.study = study
+        self.log = log
+        self.exhausted = False
+        """Whether every point of a grid has been tried."""
+        self._prior = warm_start(study, log.say)
+        with time_limit(TIMEOUT_S):
+            self._grid = grid_points(study.settings) if study.settings.study.sampler == "grid" else []
+        self._handed_out: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it for a restore that nobody here asks for
+
+    def save(self, checkpoint_path: str) -> None:
+        open(checkpoint_path, "w").close()  # Tune moves the file that it asks for
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
+        records = self.log.records
+        number = next(n for n in itertools.count() if n not in self._handed_out and not self._has_ended(n))
+        if number in records:
+            config: dict[str, Any] = {"settings": TrialSettings.from_dict(records[number].settings)}
+        else:
+            try:
+                point = propose(self.study, records, number, self._prior, self._grid)
+            except SpaceError as error:  # the trials that run may end; a resumed study asks for this one again
+                self.log.space_error = self.log.space_error or str(error)
+                return Searcher.FINISHED
+            if point is None:
+                self.exhausted = True
+                return Searcher.FINISHED
+            config = {"settings": point.settings, "point": point}
+        self._handed_out.add(number)
+        known_epochs = len(records[number].epochs) if number in records else 0
+        return {"number": number, "known_epochs": known_epochs, **config}
+
+    def _has_ended(self, number: int) -> bool:
+        return number in self.log.records and self.log.records[number].state in DONE_STATES
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        pass  # the journal has it
