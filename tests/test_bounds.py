@@ -44,7 +44,7 @@ def refusal(*argv: str) -> str:
 @pytest.fixture(autouse=True)
 def without_a_space(monkeypatch) -> None:
     """These tests are not of spaces, which would be asked a thousand times."""
-    monkeypatch.setattr("tune.config.space_check.check_space", lambda settings: [])
+    monkeypatch.setattr("tune.config.rules.check_space", lambda settings: [])
 
 
 def test_every_field_is_of_a_kind_that_these_tests_know() -> None:
