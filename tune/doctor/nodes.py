@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from train_fn.model.checkpoint import resolve_model
 from train_fn.model.memory import GIB
 from train_fn.support.files import file_hash
 from train_fn.support.storage import Storage
@@ -21,7 +22,7 @@ from train_fn.worker import versions
 from tune.config.settings import Settings
 from tune.doctor.verdicts import ANSWER_S, Finding
 from tune.lanes.ray_start import session_logs
-from tune.plan.prepare import Study, model_directory
+from tune.plan.prepare import Study
 from tune.plan.provenance import ROOT
 
 
@@ -51,7 +52,7 @@ def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) 
     splits = study.splits if study else None
     samples = [*splits.train, *splits.validation, *splits.test] if splits else []
     images = {sample.image: os.path.getsize(sample.image) for sample in samples}
-    asked = (model_directory(settings).resolve(), images, storage)
+    asked = (resolve_model(settings.model.model).resolve(), images, storage)
     facts = {"driver": node_facts(*asked)}
     task: Any = ray.remote(node_facts)
     begun, answers = time.time(), {}
