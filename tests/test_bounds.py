@@ -44,7 +44,7 @@ def refusal(*argv: str) -> str:
 @pytest.fixture(autouse=True)
 def without_a_space(monkeypatch) -> None:
     """These tests are not of spaces, which would be asked a thousand times."""
-    monkeypatch.setattr("tune.config.space_check.check_space", lambda settings: [])
+    monkeypatch.setattr("tune.config.rules.check_space", lambda settings: [])
 
 
 def test_every_field_is_of_a_kind_that_these_tests_know() -> None:
@@ -355,7 +355,7 @@ GOALS = [
 def test_metrics_that_the_data_cannot_give(
     options: str, train: str, validation: str, positive: str, words: str
 ) -> None:
-    from tune.plan.prepare import check_goals
+    from tune.plan.checks import check_goals
 
     settings = parse(options.split())
     goals = tuple(map(goal, settings.study.metric))
@@ -365,7 +365,7 @@ def test_metrics_that_the_data_cannot_give(
 
 
 def test_open_answers_have_a_loss_only() -> None:
-    from tune.plan.prepare import check_goals
+    from tune.plan.checks import check_goals
 
     settings = parse(["--metric", "loss,accuracy", "--require", "auroc>=0.5,loss<=1", "--stop-when", "macro_f1>=0.5"])
     problems = check_goals(settings, tuple(map(goal, settings.study.metric)), splits_of("BM", "BM", closed=False), "")

@@ -1,4 +1,4 @@
-"""The doctor: what facts of nodes mean, memory from shapes against the real model, and real runs."""
+"""The doctor: its findings about nodes, the memory that it estimates against the real model, and real runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.lora import adapted
 from train_fn.trial.memory import Sizes, measure, memory_needed
+from tune.doctor.findings import Need, check_nodes
 from tune.doctor.nodes import parse_gpus
-from tune.doctor.verdicts import Need, verdicts
 from tune.lanes.layout import Layout
 
 A10G = {"name": "NVIDIA A10G", "free_gib": 22.0, "driver": "570.1", "bf16": True}
@@ -44,15 +44,15 @@ CPU, GPU = Layout(4, 1, False, 1), Layout(1, 1, True, 0)
 ON_GPU = {"gpus": [A10G], "cuda": "12.8", "resources": {"CPU": 4.0, "GPU": 1.0}}
 
 
-def judged(changes: dict, need: Need) -> dict[str, tuple[str, str]]:
-    """Verdict and fix by check, of a node that differs from the driver by `changes`; another one is in order."""
-    found = verdicts({"driver": GOOD, "good": GOOD, "other": GOOD | changes}, need)
-    assert all(finding.verdict == "ok" or finding.where == "other" for finding in found)
-    return {finding.check: (finding.verdict, finding.fix) for finding in found if finding.where == "other"}
+def checked(changes: dict, need: Need) -> dict[str, tuple[str, str]]:
+    """Status and fix by check, of a node that differs from the driver by `changes`. A second node has no faults."""
+    findings = check_nodes({"driver": GOOD, "good": GOOD, "other": GOOD | changes}, need)
+    assert all(finding.status == "ok" or finding.where == "other" for finding in findings)
+    return {finding.check: (finding.status, finding.fix) for finding in findings if finding.where == "other"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "check", "verdict", "told"),
+    ("changes", "check", "status", "word"),
     [
         ({"versions": GOOD["versions"] | {"version_ray": "2.59.0"}}, "versions", "FAIL", "pip install"),
         ({"model": {}}, "model", "FAIL", "same path"),
@@ -67,12 +67,12 @@ def judged(changes: dict, need: Need) -> dict[str, tuple[str, str]]:
         ({"error": "ModuleNotFoundError: No module named 'peft'"}, "node", "FAIL", "peft"),
     ],
 )
-def test_each_fault_of_a_node_is_told_there_and_nothing_else(changes, check, verdict, told) -> None:
+def test_each_fault_of_a_node_is_found_and_nothing_else(changes, check, status, word) -> None:
     need = Need(layout=CPU, memory={"base": 1.0, "activations": 1.0}, least=1.0, disk=5.0)
-    found = judged(changes, need)
-    assert found[check][0] == verdict and told in found[check][1] and "other" in found[check][1]
-    assert [name for name, (said, _) in found.items() if said != "ok"] == [check]
-    assert len(found) == {"node": 1, "storage": 7}.get(check, 8)  # the disk of a storage that is not there says nothing
+    found = checked(changes, need)
+    assert found[check][0] == status and word in found[check][1] and "other" in found[check][1]
+    assert [name for name, (status, _) in found.items() if status != "ok"] == [check]
+    assert len(found) == {"node": 1, "storage": 7}.get(check, 8)  # a storage that cannot be used has no disk
 
 
 @pytest.mark.parametrize(
@@ -86,36 +86,36 @@ def test_each_fault_of_a_node_is_told_there_and_nothing_else(changes, check, ver
     ],
 )
 def test_gpus_and_their_memory(changes, need, wrong) -> None:
-    found = judged(
+    found = checked(
         ON_GPU | changes, Need(layout=GPU, memory={"base": 8.0, "activations": 2.0}, **{"least": 1.0} | need)
     )
-    assert {check: verdict for check, (verdict, _) in found.items() if verdict != "ok"} == wrong
+    assert {check: status for check, (status, _) in found.items() if status != "ok"} == wrong
 
 
 def test_compiling_needs_a_compiler_where_workers_run() -> None:
     need = Need(layout=CPU, memory={"base": 1.0}, compiler=True)
-    assert judged({"compiler": ""}, need)["compiler"][0] == "FAIL" and judged({}, need)["compiler"][0] == "ok"
-    assert "compiler" not in judged({"compiler": ""}, Need(layout=CPU))
-    assert "compiler" not in judged({"compiler": "", "resources": {"CPU": 0.0}}, need)
+    assert checked({"compiler": ""}, need)["compiler"][0] == "FAIL" and checked({}, need)["compiler"][0] == "ok"
+    assert "compiler" not in checked({"compiler": ""}, Need(layout=CPU))
+    assert "compiler" not in checked({"compiler": "", "resources": {"CPU": 0.0}}, need)
 
 
-def test_the_largest_micro_batch_that_fits_a_gpu_is_told() -> None:
-    def told(**larger: float) -> str:
+def test_the_doctor_names_the_largest_micro_batch_that_fits_a_gpu() -> None:
+    def memory(**larger: float) -> str:
         need = Need(layout=GPU, memory={"base": 8.0}, larger={int(name[1:]): gib for name, gib in larger.items()})
-        found = verdicts({"driver": GOOD, "node": GOOD | ON_GPU}, need)
-        return next(finding.found for finding in found if finding.check == "memory")
+        findings = check_nodes({"driver": GOOD, "node": GOOD | ON_GPU}, need)
+        return next(finding.found for finding in findings if finding.check == "memory")
 
     fitting = "--per-device-train-batch-size 8 --gradient-accumulation-steps 2"
-    assert fitting in told(m4=12.0, m8=18.0, m16=30.0)
-    assert "--per-device" not in told(m4=22.0, m8=30.0, m16=50.0)
+    assert fitting in memory(m4=12.0, m8=18.0, m16=30.0)
+    assert "--per-device" not in memory(m4=22.0, m8=30.0, m16=50.0)
 
 
 def test_a_head_without_slots_needs_no_memory() -> None:
-    found = judged({"resources": {"CPU": 0.0}, "ram_gib": 0.1}, Need(layout=CPU, memory={"base": 4.0}, least=4.0))
-    assert "memory" not in found and all(verdict == "ok" for verdict, _ in found.values())
+    found = checked({"resources": {"CPU": 0.0}, "ram_gib": 0.1}, Need(layout=CPU, memory={"base": 4.0}, least=4.0))
+    assert "memory" not in found and all(status == "ok" for status, _ in found.values())
 
 
-def test_gpus_as_nvidia_smi_tells_them() -> None:
+def test_gpus_are_read_from_nvidia_smi() -> None:
     table = "NVIDIA A10G, 22503, 570.133.20, 8.6\nTesla T4, 15095, 570.133.20, 7.5\n"
     assert parse_gpus(table) == [
         {"name": "NVIDIA A10G", "free_gib": 22503 / 1024, "driver": "570.133.20", "bf16": True},
@@ -168,7 +168,7 @@ def test_sizes_from_shapes_are_those_of_the_real_model(base, splits) -> None:
     assert checkpointed.activations < 0.6 * found.activations
 
 
-def test_a_model_of_gigabytes_takes_none(splits, tmp_path) -> None:
+def test_measuring_a_model_of_gigabytes_takes_no_memory(splits, tmp_path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(CHECKPOINT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "config.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 from train_fn.data.samples import Sample, Splits
 from tune.config.settings import StudySettings
 from tune.config.uris import default_uri
-from tune.records.budgets import spent, wall_seconds
+from tune.records.budgets import exhausted_budget, wall_seconds
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, fold
 from tune.results.intervals import difference, make_scorer, verdict, with_intervals
@@ -259,5 +259,5 @@ def test_budgets_are_named_when_they_are_used_up() -> None:
         ({"time_budget": "1m"}, "time budget of 1m"),
         ({"time_budget": "2m"}, ""),
     ):
-        found = spent(records, told, StudySettings(**options))
+        found = exhausted_budget(records, told, StudySettings(**options))
         assert (expected in found) if expected else found == ""

@@ -1,9 +1,10 @@
-"""The command line: what is accepted, what is refused, and that nothing heavy is loaded to tell."""
+"""The command line: what it accepts and refuses, its help, and that neither loads a heavy library."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from train_fn.settings import TrialSettings
 from tune.config.cli import parse
 from tune.config.paths import SettingsError
-from tune.config.settings import GROUPS
+from tune.config.settings import BASIC, GROUPS, flag
 from tune.config.space import load_space, searched_settings
 from tune.config.space_check import check_space, corners, make_corner
 
@@ -52,15 +53,24 @@ def test_defaults_are_the_guides() -> None:
     assert settings.trial.global_batch_size == 16
 
 
-def test_every_field_is_a_flag_with_help() -> None:
-    shown = subprocess.run(
-        [sys.executable, ROOT / "tune" / "run.py", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    fields = [field for group in GROUPS for field in dataclasses.fields(group)]
-    assert len(fields) > 35
-    for field in fields:
-        assert "--" + field.name.replace("_", "-") in shown
-    assert len({field.name for field in fields}) == len(fields), "two groups share a field name, hence a flag"
+def help_text(option: str) -> str:
+    script = [sys.executable, ROOT / "tune" / "run.py", option]
+    return subprocess.run(script, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_all_shows_every_option_in_80_columns() -> None:
+    shown = help_text("--help-all")
+    fields = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert len(fields) > 35 and len(set(fields)) == len(fields), "two groups share a field name, hence a flag"
+    assert re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE) == [flag(name) for name in fields]
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_help_shows_the_basic_options_and_names_help_all() -> None:
+    shown = help_text("--help")
+    assert set(re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE)) == set(map(flag, BASIC))
+    assert 12 <= len(BASIC) <= 18 and "--help-all" in shown and help_text("-h") == shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_values_reach_their_fields() -> None:

@@ -735,7 +735,7 @@ def test_the_doctor_says_what_a_study_would_be_refused_with(uri, tmp_path) -> No
     from tune.doctor.examine import check_records
 
     def verdicts(*words: str) -> list[tuple[str, str]]:
-        return [(finding.check, finding.verdict) for finding in check_records(parse(list(words)))]
+        return [(finding.check, finding.status) for finding in check_records(parse(list(words)))]
 
     assert verdicts() == [("MLflow", "ok")]
     assert verdicts("--mlflow-uri", "http://127.0.0.1:9") == [("MLflow", "warning")]

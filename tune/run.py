@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 STARTED = time.perf_counter()
-# As a script, Python puts tune/ first on the path, where its modules would shadow libraries: the project's root it is.
+# Python puts a script's folder first on the path, and the modules of tune/ would shadow libraries.
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
 
@@ -22,41 +22,8 @@ if TYPE_CHECKING:
     from tune.plan.prepare import Study
 
 
-def say(text: str) -> None:
-    """One line of progress."""
-    from tune.results.terminal import print_line
-
-    print_line(f"[{time.perf_counter() - STARTED:6.1f} s] {text}")
-
-
-def begin(argv: list[str]) -> Study | int:
-    """The study that a command line asks for, or the exit code of a command that has done its work.
-
-    Raises:
-        SettingsError: the command line, or a file or folder that it names, cannot be used.
-    """
-    settings = parse(argv)
-    if settings.command.doctor:
-        from tune.doctor.examine import examine
-
-        return examine(settings, say)
-    if settings.command.show:
-        from tune.results.summary import print_summary
-        from tune.show import show
-
-        print_summary(show(study_directory(settings.command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
-        return 0
-    from tune.plan.prepare import prepare, resume
-
-    if settings.command.replay:
-        from tune.replay import replay
-
-        return replay(resume(settings, say), settings.command.trial, say)
-    return resume(settings, say) if settings.command.resume else prepare(settings, say)
-
-
 def main(argv: list[str]) -> int:
-    """Run a study. Returns the exit code: 0 a winner, 1 none, 2 bad input, 3 ended by an error, 130 interrupted."""
+    """Run a command. Returns the exit code: 0 a winner, 1 none, 2 bad input, 3 ended by an error, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may take ASCII only
@@ -76,20 +43,47 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted: nothing has been changed.", file=sys.stderr)
         return 130
-    from tune.results.summary import print_summary
+    from tune.show import print_outcome
 
-    try:
-        print_summary(outcome)
-        sys.stdout.flush()
-    except (OSError, KeyboardInterrupt):
-        from tune.results.terminal import drop_output
-
-        drop_output(1)  # nobody reads it any more; the same stands in study.json
+    print_outcome(outcome)
     if outcome.interrupted or outcome.error:
-        # Lanes still run in threads; one that touches Ray while the interpreter shuts it down ends the process with
+        # Lanes still run in threads; one that uses Ray while the interpreter shuts it down ends the process with
         # another code. Ray's processes end with this one.
         os._exit(outcome.exit_code)
     return outcome.exit_code
+
+
+def begin(argv: list[str]) -> Study | int:
+    """The study that a command line asks for, or the exit code of another command, which has run.
+
+    Raises:
+        SettingsError: the command line, or a file or folder that it names, cannot be used.
+    """
+    settings = parse(argv)
+    command = settings.command
+    if command.doctor:
+        from tune.doctor.examine import examine
+
+        return examine(settings, say)
+    if command.show:
+        from tune.show import print_outcome, show
+
+        print_outcome(show(study_directory(command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
+        return 0
+    from tune.plan.prepare import prepare, resume
+
+    if command.replay:
+        from tune.replay import replay
+
+        return replay(resume(settings, say), command.trial, say)
+    return resume(settings, say) if command.resume else prepare(settings, say)
+
+
+def say(text: str) -> None:
+    """Print one line of progress."""
+    from tune.results.terminal import print_line
+
+    print_line(f"[{time.perf_counter() - STARTED:6.1f} s] {text}")
 
 
 if __name__ == "__main__":

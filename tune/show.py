@@ -1,9 +1,10 @@
-"""The results of a study so far, also while it runs."""
+"""Printing a study's results: at its end, or so far (`--show`)."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 from tune.config.paths import SettingsError
@@ -13,12 +14,25 @@ from tune.records.journal import read_journal
 from tune.results.outcome import Outcome
 
 
+def print_outcome(outcome: Outcome) -> None:
+    """Print a study's results at its end. A terminal that is gone, or a signal, leaves the rest out."""
+    from tune.results.summary import print_summary
+    from tune.results.terminal import drop_output
+
+    try:
+        print_summary(outcome)
+        sys.stdout.flush()
+    except (OSError, KeyboardInterrupt):
+        drop_output(1)  # study.json holds the same
+
+
 def show(directory: Path) -> Outcome:
     """A study's results so far, from its journal; also while it runs. Writes nothing.
 
-    Raises SettingsError when plan.json is damaged, or the study cannot be read.
+    Raises:
+        SettingsError: plan.json is damaged, or the study's files cannot be read.
     """
-    plan, values = stored_settings(directory)
+    plan, settings = stored_settings(directory)
     path = directory / "journal.jsonl"
     try:
         running = is_running(directory)
@@ -29,8 +43,8 @@ def show(directory: Path) -> Outcome:
         name=directory.name,
         directory=directory,
         goals=tuple((name, mode) for name, mode in plan["goals"]),
-        require=values.get("require", ()),
-        num_trials=values["trials"],
+        require=settings.get("require", ()),
+        num_trials=settings["trials"],
         records=[],
         running=running,
         tracking_uri=plan["tracking_uri"],
@@ -40,15 +54,15 @@ def show(directory: Path) -> Outcome:
     for note in journal.notes():
         outcome.note(note)
     ended = bool(events) and events[-1]["event"] == "study_ended"
-    if outcome.running:
+    if running:
         outcome.note("the study is running")
     elif not ended:
-        outcome.note("the study was interrupted" if events else f"{path} is missing or empty: no trial is known")
+        outcome.note("the study was interrupted" if events else f"{path} is missing or empty: there are no trials")
+        outcome.incomplete = True
         for record in outcome.records:
             record.state = "INTERRUPTED" if record.state == "RUNNING" else record.state
-    outcome.incomplete |= not outcome.running and not ended
     try:
-        # Not `pick_winner`: what is missing here may lie in a bucket.
+        # Not `pick_winner`: a file that is missing here may lie on object storage.
         outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)
         if outcome.winner:
             outcome.forget_old_tests()
@@ -61,7 +75,7 @@ def show(directory: Path) -> Outcome:
 
 
 def is_running(directory: Path) -> bool:
-    """Whether a process holds the study's lock. Needs no right to write there. Raises OSError."""
+    """Whether a process holds the study's lock. Needs no right to write in the folder. Raises OSError."""
     try:
         handle = os.open(directory / "lock", os.O_RDONLY)
     except FileNotFoundError:

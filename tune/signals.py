@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first one stops a study in any phase, the second ends it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first signal stops a study in any phase, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tune.records.journal import Journal
 from tune.results.terminal import give_back_terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-AGAIN_S = 0.05  # a signal that comes while an event is written is raised again after so long
+RETRY_S = 0.05  # delay of a signal that comes while an event is written
 
 
 class StopSignals:
-    """The handlers of a study's signals, within a `with` in the main thread. `count` is how many have come.
+    """The handlers of a study's signals, for a `with` in the main thread. `count` is the number of signals so far.
 
-    A signal raises KeyboardInterrupt. While Ray Tune's loop runs (`searching`) the first signal ends that loop between
-    two steps instead, so that Optuna, Tune and the journal agree. Under nohup, which ignores SIGHUP, a study goes on
-    when its terminal is closed.
+    A signal raises KeyboardInterrupt. While Ray Tune's loop runs (`searching`), the first signal ends that loop between
+    two steps instead, so that Optuna, Tune and the journal agree. nohup makes the process ignore SIGHUP: the study then
+    goes on when its terminal is closed.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class StopSignals:
             give_back_terminal(self._terminals)
 
     def install(self) -> None:
-        """Set the handlers, again after a library has set its own."""
+        """Set the handlers; also to be called after a library has set its own."""
         for number in SIGNALS:
             if number != signal.SIGHUP or self._before[number] != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -53,7 +53,7 @@ class StopSignals:
     def searching(self) -> Iterator[None]:
         """Let the first signal end Ray Tune's loop between two steps."""
         before = signal.getsignal(signal.SIGUSR1)
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # its handler would stay after its loop
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's handler would outlive its loop
         self._searching = True
         try:
             yield
@@ -63,13 +63,13 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if writes_event(frame):
-            # An event must not be in the file and unknown to the process.
-            threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
+            # An event that is in the file must also be in memory.
+            threading.Timer(RETRY_S, os.kill, (os.getpid(), number)).start()
             return
         self.count += 1
         if number == signal.SIGHUP:
             give_back_terminal(self._terminals)
-        end_loop = signal.getsignal(signal.SIGUSR1)  # Tune sets it when its loop begins
+        end_loop = signal.getsignal(signal.SIGUSR1)  # Tune's loop sets this handler when it begins
         if self.count == 1 and self._searching and callable(end_loop):
             end_loop(number, frame)
         else:
@@ -77,7 +77,7 @@ class StopSignals:
 
 
 def writes_event(frame: FrameType | None) -> bool:
-    """Whether a frame is within `Journal.write`, but does not wait there for a disk that fails."""
+    """Whether a frame is in `Journal.write`, other than waiting there for a failing disk."""
     if frame is None or frame.f_code is patiently.__code__:
         return False
     while frame is not None:

@@ -1,4 +1,4 @@
-"""A study from its data to its outcome: Ray, lanes, search, confirmation, test, report."""
+"""A study from its data to its outcome: set up, search, confirm, test, conclude."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import math
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train_fn.data.splitting import save_splits
 from train_fn.support.files import file_hash
 from train_fn.worker import versions
-from tune.conclude import conclude, end_of_study
+from tune.conclude import conclude, end_session
 from tune.config.paths import SettingsError
 from tune.config.space import SpaceError, searched_settings
 from tune.confirm import confirm, confirmations_left
@@ -21,7 +21,7 @@ from tune.final_test import choose_and_score, chosen_for_test, is_tested
 from tune.lanes.layout import Layout, joins_cluster, plan_layout
 from tune.lanes.ray_start import session_logs, start_ray
 from tune.plan.prepare import Study
-from tune.records.budgets import last_time, spent
+from tune.records.budgets import exhausted_budget, last_time
 from tune.records.plan import save_plan
 from tune.records.trials import DONE_STATES
 from tune.results.outcome import Outcome
@@ -29,86 +29,88 @@ from tune.signals import StopSignals
 from tune.tracking.delivery import Tracking
 from tune.tracking.target import target_of
 
-
-def discard(study: Study) -> None:
-    """Remove the folder of a new study that could not begin, if it holds nothing but what `prepare` wrote."""
-    if (study.directory / "plan.json").exists() or study.journal.events:
-        return
-    for name in ("journal.jsonl", "lock"):
-        (study.directory / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it holds something of the user's
-        study.directory.rmdir()
+if TYPE_CHECKING:
+    from tune.search.callback import StudyLog
 
 
 def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
-    """Search, choose, test. Returns an outcome also when interrupted; what is finished is kept.
+    """Run a study to its end, or until a signal or an error stops it; what is finished by then is kept.
 
-    started: `time.perf_counter()` at which the user's waiting began.
+    Args:
+        started: `time.perf_counter()` when the user's wait began.
+
+    Raises:
+        SettingsError: Ray does not start, or the cluster can never hold one lane.
+        KeyboardInterrupt: a signal came before the study had begun.
     """
-    settings = study.settings
-    outcome = Outcome(
-        name=study.name,
-        directory=study.directory,
-        goals=study.goals,
-        require=settings.study.require,
-        num_trials=settings.study.trials,
-        records=[],
-        tracking_uri=study.plan["tracking_uri"],
-        storage=study.storage,
-    )
-    events = study.journal.events
-    outcome.read(events, last_time(events))
-    for note in study.journal.notes:
-        say(note)
-        outcome.note(note)
-    layout = None
+    outcome = earlier_outcome(study, say)
     with StopSignals() as stop:
         try:
-            if not nothing_left(study, outcome):
-                layout = begin(study, say)
-                stop.install()  # Ray has set a handler of its own
-            try:
-                if layout:
-                    search_and_test(study, layout, outcome, say, started, stop)
-                else:
-                    say("Every trial has ended and the test is scored: writing study.json and the report")
-                    conclude_again(study, outcome, stop, started)
-            except OSError as error:
-                outcome.error = f"the study's storage failed: {error}"
+            if nothing_left(study, outcome):
+                say("Every trial has ended and the test is scored: writing study.json and the report")
+                conclude_again(study, outcome, stop, started)
+            else:
+                layout = set_up(study, say)
+                stop.install()  # Ray has set handlers of its own
+                run_session(study, layout, outcome, say, started, stop)
+        except OSError as error:
+            outcome.error = f"the study's storage failed: {error}"
         except KeyboardInterrupt:
             if not (study.directory / "plan.json").is_file():
-                raise  # nothing has begun
+                raise
             outcome.interrupted = True
     if study.lease.lost:
         outcome.note(f"another machine runs this study now: it has taken over {study.storage.uri}")
     study.lease.release()
-    if outcome.winner is None and outcome.exit_code > 1:  # ended before the winner was named
-        with contextlib.suppress(OSError):  # the outcome's error says what is wrong
+    if outcome.winner is None and outcome.exit_code > 1:  # it stopped before the winner was named
+        with contextlib.suppress(OSError):  # outcome.error has the reason
             outcome.pick_winner()
     return outcome
 
 
-def track(study: Study) -> Tracking:
-    """The delivery of this study's events to its stores."""
-    target = target_of(study.directory, study.plan)
-    return Tracking(dataclasses.replace(target, may_write=study.lease.ours), study.journal.events)
+def earlier_outcome(study: Study, say: Callable[[str], None]) -> Outcome:
+    """The outcome of a study's earlier sessions."""
+    outcome = Outcome(
+        name=study.name,
+        directory=study.directory,
+        goals=study.goals,
+        require=study.settings.study.require,
+        num_trials=study.settings.study.trials,
+        records=[],
+        tracking_uri=study.plan["tracking_uri"],
+        storage=study.storage,
+    )
+    outcome.read(study.journal.events, last_time(study.journal.events))
+    for note in study.journal.notes:
+        say(note)
+        outcome.note(note)
+    return outcome
 
 
-def write_plan(study: Study) -> None:
-    """Fix on disk what the study rests on: splits.json, then plan.json, which makes the folder a study."""
-    path = study.directory / "splits.json"
-    if "splits_hash" not in study.plan:  # new
-        save_splits(study.splits, path)
-        study.plan["splits_hash"] = file_hash(path)
-    save_plan(study.directory, study.plan)
+def nothing_left(study: Study, outcome: Outcome) -> bool:
+    """Whether a study has nothing left to train or to score. If so, names its winner."""
+    settings, events = study.settings.study, study.journal.events
+    states = [record.state for record in outcome.records]
+    ended_by = exhausted_budget(outcome.records, events, settings, last_time(events))
+    if not states or "RUNNING" in states:
+        return False
+    if not ended_by and sum(state in DONE_STATES for state in states) < settings.trials:
+        return False
+    if settings.confirm and confirmations_left(study, outcome):
+        return False
+    outcome.pick_winner()
+    outcome.ended_by = outcome.ended_by or ended_by
+    return outcome.winner is None or is_tested(study, outcome, chosen_for_test(outcome))
 
 
-def begin(study: Study, say: Callable[[str], None]) -> Layout:
-    """Start Ray and share out the machines. Raises SettingsError when the cluster can never hold one lane."""
-    settings = study.settings
+# ------------------------------------------------------------------------------------------------ set up
+
+
+def set_up(study: Study, say: Callable[[str], None]) -> Layout:
+    """Start Ray, share out the machines, write the plan. Raises SettingsError when that cannot be done."""
     try:
-        resources = start_ray(settings)
-        layout = plan_layout(settings, resources)
+        resources = start_ray(study.settings)
+        layout = plan_layout(study.settings, resources)
     except SettingsError:
         import ray
 
@@ -125,27 +127,47 @@ def begin(study: Study, say: Callable[[str], None]) -> Layout:
     except OSError as error:
         ray.shutdown()
         raise SettingsError([f"`--results` must be a folder that can be written, but {error}: make room"]) from error
-    shown = ", ".join(f"{part} {len(getattr(study.splits, part))}" for part in ("train", "validation", "test"))
+    images = ", ".join(f"{part} {len(getattr(study.splits, part))}" for part in ("train", "validation", "test"))
     say(
-        f"Study {study.name}: {settings.study.trials} trials on {layout.lanes} lane(s) of "
-        f"{layout.workers_per_trial} {'GPU' if layout.use_gpu else 'CPU'} worker(s); images: {shown}"
+        f"Study {study.name}: {study.settings.study.trials} trials on {layout.lanes} lane(s) of "
+        f"{layout.workers_per_trial} {'GPU' if layout.use_gpu else 'CPU'} worker(s); images: {images}"
     )
     for sentence in study.data_report.sentences():
         say(f"Data: {sentence}")
     say(f"Starting the lanes (logs in {session_logs()})")
-    there, wanted = int(resources.get("GPU", 0)), layout.lanes * layout.devices_per_trial
-    if layout.use_gpu and there < wanted:
-        awaited = f"the {math.ceil(wanted)} GPUs: the lanes wait until its autoscaler has brought the rest"
-        say(f"The cluster has {there} of {awaited}")
+    present, needed = int(resources.get("GPU", 0)), math.ceil(layout.lanes * layout.devices_per_trial)
+    if layout.use_gpu and present < needed:
+        say(f"The cluster has {present} of {needed} GPUs: the lanes wait until its autoscaler has brought the rest")
     return layout
 
 
-def search_and_test(
+def discard(study: Study) -> None:
+    """Remove the folder of a new study that could not begin, if it holds nothing but what `prepare` wrote."""
+    if (study.directory / "plan.json").exists() or study.journal.events:
+        return
+    for name in ("journal.jsonl", "lock"):
+        (study.directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the user has files in it
+        study.directory.rmdir()
+
+
+def write_plan(study: Study) -> None:
+    """Write splits.json, then plan.json, which makes the folder a study."""
+    path = study.directory / "splits.json"
+    if "splits_hash" not in study.plan:  # a new study
+        save_splits(study.splits, path)
+        study.plan["splits_hash"] = file_hash(path)
+    save_plan(study.directory, study.plan)
+
+
+# ------------------------------------------------------------------------------------------------ a session with lanes
+
+
+def run_session(
     study: Study, layout: Layout, outcome: Outcome, say: Callable[[str], None], started: float, stop: StopSignals
 ) -> None:
-    """Start the lanes, run the trials through them, score the test split on one of them, and conclude."""
+    """Start the lanes, search, confirm, score the test images, conclude."""
     import ray
-    import ray.tune
 
     from tune.lanes.dispatcher import start_dispatcher
     from tune.lanes.trainers import Lanes
@@ -154,54 +176,40 @@ def search_and_test(
     from tune.search.footer import Footer
     from tune.search.tuner import search
 
-    settings, journal = study.settings, study.journal
+    settings = study.settings
     dispatcher = start_dispatcher(layout, settings.study.hang_timeout)
     lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
-    waited_s = time.perf_counter() - started
-    journal.write("session", params=study_params(study, layout), tags=tags, startup_s=waited_s)
-    tracking = track(study)
+    tracking = open_session(study, study_params(study, layout), tags, started)
     log = StudyLog(study, dispatcher, tracking, say)
-
-    def collect() -> None:
-        log.close()
-        outcome.read(journal.events)
-        outcome.ended_by = log.ended_by
-        if log.space_error:
-            outcome.error = f"the search space gave no further trial: {log.space_error}"
-        outcome.error = outcome.error or log.study_error
-        ended = [record for record in outcome.records if record.state != "INTERRUPTED"]
-        outcome.interrupted |= stop.count > 0 or (not log.ended_by and len(ended) < settings.study.trials)
-
     try:
         with live(Footer(log, layout)):
             try:
                 with stop.searching():
                     search(study, layout, dispatcher, log)
             finally:
-                collect()
+                collect(study, log, outcome, stop)
             if settings.study.confirm and not outcome.interrupted:
                 confirm(study, dispatcher, outcome, say)
             choose_and_score(study, dispatcher, outcome, say)
     except KeyboardInterrupt:
         outcome.interrupted = True
-    except (Exception, SystemExit) as error:  # SystemExit: of a space
-        failed_in_ray = isinstance(error, ray.exceptions.RayActorError | ray.tune.TuneError)
-        if failed_in_ray and not lives(dispatcher):
+    except (Exception, SystemExit) as error:  # SystemExit: from a space
+        if lost_dispatcher(error, dispatcher):
             outcome.interrupted = lanes.over = True
             outcome.note("the study lost its dispatcher")
-        elif reason := explain(error):
+        elif reason := error_of_space_or_storage(error):
             outcome.interrupted, outcome.error = stop.count > 0, reason
         else:
             lanes.over = True
-            end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
+            end_session(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
             raise
     try:
         if (outcome.interrupted or outcome.error) and not lanes.over:
             lanes.leave()
         conclude(study, outcome, tracking, dataclasses.asdict(layout), stop)
-        # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
-        # led here would never be seen. The interpreter's exit shuts Ray down in any case.
+        # Not in a `finally`: Ray ends the process when a lane's thread uses it after a shutdown, and then hides the
+        # error that led here. The interpreter's exit shuts Ray down in any case.
         if not outcome.interrupted and not outcome.error:
             lanes.close()
             ray.shutdown()
@@ -210,9 +218,52 @@ def search_and_test(
         outcome.note("a signal ended the study at once: what was running goes on from its last state")
 
 
-def explain(error: BaseException) -> str:
-    """What ended a search, where that is an error of the user's space or of the study's storage; else an empty text.
-    Ray Tune wraps what its callbacks raise, so the errors that led to this one count, too."""
+def open_session(study: Study, params: dict[str, Any], tags: dict[str, Any], started: float) -> Tracking:
+    """Write a session's first event, and start the delivery of the study's events to its stores."""
+    study.journal.write("session", params=params, tags=tags, startup_s=time.perf_counter() - started)
+    target = target_of(study.directory, study.plan)
+    return Tracking(dataclasses.replace(target, may_write=study.lease.ours), study.journal.events)
+
+
+def study_params(study: Study, layout: Layout) -> dict[str, Any]:
+    """The parent run's parameters: the search, the base, and what all trials share."""
+    counts = {f"num_{part}": len(getattr(study.splits, part)) for part in ("train", "validation", "test")}
+    settings = study.settings
+    parts = (settings.trial, settings.model, settings.study, layout)
+    return {name: value for part in parts for name, value in dataclasses.asdict(part).items() if value != ""} | counts
+
+
+def collect(study: Study, log: StudyLog, outcome: Outcome, stop: StopSignals) -> None:
+    """Read the trials of a search that has ended, and why it ended, into the outcome."""
+    log.close()
+    outcome.read(study.journal.events)
+    outcome.ended_by = log.ended_by
+    if log.space_error:
+        outcome.error = f"the search space gave no further trial: {log.space_error}"
+    outcome.error = outcome.error or log.study_error
+    num_ended = sum(record.state != "INTERRUPTED" for record in outcome.records)
+    outcome.interrupted |= stop.count > 0 or (not log.ended_by and num_ended < study.settings.study.trials)
+
+
+def lost_dispatcher(error: BaseException, dispatcher: Any) -> bool:
+    """Whether a search ended because the dispatcher has died. Tune raises an error of its own then."""
+    import ray
+    import ray.tune
+
+    if not isinstance(error, ray.exceptions.RayActorError | ray.tune.TuneError):
+        return False
+    try:
+        ray.get(dispatcher.snapshot.remote(), timeout=30)
+    except ray.exceptions.RayError:
+        return True
+    return False
+
+
+def error_of_space_or_storage(error: BaseException) -> str:
+    """Why a search ended, if an error of the user's space or of the study's storage ended it; else "".
+
+    Ray Tune wraps what its callbacks raise, so the errors that led to this one count, too.
+    """
     import sqlite3
 
     import optuna
@@ -238,49 +289,15 @@ def explain(error: BaseException) -> str:
     return ""
 
 
-def lives(actor: Any) -> bool:
-    """Whether the dispatcher still answers. What Tune raises when it does not is an error of its own."""
-    import ray
-
-    try:
-        ray.get(actor.snapshot.remote(), timeout=30)
-    except ray.exceptions.RayError:
-        return False
-    return True
-
-
-def nothing_left(study: Study, outcome: Outcome) -> bool:
-    """Whether a study that goes on has nothing left to train or to score. Names its winner if so."""
-    settings, events = study.settings.study, study.journal.events
-    states = [record.state for record in outcome.records]
-    ended_by = spent(outcome.records, events, settings, last_time(events))
-    if not states or "RUNNING" in states:
-        return False
-    if not ended_by and sum(state in DONE_STATES for state in states) < settings.trials:
-        return False
-    if settings.confirm and confirmations_left(study, outcome):
-        return False
-    outcome.pick_winner()
-    outcome.ended_by = outcome.ended_by or ended_by
-    return outcome.winner is None or is_tested(study, outcome, chosen_for_test(outcome))
+# ------------------------------------------------------------------------------------------------ a session without
 
 
 def conclude_again(study: Study, outcome: Outcome, stop: StopSignals, started: float) -> None:
-    """Write the results of a study with nothing left to train or to score: no lane is started, nor Ray."""
+    """Write the results of a study with nothing left to train or to score. Starts neither Ray nor a lane."""
     write_plan(study)
     before = [event for event in study.journal.events if event["event"] == "session"][-1]
-    waited_s = time.perf_counter() - started
-    study.journal.write("session", params=before["params"], tags=before["tags"], startup_s=waited_s)
-    tracking = track(study)
+    tracking = open_session(study, before["params"], before["tags"], started)
     outcome.incomplete = False
     outcome.keep_adapter()
-    names = [field.name for field in dataclasses.fields(Layout)]
-    conclude(study, outcome, tracking, {name: before["params"].get(name) for name in names}, stop)
-
-
-def study_params(study: Study, layout: Layout) -> dict[str, Any]:
-    """The parent run's parameters: the search, the base, and what all trials share."""
-    counts = {f"num_{part}": len(getattr(study.splits, part)) for part in ("train", "validation", "test")}
-    settings = study.settings
-    parts = (settings.trial, settings.model, settings.study, layout)
-    return {name: value for part in parts for name, value in dataclasses.asdict(part).items() if value != ""} | counts
+    layout = {field.name: before["params"].get(field.name) for field in dataclasses.fields(Layout)}
+    conclude(study, outcome, tracking, layout, stop)

@@ -1,4 +1,4 @@
-"""Paths that a user gives."""
+"""Files and folders that a user names, and the error for what is wrong with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tune.config.uris import scrub
 
 
 class SettingsError(Exception):
-    """The command line or what it names is wrong; holds every problem found."""
+    """The command line, or a file that it names, cannot be used. `problems` holds every reason, without credentials."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = [scrub(problem) for problem in problems]
@@ -20,7 +20,7 @@ class SettingsError(Exception):
 
 @contextlib.contextmanager
 def user_paths() -> Iterator[None]:
-    """Turn what the operating system says of a file or folder into a SettingsError. Other errors pass."""
+    """Turn the operating system's errors about files and folders into a SettingsError. Other errors pass."""
     try:
         os.getcwd()  # every relative path needs it
         yield
@@ -28,7 +28,7 @@ def user_paths() -> Iterator[None]:
         if error.errno is None:  # a library's own error
             raise
         what = "the working folder or a disk" if error.filename is None else repr(error.filename)
-        text = f"{what} must be usable, but {error.strerror}: mend it, or choose another place"
+        text = f"{what} must be usable, but {error.strerror}: repair it, or choose another"
         raise SettingsError([text]) from error
     except UnicodeEncodeError as error:
         what = repr(error.object[error.start : error.end])
@@ -36,7 +36,7 @@ def user_paths() -> Iterator[None]:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a path that a user gives is a regular file; what cannot be looked at is none."""
+    """Whether a path is a regular file. False where the system refuses to say."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -44,7 +44,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a path that a user gives is a folder; what cannot be looked at is none."""
+    """Whether a path is a folder. False where the system refuses to say."""
     try:
         return Path(path).is_dir()
     except OSError:
@@ -52,5 +52,5 @@ def is_folder(path: str | Path) -> bool:
 
 
 def study_directory(name: str, results: str) -> Path | None:
-    """The folder of a study that was begun, by its name under `results` or by its path."""
+    """The folder of a study, from its name in `results` or from its path; None if no plan.json lies there."""
     return next((folder for folder in (Path(results) / name, Path(name)) if is_file(folder / "plan.json")), None)

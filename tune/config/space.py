@@ -1,4 +1,4 @@
-"""Search spaces: their source, and the trial settings of one point."""
+"""Search spaces: reading their source, and the trial settings of one point."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ MAX_FILE = 10_000_000  # bytes of a space or of first points
 
 
 class SpaceError(ValueError):
-    """A search space cannot be used; the message goes on from the space's name: "asks for ...", "must return ..."."""
+    """A search space cannot be used. The message follows the space's name: "asks for ...", "must return ..."."""
 
 
 def is_own(space: str) -> bool:
-    """Whether a space is a Python file of the user, and none of search_spaces/."""
+    """Whether a space is a user's Python file, not a module of search_spaces/."""
     return space.endswith(".py")
 
 
 def read_space(space: str) -> bytes:
-    """The source of a space. One process reads it once, so what runs is what was compared. Raises SpaceError."""
+    """The source of a space, read once a process: the code that runs is the code whose hash was compared.
+
+    Raises:
+        SpaceError: there is no such space, or it cannot be read.
+    """
     folder = Path(__file__).resolve().parents[2] / "search_spaces"
-    known = sorted(path.stem for path in folder.glob("[a-z]*.py"))
-    if not is_own(space) and space not in known:
-        raise SpaceError(f"must be one of {', '.join(known)} or a Python file, but got {SHOWN.repr(space)}: check it")
+    shipped = sorted(path.stem for path in folder.glob("[a-z]*.py"))
+    if not is_own(space) and space not in shipped:
+        raise SpaceError(f"must be one of {', '.join(shipped)} or a Python file, but got {SHOWN.repr(space)}: check it")
     return read_source(os.path.abspath(space) if is_own(space) else str(folder / f"{space}.py"))
 
 
@@ -65,14 +69,14 @@ def load_space(name: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, An
 
 @functools.cache
 def run_source(name: str, path: str, source: bytes) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
-    """`space` and `GUIDE` that a source defines. Not by an import, which would prefer a compiled file beside it."""
+    """`space` and `GUIDE` that a source defines. An import would prefer a compiled file beside the source."""
     module = types.ModuleType(f"space_{Path(name).stem}")
     module.__file__ = path
     sys.modules[module.__name__] = module
     try:
         exec(compile(source, path, "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:  # a user's own file: whatever it raises is what they must mend
-        raise SpaceError(f"{name!r} must be importable, but raised {type(error).__name__}: {error}: mend it") from error
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
+        raise SpaceError(f"{name!r} must be importable, but raised {type(error).__name__}: {error}: fix it") from error
     space, guide = getattr(module, "space", None), getattr(module, "GUIDE", None)
     if not callable(space) or not isinstance(guide, dict):
         raise SpaceError(f"must define a function `space` and a dict `GUIDE`, but {name!r} does not: see search_spaces")
@@ -131,7 +135,7 @@ class Pinned:
             return suggest(name, *args, **options)
         except (ValueError, TypeError, ArithmeticError) as error:
             raise SpaceError(
-                f"must ask for {name!r} as Optuna allows, but Optuna says {str(error).rstrip('.')!r}: mend its choices "
+                f"must ask for {name!r} as Optuna allows, but Optuna says {str(error).rstrip('.')!r}: fix its choices "
                 f"or range, or ask under a second name"
             ) from error
         except Exception as error:
@@ -142,36 +146,38 @@ class Pinned:
 def searched_settings(
     settings: Settings, space: Callable[[Any], dict[str, Any]], trial: Any, number: int = 0
 ) -> tuple[dict[str, Any], list[str]]:
-    """The trial settings of one point of the space, over those of the command line, and the names of those that the
-    space decides.
+    """The trial settings of one point of the space.
+
+    Returns:
+        The settings: the command line's, with those that the space returns over them; and the names of the latter.
 
     Raises:
-        SpaceError: the space raises, or what it returns cannot be trained, or a pinned setting is computed from others.
+        SpaceError: the space raises, its settings cannot be trained, or it computes a pinned setting from others.
     """
     pinned = {name: getattr(settings.trial, name) for name in settings.pinned}
     grid = settings.study.sampler == "grid"
     asking = Pinned(trial, pinned, number, grid, first_points(settings) if grid else ())
     workers = max(1, settings.study.workers_per_trial)
-    known = settings.trial.problems(workers)  # the command line's own, which `check` reports
+    reported = settings.trial.problems(workers)  # by `check`: those of the command line
     try:
-        found = space(asking)
-        if not isinstance(found, dict):
-            raise SpaceError(f"must return a dict of settings, but returned {SHOWN.repr(found)}: see search_spaces")
-        clash = [name for name in pinned if name in found and found[name] != pinned[name]]
-        point = TrialSettings.from_dict(dataclasses.asdict(settings.trial) | found)
-        problems = [text for text in point.problems(workers) if text not in known]
+        chosen = space(asking)
+        if not isinstance(chosen, dict):
+            raise SpaceError(f"must return a dict of settings, but returned {SHOWN.repr(chosen)}: see search_spaces")
+        clash = [name for name in pinned if name in chosen and chosen[name] != pinned[name]]
+        point = TrialSettings.from_dict(dataclasses.asdict(settings.trial) | chosen)
+        problems = [text for text in point.problems(workers) if text not in reported]
     except SpaceError:
         raise
-    except (Exception, SystemExit) as error:  # a user's own function: whatever it raises is what they must mend
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
         if error is asking.failed:
             raise
-        raise SpaceError(f"must return settings, but raised {type(error).__name__}: {error}: mend it") from error
+        raise SpaceError(f"must return settings, but raised {type(error).__name__}: {error}: fix it") from error
     if clash:
         options = ", ".join(map(flag, clash))
         raise SpaceError(f"computes {options} from what it searches: leave the option out, or use another space")
     if problems:
         raise SpaceError(f"must return settings that can be trained: {'; '.join(problems)}")
-    return dataclasses.asdict(point), sorted(found)
+    return dataclasses.asdict(point), sorted(chosen)
 
 
 def read_points(path: str) -> list[dict[str, Any]]:
@@ -190,5 +196,5 @@ def read_points(path: str) -> list[dict[str, Any]]:
 
 
 def first_points(settings: Settings) -> list[dict[str, Any]]:
-    """What a search begins with: the space's guide, and the points of --first-points. Raises SpaceError."""
+    """The points that a search begins with: the space's guide, and those of --first-points. Raises SpaceError."""
     return [load_space(settings.study.space)[1], *settings.first_points]

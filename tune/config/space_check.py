@@ -1,11 +1,9 @@
-"""Asks a search space as Optuna will, before anything starts: its first points, the ends of its ranges, and a few
-points of the study's own sampler.
+"""Checks a search space before anything starts: its first points, the ends of its ranges, and a few points of the
+study's own sampler, through Optuna's own trials.
 
-A space of the user's own is a program that may raise, loop or end the process, so a child process asks it:
+A user's own space is a program that may raise, loop or end the process, so a child process runs it:
 
     python -m tune.config.space_check
-
-reads pickled settings from its standard input and writes the problems to its standard output, as JSON.
 """
 
 from __future__ import annotations
@@ -31,38 +29,19 @@ TIMEOUT_S = 60.0  # for all that the child does, the imports of the user's file 
 NUM_ASKED = 20  # points of the sampler: more than the ten that TPE and GP draw at random
 
 
-def check_apart(settings: Settings) -> list[str]:
-    """What is wrong with a space, asked in a process of its own."""
-    where = f"`--space` {settings.study.space!r}"
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
-    # Files, not pipes: a process that the space leaves behind would keep a pipe open.
-    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answer:
-        asked.write(pickle.dumps(settings))
-        asked.seek(0)
-        command = [sys.executable, "-P", "-m", "tune.config.space_check"]
-        try:
-            code = subprocess.run(command, stdin=asked, stdout=answer, env=environment, timeout=TIMEOUT_S).returncode
-        except subprocess.TimeoutExpired:
-            return [f"{where} must answer within {TIMEOUT_S:g} s, but does not: look for a loop without an end"]
-        answer.seek(0)
-        try:
-            return json.loads(answer.read())
-        except ValueError:
-            return [f"{where} must return settings, but ended the process that asked it (exit code {code}): mend it"]
-
-
-def main() -> None:
-    """Answer `check_apart`."""
-    settings = pickle.load(sys.stdin.buffer)
-    answer = os.dup(sys.stdout.fileno())
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what the space prints is no answer
-    os.write(answer, json.dumps(problems_of_space(settings)).encode())
-    os._exit(0)  # whatever threads the space has started
+def check_space(settings: Settings) -> list[str]:
+    """Problems of a study's space: of its file, its first points, the ends of its ranges and its sampler's points."""
+    if not is_own(settings.study.space):
+        return problems_of_space(settings)
+    try:
+        read_space(settings.study.space)
+    except SpaceError as error:
+        return [f"`--space` {error}"]
+    return check_apart(settings)
 
 
 def problems_of_space(settings: Settings) -> list[str]:
-    """What is wrong with a space, asked through Optuna's own trials."""
+    """Problems of a space that show when Optuna's own trials ask it."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -76,26 +55,26 @@ def problems_of_space(settings: Settings) -> list[str]:
     # A grid's points lie inside the ranges; the ranges themselves are asked for here.
     plain = dataclasses.replace(settings, study=dataclasses.replace(settings.study, sampler="random"))
     study = optuna.create_study()
-    found: list[str] = []
+    problems: list[str] = []
     for name, values, end in points:
         if text := unusable_values(values):
-            found.append(f"{name} {text}")
+            problems.append(f"{name} {text}")
             continue
         study.sampler = make_corner(values, end)
         trial = study.ask()
-        found += ask(plain, space, trial, where, again=True)
-        found += [
+        problems += ask(plain, space, trial, where, again=True)
+        problems += [
             f"{name}: {parameter} must be {words(range_)}, but got {SHOWN.repr(values[parameter])}: change it"
             for parameter, range_ in trial.distributions.items()
             if parameter in values and not contains(range_, values[parameter])
         ]
         stray = sorted(set(values) - set(trial.params) - set(settings.pinned))
-        if stray and not found:  # a space that has failed has not asked for all
-            found.append(f"{name} must name what the space asks for, but has {', '.join(stray)}: mend its name")
+        if stray and not problems:  # a space that has failed has not asked for all
+            problems.append(f"{name} must name what the space asks for, but has {', '.join(stray)}: fix its name")
         study.tell(trial, float(trial.number))
-    if not found and is_own(settings.study.space):
-        found = ask_sampler(settings, space, study, where)
-    return list(dict.fromkeys(found))
+    if not problems and is_own(settings.study.space):
+        problems = ask_sampler(settings, space, study, where)
+    return list(dict.fromkeys(problems))
 
 
 def ask_sampler(settings: Settings, space: Callable[[Any], Any], study: Any, where: str) -> list[str]:
@@ -121,11 +100,11 @@ def ask_sampler(settings: Settings, space: Callable[[Any], Any], study: Any, whe
 
 
 def ask(settings: Settings, space: Callable[[Any], Any], trial: Any, where: str, again: bool = False) -> list[str]:
-    """What is wrong with one point of a space. again: the same values must make the same settings a second time."""
+    """Problems of one point of a space. again: check that the same values give the same settings a second time."""
     import optuna
 
-    found = []
-    number = trial.number % max(1, settings.study.trials)  # a space may choose by it, and knows those of the study
+    problems = []
+    number = trial.number % max(1, settings.study.trials)  # a space may use it, and expects those of the study
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -133,19 +112,33 @@ def ask(settings: Settings, space: Callable[[Any], Any], trial: Any, where: str,
             if again:
                 fixed = optuna.trial.FixedTrial(trial.params, number)
                 if searched_settings(settings, space, fixed, number)[0] != chosen:
-                    found.append(f"{where} must return the same settings for the same values, but does not: mend it")
+                    problems.append(f"{where} must return the same settings for the same values, but does not: fix it")
         except SpaceError as error:
-            found.append(f"{where} {error}")
-    # The one warning of this class: a second range under a name that has one.
-    found += [f"{where}: {w.message}: ask under a second name" for w in caught if w.category is RuntimeWarning]
+            problems.append(f"{where} {error}")
+    # Optuna's only warning of this class: a second range under the same name.
+    problems += [f"{where}: {w.message}: ask under a second name" for w in caught if w.category is RuntimeWarning]
     for name, range_ in trial.distributions.items():
         if text := unusable_range(range_):
-            found.append(f"{where} must ask for {name!r} among {text}, but asks for {words(range_)}: mend it")
-    return found
+            problems.append(f"{where} must ask for {name!r} among {text}, but asks for {words(range_)}: fix it")
+    return problems
+
+
+def corners(settings: Settings) -> list[TrialSettings]:
+    """The trials at a space's guide and at both ends of its ranges. Raises SpaceError."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space, guide = load_space(settings.study.space)
+    study = optuna.create_study()
+    trials = []
+    for values, end in ((guide, 0), ({}, 0), ({}, -1)):
+        study.sampler = make_corner(values, end)
+        trials.append(TrialSettings(**searched_settings(settings, space, study.ask())[0]))
+    return trials
 
 
 def make_corner(values: dict[str, Any], end: int) -> Any:
-    """A sampler that chooses the given values where they are inside their range, else an end of it: 0 or -1."""
+    """A sampler that chooses `values` where their range contains them, else an end of it: 0 (low) or -1 (high)."""
     import optuna
     from optuna.distributions import CategoricalDistribution
 
@@ -177,24 +170,10 @@ def contains(range_: Any, value: Any) -> bool:
     return True
 
 
-def corners(settings: Settings) -> list[TrialSettings]:
-    """The trials of a space's guide and of both ends of its ranges. Raises SpaceError."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space, guide = load_space(settings.study.space)
-    study = optuna.create_study()
-    found = []
-    for values, end in ((guide, 0), ({}, 0), ({}, -1)):
-        study.sampler = make_corner(values, end)
-        found.append(TrialSettings(**searched_settings(settings, space, study.ask())[0]))
-    return found
-
-
 def unusable_values(values: dict[Any, Any]) -> str:
-    """Why a point cannot be stored by Optuna, or nothing."""
+    """Why Optuna cannot store a point, or ""."""
     if not all(isinstance(name, str) for name in values):
-        return f"must have texts as names, but has {SHOWN.repr(list(values))}: mend them"
+        return f"must have texts as names, but has {SHOWN.repr(list(values))}: fix them"
     try:
         json.dumps(values)
     except (TypeError, ValueError) as error:
@@ -203,7 +182,7 @@ def unusable_values(values: dict[Any, Any]) -> str:
 
 
 def unusable_range(range_: Any) -> str:
-    """What Optuna's storage takes instead of a distribution's choices or ends, or nothing."""
+    """What a distribution's choices or ends must be so that Optuna can store them, or "" if they are."""
     ends = getattr(range_, "choices", None) or (range_.low, range_.high)
     if not all(end is None or isinstance(end, bool | int | float | str) for end in ends):
         return "numbers, texts, True, False and None (make lists inside the space, from such a choice)"
@@ -221,18 +200,35 @@ def words(range_: Any) -> str:
     return f"between {range_.low:g} and {range_.high:g}{steps}"
 
 
+def check_apart(settings: Settings) -> list[str]:
+    """`problems_of_space` in a child process."""
+    where = f"`--space` {settings.study.space!r}"
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+    # Files, not pipes: a process that the space starts and leaves behind would keep a pipe open.
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answer:
+        asked.write(pickle.dumps(settings))
+        asked.seek(0)
+        command = [sys.executable, "-P", "-m", "tune.config.space_check"]
+        try:
+            code = subprocess.run(command, stdin=asked, stdout=answer, env=environment, timeout=TIMEOUT_S).returncode
+        except subprocess.TimeoutExpired:
+            return [f"{where} must answer within {TIMEOUT_S:g} s, but does not: look for an endless loop"]
+        answer.seek(0)
+        try:
+            return json.loads(answer.read())
+        except ValueError:
+            return [f"{where} must return settings, but ended the process that called it (exit code {code}): fix it"]
+
+
+def main() -> None:
+    """The child process of `check_apart`: pickled settings on standard input, problems as JSON on standard output."""
+    settings = pickle.load(sys.stdin.buffer)
+    answer = os.dup(sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what the space prints is not the answer
+    os.write(answer, json.dumps(problems_of_space(settings)).encode())
+    os._exit(0)  # whatever threads the space has started
+
+
 if __name__ == "__main__":
     main()
-
-
-def check_space(settings: Settings) -> list[str]:
-    """Whether Optuna can search the space, and its first points and both ends of its ranges can be trained."""
-    from tune.config.space_check import check_apart, problems_of_space
-
-    if not is_own(settings.study.space):
-        return problems_of_space(settings)
-    try:
-        read_space(settings.study.space)
-    except SpaceError as error:
-        return [f"`--space` {error}"]
-    return check_apart(settings)

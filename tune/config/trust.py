@@ -1,4 +1,9 @@
-"""Whether a user's own search space, which is a program, may run."""
+"""Whether a user's own search space may run.
+
+A space is a program, and a study's folder, with its plan.json, may come from somebody else. So `--resume` and
+`--replay` run a user's own space only if its content has the hash in plan.json, and if this user has begun a study with
+that content on this machine or names the file with `--space`.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +18,28 @@ from tune.config.space import SpaceError, is_own, space_hash
 
 
 def remembered(digest: str) -> Path:
-    """The mark that this user has begun a study with a space of this hash, on this machine."""
+    """The file that marks a space, by its hash, as one with which this user has begun a study on this machine."""
     return cache_folder() / "spaces" / digest
 
 
 def remember_space(space: str) -> None:
-    """Leave that mark for a user's own space. Raises OSError."""
+    """Mark a user's own space. Raises OSError."""
     if is_own(space):
         mark = remembered(space_hash(space))
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_file(mark, b"")
 
 
-def check_trust(plan: dict[str, Any], stored: str, given: str) -> list[str]:
-    """Whether the space of a study that goes on may run.
-
-    A study's folder, plan.json with it, may come from somebody else, and a space is a program. Its file must have the
-    hash that the plan names; and the user must have begun a study with a file of that hash on this machine, or name the
-    file on the command line.
+def check_trust(plan: dict[str, Any], stored: str, named: str) -> list[str]:
+    """Problems with the space of a study that goes on.
 
     Args:
-        stored: the space that the plan names.
-        given: --space.
+        stored: the space in plan.json.
+        named: the space of --space, or "".
     """
-    if not given and not is_own(stored):
+    if not named and not is_own(stored):
         return []
-    space = given or stored
+    space = named or stored
     try:
         digest = space_hash(space)
     except SpaceError as error:
@@ -48,7 +49,7 @@ def check_trust(plan: dict[str, Any], stored: str, given: str) -> list[str]:
             f"`--space` must have the content that the study was begun with (sha256 "
             f"{SHOWN.repr(plan.get('space_hash'))}), but {space!r} has {digest!r}: put it back, or begin a new study"
         ]
-    if given or remembered(digest).exists():
+    if named or remembered(digest).exists():
         return []
     return [
         f"`--space` must be given for a study that you have not begun on this machine, since its space is a program, "

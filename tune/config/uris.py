@@ -1,4 +1,4 @@
-"""URIs of stores: which one a study records in, and how one is shown without its credentials."""
+"""URIs of stores: the one that a study records in, and how to strip credentials from a URI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECRET = re.compile("pass|pwd|token|secret|sig|key|cred|auth", re.IGNORECASE)
 
 
 def strip_credentials(uri: str) -> str:
-    """A URI without user, password, and parameters that look like secrets, as it may be written down and shown.
+    """A URI without user, password, and parameters that look like secrets: safe to store and to show.
 
     A password may hold `/`, `@`, `?` or `#`, although a URI must quote them.
     """
@@ -20,10 +20,10 @@ def strip_credentials(uri: str) -> str:
         return uri
     scheme, rest = found.groups()
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    # Only in http does `name:digits/` begin with a host and its port; SQLAlchemy reads a user and a password there.
+    # Only in http is `name:digits/` a host and its port; SQLAlchemy reads a user and a password.
     has_port = re.fullmatch(r"([^:]*|\[.*\]):\d*", authority) and scheme.lower() in ("http", "https")
     if "@" in authority or (":" in authority and not has_port and "@" in rest):
-        # An `@` among sound parameters is none of the password's.
+        # An `@` in well-formed parameters does not belong to the password.
         end = re.search(r"(\?[\w.%-]+=[^?#]*)?(#.*)?$", rest, re.DOTALL).start() if "@" in authority else len(rest)  # type: ignore[union-attr]
         rest = rest[:end].rpartition("@")[2] + rest[end:]
     path, query = re.fullmatch(r"([^?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -39,16 +39,18 @@ def holds_secret(parameter: str) -> bool:
 
 
 def scrub(text: str) -> str:
-    """A text with every URI in it, whole or from its path on, stripped of its credentials."""
+    """A text without the credentials of the URIs in it, whole ones or only their paths and parameters."""
     text = re.sub(r"[A-Za-z][\w+.-]*://\S+", lambda found: strip_credentials(found[0]), text)
-    # Libraries also name what they asked for without its host, as `/path?token=...`.
+    # Libraries also name a URI without its host, as `/path?token=...`.
     return re.sub(r"[?#&;][^\s?#&;=]+=[^\s?#&;]*", lambda found: "" if holds_secret(found[0][1:]) else found[0], text)
 
 
-def tracking_uri(given: str = "") -> str:
-    """--mlflow-uri, or MLFLOW_TRACKING_URI, or the sqlite file that a bare `mlflow ui` in the working folder shows;
-    without credentials, and with an absolute path."""
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI", "")
+def tracking_uri(option: str = "") -> str:
+    """The MLflow store's URI, without credentials and with an absolute path.
+
+    It is --mlflow-uri, else MLFLOW_TRACKING_URI, else the sqlite file in the working folder, which `mlflow ui` shows.
+    """
+    uri = option or os.environ.get("MLFLOW_TRACKING_URI", "")
     return strip_credentials(absolute(uri)) if uri else default_uri()
 
 
@@ -59,12 +61,12 @@ def default_uri() -> str:
         return f"sqlite:///{path}"
     import sqlalchemy
 
-    # With the driver's name in the URI: for `sqlite:///` MLflow also makes a folder of the quoted name.
+    # The URI names the driver: for `sqlite:///` MLflow would also make a folder of the quoted name.
     return sqlalchemy.URL.create("sqlite+pysqlite", database=path).render_as_string(hide_password=False)
 
 
 def absolute(uri: str) -> str:
-    """A URI of a local store, independent of the working folder; any other one as it is."""
+    """A local store's URI with an absolute path; other URIs are returned unchanged."""
     if found := re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)([^?]+)(.*)", uri):
         return f"{found[1]}{Path(found[2]).resolve()}{found[3]}"
     # A name without a scheme is a folder, except for these of MLflow.
@@ -72,9 +74,9 @@ def absolute(uri: str) -> str:
 
 
 def with_credentials(uri: str) -> str:
-    """A stripped URI with the credentials of MLFLOW_TRACKING_URI, if that is the same store.
+    """A URI with the credentials of MLFLOW_TRACKING_URI, if that names the same store.
 
-    A study's files name no secret, so `--resume` and `sync` need it in the environment, too.
+    A study's files hold no secret, so `--resume` and `sync` need it in the environment.
     """
     whole = os.environ.get("MLFLOW_TRACKING_URI", "")
     return absolute(whole) if whole and tracking_uri(whole) == uri else uri
@@ -93,8 +95,8 @@ def local_path(uri: str) -> Path | None:
 
 
 def is_own(uri: str, directory: Path) -> bool:
-    """Whether a store is this user's own: it is the one of MLFLOW_TRACKING_URI, the default of the working folder, or
-    a file beside the study."""
+    """Whether a store is this user's own: that of MLFLOW_TRACKING_URI, the working folder's default, or a file beside
+    the study."""
     if uri in (tracking_uri(), default_uri()):
         return True
     path = local_path(uri)

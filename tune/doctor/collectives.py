@@ -1,7 +1,8 @@
-"""How fast the workers of a lane exchange gradients."""
+"""Whether the workers of a lane can train together, and how fast they exchange gradients."""
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -9,24 +10,24 @@ from typing import Any
 
 from train_fn.settings import TrialSettings
 from train_fn.support.storage import Storage
-from tune.doctor.nodes import last_line
-from tune.doctor.verdicts import ANSWER_S, Finding
+from tune.doctor.findings import Facts, Finding
+from tune.doctor.nodes import ANSWER_S, last_line
 from tune.lanes.layout import Layout
 
 MESSAGES_MIB = (1, 16, 64)
 
 
 def measure_collectives(
-    layout: Layout | None, facts: dict[str, dict[str, Any]], storage: Storage | None, say: Callable[[str], None]
+    layout: Layout | None, facts: dict[str, Facts], storage: Storage | None, say: Callable[[str], None]
 ) -> Iterator[Finding]:
-    """All-reduce and a ZeRO-2 step between the workers of a trial, or between two where there are several nodes."""
+    """Time an all-reduce and a ZeRO-2 step between the workers of a trial; on several nodes, between two at least."""
     if not layout or not storage:
         yield Finding("collectives", "cluster", "skipped: lanes and storage must be in order first")
         return
     kind = "GPU" if layout.use_gpu else "CPU"
-    slots = [int(told["resources"].get(kind, 0)) for told in facts.values() if "resources" in told]
+    slots = [int(node["resources"].get(kind, 0)) for node in facts.values() if "resources" in node]
     workers = max(layout.workers_per_trial, 2 if sum(map(bool, slots)) > 1 else 1)
-    single = workers == 1 and not layout.use_gpu  # a single GPU is tried all the same: its driver must suit torch
+    single = workers == 1 and not layout.use_gpu  # a single GPU is tried, too: its driver must suit torch
     if single or sum(slots) < workers:
         why = "a trial has one worker" if single else f"{workers} {kind}s are not there yet"
         yield Finding("collectives", "cluster", f"skipped: {why}")
@@ -57,57 +58,58 @@ def measure_collectives(
     try:
         trainer.fit()
         storage.pull(storage.directory / "collectives.json")
-        told = json.loads((storage.directory / "collectives.json").read_text())
-    except Exception as error:  # whatever ends these workers would end a trial's
+        times = json.loads((storage.directory / "collectives.json").read_text())
+    except Exception as error:  # any error here would also end a trial's workers
         fix = f"{workers} workers must be able to train together, but {last_line(error)}: look at network and firewall"
         yield Finding("collectives", "cluster", "failed", f"{fix} (NCCL: NCCL_SOCKET_IFNAME)")
         return
-    speeds = ", ".join(f"{speed:.2f} GB/s at {mib} MiB" for mib, speed in told["gb_per_s"].items())
+    speeds = ", ".join(f"{speed:.2f} GB/s at {mib} MiB" for mib, speed in times["gb_per_s"].items())
     if workers > 1:
-        yield Finding("collectives", "cluster", f"{workers} workers, {told['backend']}: all-reduce {speeds}")
-    yield Finding("ZeRO-2", "cluster", f"a step over {told['trained']:,} weights takes {told['step_s']:.3f} s")
+        yield Finding("collectives", "cluster", f"{workers} workers, {times['backend']}: all-reduce {speeds}")
+    yield Finding("ZeRO-2", "cluster", f"a step over {times['trained']:,} weights takes {times['step_s']:.3f} s")
 
 
 def collectives_loop(config: dict[str, Any]) -> None:
-    """Train loop of the doctor's workers: time all-reduce, and an optimizer step under ZeRO-2."""
+    """The train loop of the doctor's workers: time all-reduce, and an optimizer step under ZeRO-2."""
     import ray.train.torch
     import torch
     import torch.distributed as dist
 
     from train_fn.trial.engine import deepspeed, deepspeed_config
 
-    place, size = ray.train.torch.get_device(), dist.get_world_size()
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    device, size = ray.train.torch.get_device(), dist.get_world_size()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
-    def timed(work: Callable[[], Any]) -> float:
+    def seconds_of(work: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(2):  # the first builds connections
             dist.barrier()
             started = time.perf_counter()
             work()
-            if place.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
         return seconds[-1]
 
     speeds = {}
     for mib in MESSAGES_MIB:
-        message = torch.ones(mib * 2**18, device=place)
-        # What a link carries (the "bus bandwidth" of NCCL's tests), whatever the number of workers.
-        speeds[mib] = 2 * (size - 1) / size * message.nbytes / timed(lambda sent=message: dist.all_reduce(sent)) / 1e9  # type: ignore[misc]
+        message = torch.ones(mib * 2**18, device=device)
+        reduce_s = seconds_of(functools.partial(dist.all_reduce, message))
+        # The "bus bandwidth" of NCCL's tests: what a link carries, for any number of workers.
+        speeds[mib] = 2 * (size - 1) / size * message.nbytes / reduce_s / 1e9
     torch.manual_seed(0)
-    toy = torch.nn.Linear(1024, 1024).to(place)
+    toy = torch.nn.Linear(1024, 1024).to(device)
     trained = sum(parameter.numel() for parameter in toy.parameters())
-    settings = deepspeed_config(TrialSettings(gradient_accumulation_steps=size), size, trained, place.type == "cuda")
+    settings = deepspeed_config(TrialSettings(gradient_accumulation_steps=size), size, trained, device.type == "cuda")
     optimizer = torch.optim.AdamW(toy.parameters())
     engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=settings, dist_init_required=False)
 
     def step() -> None:
-        engine.backward(engine(torch.randn(2, 1024, device=place)).square().mean())
+        engine.backward(engine(torch.randn(2, 1024, device=device)).square().mean())
         engine.step()
 
-    step_s = timed(step)
+    step_s = seconds_of(step)
     weights = [torch.empty_like(toy.weight) for _ in range(size)]
     dist.all_gather(weights, toy.weight.detach())
     if not all(torch.equal(weights[0], other) for other in weights):

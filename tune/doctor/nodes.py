@@ -1,4 +1,4 @@
-"""What each node of the cluster has."""
+"""What each node of the cluster has, from a task on each of them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from train_fn.model.checkpoint import resolve_model
 from train_fn.model.memory import GIB
 from train_fn.support.files import file_hash
 from train_fn.support.storage import Storage
 from train_fn.worker import versions
 from tune.config.settings import Settings
-from tune.doctor.verdicts import ANSWER_S, Finding
+from tune.doctor.findings import Facts, Finding
 from tune.lanes.ray_start import session_logs
-from tune.plan.prepare import Study, model_directory
+from tune.plan.prepare import Study
 from tune.plan.provenance import ROOT
+
+ANSWER_S = 120  # a node that takes longer cannot be used
 
 
 def probe_folder(settings: Settings, stack: contextlib.ExitStack, findings: list[Finding]) -> Storage | None:
-    """A place beside the studies in which nodes try to write; it goes when the doctor does."""
+    """A folder beside the studies in which the nodes try to write. It is removed when the doctor ends."""
     results = Path(settings.study.results).resolve()
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -43,69 +46,68 @@ def probe_folder(settings: Settings, stack: contextlib.ExitStack, findings: list
     return storage
 
 
-def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) -> dict[str, dict[str, Any]]:
-    """`node_facts` of the driver and of every living node, by address; {"error": ...} of a node that gave none."""
+def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) -> dict[str, Facts]:
+    """The facts of the driver and of every living node, by address; {"error": ...} for a node that does not answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     splits = study.splits if study else None
     samples = [*splits.train, *splits.validation, *splits.test] if splits else []
     images = {sample.image: os.path.getsize(sample.image) for sample in samples}
-    asked = (model_directory(settings).resolve(), images, storage)
-    facts = {"driver": node_facts(*asked)}
+    arguments = (resolve_model(settings.model.model).resolve(), images, storage)
+    facts = {"driver": node_facts(*arguments)}
     task: Any = ray.remote(node_facts)
-    begun, answers = time.time(), {}
+    asked_at, answers = time.time(), {}
     for node in filter(lambda node: node["Alive"], ray.nodes()):
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         where = f"{node['NodeManagerAddress']} ({node['NodeID'][:4]})"
-        answers[where] = node, task.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(*asked)
+        answers[where] = node, task.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(*arguments)
     for where, (node, answer) in answers.items():
         try:
-            told = ray.get(answer, timeout=ANSWER_S)
+            node_answer = ray.get(answer, timeout=ANSWER_S)
         except ray.exceptions.RayError as error:
             facts[where] = {"error": last_line(error)}
             continue
-        # A clock that goes like ours shows a time between the question and now.
-        skew = max(begun - told["time"], told["time"] - time.time(), 0.0)
-        facts[where] = told | {"skew_s": skew, "resources": node["Resources"]}
+        # A clock like the driver's shows a time between the question and now.
+        skew_s = max(asked_at - node_answer["time"], node_answer["time"] - time.time(), 0.0)
+        facts[where] = node_answer | {"skew_s": skew_s, "resources": node["Resources"]}
     return facts
 
 
-def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> dict[str, Any]:
-    """What a study rests on, as this machine sees it. images: bytes by path, as the driver sees them."""
+def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> Facts:
+    """What this machine has of what a study needs. images: bytes by path, on the driver."""
     import psutil
     import torch
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     sources = [path for part in ("tune", "train_fn", "search_spaces") for path in sorted((ROOT / part).rglob("*.py"))]
     project = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()[:12]
     files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "*.json") for path in model.glob(pattern)}
     config, session = model / "config.json", Path(session_logs()).parent
     results = storage.directory if storage else ROOT
-    place = next(folder for folder in (results, *results.parents) if folder.exists())
+    existing = next(folder for folder in (results, *results.parents) if folder.exists())
     return {
         "time": time.time(),
         "versions": versions() | {"version_project": project},
-        # Their content is hashed where a study begins; gigabytes on every node would take minutes.
+        # Sizes only: hashing gigabytes on every node would take minutes. A study hashes them when it begins.
         "model": files | ({"config": file_hash(config)} if config.is_file() else {}),
         "num_images": len(images),
         "missing": [
             path for path, size in images.items() if not os.access(path, os.R_OK) or os.path.getsize(path) != size
         ],
         "storage": try_storage(storage) if storage else "could not be tried",
-        "free_gib": shutil.disk_usage(place).free / GIB,
+        "free_gib": shutil.disk_usage(existing).free / GIB,
         "session": str(session),
         "session_full": psutil.disk_usage(str(session)).percent / 100,
         "ram_gib": psutil.virtual_memory().available / GIB,
         "gpus": read_gpus(),
         "cuda": torch.version.cuda,
         "compiler": next(filter(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))), ""),
-        "token": is_token_auth_enabled(),
+        "token": os.environ.get("RAY_AUTH_MODE", "").lower() == "token",  # processes of Ray have it from `ray start`
     }
 
 
 def try_storage(storage: Storage) -> str:
-    """Why the storage cannot be used from here; empty: it can."""
+    """Why the storage cannot be used from this machine, or ""."""
     folder, probe = storage.directory, storage.directory / uuid.uuid4().hex
     own = bool(storage.uri) and not folder.exists()  # a node that shares no folder
     try:
@@ -121,7 +123,7 @@ def try_storage(storage: Storage) -> str:
             storage.pull(probe)
         read = probe.read_text()
         storage.remove(probe)
-        return "" if read == "node" else "does not give back what was written"
+        return "" if read == "node" else "does not return what was written"
     except OSError as error:
         return f"cannot be written: {error}"
     finally:
@@ -130,17 +132,17 @@ def try_storage(storage: Storage) -> str:
 
 
 def read_gpus() -> list[dict[str, Any]]:
-    """The machine's GPUs, as the driver's own tool tells them: a task that was given none must not touch them."""
+    """The machine's GPUs, from nvidia-smi: this task holds no GPU and must not use one through torch."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.free,driver_version,compute_cap", "--format=csv,noheader,nounits"]
-    told = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    return parse_gpus(told.stdout) if told.returncode == 0 else []
+    run = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    return parse_gpus(run.stdout) if run.returncode == 0 else []
 
 
 def parse_gpus(table: str) -> list[dict[str, Any]]:
-    """nvidia-smi's lines of name, free MiB, driver version and compute capability."""
-    # bfloat16 in hardware begins with 8.0, as torch.cuda.is_bf16_supported(including_emulation=False) has it.
+    """GPUs from nvidia-smi's lines of name, free MiB, driver version and compute capability."""
+    # bfloat16 in hardware begins with 8.0, as in torch.cuda.is_bf16_supported(including_emulation=False).
     return [
         {"name": name, "free_gib": float(mib) / 1024, "driver": driver, "bf16": float(capability) >= 8}
         for name, mib, driver, capability in csv.reader(table.splitlines(), skipinitialspace=True)
@@ -148,5 +150,5 @@ def parse_gpus(table: str) -> list[dict[str, Any]]:
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error from a worker: the cause, below its trace."""
+    """The last line of an error from a worker: the cause, which follows the trace."""
     return (str(error).strip() or repr(error)).splitlines()[-1]

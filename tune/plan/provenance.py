@@ -1,20 +1,15 @@
-"""What a study's numbers rest on, as hashes and versions: a study that goes on must rest on the same."""
+"""The revision of this project, for plan.json."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-from train_fn.model.checkpoint import base_hash
-from train_fn.model.unchanged import data_hash
-
-__all__ = ["base_hash", "data_hash", "git_state"]
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def git_state() -> dict[str, str | bool]:
-    """Revision of this project's working tree and whether it has changes; empty where it is not a git checkout."""
+    """Revision of the project's working tree, and whether it has changes; empty if it is no git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -25,4 +20,4 @@ def git_state() -> dict[str, str | bool]:
             return {}
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
-        return {}  # no git on this machine, or not its owner
+        return {}  # git is not installed, or refuses another user's checkout

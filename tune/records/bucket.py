@@ -1,8 +1,7 @@
-"""A study on object storage, which several machines can reach: whose copy is newer, and who runs it.
+"""A study on object storage, which several machines can reach: which copy is newer, and which machine runs it.
 
-Two copies of a study are compared by their journals, to which lines are only added: one that is the beginning of the
-other is the older one. Who runs the study holds a lease, a small object beside the journal that is renewed while the
-process lives.
+Lines are only ever added to a journal, so of two copies of a study the older one's journal is the beginning of the
+other's. The machine that runs the study holds a lease: a small object beside the journal, which the process renews.
 """
 
 from __future__ import annotations
@@ -21,43 +20,44 @@ from typing import Any
 
 from train_fn.support.storage import Storage
 
-FILES = ("splits.json", "journal.jsonl", "plan.json")  # that make a folder a study; the plan comes last
-LEASE_S = 180.0  # after its last renewal, another machine may take the study over; clocks may differ by less than that
+FILES = ("splits.json", "journal.jsonl", "plan.json")  # plan.json comes last: it makes a folder a study
+LEASE_S = 180.0  # so long after its last renewal a lease is free; the machines' clocks must differ by less
 RENEW_S = 30.0
-SETTLE_S = 1.0  # between writing a lease and reading it again: of two that write at once, one sees the other's
+SETTLE_S = 1.0  # between writing a lease and reading it: of two machines that write at once, one reads the other's
 
 
 def refresh(storage: Storage) -> list[str]:
-    """Bring the local copy of a study up to date with the one on object storage. Returns problems.
+    """Update a study's folder from its copy on object storage. Returns problems.
 
-    A missing local copy is fetched, an older one is replaced, and a newer one stays: it is copied there as the study
-    goes on. Raises OSError.
+    A missing or older folder is replaced. A newer one stays; the study copies it to the storage as it goes on.
+
+    Raises:
+        OSError: the storage or the folder cannot be read or written.
     """
     if not storage.uri:
         return []
     directory = storage.directory
-    there = storage.read(directory / "journal.jsonl")
-    local = directory / "journal.jsonl"
-    here = local.read_bytes() if local.is_file() else None
-    if here is not None and there is not None:
+    path = directory / "journal.jsonl"
+    stored, local = storage.read(path), path.read_bytes() if path.is_file() else None
+    if local is not None and stored is not None:
         # Both may end in the middle of a line.
-        here, there = (content[: content.rfind(b"\n") + 1] for content in (here, there))
-        if here.startswith(there):
+        local, stored = (content[: content.rfind(b"\n") + 1] for content in (local, stored))
+        if local.startswith(stored):
             return []
-        if not there.startswith(here):
+        if not stored.startswith(local):
             return [
-                f"a study must have one history, but {directory} and {storage.uri} have gone on apart: move one of "
-                f"them away, and go on with the other"
+                f"a study must have one history, but {directory} and {storage.uri} have gone on apart: move one "
+                f"of them away, and go on with the other"
             ]
-    elif there is None:
+    elif stored is None:
         return []
     for name in FILES:
         content = storage.read(directory / name)
         if content is None:
-            return [f"{storage.uri} must hold a whole study, but has no {name}: it ended before it had begun"]
+            return [f"{storage.uri} must hold a whole study, but has no {name}: it ended before it began"]
         directory.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
-    # What was made from the older copy; the journal has all that is needed to make it again.
+    # These were made from the older journal, and are made again from the newer one.
     for name in ("optuna.db", "tracking.json", "best_adapter"):
         path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -65,9 +65,10 @@ def refresh(storage: Storage) -> list[str]:
 
 
 class Lease:
-    """Held by the one machine that runs a study on object storage. Without object storage, the folder's lock suffices.
+    """The lease of the one machine that runs a study on object storage. Without object storage it does nothing: the
+    folder's lock is enough.
 
-    `lost` is set, and the process interrupted as by Ctrl-C, when another machine has taken the study over.
+    When another machine has taken the study over, `lost` is set and the process interrupts itself as by Ctrl-C.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -78,7 +79,7 @@ class Lease:
         self._ended = threading.Event()
 
     def acquire(self) -> str:
-        """Take the lease, and renew it from now on. Returns why it cannot be had, or nothing. Raises OSError."""
+        """Take the lease and keep renewing it. Returns why it cannot be taken, or "". Raises OSError."""
         if not self.storage.uri:
             return ""
         for _ in range(2):
@@ -87,8 +88,8 @@ class Lease:
                 left = max(1, round(held["renewed_at"] + LEASE_S - time.time()))
                 return (
                     f"one machine runs a study, but {held['host']} (process {held['pid']}) runs "
-                    f"{self.storage.directory.name}: wait for it, or end it there; {left} s after its last sign of "
-                    f"life the study is free"
+                    f"{self.storage.directory.name}: wait for it, or end it there; without a "
+                    f"heartbeat from it, the study is free in {left} s"
                 )
             if not held or held["token"] != self.token:
                 self._write()
@@ -98,14 +99,14 @@ class Lease:
         return ""
 
     def ours(self) -> bool:
-        """Whether this process may still write the study's files there. Raises OSError."""
+        """Whether this process may still write the study's files to the storage. Raises OSError."""
         if not self.storage.uri:
             return True
         held = self._read()
         return held is None or held["token"] == self.token
 
     def release(self) -> None:
-        """Give the lease back. One that cannot be given back runs out by itself."""
+        """Release the lease. If the storage fails, it runs out by itself."""
         if self.storage.uri and not self._ended.is_set():
             self._ended.set()
             try:
@@ -122,11 +123,11 @@ class Lease:
                     os.kill(os.getpid(), signal.SIGINT)
                     return
                 self._write()
-            except OSError:  # it is tried again; meanwhile the lease may run out, and is seen to be another's
+            except OSError:  # retried; if the lease runs out until then, the next read shows its new owner
                 continue
 
     def _read(self) -> dict[str, Any] | None:
-        """The lease there; None when there is none, or none that can be read."""
+        """The lease on the storage; None when there is none, or when it is damaged."""
         content = self.storage.read(self.path)
         try:
             held = json.loads(content or b"")
@@ -142,14 +143,14 @@ class Lease:
 
 
 def abandoned(held: dict[str, Any]) -> bool:
-    """Whether nobody holds a lease any more: it ran out, or its process on this machine has ended."""
+    """Whether a lease has run out, or its process was on this machine and has ended."""
     if time.time() > held["renewed_at"] + LEASE_S:
         return True
     return held.get("boot") == boot() and not Path(f"/proc/{held['pid']}").exists()
 
 
 def boot() -> str:
-    """What tells this start of this machine from all others; empty where the system does not say."""
+    """An identifier of this machine's current boot; "" if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

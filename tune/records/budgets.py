@@ -1,4 +1,4 @@
-"""What a study has used of its time, GPU-hours and failures, from the journal's events."""
+"""Budgets of a study (time, GPU-hours, failures, a score to reach), and how much of them its events have used."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ MAX_SECONDS = 10**6 * 3600
 
 
 def seconds(text: str) -> float:
-    """A duration such as 30s, 90m or 2h in seconds; empty: 0. Raises ValueError."""
+    """A duration such as 30s, 90m or 2h, in seconds; 0 for an empty text. Raises ValueError."""
     if not text:
         return 0.0
     unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1])
-    found = float(text[:-1]) * unit if unit else float(text)
-    if not 0 < found <= MAX_SECONDS:
+    value = float(text[:-1]) * unit if unit else float(text)
+    if not 0 < value <= MAX_SECONDS:
         raise ValueError(f"must be a time above 0 and at most {MAX_SECONDS // 3600:,} h")
-    return found
+    return value
 
 
 class Budgets(Protocol):
-    """The budgets of a study: fields of `StudySettings`."""
+    """The fields of `StudySettings` that limit a study."""
 
     @property
     def time_budget(self) -> str: ...
@@ -37,8 +37,10 @@ class Budgets(Protocol):
     def stop_when(self) -> str: ...
 
 
-def spent(records: Iterable[TrialRecord], events: Sequence[Event], study: Budgets, until: float | None = None) -> str:
-    """Which budget of the study is used up, as a sentence; empty if none is. until: as for `wall_seconds`."""
+def exhausted_budget(
+    records: Iterable[TrialRecord], events: Sequence[Event], study: Budgets, until: float | None = None
+) -> str:
+    """A sentence on the first budget that is used up; "" if none is. until: see `wall_seconds`."""
     records = list(records)
     if study.time_budget and wall_seconds(events, until) >= seconds(study.time_budget):
         return f"the time budget of {study.time_budget} is used up"
@@ -57,17 +59,16 @@ def spent(records: Iterable[TrialRecord], events: Sequence[Event], study: Budget
 
 
 def wall_seconds(events: Sequence[Event], until: float | None = None) -> float:
-    """Seconds that a study has run, over all its sessions.
+    """Seconds that a study has run, in all its sessions.
 
     Args:
-        until: when the last session ends, in seconds since the epoch. None: it runs now.
+        until: the end of the last session, in seconds since the epoch. None: it runs now.
     """
     return sum(session_s for _, session_s in sessions(events, until))
 
 
 def sessions(events: Sequence[Event], until: float | None = None) -> list[tuple[Event, float]]:
-    """The first event of each session and the session's seconds, up to its last event; the start before the first event
-    is included."""
+    """The first event of each session, and the session's seconds: from its start (before that event) to its end."""
     starts = [number for number, event in enumerate(events) if event["event"] == "session"]
     ends = [events[number - 1]["time"] for number in starts[1:]] + [time.time() if until is None else until]
     return [
@@ -77,10 +78,10 @@ def sessions(events: Sequence[Event], until: float | None = None) -> list[tuple[
 
 
 def lanes_of(session: Event) -> int:
-    """The lanes of a session, from its first event."""
+    """The number of lanes of a session, from its first event."""
     return int(session.get("params", {}).get("lanes", 0))
 
 
 def last_time(events: list[Event]) -> float:
-    """When a study that does not run ended, in seconds since the epoch."""
+    """The time of the last event, in seconds since the epoch: when a study that does not run has ended."""
     return events[-1]["time"] if events else 0.0

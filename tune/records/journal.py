@@ -1,13 +1,13 @@
-"""The study's journal: every event in order, one JSON line each, on disk before anything else happens with it.
+"""The study's journal: every event in order, one JSON line each, on disk before the program acts on it.
 
-It is the one truth of a study. Trial records are made from it (`tune.results`), tracking stores are fed from it
-(`tune.tracking`), and a killed study goes on from it.
+The journal is the one truth of a study: trial records and results are computed from it, tracking stores receive its
+events, and a killed study goes on from it.
 
-A line ends with its sequence number and a checksum of what stands before:
+A line ends with its sequence number and a checksum of the bytes before it:
 
     {"event": "ended", "time": ..., ..., "seq": 12, "crc": "1a2b3c4d"}
 
-so that a line that is cut off, changed, missing or doubled is noticed. Journals of the first version have neither.
+They reveal a line that is cut off, changed, missing or doubled. Journals of the first version have neither.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train_fn.support.storage import patiently
 
 Event = dict[str, Any]
 
-# What a line without a checksum must hold to be taken for an event.
+# The fields, with their types, that a line without a checksum must hold to count as an event.
 NUMBER: Any = (int, float)
 REQUIRED: dict[str, dict[str, Any]] = {
     "session": {"params": dict, "tags": dict},
@@ -40,31 +40,30 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "tested": {"tests": dict, "predictions": dict, "adapters": dict, "num_trials": int},
     "study_ended": {"state": str, "tags": dict, "metrics": dict, "num_trials": int, "artifacts": list},
 }  # fmt: skip
-MARK = b', "crc": "'  # stands before the checksum
+MARK = b', "crc": "'  # before the checksum
 
 
 @dataclass
 class JournalContent:
-    """What a journal file holds."""
+    """The content of a journal file."""
 
     events: list[Event] = field(default_factory=list)
-    """The sound ones, each with its `seq`."""
+    """The undamaged events, each with its `seq`."""
     num_whole_bytes: int = 0
-    """Bytes up to the last line end: what follows was cut off."""
+    """Bytes up to the last line end. A line after it was cut off."""
     cut_off: bool = False
-    """Whether the last line has no end."""
+    """Whether the last line has no line end."""
     damaged: list[int] = field(default_factory=list)
-    """Lines, from 1, that are no events of this journal."""
+    """Numbers, from 1, of the lines that are no events of this journal."""
     num_missing: int = 0
-    """Events whose lines are gone."""
+    """How many events have lost their lines."""
     num_doubled: int = 0
-    """Lines that repeat an earlier event."""
+    """How many lines repeat an earlier event."""
     next_seq: int = 0
-    """Sequence number of the next event: no number that a lost line may have had is used again."""
+    """Sequence number of the next event; the number of a lost line is never used again."""
 
     def notes(self) -> list[str]:
-        """What was left out, for people; empty when nothing was. A last line that was cut off is no news: so a journal
-        looks after a kill."""
+        """Sentences on the damage; empty if there is none. A last line that was cut off is normal after a kill."""
         parts = []
         if self.damaged:
             lines = ", ".join(map(str, self.damaged[:5])) + (", ..." if len(self.damaged) > 5 else "")
@@ -73,7 +72,7 @@ class JournalContent:
             parts.append(f"{plural(self.num_missing, 'event')} missing")
         if self.num_doubled:
             parts.append(f"{plural(self.num_doubled, 'doubled line')} left out")
-        again = "; what they were about is done again when the study goes on"
+        again = "; when the study goes on, it repeats the work that they recorded"
         return [f"journal.jsonl is damaged: {', '.join(parts)}{again}"] if parts else []
 
 
@@ -83,13 +82,13 @@ def plural(count: int, noun: str) -> str:
 
 
 def encode(event: Event) -> bytes:
-    """An event as its line, without the line end."""
+    """An event's line, without the line end."""
     line = json.dumps(event, default=str)[:-1].encode()
     return line + MARK + f'{zlib.crc32(line):08x}"}}'.encode()
 
 
 def decode(line: bytes) -> Event | None:
-    """The event of a line that has a checksum; None when it has none, or another one."""
+    """The event of a line with a checksum; None when the checksum is missing or wrong."""
     body, mark, crc = line.rpartition(MARK)
     if not mark or crc != f'{zlib.crc32(body):08x}"}}'.encode():
         return None
@@ -114,12 +113,12 @@ def decode_unchecked(line: bytes) -> Event | None:
 
 
 def read_journal(path: Path) -> JournalContent:
-    """Read a journal; nothing if there is none. Damage leaves out lines, never raises. Raises OSError."""
+    """Read a journal; empty if there is no file. Damaged lines are left out. Raises OSError."""
     if not path.exists():
         return JournalContent()
     content = path.read_bytes()
     *lines, rest = content.split(b"\n")
-    found = JournalContent(num_whole_bytes=len(content) - len(rest), cut_off=bool(rest))
+    journal = JournalContent(num_whole_bytes=len(content) - len(rest), cut_off=bool(rest))
     checked, last_line = False, 0
     for number, line in enumerate(lines, 1):
         event = decode(line)
@@ -129,43 +128,44 @@ def read_journal(path: Path) -> JournalContent:
             if event is not None:
                 event["seq"] = number - 1
         if event is None:
-            found.damaged.append(number)
+            journal.damaged.append(number)
             continue
         seq = event["seq"]
-        if seq < found.next_seq:
-            found.num_doubled += 1
+        if seq < journal.next_seq:
+            journal.num_doubled += 1
             continue
-        found.num_missing += seq - found.next_seq
-        found.next_seq = seq + 1
+        journal.num_missing += seq - journal.next_seq
+        journal.next_seq = seq + 1
         last_line = number
-        found.events.append(event)
-    found.next_seq += sum(number > last_line for number in found.damaged)
-    # A damaged line was an event once, unless somebody else put it there.
-    found.num_missing = max(0, found.num_missing - len(found.damaged))
-    return found
+        journal.events.append(event)
+    journal.next_seq += sum(number > last_line for number in journal.damaged)
+    # A damaged line counts as one of the missing events.
+    journal.num_missing = max(0, journal.num_missing - len(journal.damaged))
+    return journal
 
 
 def read_events(path: Path) -> list[Event]:
-    """The sound events of a journal; see `read_journal`."""
+    """The undamaged events of a journal; see `read_journal`."""
     return read_journal(path).events
 
 
 class Journal:
-    """Appends events; `events` holds all of them, those of earlier sessions too, and `notes` what was left out."""
+    """A journal that is open for writing. `events` holds all events, those of earlier sessions too; `notes` names the
+    damage in the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = read_journal(path)
-        self.events, self.notes = found.events, found.notes()
-        self._next_seq = found.next_seq
+        content = read_journal(path)
+        self.events, self.notes = content.events, content.notes()
+        self._next_seq = content.next_seq
         new = not path.exists()
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # open as long as the study
-        self._file.truncate(found.num_whole_bytes)
+        self._file.truncate(content.num_whole_bytes)
         if new:
             sync_folder(path.parent)
 
     def write(self, kind: str, **fields: Any) -> Event:
-        """Append one event, flushed to the disk. Returns it as it will be read back."""
+        """Append an event and flush it to the disk; retry while the disk fails. Returns the event as it reads back."""
         line = encode({"event": kind, "time": time.time(), **fields, "seq": self._next_seq})
         patiently(lambda: self._append(line + b"\n"), lambda text: logging.getLogger(__name__).warning(text))
         event = decode(line)
@@ -175,11 +175,11 @@ class Journal:
         return event
 
     def _append(self, line: bytes) -> None:
-        """Append a whole line. What could be written in part only is taken back, to be tried again."""
+        """Append a whole line. If the disk fails midway, remove the part that was written and raise OSError."""
         end = self._file.seek(0, os.SEEK_END)
         left = memoryview(line)
         try:
-            while left:  # a nearly full disk takes a part of it and raises nothing
+            while left:  # a nearly full disk writes a part and raises nothing
                 left = left[os.write(self._file.fileno(), left) :]
             os.fsync(self._file.fileno())
         except OSError:
@@ -188,13 +188,13 @@ class Journal:
 
 
 class StudyLock:
-    """Held by the one process that runs a study; the system releases it however that process ends."""
+    """The lock of the one process that runs a study. The system releases it whenever that process ends."""
 
     def __init__(self, directory: Path) -> None:
         self._file = open(directory / "lock", "a")  # noqa: SIM115  # held until the process ends
 
     def acquire(self) -> bool:
-        """Whether this process holds the study now."""
+        """Take the lock. Returns whether this process has it now."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""plan.json: what a study rests on, fixed before its first trial, and read again by everything that goes on from it."""
+"""plan.json: the settings and hashes that a study fixes before its first trial."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from train_fn.support.files import DamagedFile, read_json, write_json
 
-FORMAT = 2  # of plan.json; 1, without a number and a checksum in the file, was the first version's
+FORMAT = 2  # of plan.json; format 1, of the first version, has neither a number nor a checksum in the file
 KEYS: dict[str, type] = {
     "study_id": str,
     "settings": dict,
@@ -23,26 +23,26 @@ KEYS: dict[str, type] = {
     "space_hash": str,
     "splits_hash": str,
 }
-ALSO = ("class_counts", "versions", "git")  # in the first version's plans, and not read again
+UNREAD = ("class_counts", "versions", "git")  # in plans of the first version, for people only
 PARTS = ("study", "model", "data", "trial")  # of the settings
 FIX = "put it back from a copy, or begin a new study"
 
 
 def read_plan(directory: Path) -> dict[str, Any]:
-    """The plan of a study, with the types that its readers rely on, and without its checksum.
+    """A study's plan, without its checksum; its values have the types that its readers rely on.
 
     Raises:
-        OSError: there is none, or it cannot be read.
-        DamagedFile: it is no plan, or a newer version has written it.
+        OSError: there is no plan.json, or it cannot be read.
+        DamagedFile: it is damaged, or a newer version has written it.
     """
     path = directory / "plan.json"
     plan = read_json(path, dict, FIX)
     version = plan.setdefault("format", 1)
     if version not in range(1, FORMAT + 1):
         raise DamagedFile(f"{path} must have a format up to {FORMAT}, but has {version!r}: use the newer version")
-    unknown = [name for name in plan if version == 1 and name not in (*KEYS, *ALSO, "format")]
+    unknown = [name for name in plan if version == 1 and name not in (*KEYS, *UNREAD, "format")]
     if unknown or (version > 1 and plan.pop("checksum", None) != checksum(plan)):
-        raise DamagedFile(f"{path} must be as it was written, but it was changed: {FIX}")
+        raise DamagedFile(f"{path} must be unchanged since it was written, but it was changed: {FIX}")
     wrong = [name for name, kind in KEYS.items() if not isinstance(plan.get(name), kind)]
     if "settings" not in wrong:
         wrong += [f"settings.{name}" for name in PARTS if not isinstance(plan["settings"].get(name), dict)]
@@ -56,16 +56,16 @@ def read_plan(directory: Path) -> dict[str, Any]:
 
 
 def checksum(plan: dict[str, Any]) -> str:
-    """sha256 of a plan as JSON holds it."""
+    """sha256 of a plan as JSON."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def is_goal(value: Any) -> bool:
-    """Whether a value is a goal as JSON holds it."""
+    """Whether a JSON value is a goal."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[1] in ("max", "min")
 
 
 def save_plan(directory: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, which makes the folder a study. Raises OSError."""
+    """Write plan.json, which makes the folder a study. Raises OSError."""
     plain = json.loads(json.dumps(plan | {"format": FORMAT}))
     write_json(directory / "plan.json", plain | {"checksum": checksum(plain)})

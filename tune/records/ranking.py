@@ -1,4 +1,4 @@
-"""Trials in order: rules kept, Pareto front, score."""
+"""The order of a study's trials, and its Pareto front."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from tune.records.trials import TrialRecord
 
 
 def ranked(records: Sequence[TrialRecord], goals: Sequence[Goal], require: Sequence[str] = ()) -> list[TrialRecord]:
-    """Completed trials, best first: those that keep the rules, those of the Pareto front, then by the first goal; ties
-    go to the lower loss. A score that is not a number is no score."""
+    """Completed trials with a finite score, best first.
+
+    The order: trials that satisfy the rules, then trials of the Pareto front, then the first goal, then the lower loss.
+    """
     name, mode = goals[0]
     rules = [comparison(text) for text in require]
     scored = [r for r in records if r.state == "COMPLETE" and math.isfinite(r.value(name))]
-    keeping = {r.number for r in scored if all(holds(rule, r.metrics) for rule in rules)}
-    best = {r.number for r in front([r for r in scored if r.number in keeping] or scored, goals)}
+    satisfying = {r.number for r in scored if all(holds(rule, r.metrics) for rule in rules)}
+    best = {r.number for r in front([r for r in scored if r.number in satisfying] or scored, goals)}
     return sorted(
         scored,
-        key=lambda r: (r.number not in keeping, r.number not in best, sign(mode) * r.value(name), r.metrics["loss"]),
+        key=lambda r: (r.number not in satisfying, r.number not in best, sign(mode) * r.value(name), r.metrics["loss"]),
     )
 
 
 def front(records: Sequence[TrialRecord], goals: Sequence[Goal]) -> list[TrialRecord]:
-    """The Pareto front: completed trials to which no other is as good in every goal and better in one."""
+    """The Pareto front: completed trials that no other one equals in every goal and beats in one."""
     points = {r.number: [sign(mode) * r.value(name) for name, mode in goals] for r in records if r.state == "COMPLETE"}
     points = {number: point for number, point in points.items() if all(map(math.isfinite, point))}
 

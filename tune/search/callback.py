@@ -11,7 +11,7 @@ import ray
 import ray.tune
 
 from tune.plan.prepare import Study
-from tune.records.budgets import spent
+from tune.records.budgets import exhausted_budget
 from tune.records.goals import sign
 from tune.records.optuna_study import DatabaseExport
 from tune.records.trials import TrialRecord, fold
@@ -93,7 +93,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         events, budgets = self.study.journal.events, self.study.settings.study
         if not self.ended_by and (len(events) > self.heard or budgets.time_budget):  # asked at each turn of Tune's loop
             self.heard = len(events)
-            self.ended_by = spent(self.records.values(), events, budgets)
+            self.ended_by = exhausted_budget(self.records.values(), events, budgets)
         return bool(self.ended_by)
 
     def close(self) -> list[TrialRecord]:
