@@ -89,8 +89,8 @@ def ask_sampler(settings: Settings, space: Callable[[Any], Any], study: Any, whe
     study.sampler = sampler
     for number in range(NUM_ASKED):
         trial = study.ask()
-        if found := ask(settings, space, trial, where):
-            return found
+        if problems := ask(settings, space, trial, where):
+            return problems
         study.tell(trial, float(7 * number % 11))
         if getattr(sampler, "exhausted", False):
             break
