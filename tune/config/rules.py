@@ -49,16 +49,17 @@ def rules_between(settings: Settings) -> list[Rule]:
     phantoms = data.data == "phantoms"
     goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and may be gone
     goals = [text.removeprefix("-") for text in study.metric]
+    manifest = ("must be an existing manifest", "check the path")
     rules: list[Rule] = [
         ("lanes_per_gpu", study.lanes_per_gpu == 1 or study.workers_per_trial == 1,
          "must be 1 for trials of several workers, which need a GPU each", "leave one out"),
         ("folds", study.folds != 1, "must be at least 2", "0 confirms over seeds"),
         ("folds", not study.folds or study.confirm > 0, "needs --confirm", "add --confirm 3"),
         ("metric", len(set(goals)) == len(goals), "must name each goal only once", "leave one out"),
-        ("sampler", len(goals) < 2 or study.sampler != "cmaes", "has one goal only", "take tpe or nsga2"),
-        ("sampler", study.sampler != "cmaes" or installed("cmaes"), "needs a package", "pip install cmaes"),
+        ("sampler", len(goals) < 2 or study.sampler != "cmaes", "must take several goals", "use tpe or nsga2"),
         ("report_to", study.report_to, "must name a store", f"choose from {', '.join(REPORT_TO)}"),
-        ("report_to", "wandb" not in study.report_to or installed("wandb"), "needs a package", "pip install wandb"),
+        ("report_to", "wandb" not in study.report_to or importlib.util.find_spec("wandb"), "needs the package wandb",
+         "pip install wandb"),
         ("warm_start", goes_on or not study.warm_start or study_directory(study.warm_start, study.results),
          "must name a study", "give its name or its folder"),
         ("test_fraction", data.val_fraction >= 1 or data.val_fraction + data.test_fraction < 1,
@@ -71,24 +72,16 @@ def rules_between(settings: Settings) -> list[Rule]:
          "leave them to AWS_ACCESS_KEY_ID and the like"),
         ("mlflow_uri", strip_credentials(study.mlflow_uri) == study.mlflow_uri, "must hold no key or password",
          "give the whole address as MLFLOW_TRACKING_URI instead"),
-        ("data", goes_on or phantoms or os.path.isfile(data.data), "must be an existing manifest", "check the path"),
+        ("data", goes_on or phantoms or os.path.isfile(data.data), *manifest),
+        ("val_data", goes_on or not data.val_data or os.path.isfile(data.val_data), *manifest),
+        ("test_data", goes_on or not data.test_data or os.path.isfile(data.test_data), *manifest),
         ("image_root", goes_on or not data.image_root or os.path.isdir(data.image_root), "must be a folder",
          "check the path"),
     ]  # fmt: skip
-    for name in ("val_data", "test_data"):
-        path = getattr(data, name)
-        rules.append(
-            (name, goes_on or not path or os.path.isfile(path), "must be an existing manifest", "check the path")
-        )
-    for name in ("image_root", "val_data", "test_data"):
-        alone = phantoms and getattr(data, name)
-        rules.append((name, not alone, "goes with --data", "give --data MANIFEST, or leave it out"))
-    return rules
-
-
-def installed(package: str) -> bool:
-    """Whether a Python package is installed; it is not imported."""
-    return importlib.util.find_spec(package) is not None
+    only_with_data = [name for name in ("image_root", "val_data", "test_data") if phantoms and getattr(data, name)]
+    return rules + [
+        (name, False, "goes with --data", "give --data MANIFEST, or leave it out") for name in only_with_data
+    ]
 
 
 def check_writable(results: Path) -> list[str]:

@@ -37,8 +37,8 @@ EXPERIMENT = matching(".{1,500}", "a name of at most 500 characters")
 MODEL_NAME = matching(r"(?!\.)[^/:]{1,250}", "a name of at most 250 characters, no `/` or `:`, no `.` at its beginning")
 
 
-def reads(read: Callable[[str], Any], words: str) -> TextRule:
-    """A text must be one that a function can read."""
+def readable_by(read: Callable[[str], Any], words: str) -> TextRule:
+    """A text must be readable by a function, which raises ValueError otherwise."""
 
     def holds(text: str) -> bool:
         try:
@@ -50,11 +50,11 @@ def reads(read: Callable[[str], Any], words: str) -> TextRule:
     return TextRule(words, holds)
 
 
-GOAL = reads(goal, f"one of {', '.join([*MODES, *COSTS])}, with a minus before it where less is better")
-SCORE_RULE = reads(
+GOAL = readable_by(goal, f"one of {', '.join([*MODES, *COSTS])}, with a minus before it where less is better")
+SCORE_RULE = readable_by(
     comparison, f"METRIC>=X or METRIC<=X, with X from 0 to 1 (loss: at least 0) and one of {', '.join(MODES)}"
 )
-DURATION = reads(seconds, f"a time such as 90m, 2h or 30s, above 0 and at most {MAX_SECONDS // 3600:,} h")
+DURATION = readable_by(seconds, f"a time such as 90m, 2h or 30s, above 0 and at most {MAX_SECONDS // 3600:,} h")
 
 
 @dataclass(frozen=True, kw_only=True)
