@@ -1,4 +1,4 @@
-"""Every option, with values that cannot work: each is refused in a sentence that names the option, or can work."""
+"""Every option with impossible values: each is refused in a sentence that names the option."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = {field.name: (group, field) for group in GROUPS for field in dataclasse
 NUMBERS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (int, float, float | None)}
 TEXTS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (str, tuple[str, ...])}
 SWITCHES = {name for name, (_, field) in FIELDS.items() if isinstance(field.default, bool)}
-# What some numbers need beside them.
+# Options that some numbers need.
 WITH = {"folds": ("--confirm", "3"), "trial": ("--replay", "none"), "projector_learning_rate": ("--train-projector",)}
 
 NEVER_A_NUMBER = ["", " ", "x", "nan", "-inf", "inf", "1e999", "0x10", "1,5", "--", "9" * 5000, "-9" + "9" * 30, "１ x"]
@@ -32,7 +32,7 @@ NEVER_A_TEXT = ["", " ", "\t", "a\nb", "a\x1b[31mb", "a\x00b", "\ud800", "\udce9
 
 
 def refusal(*argv: str) -> str:
-    """What is refused of a command line; nothing where it is taken."""
+    """The problems of a command line; "" if it is accepted."""
     try:
         parse(argv)
     except SettingsError as error:
@@ -43,22 +43,22 @@ def refusal(*argv: str) -> str:
 
 @pytest.fixture(autouse=True)
 def without_a_space(monkeypatch) -> None:
-    """These tests are not of spaces, which would be asked a thousand times."""
+    """Spaces are not the subject here; checking one a thousand times would take minutes."""
     monkeypatch.setattr("tune.config.rules.check_space", lambda settings: [])
 
 
-def test_every_field_is_of_a_kind_that_these_tests_know() -> None:
+def test_these_tests_cover_every_field() -> None:
     assert len(NUMBERS) > 35 and len(TEXTS) > 30
     assert set(NUMBERS) | set(TEXTS) | SWITCHES == set(FIELDS)
     assert all(isinstance(rule, Range) for _, rule in NUMBERS.values())
 
 
-def test_defaults_keep_their_own_rules() -> None:
+def test_defaults_satisfy_their_own_rules() -> None:
     assert [broken_rules(group()) for group in GROUPS] == [{}] * len(GROUPS)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_that_cannot_be(name: str) -> None:
+def test_an_impossible_number_is_refused(name: str) -> None:
     kind, rule = NUMBERS[name]
     beyond = [f"{int(rule.least) - 1}", f"{int(rule.most) + 1}", f"{10**30}"]
     beyond += [str(rule.least)] * rule.above + [str(rule.most)] * rule.below + ["2.5", "1e3"] * (kind is int)
@@ -67,17 +67,17 @@ def test_a_number_that_cannot_be(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_the_ends_of_a_range_are_taken(name: str) -> None:
+def test_the_ends_of_a_range_are_accepted(name: str) -> None:
     kind, rule = NUMBERS[name]
     inside = (rule.least + rule.most) / 2
     ends = [inside if rule.above else rule.least, inside if rule.below else rule.most]
     for end in ends:
-        said = refusal(f"{flag(name)}={int(end) if kind is int else end}", *WITH.get(name, ()))
-        assert f"`{flag(name)}` must be a" not in said, end
+        problems = refusal(f"{flag(name)}={int(end) if kind is int else end}", *WITH.get(name, ()))
+        assert f"`{flag(name)}` must be a" not in problems, end
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_that_cannot_be(name: str) -> None:
+def test_an_impossible_text_is_refused(name: str) -> None:
     for text in NEVER_A_TEXT:
         if name == "lora_exclude_patterns" and not text.strip():
             continue  # nothing is excluded
@@ -91,13 +91,13 @@ def test_a_switch_takes_no_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(FIELDS) - SWITCHES))
-def test_an_option_without_its_value(name: str) -> None:
+def test_an_option_without_its_value_is_refused(name: str) -> None:
     for rest in ([], ["--verbose"], ["-h"]):
         if rest != ["-h"]:
             assert f"`{flag(name)}` must be followed by a value" in refusal(flag(name), *rest)
 
 
-TAKEN = [
+ACCEPTED = [
     ["--metric", "-loss"],
     ["--metric", "auroc,-trainable_params"],
     ["--metric=-train_s"],
@@ -120,8 +120,8 @@ TAKEN = [
 ]
 
 
-@pytest.mark.parametrize("argv", TAKEN, ids=" ".join)
-def test_what_can_work_is_taken(argv: list[str]) -> None:
+@pytest.mark.parametrize("argv", ACCEPTED, ids=" ".join)
+def test_possible_command_lines_are_accepted(argv: list[str]) -> None:
     assert refusal(*argv) == ""
 
 
@@ -215,12 +215,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("argv", "word"), REFUSED, ids=lambda value: "".join(value)[:40])
-def test_what_cannot_work_is_refused(argv: list[str], word: str) -> None:
-    said = refusal(*argv)
-    assert word in said and "secret" not in said
+def test_impossible_command_lines_are_refused(argv: list[str], word: str) -> None:
+    problems = refusal(*argv)
+    assert word in problems and "secret" not in problems
 
 
-def test_files_that_cannot_be_read_to_an_end(tmp_path: Path) -> None:
+def test_pipes_devices_and_broken_links_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "model").mkdir()
@@ -234,7 +234,7 @@ def test_files_that_cannot_be_read_to_an_end(tmp_path: Path) -> None:
     assert "--model" in refusal("--model", str(tmp_path / "model"))
 
 
-def test_points_that_are_none(tmp_path: Path) -> None:
+def test_malformed_first_points_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "points.json"
     for content in (b"", b"{}", b"[1]", b"[[]]", b"null", b"[{]", b"\xff\xfe", b"[" * 100_000, b"[{}" + b" " * 10**7):
         file.write_bytes(content)
@@ -242,12 +242,12 @@ def test_points_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [2.5, True, "3", None, float("nan"), 10**400, [3], -1])
-def test_a_trial_takes_values_of_their_own_type_only(value: Any) -> None:
+def test_a_trial_accepts_only_values_of_the_right_type(value: Any) -> None:
     (problem,) = TrialSettings(num_train_epochs=value).problems()
     assert "`num_train_epochs` must be a whole number from 1 to 10,000" in problem
 
 
-def test_types_of_other_settings() -> None:
+def test_wrong_types_of_other_settings_are_refused() -> None:
     wrong: dict[str, Any] = {
         "learning_rate": "1e-3", "lora_alpha": True, "use_dora": 1, "lora_dropout": float("inf"), "optim": 3,
         "lora_target_modules": ("q_proj", 3), "lora_exclude_patterns": "vision",
@@ -272,26 +272,26 @@ def run(*argv: str, cwd: Path | None = None, command: str = "", **environment: s
     return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=kept | environment, encoding="utf-8")
 
 
-def test_output_that_takes_ascii_only(tmp_path: Path) -> None:
+def test_an_ascii_terminal_gets_escaped_text(tmp_path: Path) -> None:
     ended = run("--show", "研究", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert ended.returncode == 2 and "\\u7814" in ended.stderr and "Traceback" not in ended.stderr
     assert run("--help", PYTHONIOENCODING="ascii").returncode == 0
 
 
-def test_a_working_folder_that_was_deleted(tmp_path: Path) -> None:
+def test_a_deleted_working_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     ended = run("--trials", "2", cwd=tmp_path / "gone", command='rmdir "$PWD"')
     assert ended.returncode == 2 and "working folder" in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_results_that_are_a_file_and_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("")
     for argv, cwd in (([], tmp_path), (["--results", "/proc/x"], tmp_path), ([], Path("/proc"))):
         ended = run(*argv, cwd=cwd)
         assert ended.returncode == 2 and "--results" in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_what_the_system_says_of_a_path_is_a_sentence(monkeypatch, capsys) -> None:
+def test_errors_of_the_operating_system_become_sentences(monkeypatch, capsys) -> None:
     from tune import run as script
 
     errors: list[tuple[Exception, str]] = [
@@ -308,7 +308,7 @@ def test_what_the_system_says_of_a_path_is_a_sentence(monkeypatch, capsys) -> No
             script.main([])
 
 
-def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None:
+def test_the_cache_folder_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None:
     from train_fn.data.copies import cache_folder
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -319,7 +319,7 @@ def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("os.getuid", lambda: 61_234)  # no entry in the password file
     with pytest.raises(PermissionError, match="XDG_CACHE_HOME"):
-        cache_folder()  # the folder is not this user's: the test does not run as them
+        cache_folder()  # the folder belongs to another user
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "vlm-tune"
 
@@ -352,7 +352,7 @@ GOALS = [
 
 
 @pytest.mark.parametrize(("options", "train", "validation", "positive", "words"), GOALS)
-def test_metrics_that_the_data_cannot_give(
+def test_metrics_that_the_data_cannot_give_are_refused(
     options: str, train: str, validation: str, positive: str, words: str
 ) -> None:
     from tune.plan.checks import check_goals
@@ -364,7 +364,7 @@ def test_metrics_that_the_data_cannot_give(
     assert all(words in problem and options.split()[0] in problem for problem in problems)
 
 
-def test_open_answers_have_a_loss_only() -> None:
+def test_open_answers_have_no_metric_but_the_loss() -> None:
     from tune.plan.checks import check_goals
 
     settings = parse(["--metric", "loss,accuracy", "--require", "auroc>=0.5,loss<=1", "--stop-when", "macro_f1>=0.5"])

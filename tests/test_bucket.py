@@ -1,4 +1,4 @@
-"""A study on object storage: the newer copy wins, two histories are refused, and one machine runs it."""
+"""A study on object storage: the newer copy wins, copies that differ are refused, and one machine runs the study."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def copy(source: Path, target: Path) -> None:
         (target / path.name).write_bytes(path.read_bytes())
 
 
-def test_a_missing_copy_is_fetched(storage: Storage, tmp_path: Path) -> None:
+def test_a_missing_copy_is_downloaded(storage: Storage, tmp_path: Path) -> None:
     make(tmp_path / "there" / "s", 3)
     assert refresh(storage) == []
     assert len(read_events(storage.directory / "journal.jsonl")) == 3
 
 
 @pytest.mark.parametrize("cut", [0, 7])
-def test_an_older_copy_is_replaced_with_all_that_was_made_from_it(storage: Storage, tmp_path: Path, cut: int) -> None:
+def test_an_older_copy_and_what_was_made_from_it_are_replaced(storage: Storage, tmp_path: Path, cut: int) -> None:
     make(storage.directory, 2)
     copy(storage.directory, tmp_path / "there" / "s")
     make(tmp_path / "there" / "s", 2, plan='{"trials": 40}')
@@ -68,7 +68,7 @@ def test_a_newer_copy_stays(storage: Storage, tmp_path: Path) -> None:
     assert refresh(storage) == [] and len(read_events(storage.directory / "journal.jsonl")) == 4
 
 
-def test_two_histories_are_refused_and_nothing_is_overwritten(storage: Storage, tmp_path: Path) -> None:
+def test_copies_that_have_gone_on_apart_are_refused_and_kept(storage: Storage, tmp_path: Path) -> None:
     make(storage.directory, 2)
     copy(storage.directory, tmp_path / "there" / "s")
     make(tmp_path / "there" / "s", 1)
@@ -78,12 +78,12 @@ def test_two_histories_are_refused_and_nothing_is_overwritten(storage: Storage, 
     assert "gone on apart" in problem and (storage.directory / "journal.jsonl").read_bytes() == before
 
 
-def test_a_study_that_had_not_begun_there_is_no_reason_to_touch_this_one(storage: Storage) -> None:
+def test_an_empty_storage_leaves_the_local_study_alone(storage: Storage) -> None:
     make(storage.directory, 2)
     assert refresh(storage) == [] and refresh(Storage(storage.directory)) == []
 
 
-def test_one_machine_holds_a_study(storage: Storage) -> None:
+def test_only_one_machine_holds_the_lease(storage: Storage) -> None:
     first, second = Lease(storage), Lease(storage)
     assert first.acquire() == "" and first.ours()
     problem = second.acquire()
@@ -106,7 +106,9 @@ def test_one_machine_holds_a_study(storage: Storage) -> None:
         ([], True),
     ],
 )
-def test_a_lease_is_free_when_it_ran_out_or_its_process_has_ended(storage: Storage, held: object, free: bool) -> None:
+def test_a_lease_is_free_when_it_has_run_out_or_its_process_has_ended(
+    storage: Storage, held: object, free: bool
+) -> None:
     if isinstance(held, dict) and isinstance(held.get("renewed_at"), float):
         held = held | {"renewed_at": time.time() + held["renewed_at"]}
     storage.write(storage.directory / "lease.json", json.dumps(held).encode())
@@ -116,7 +118,7 @@ def test_a_lease_is_free_when_it_ran_out_or_its_process_has_ended(storage: Stora
     lease.release()
 
 
-def test_who_was_overtaken_stops_and_leaves_the_others_lease(storage: Storage) -> None:
+def test_a_process_that_lost_its_lease_stops_and_leaves_the_new_one(storage: Storage) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # other tests leave handlers of Ray's behind
     lease = Lease(storage)
     assert lease.acquire() == ""

@@ -85,14 +85,14 @@ def test_each_fault_of_a_node_is_found_and_nothing_else(changes, check, status, 
         ({}, {"least": 23.0}, {"memory": "FAIL"}),
     ],
 )
-def test_gpus_and_their_memory(changes, need, wrong) -> None:
+def test_faults_of_gpus_and_their_memory_are_found(changes, need, wrong) -> None:
     found = checked(
         ON_GPU | changes, Need(layout=GPU, memory={"base": 8.0, "activations": 2.0}, **{"least": 1.0} | need)
     )
     assert {check: status for check, (status, _) in found.items() if status != "ok"} == wrong
 
 
-def test_compiling_needs_a_compiler_where_workers_run() -> None:
+def test_torch_compile_needs_a_compiler_on_nodes_with_workers() -> None:
     need = Need(layout=CPU, memory={"base": 1.0}, compiler=True)
     assert checked({"compiler": ""}, need)["compiler"][0] == "FAIL" and checked({}, need)["compiler"][0] == "ok"
     assert "compiler" not in checked({"compiler": ""}, Need(layout=CPU))
@@ -110,7 +110,7 @@ def test_the_doctor_names_the_largest_micro_batch_that_fits_a_gpu() -> None:
     assert "--per-device" not in memory(m4=22.0, m8=30.0, m16=50.0)
 
 
-def test_a_head_without_slots_needs_no_memory() -> None:
+def test_a_node_without_workers_needs_no_memory() -> None:
     found = checked({"resources": {"CPU": 0.0}, "ram_gib": 0.1}, Need(layout=CPU, memory={"base": 4.0}, least=4.0))
     assert "memory" not in found and all(status == "ok" for status, _ in found.values())
 
@@ -142,7 +142,7 @@ def test_bytes_of_a_trained_weight(options, workers, trained, gradients, moments
     assert found["activations"] == 10.0  # the micro-batch of two: more than four images in evaluation
 
 
-def test_sizes_from_shapes_are_those_of_the_real_model(base, splits) -> None:
+def test_estimated_sizes_are_those_of_the_real_model(base, splits) -> None:
     trial = TrialSettings(lora_r=16, train_projector=True)
     found = measure(ModelSettings(), trial, False, splits.train, splits.candidates)
     assert found.base / GIB == pytest.approx(base_gib(base.model)[0], rel=1e-6)
@@ -185,7 +185,7 @@ def test_measuring_a_model_of_gigabytes_takes_no_memory(splits, tmp_path) -> Non
     assert small.base < 0.4 * whole.base and small.trained == whole.trained
 
 
-def test_a_sound_machine(tmp_path: Path) -> None:
+def test_the_doctor_passes_a_sound_machine(tmp_path: Path) -> None:
     done = finish(start(tmp_path, "--doctor", "--workers-per-trial", "2", *SMALL, name=""), tmp_path)
     print(done.out)
     assert done.code == 0, done.out + done.err
@@ -208,7 +208,7 @@ def test_a_sound_machine(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["phantoms-60-0"]
 
 
-def test_results_that_cannot_be_written_and_too_many_workers(tmp_path: Path, phantoms: Path) -> None:
+def test_the_doctor_reports_unwritable_results_and_too_many_workers(tmp_path: Path, phantoms: Path) -> None:
     (tmp_path / "file").touch()
     argv = ["--doctor", "--data", str(phantoms), "--results", "file/results", "--workers-per-trial", "4096"]
     done = finish(start(tmp_path, *argv, "--gradient-accumulation-steps", "4096", name=""), tmp_path)

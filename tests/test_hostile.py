@@ -1,4 +1,4 @@
-"""Manifests and images that mean harm, or look like it: each gets one clear answer, soon (`pytest -s` shows both)."""
+"""Hostile manifests and images: each gets one clear answer, soon (`pytest -s` shows both)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from PIL import Image
 from train_fn.data.manifest import read_manifest, unreadable_images
 
 pytestmark = pytest.mark.timeout(60)
-MOST_SECONDS = 20  # a busy machine's share: alone each takes well under one, those of 100 MB up to four
+MOST_SECONDS = 20  # on a busy machine; alone, each takes well under one second, those of 100 MB up to four
 
 
 def answer(manifest: Path, root: Path) -> str:
-    """The first line that a study would say, or nothing."""
+    """The first problem that a study would report, or ""."""
     started = time.perf_counter()
     entries, problems = read_manifest(manifest, root)
     problems = problems or unreadable_images([entry["image"] for entry in entries])
@@ -128,15 +128,15 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("make", "words"), IMAGES.values(), ids=IMAGES)
-def test_image(root: Path, make: Callable[[Path], object], words: str) -> None:
+def test_a_hostile_image_gets_one_clear_answer(root: Path, make: Callable[[Path], object], words: str) -> None:
     manifest = root / "m.json"
     manifest.write_text(json.dumps([{"image": make(root), "text": "?", "answer": "yes", "label": 1}]))
-    said = answer(manifest, root)
-    assert words in said and bool(words) == bool(said)
+    problem = answer(manifest, root)
+    assert words in problem and bool(words) == bool(problem)
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe", "/"])
-def test_image_that_no_manifest_has_checked(root: Path, path: str) -> None:
+def test_an_image_that_is_no_file_is_refused(root: Path, path: str) -> None:
     os.mkfifo(root / "pipe")
     (problem,) = unreadable_images([str(root / path)])
     assert "must be an existing file" in problem
@@ -166,10 +166,10 @@ MANIFESTS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("content", "words"), MANIFESTS.values(), ids=MANIFESTS)
-def test_manifest(root: Path, content: bytes, words: str) -> None:
+def test_a_hostile_manifest_gets_one_clear_answer(root: Path, content: bytes, words: str) -> None:
     (root / "m.json").write_bytes(content)
-    said = answer(root / "m.json", root)
-    assert words in said and bool(words) == bool(said)
+    problem = answer(root / "m.json", root)
+    assert words in problem and bool(words) == bool(problem)
 
 
 HUNDRED_MB: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -187,13 +187,13 @@ HUNDRED_MB: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("make", "words"), HUNDRED_MB.values(), ids=HUNDRED_MB)
-def test_manifest_of_100_mb(root: Path, make: Callable[[], bytes], words: str) -> None:
+def test_a_manifest_of_100_mb_gets_an_answer_soon(root: Path, make: Callable[[], bytes], words: str) -> None:
     (root / "m.json").write_bytes(make())
-    said = answer(root / "m.json", root)
-    assert words in said and bool(words) == bool(said)
+    problem = answer(root / "m.json", root)
+    assert words in problem and bool(words) == bool(problem)
 
 
-def test_manifest_that_is_no_file(root: Path) -> None:
+def test_a_manifest_that_is_no_file_is_refused(root: Path) -> None:
     os.mkfifo(root / "pipe")
     os.symlink("/dev/zero", root / "zero")
     for path in ("/dev/zero", root / "pipe", root / "zero", root / "folder", root / "none.json", "x\0", "x" * 300):
@@ -201,12 +201,12 @@ def test_manifest_that_is_no_file(root: Path) -> None:
 
 
 @pytest.mark.parametrize("image_root", ["none", "good.png", "x\0", "x" * 5000, "/dev/null"])
-def test_image_root_that_is_no_folder(root: Path, image_root: str) -> None:
+def test_an_image_root_that_is_no_folder_is_refused(root: Path, image_root: str) -> None:
     (root / "m.json").write_bytes(b"[" + ENTRY + b"]")
     assert "must be a folder" in read_manifest(root / "m.json", root / image_root)[1][0]
 
 
-def test_faults_of_entries_and_of_images_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_entries_and_of_images_are_reported_together(tmp_path: Path) -> None:
     from tune.config.cli import parse
     from tune.config.paths import SettingsError
     from tune.plan.prepare import prepare

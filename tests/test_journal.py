@@ -1,4 +1,4 @@
-"""The journal: what is damaged is left out and named, what is sound is kept, and nothing is read in half."""
+"""The journal: damaged lines are left out and noted, all others are kept."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_events_are_numbered_and_read_back(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 10, 60])
-def test_a_last_line_that_was_cut_off_is_no_event_and_the_next_one_stands_alone(path: Path, cut: int) -> None:
+def test_a_last_line_that_was_cut_off_is_dropped_without_a_note(path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:-cut])
     assert read_journal(path).cut_off and read_journal(path).notes() == []
     journal = Journal(path)
@@ -53,7 +53,7 @@ def test_a_last_line_that_was_cut_off_is_no_event_and_the_next_one_stands_alone(
     [b"", b"{}", b"null", b"[" * 9999, b'{"event": "confirmed"', b"\0" * 80, b"\xff", b'{"event": "ended", "time": 1}'],
     ids=["empty", "object", "null", "deep", "torn", "zeros", "bytes", "foreign"],
 )  # fmt: skip
-def test_a_damaged_line_in_the_middle_is_left_out_and_named(path: Path, damage: bytes) -> None:
+def test_a_damaged_line_is_left_out_and_noted(path: Path, damage: bytes) -> None:
     change_line(path, 2, damage)
     assert numbers(path) == [0, 2, 3, 4]
     (note,) = read_journal(path).notes()
@@ -62,7 +62,7 @@ def test_a_damaged_line_in_the_middle_is_left_out_and_named(path: Path, damage: 
     assert read_journal(path).notes() == [note]
 
 
-def test_a_flipped_bit_a_lost_line_and_a_doubled_one_are_noticed(path: Path) -> None:
+def test_flipped_bits_lost_lines_and_doubled_lines_are_noted(path: Path) -> None:
     whole = path.read_bytes().split(b"\n")
     rng = random.Random(0)
     for place in rng.sample(range(len(whole[3])), 40):
@@ -77,7 +77,7 @@ def test_a_flipped_bit_a_lost_line_and_a_doubled_one_are_noticed(path: Path) -> 
     assert numbers(path) == [0, 1, 2, 3, 4] and "1 doubled line left out" in read_journal(path).notes()[0]
 
 
-def test_no_sequence_number_of_a_damaged_last_line_is_used_again(path: Path) -> None:
+def test_the_sequence_number_of_a_damaged_last_line_is_not_used_again(path: Path) -> None:
     change_line(path, 5, b"damaged")
     journal = Journal(path)
     assert journal.write("confirmed", number=8, run=1, value=0.0)["seq"] == 6
@@ -97,7 +97,7 @@ def test_a_journal_of_the_first_version_is_read_and_goes_on_with_checksums(tmp_p
     assert numbers(path) == [0, 1, 2, 3]
 
 
-def test_an_empty_journal_and_none_are_no_error(tmp_path: Path) -> None:
+def test_an_empty_or_missing_journal_is_no_error(tmp_path: Path) -> None:
     assert read_events(tmp_path / "none") == []
     (tmp_path / "empty").touch()
     assert read_journal(tmp_path / "empty").notes() == []
@@ -107,7 +107,7 @@ def test_an_empty_journal_and_none_are_no_error(tmp_path: Path) -> None:
 def test_a_short_write_on_a_full_disk_leaves_no_half_line(
     path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
 ) -> None:
-    """write() takes a part, without an error, and only the next one says that the disk is full."""
+    """write() writes a part without an error, and only the next call raises that the disk is full."""
     journal, write, calls = Journal(path), os.write, []
 
     def short(file: int, content: bytes) -> int:

@@ -26,7 +26,7 @@ from tune.study import discard
 
 @contextlib.contextmanager
 def server(answer: bytes | None, family: socket.AddressFamily = socket.AF_INET):
-    """A port that reads a greeting and answers with these bytes; None: it accepts and says nothing."""
+    """A port that reads a greeting and answers with these bytes. None: it accepts and stays silent."""
     with socket.create_server(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), family=family) as listening:
 
         def serve() -> None:
@@ -35,7 +35,7 @@ def server(answer: bytes | None, family: socket.AddressFamily = socket.AF_INET):
                 with connection:
                     connection.recv(100)
                     if answer is None:
-                        connection.recv(100)  # until the other side has had enough
+                        connection.recv(100)  # until the other side gives up
                     else:
                         connection.sendall(answer)
 
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
-def test_a_cluster_that_answers_is_taken_and_one_that_does_not_is_refused(form) -> None:
+def test_only_a_cluster_that_answers_is_accepted(form) -> None:
     with server(GRPC) as port:
         assert cluster_problem(form.format(port)) == ""
     problem = cluster_problem(form.format(free_port()))
@@ -62,7 +62,7 @@ def test_a_cluster_that_answers_is_taken_and_one_that_does_not_is_refused(form) 
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b"", b"abc", None])
-def test_a_port_of_something_else_is_refused(monkeypatch, answer) -> None:
+def test_a_port_of_another_service_is_refused(monkeypatch, answer) -> None:
     monkeypatch.setattr(machine, "ANSWER_S", 0.2)
     with server(answer) as port:
         assert "`RAY_ADDRESS` must be a running cluster, but" in cluster_problem(f"127.0.0.1:{port}")
@@ -72,7 +72,7 @@ def test_a_port_of_something_else_is_refused(monkeypatch, answer) -> None:
     "address",
     ["host", "10.0.0.1", ":6379", "host:", "host:port", "host:0", "host:99999", "host:-1", "http://", "ray://", "a:²"],
 )
-def test_what_is_no_address_is_refused(address) -> None:
+def test_a_malformed_address_is_refused(address) -> None:
     assert "must be host:port of a running cluster, or auto, but got" in cluster_problem(address)
 
 
@@ -95,7 +95,7 @@ def test_auto_without_a_cluster_is_refused(monkeypatch) -> None:
         check_address("auto")
 
 
-def test_a_dead_cluster_is_told_at_once_and_leaves_no_study(tmp_path) -> None:
+def test_a_dead_cluster_is_reported_at_once_and_leaves_no_study(tmp_path) -> None:
     environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
     command = [sys.executable, str(ROOT / "tune" / "run.py"), "--name", "s", "--num-phantoms", "40", "--trials", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
@@ -105,7 +105,7 @@ def test_a_dead_cluster_is_told_at_once_and_leaves_no_study(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["", "plan.json", "mine.txt", "event"])
-def test_only_a_folder_that_this_start_has_made_is_removed(tmp_path, kept) -> None:
+def test_only_an_empty_study_folder_is_removed(tmp_path, kept) -> None:
     folder = tmp_path / "s"
     folder.mkdir()
     for name in ("journal.jsonl", "lock", *([kept] if "." in kept else [])):
@@ -151,7 +151,7 @@ def test_limits_of_cgroups(tmp_path, own, files, expected) -> None:
     assert limits(tmp_path, own, **files) == expected
 
 
-def test_cores_are_those_allowed(monkeypatch) -> None:
+def test_cores_are_limited_by_affinity_and_cgroups(monkeypatch) -> None:
     for affinity, limit, cores in (({0, 1, 2}, [], 3), ({0, 1, 2}, [1.5], 1), ({5}, [8.0], 1), ({0, 1}, [0.2], 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, affinity=affinity: affinity)
         monkeypatch.setattr(machine, "cgroup_limits", lambda *_, limit=limit: limit)

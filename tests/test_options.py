@@ -147,7 +147,7 @@ def test_offloading_does_not_change_the_numbers(base, splits) -> None:
         ("polynomial", [0.5, 1.0, 0.75, 0.5, 0.25]),
     ],
 )
-def test_schedules(base, kind, rates) -> None:
+def test_schedules_give_the_expected_rates(base, kind, rates) -> None:
     settings = replace(SHORT, lr_scheduler_type=kind, warmup_ratio=2 / 6, learning_rate=1.0)
     with adapted(base, settings) as model:
         engine = build_engine(base, model, settings, torch.ones(3), 6, 1)
@@ -159,7 +159,7 @@ def test_schedules(base, kind, rates) -> None:
     assert seen == pytest.approx(rates, abs=1e-4)
 
 
-def test_max_steps_checkpoints_and_history(base, splits, tmp_path) -> None:
+def test_max_steps_checkpoints_and_history_are_as_asked(base, splits, tmp_path) -> None:
     settings = replace(SHORT, max_steps=5, logging_steps=2, save_steps=1, save_total_limit=2)
     report = train(base, splits, settings, tmp_path)
     assert report["done"] and report["step"] == 5

@@ -1,4 +1,4 @@
-"""A study's own files, damaged: each is named in one sentence, and nothing goes on from what is not sound."""
+"""Damaged plan.json and splits.json: each is refused in one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_plan_reads_back_as_written(tmp_path: Path) -> None:
     save_plan(tmp_path, PLAN)
     assert read_plan(tmp_path) == PLAN | {"format": 2}
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))  # of the first version
@@ -43,7 +43,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         {"format": "new"},
     ],
 )
-def test_a_plan_of_other_types_is_refused(tmp_path: Path, change: dict) -> None:
+def test_a_plan_with_wrong_types_is_refused(tmp_path: Path, change: dict) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(PLAN | change))
     with pytest.raises(DamagedFile, match=r"plan\.json must"):
         read_plan(tmp_path)
@@ -64,7 +64,7 @@ def test_any_change_of_a_plan_is_noticed(tmp_path: Path) -> None:
     assert kept < len(whole) / 10
 
 
-def test_every_key_of_a_plan_is_needed(tmp_path: Path) -> None:
+def test_a_plan_without_a_key_is_refused(tmp_path: Path) -> None:
     for name in PLAN:
         (tmp_path / "plan.json").write_text(json.dumps({key: PLAN[key] for key in PLAN if key != name}))
         with pytest.raises(DamagedFile, match=name):
@@ -72,14 +72,14 @@ def test_every_key_of_a_plan_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"train": 1}', "null", "\0\0"])
-def test_splits_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+def test_malformed_splits_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "splits.json"
     path.write_text(content)
     with pytest.raises(DamagedFile, match=r"splits\.json must"):
         load_splits(path)
 
 
-def test_splits_with_a_sample_of_another_type_are_refused(tmp_path: Path) -> None:
+def test_splits_with_a_malformed_sample_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
     sample = Sample("a.png", "?", "a", 0)
     save_splits(Splits((sample,), (sample,), (sample,), ("a", "b")), path)
@@ -91,7 +91,7 @@ def test_splits_with_a_sample_of_another_type_are_refused(tmp_path: Path) -> Non
             load_splits(path)
 
 
-def test_a_new_study_does_not_take_over_the_journal_of_one_whose_plan_is_gone(
+def test_a_new_study_refuses_a_folder_with_a_journal_but_no_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tune.config.cli import parse

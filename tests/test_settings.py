@@ -96,7 +96,7 @@ def test_the_guides_spelling_is_understood() -> None:
     assert (trial.lora_r, trial.learning_rate, trial.lora_target_modules) == (8, 1e-3, ("q_proj",))
 
 
-def test_all_problems_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     problems = problems_of(
         *words(
             "--trials 0 --lora-rr 8 --learning-rate abc --metric foo --data nowhere.json --val-fraction 2 "
@@ -132,7 +132,7 @@ def test_all_problems_at_once() -> None:
         ("--seed -1", "seed"),
     ],
 )
-def test_bad_value(argv: str, word: str) -> None:
+def test_a_bad_value_is_refused(argv: str, word: str) -> None:
     assert word in "\n".join(problems_of(*argv.split()))
 
 
@@ -148,7 +148,7 @@ def test_script_answers_without_heavy_imports(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr and "nowhere" in run.stderr and "'x'" in run.stderr
 
 
-def test_guide_comes_out_of_every_space() -> None:
+def test_every_space_gives_the_guides_settings_first() -> None:
     names = sorted(path.stem for path in (ROOT / "search_spaces").glob("[a-z]*.py"))
     assert "lora" in names
     for name in names:
@@ -169,14 +169,14 @@ def test_pinned_values_are_not_searched() -> None:
     assert trial.params.keys() == {"lora_alpha_ratio", "train_projector"}
 
 
-def test_unknown_key_of_a_space_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_setting_of_a_space_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("GUIDE = {}\ndef space(trial):\n    return {'lora_rank': 8}\n")
     (problem,) = problems_of("--space", str(file))
     assert "'lora_rank'" in problem and "lora_r" in problem
 
 
-def test_guide_with_a_name_that_is_not_asked_for(tmp_path: Path) -> None:
+def test_a_guide_with_a_stray_name_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "GUIDE = {'lora_rank': 64}\ndef space(trial):\n    return {'lora_r': trial.suggest_int('lora_r', 4, 8)}\n"
@@ -185,7 +185,7 @@ def test_guide_with_a_name_that_is_not_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["raise OSError('no')", "x = 1", "def space(trial): pass\nGUIDE = {}", "syntax("])
-def test_broken_space_file(tmp_path: Path, text: str) -> None:
+def test_a_broken_space_file_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.py"
     file.write_text(text)
     assert "--space" in problems_of("--space", str(file))[0]

@@ -45,7 +45,7 @@ def summary(outcome: Outcome, capsys: pytest.CaptureFixture) -> str:
 
 
 def command(out: str, label: str) -> list[str]:
-    """The arguments of the command behind a label, as a shell takes it."""
+    """The arguments of the command behind a label, as a shell splits them."""
     (line,) = [line for line in out.splitlines() if line.startswith(label)]
     return shlex.split(line.removeprefix(label))[2:]  # without `python tune/run.py`
 
@@ -67,10 +67,10 @@ def test_a_running_study_shows_its_winner_lanes_and_time(tmp_path: Path, capsys)
     # `--resume` is refused while it runs, and there is no study.json.
     assert command(out, "Look again") == ["--results", str(tmp_path), "--show", "s"]
     assert "Extend it" not in out and "Go on" not in out and "study.json" not in out and "No trial completed" not in out
-    assert lock.acquire()  # it was not touched
+    assert lock.acquire()  # `show` has left the lock alone
 
 
-def test_a_killed_study_shows_what_is_there_and_how_it_goes_on(tmp_path: Path, capsys) -> None:
+def test_a_killed_study_shows_its_results_and_the_command_that_goes_on(tmp_path: Path, capsys) -> None:
     directory, journal = make_study(tmp_path / "a 'b [/red]")
     write_trial(journal, 0, auroc=0.6)
     write_trial(journal, 1, "RUNNING")
@@ -92,7 +92,7 @@ def test_the_next_command_asks_for_more_trials_than_before(tmp_path: Path, capsy
     assert "interrupted" not in out
 
 
-def test_the_adapter_is_the_winners_own(tmp_path: Path) -> None:
+def test_show_names_the_winners_own_adapter(tmp_path: Path) -> None:
     directory, journal = make_study(tmp_path, trials=2)
     write_trial(journal, 0, auroc=0.6)
     write_trial(journal, 1, auroc=0.7)
@@ -122,7 +122,7 @@ def test_wall_time_leaves_out_the_days_between_sessions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lock", ["there", "missing", "held"])
-def test_a_reader_needs_no_right_to_write(tmp_path: Path, monkeypatch, capsys, lock: str) -> None:
+def test_show_writes_nothing(tmp_path: Path, monkeypatch, capsys, lock: str) -> None:
     directory, journal = make_study(tmp_path)
     write_trial(journal, 0, auroc=0.6)
     held = StudyLock(directory)
@@ -155,12 +155,12 @@ def test_a_reader_needs_no_right_to_write(tmp_path: Path, monkeypatch, capsys, l
     "plan",
     ["", "[]", "{}", "null", '{"settings": 3}', '{"settings": {"study": {"trials": 1, "require": []}}, "goals": [7]}'],
 )
-def test_a_plan_that_is_damaged_is_named(tmp_path: Path, plan: str) -> None:
+def test_a_damaged_plan_is_reported(tmp_path: Path, plan: str) -> None:
     directory, _ = make_study(tmp_path)
     (directory / "plan.json").write_text(plan)
-    with pytest.raises(SettingsError) as told:
+    with pytest.raises(SettingsError) as refused:
         show(directory)
-    assert len(told.value.problems) == 1 and "plan.json" in told.value.problems[0]
+    assert len(refused.value.problems) == 1 and "plan.json" in refused.value.problems[0]
 
 
 def test_a_study_without_a_journal_has_no_results_and_says_why(tmp_path: Path, capsys) -> None:
@@ -171,7 +171,7 @@ def test_a_study_without_a_journal_has_no_results_and_says_why(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("where", ["value", "name", "error", "study", "answer"])
-def test_text_of_others_is_only_text(tmp_path: Path, capsys, where: str) -> None:
+def test_hostile_text_is_printed_as_plain_text(tmp_path: Path, capsys, where: str) -> None:
     name = "[/red]" if where == "study" else "s"
     directory, journal = make_study(tmp_path, name="red" if where == "study" else "s", trials=2)
     searched = {"value": {"kind": HOSTILE}, "name": {HOSTILE: 1.0}}.get(where, {})
@@ -189,4 +189,4 @@ def test_text_of_others_is_only_text(tmp_path: Path, capsys, where: str) -> None
     outcome.name = name
     out = summary(outcome, capsys)
     assert not set(out) & {"\x1b", "\x00", "\udcff"} and out.encode()
-    assert "[/red]" in out or "[/r" in out  # a narrow column folds it
+    assert "[/red]" in out or "[/r" in out  # a narrow column breaks it

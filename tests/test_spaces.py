@@ -1,4 +1,4 @@
-"""Search spaces of the user's own: what Optuna, a trial or the process would not survive is said before Ray starts."""
+"""Search spaces of the user's own: every fault in one is reported before Ray starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def problems_of(*argv: str) -> list[str]:
 
 
 def asked(folder: Path, text: str, **study: Any) -> list[str]:
-    """What is wrong with a space, asked in this process."""
+    """The problems of a space, checked in this process."""
     file = folder / "mine.py"
     file.write_text(text)
     settings = parse([])
@@ -139,13 +139,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "words"), REFUSED.values(), ids=REFUSED)
-def test_a_space_that_cannot_be_searched(tmp_path: Path, text: str, words: str) -> None:
+def test_an_unusable_space_is_refused(tmp_path: Path, text: str, words: str) -> None:
     problems = asked(tmp_path, text)
     assert words in "\n".join(problems) and all("`--space`" in problem and "\n" not in problem for problem in problems)
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "gp"])  # which loads torch
-def test_a_space_that_can(tmp_path: Path, sampler: str) -> None:
+def test_a_usable_space_is_accepted(tmp_path: Path, sampler: str) -> None:
     text = (
         "import functools, warnings\nGUIDE = {'r': 8, 'modules': 'q_proj,v_proj'}\n"
         "def make(trial, alpha):\n"
@@ -170,7 +170,7 @@ def test_a_space_may_choose_by_the_trials_number(tmp_path: Path, trials: int) ->
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "schedule"])
-def test_shipped_spaces(name: str) -> None:
+def test_shipped_spaces_have_three_different_corners(name: str) -> None:
     settings = parse(["--space", name])
     assert len({json.dumps(dataclasses.asdict(trial)) for trial in corners(settings)}) == 3
 
@@ -186,7 +186,7 @@ APART = {
 
 
 @pytest.mark.parametrize(("text", "words"), APART.values(), ids=APART)
-def test_a_space_that_would_take_the_process_along(tmp_path: Path, monkeypatch, text: str, words: str) -> None:
+def test_a_space_that_ends_or_blocks_its_process_is_refused(tmp_path: Path, monkeypatch, text: str, words: str) -> None:
     if "within" in words:
         monkeypatch.setattr("tune.config.space_check.TIMEOUT_S", 3.0)
     (tmp_path / "mine.py").write_text(text)
@@ -194,13 +194,13 @@ def test_a_space_that_would_take_the_process_along(tmp_path: Path, monkeypatch, 
     assert words in problem
 
 
-def test_a_space_that_prints_and_other_problems_come_together(tmp_path: Path) -> None:
+def test_output_of_a_space_does_not_hide_its_problems(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("print('[]')\n" + returning("{'lora_r': print('{}') or 0}"))
     problems = problems_of("--space", str(tmp_path / "mine.py"), "--trials", "0")
     assert ["--trials" in problem for problem in problems] == [True, False] and "`lora_r`" in problems[1]
 
 
-def test_files_that_are_no_spaces(tmp_path: Path) -> None:
+def test_files_that_are_no_spaces_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "folder.py").mkdir()
     os.symlink("/dev/zero", tmp_path / "zero.py")
@@ -212,7 +212,7 @@ def test_files_that_are_no_spaces(tmp_path: Path) -> None:
         assert "`--space`" in problems_of("--space", name)[0]
 
 
-def test_first_points_are_inside_the_ranges(tmp_path: Path) -> None:
+def test_first_points_outside_the_ranges_are_refused(tmp_path: Path) -> None:
     points = [{"lora_r": 8}, {"lora_r": 5, "learning_rate": 1.0}, {"lora_rank": 8}, {"lora_r": [8]}, {"lora_r": None}]
     (tmp_path / "points.json").write_text(json.dumps(points))
     text = "\n".join(problems_of("--first-points", str(tmp_path / "points.json")))
@@ -220,7 +220,7 @@ def test_first_points_are_inside_the_ranges(tmp_path: Path) -> None:
     assert "point 3: lora_r" in text and "point 4: lora_r" in text
 
 
-def test_an_error_of_optunas_storage_is_not_the_spaces(tmp_path: Path) -> None:
+def test_an_error_of_optunas_storage_is_not_blamed_on_the_space(tmp_path: Path) -> None:
     class Trial:
         def suggest_categorical(self, name: str, choices: Any) -> None:
             raise RuntimeError("database is locked")
@@ -231,8 +231,8 @@ def test_an_error_of_optunas_storage_is_not_the_spaces(tmp_path: Path) -> None:
         searched_settings(parse([]), space, Trial())
 
 
-def test_a_space_that_fails_while_the_study_runs() -> None:
-    """The searcher ends the search; what it does not survive is not hidden."""
+def test_errors_and_loops_of_a_space_during_a_study_become_space_errors() -> None:
+    """The searcher catches SpaceError and ends the search."""
     from tune.search.points import time_limit
 
     def fails(trial: Any) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def begun(tmp_path: Path, monkeypatch) -> Study:
 
 
 def load_anew() -> None:
-    """As another process would."""
+    """Forget the sources that were read, as in another process."""
     from tune.config.space import read_source, run_source
 
     read_source.cache_clear()
@@ -291,7 +291,7 @@ def test_a_study_of_this_user_goes_on_without_its_points_file(begun: Study, tmp_
     assert again.plan["first_points"] == ({"r": 4},)
 
 
-def test_a_space_that_has_changed_does_not_run(begun: Study, tmp_path: Path) -> None:
+def test_a_changed_space_does_not_run(begun: Study, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("open('ran', 'a').write('x')\n" + FINE)
     for argv in ([], ["--space", "mine.py"]):
         load_anew()
@@ -303,7 +303,7 @@ def test_a_space_that_has_changed_does_not_run(begun: Study, tmp_path: Path) -> 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_strangers_space_does_not_run_before_it_is_named(begun: Study, tmp_path: Path, monkeypatch) -> None:
+def test_a_strangers_space_runs_only_when_the_command_line_names_it(begun: Study, tmp_path: Path, monkeypatch) -> None:
     """The stranger's plan names the hash of the stranger's space."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     for command in ("--resume", "--replay"):
@@ -333,7 +333,7 @@ def test_a_compiled_file_beside_a_space_is_not_run(begun: Study, tmp_path: Path)
     assert resumed().study.name == "s"
 
 
-def test_a_shipped_space_is_not_exchanged(begun: Study) -> None:
+def test_another_space_is_refused_on_resume(begun: Study) -> None:
     assert "must have the content" in problems_of("--resume", "s", "--space", "lora")[0]
 
 
@@ -389,7 +389,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("damage", PLANS.values(), ids=PLANS)
-def test_a_damaged_plan(plan: dict[str, Any], tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_plan_is_refused(plan: dict[str, Any], tmp_path: Path, damage: Any) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "plan.json").write_bytes(sealed(plan))
     assert parse(["--resume", "s", "--results", str(tmp_path)]).study.trials == 20  # as it is, it is taken

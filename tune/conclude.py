@@ -1,4 +1,4 @@
-"""The end of a session: the winner's adapter, study.json, the report, the journal's last event."""
+"""The end of a study: winner's adapter, study.json, report, the journal's last event."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from tune.tracking.delivery import Tracking
 
 
 def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], stop: StopSignals) -> None:
-    """Write the outcome: the winner's adapter, study.json, the report, the journal's last event.
-
-    A file that cannot be written becomes a note, and the rest is written. The first signal leaves out the report, the
-    second everything that is left.
-    """
+    """Write what was found: the winner's adapter, study.json, the report, the journal's last event. What cannot be
+    written costs itself only, with a note. The first signal leaves out the report, the second all that is left."""
     if not outcome.records:  # a signal came while they were collected
         outcome.read(study.journal.events)
-    for with_report in (True, False):
+    for report in (True, False):
         try:
-            write_results(study, outcome, tracking, layout, with_report)
+            write_results(study, outcome, tracking, layout, report)
             return
         except KeyboardInterrupt:
             outcome.interrupted = outcome.incomplete = True
@@ -30,9 +27,7 @@ def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[st
                 return
 
 
-def write_results(
-    study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], with_report: bool
-) -> None:
+def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], report: bool) -> None:
     """The steps of `conclude`, once."""
     artifacts: list[Path] = []
     try:
@@ -45,19 +40,19 @@ def write_results(
         outcome.error = outcome.error or f"the study's results could not be written: {error}"
         tracking.close(timeout_s=10)
         return  # the journal is in the same folder: writing to it would wait for minutes
-    if outcome.records and with_report:
+    if outcome.records and report:
         from tune.results.report import write_report
 
         try:
             artifacts += write_report(content, study.directory)
-        except Exception as error:  # a drawing library may raise anything; the study has its results
+        except Exception as error:  # whatever a drawing library raises costs the report alone
             outcome.incomplete = True
             outcome.note(f"the report could not be written ({type(error).__name__}: {error})".splitlines()[0])
-    tags = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
-    end_session(study, outcome, tracking, tags, artifacts, timeout_s=60 if with_report else 5)
+    final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
+    end_of_study(study, outcome, tracking, final, artifacts, timeout_s=60 if report else 5)
 
 
-def end_session(
+def end_of_study(
     study: Study,
     outcome: Outcome,
     tracking: Tracking,
@@ -65,7 +60,7 @@ def end_session(
     artifacts: list[Path],
     timeout_s: float = 60,
 ) -> None:
-    """Write the session's last event, and wait up to `timeout_s` until the stores have received all events."""
+    """Write the last event of a session, and wait until the stores have received all events."""
     scores = {f"best_{name}": value for name, value in outcome.winner.metrics.items()} if outcome.winner else {}
     tests = {f"test_{name}": f"{score['value']:.4f}" for name, score in outcome.tests.get("winner", {}).items()}
     hashes = {name: study.plan[name] for name in ("data_hash", "base_hash")}

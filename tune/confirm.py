@@ -1,4 +1,4 @@
-"""The confirmation (`--confirm`): the best trials train again with fresh seeds or folds."""
+"""Training the best trials again over fresh seeds or folds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
 
-FIRST_NUMBER = 10**6  # of the dispatcher's jobs for the confirmation
+CONFIRMING = 10**6  # the dispatcher's numbers for training again begin here
 
 
 def confirmations_left(study: Study, outcome: Outcome) -> list[tuple[TrialRecord, int]]:
-    """The runs that are not done yet: trial, and number of the seed or fold, from 1."""
+    """The trainings over fresh seeds or folds that are not done: trial, and number of the seed or fold from 1."""
     settings = study.settings.study
-    # Not `outcome.best()`: it puts trials that are confirmed before all others, so new trials would never be.
+    # Not `outcome.best()`: what an earlier session has confirmed would keep new trials out.
     best = ranked(outcome.records, outcome.goals, outcome.require)
     chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
     return [
@@ -29,10 +29,10 @@ def confirmations_left(study: Study, outcome: Outcome) -> list[tuple[TrialRecord
 
 
 def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
-    """Train the best trials and the guide's defaults again with fresh seeds or folds, and record their scores. Runs of
-    earlier sessions are not repeated.
+    """Train the best trials and the guide's defaults again over fresh seeds, or over folds, and note their validation
+    scores. What an earlier session has done is not done again.
 
-    The best of twenty noisy scores is partly luck. Seeds that played no part in the choice show how much.
+    The best of twenty noisy scores is partly luck; seeds that no choice has looked at tell how much.
     """
     import ray
 
@@ -51,8 +51,8 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
         assignment: dict[str, Any] = {"kind": "train", "settings": again, "output": str(output), "label": label}
         if folds:
             assignment["splits"] = folds[run - 1]
-        ray.get(dispatcher.submit.remote(FIRST_NUMBER + index, assignment))
-    waiting = [dispatcher.last_report.remote(FIRST_NUMBER + index) for index in range(len(left))]
+        ray.get(dispatcher.submit.remote(CONFIRMING + index, assignment))
+    waiting = [dispatcher.last_report.remote(CONFIRMING + index) for index in range(len(left))]
     for done, (answer, (record, run)) in enumerate(zip(waiting, left, strict=True), 1):
         report = ray.get(answer)
         if "error" in report:

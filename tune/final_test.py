@@ -1,4 +1,4 @@
-"""The final test: the test images, scored once with the winner's adapter and with the guide's."""
+"""The test split, scored once with the winner's adapter and with the guide's."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from tune.records.trials import TrialRecord
 from tune.results.intervals import difference, make_scorer, with_intervals
 from tune.results.outcome import Outcome, adapter_hash
 
-FIRST_NUMBER = 10**9  # of the dispatcher's scoring jobs
+SCORING = 10**9  # and this is its number for the scoring job
 
 
 def choose_and_score(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
-    """Name the winner, score the test images with its adapter, and keep the adapter.
-
-    If the adapter cannot be loaded or its scores are not finite, the next best trial becomes the winner.
-    """
+    """Name the winner, score the test with its adapter, and keep that. An adapter that cannot be loaded, or whose
+    scores are not finite, makes the next best trial the winner."""
     outcome.pick_winner()
     attempt = 0
     while outcome.winner and not outcome.interrupted:
-        problem = score_test(study, dispatcher, outcome, say, FIRST_NUMBER + attempt)
+        problem = score_test(study, dispatcher, outcome, say, SCORING + attempt)
         if not problem:
             break
         outcome.reject(outcome.winner, problem)
@@ -35,7 +33,7 @@ def choose_and_score(study: Study, dispatcher: Any, outcome: Outcome, say: Calla
 
 
 def chosen_for_test(outcome: Outcome) -> dict[str, TrialRecord]:
-    """The trials for the final test: the winner, and the guide's defaults (trial 0) if that trial completed."""
+    """The trials whose adapters the test is scored with: the winner, and the guide's defaults where they completed."""
     assert outcome.winner
     chosen = {"winner": outcome.winner}
     guide = next((record for record in outcome.records if record.number == 0), None)
@@ -45,36 +43,35 @@ def chosen_for_test(outcome: Outcome) -> dict[str, TrialRecord]:
 
 
 def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) -> bool:
-    """Whether the last test scored the adapters of these trials, and their files have not changed since."""
+    """Whether the last test scores are those of these trials' adapters, and their files are as they were then."""
     last = next((event for event in reversed(study.journal.events) if event["event"] == "tested"), None)
     if last is None:
         return False
     adapters = {who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()}
-    if "sha256" not in last:  # from an older version
+    if "sha256" not in last:  # of an older version
         return last["adapters"] == adapters
     paths = adapter_paths(outcome, chosen)
     return last["adapters"]["winner"] == adapters["winner"] and last["sha256"] == hashes_of(paths)
 
 
 def adapter_paths(outcome: Outcome, chosen: dict[str, TrialRecord]) -> dict[str, Path | None]:
-    """The folders of these trials' adapters; None for an adapter that is missing."""
+    """Where the adapters to score the test with lie; None: nowhere."""
     return {who: outcome.adapter if who == "winner" else outcome.find_adapter(r) for who, r in chosen.items()}
 
 
 def hashes_of(paths: dict[str, Path | None]) -> dict[str, str]:
-    """The adapters' sha256; "" for an adapter that is missing."""
+    """The adapters' sha256, empty where there is none."""
     return {who: adapter_hash(path) if path else "" for who, path in paths.items()}
 
 
 def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None], number: int) -> str:
-    """Score the test images with the winner's and the guide's adapter, and record both scores and their paired
-    difference. Adapters that have been scored are not scored again.
+    """Score the test images with the winner and with the guide's defaults (trial 0), if that trial completed, and their
+    paired difference. What was scored already is not scored again.
 
     Args:
-        number: of the dispatcher's job; different for each winner.
+        number: the job's number, a new one for each winner.
 
-    Returns:
-        What is wrong with the winner's adapter, or "".
+    Returns: what is wrong with the winner's adapter; empty: nothing.
     """
     import ray
 
@@ -84,14 +81,14 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     say("Scoring the test images with the winner" + (" and the guide's defaults" if "guide" in chosen else ""))
     paths = adapter_paths(outcome, chosen)
     hashes = hashes_of(paths)
-    present = {who: path for who, path in paths.items() if path}
-    job = {"kind": "score", "adapters": list(map(str, present.values())), "label": "scoring the test images"}
+    there = {who: path for who, path in paths.items() if path}
+    job = {"kind": "score", "adapters": list(map(str, there.values())), "label": "scoring the test images"}
     ray.get(dispatcher.submit.remote(number, job))
     report = ray.get(dispatcher.next_report.remote(number, 0))
     if "error" in report:
         outcome.error = f"the test could not be scored: {report['error'].splitlines()[0]}"
         return ""
-    answers = dict(zip(present, report["predictions"], strict=True))
+    answers = dict(zip(there, report["predictions"], strict=True))
     problems = {who: adapter_problem(answer) for who, answer in answers.items()}
     if problems["winner"]:
         return f"its adapter {problems['winner']}"
@@ -114,9 +111,9 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     predictions = {
         who: {
             "answers": [sample.label for sample in study.splits.test],
-            "probabilities": probabilities(answer["scores"]).round(6).tolist(),
+            "probabilities": probabilities(found["scores"]).round(6).tolist(),
         }
-        for who, answer in predicted.items()
+        for who, found in predicted.items()
         if study.splits.candidates
     }
     event = study.journal.write(
@@ -132,7 +129,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
 
 
 def adapter_problem(answer: dict[str, Any]) -> str:
-    """What is wrong with an adapter, from a scoring job's answer; "" if nothing is."""
+    """What a scoring job's answer says against an adapter; empty: nothing."""
     if "error" in answer:
         return f"cannot be loaded ({answer['error']})"
     finite = all(np.isfinite(values).all() for values in answer.values())

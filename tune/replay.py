@@ -1,4 +1,4 @@
-"""`--replay`: trains one trial of a study again, on a lane of its own, and compares the metrics."""
+"""One trial of a study again, on a lane of its own, its metrics beside those of the first time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tune.records.trials import TrialRecord, fold
 
 
 def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
-    """Train a trial again and print its metrics beside the old ones. Returns the exit code: 0 if all are identical."""
+    """Train a trial again and print both times' metrics. 0: all are identical; 1: they are not, or it failed."""
     records = fold(study.journal.events)
     if number not in records or not records[number].epochs:
-        choices = ", ".join(str(n) for n, record in records.items() if record.epochs)
-        raise SettingsError([f"`--trial` must be a trial with a result ({choices}), but got {number}: choose one"])
+        told = ", ".join(str(n) for n, record in records.items() if record.epochs)
+        raise SettingsError([f"`--trial` must be a trial with a result ({told}), but got {number}: choose one of them"])
     record = records[number]
     start_ray(study.settings)
     import ray  # after what `start_ray` sets for it
@@ -29,32 +29,32 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
 
     workers = study.settings.study.workers_per_trial
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)
-    # In the study's folder or bucket: other nodes do not see a temporary folder of this machine.
+    # Within the study's own folder or bucket: a temporary folder of this machine is no place for other nodes.
     folder = study.directory / "replay"
     study.storage.remove(folder)
-    metrics: list[dict[str, Any]] = []  # of each epoch
+    found: list[dict[str, Any]] = []
     try:
         dispatcher = start_dispatcher(layout, study.settings.study.hang_timeout)
         lanes = Lanes(study, layout, dispatcher, say)
         say(f"Training trial {number} of {study.name} again")
         job = {"kind": "train", "settings": record.settings, "output": str(folder)}
         ray.get(dispatcher.submit.remote(number, job))
-        while len(metrics) < len(record.epochs):
-            report = ray.get(dispatcher.next_report.remote(number, len(metrics)))
+        while len(found) < len(record.epochs):
+            report = ray.get(dispatcher.next_report.remote(number, len(found)))
             if "error" in report:
                 say(f"It failed: {report['error'].splitlines()[0]}")
                 break
-            metrics.append(report["metrics"])
+            found.append(report["metrics"])
         ray.get(dispatcher.stop.remote(number))
         lanes.close()
         ray.shutdown()
     finally:
         study.storage.remove(folder)
-    return compare(record, metrics)
+    return compare(record, found)
 
 
-def compare(record: TrialRecord, metrics: list[dict[str, Any]]) -> int:
-    """Print the old and the new metrics of each epoch. Returns the exit code."""
+def compare(record: TrialRecord, found: list[dict[str, Any]]) -> int:
+    """Print the metrics of both times, epoch by epoch. 0 when they are identical."""
     from rich.console import Console
     from rich.table import Table
 
@@ -62,10 +62,10 @@ def compare(record: TrialRecord, metrics: list[dict[str, Any]]) -> int:
     if not console.is_terminal:
         console.width = 110
     table = Table("epoch", "metric", "then", "now", "difference")
-    same = len(metrics) == len(record.epochs)
-    for epoch, (then, now) in enumerate(zip(record.epochs, metrics, strict=False), 1):
+    same = len(found) == len(record.epochs)
+    for epoch, (then, now) in enumerate(zip(record.epochs, found, strict=False), 1):
         for name, value in then.items():
-            again = now.get(name, math.nan)  # another version may lack it
+            again = now.get(name, math.nan)  # another version may not have it
             equal = again == value or (again != again and value != value)
             same &= equal
             gap = "none" if equal else f"{again - value:+.3g}"

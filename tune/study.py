@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from train_fn.data.splitting import save_splits
 from train_fn.support.files import file_hash
 from train_fn.worker import versions
-from tune.conclude import conclude, end_session
+from tune.conclude import conclude, end_of_study
 from tune.config.paths import SettingsError
 from tune.config.space import SpaceError, searched_settings
 from tune.confirm import confirm, confirmations_left
@@ -202,7 +202,7 @@ def run_session(
             outcome.interrupted, outcome.error = stop.count > 0, reason
         else:
             lanes.over = True
-            end_session(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
+            end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
             raise
     try:
         if (outcome.interrupted or outcome.error) and not lanes.over:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from train_fn.settings import SHOWN
 from train_fn.support.storage import Storage
-from tune.config.paths import is_file, study_directory
+from tune.config.paths import study_directory
 from tune.config.settings import NAME, STORAGE, flag
 from tune.config.stored import stored_settings
 from tune.config.uris import strip_credentials
@@ -59,7 +60,7 @@ def download_study(option: str, uri: str, results: Path, problems: list[str]) ->
     except (OSError, ValueError) as error:
         problems.append(f"{where}, which cannot be downloaded ({error}): check the address, your keys and --results")
         return name
-    if not is_file(storage.directory / "plan.json"):
+    if not os.path.isfile(storage.directory / "plan.json"):
         problems.append(f"{where}, where no plan.json lies: check the address")
     return name
 

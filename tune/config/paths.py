@@ -35,22 +35,6 @@ def user_paths() -> Iterator[None]:
         raise SettingsError([f"every name must be UTF-8, but one has {what}: rename the file or folder"]) from error
 
 
-def is_file(path: str | Path) -> bool:
-    """Whether a path is a regular file. False where the system refuses to say."""
-    try:
-        return Path(path).is_file()
-    except OSError:
-        return False
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether a path is a folder. False where the system refuses to say."""
-    try:
-        return Path(path).is_dir()
-    except OSError:
-        return False
-
-
 def study_directory(name: str, results: str) -> Path | None:
     """The folder of a study, from its name in `results` or from its path; None if no plan.json lies there."""
-    return next((folder for folder in (Path(results) / name, Path(name)) if is_file(folder / "plan.json")), None)
+    return next((folder for folder in (Path(results) / name, Path(name)) if os.path.isfile(folder / "plan.json")), None)

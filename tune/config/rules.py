@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import Any
 
-from train_fn.settings import SHOWN, ModelSettings, broken_rules
+from train_fn.settings import SHOWN, broken_rules
 from train_fn.support.files import DamagedFile, read_json, unwritable
-from tune.config.paths import is_file, is_folder, study_directory
-from tune.config.settings import REPORT_TO, Settings, StudySettings, flag
+from tune.config.paths import study_directory
+from tune.config.settings import REPORT_TO, Settings, flag
 from tune.config.space_check import check_space
 from tune.config.uris import strip_credentials
-from tune.records.budgets import seconds
-from tune.records.goals import comparison, goal
 
 Rule = tuple[str, object, str, str]
 """A field, whether its value is allowed, the rule in words, and the fix."""
@@ -36,17 +33,8 @@ def check(settings: Settings) -> list[str]:
         for name, holds, text, fix in rules_between(settings)
         if not holds and name not in broken
     ]
-    problems += unreadable_texts(study, set(broken))
-    shares = data.val_fraction + data.test_fraction
-    if shares >= 1 and not broken.keys() & {"val_fraction", "test_fraction"}:
-        problems.append(
-            f"`--val-fraction` and `--test-fraction` must leave images to train on, but together are {shares:g}: "
-            f"lower one"
-        )
     if not (settings.command.show or settings.command.doctor) and "results" not in broken:
         problems += check_writable(Path(study.results))
-    if "dtype" not in broken:
-        problems += check_dtype(model)
     if model.model != "nano" and "model" not in broken:
         problems += check_model_directory(Path(model.model))
     problems += settings.trial.problems(max(1, study.workers_per_trial), flag)
@@ -57,10 +45,11 @@ def check(settings: Settings) -> list[str]:
 
 def rules_between(settings: Settings) -> list[Rule]:
     """The rules that more than one setting, or this machine, decides."""
-    study, data = settings.study, settings.data
+    study, data, model = settings.study, settings.data, settings.model
     phantoms = data.data == "phantoms"
     goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and may be gone
     goals = [text.removeprefix("-") for text in study.metric]
+    manifest = ("must be an existing manifest", "check the path")
     rules: list[Rule] = [
         ("lanes_per_gpu", study.lanes_per_gpu == 1 or study.workers_per_trial == 1,
          "must be 1 for trials of several workers, which need a GPU each", "leave one out"),
@@ -68,73 +57,44 @@ def rules_between(settings: Settings) -> list[Rule]:
         ("folds", not study.folds or study.confirm > 0, "needs --confirm", "add --confirm 3"),
         ("metric", len(set(goals)) == len(goals), "must name each goal only once", "leave one out"),
         ("report_to", study.report_to, "must name a store", f"choose from {', '.join(REPORT_TO)}"),
-        ("report_to", "wandb" not in study.report_to or installed("wandb"), "needs a package", "pip install wandb"),
+        ("report_to", "wandb" not in study.report_to or importlib.util.find_spec("wandb"), "needs the package wandb",
+         "pip install wandb"),
         ("warm_start", goes_on or not study.warm_start or study_directory(study.warm_start, study.results),
          "must name a study", "give its name or its folder"),
+        ("test_fraction", data.val_fraction >= 1 or data.val_fraction + data.test_fraction < 1,
+         f"must leave images to train on beside --val-fraction {data.val_fraction:g}", "lower one"),
+        ("bf16", not (model.bf16 and model.fp16), "must not be combined with --fp16", "keep one"),
+        ("dtype", model.dtype == "auto" or not (model.bf16 or model.fp16), "must not be combined with --bf16 or --fp16",
+         "keep one"),
         # Others see command lines, and settings are written to files.
         ("storage", strip_credentials(study.storage) == study.storage, "must hold no key or password",
          "leave them to AWS_ACCESS_KEY_ID and the like"),
         ("mlflow_uri", strip_credentials(study.mlflow_uri) == study.mlflow_uri, "must hold no key or password",
          "give the whole address as MLFLOW_TRACKING_URI instead"),
-        ("data", goes_on or phantoms or is_file(data.data), "must be an existing manifest", "check the path"),
-        ("image_root", goes_on or not data.image_root or is_folder(data.image_root), "must be a folder",
+        ("data", goes_on or phantoms or os.path.isfile(data.data), *manifest),
+        ("val_data", goes_on or not data.val_data or os.path.isfile(data.val_data), *manifest),
+        ("test_data", goes_on or not data.test_data or os.path.isfile(data.test_data), *manifest),
+        ("image_root", goes_on or not data.image_root or os.path.isdir(data.image_root), "must be a folder",
          "check the path"),
     ]  # fmt: skip
-    for name in ("val_data", "test_data"):
-        path = getattr(data, name)
-        rules.append((name, goes_on or not path or is_file(path), "must be an existing manifest", "check the path"))
-    for name in ("image_root", "val_data", "test_data"):
-        alone = phantoms and getattr(data, name)
-        rules.append((name, not alone, "goes with --data", "give --data MANIFEST, or leave it out"))
-    return rules
-
-
-def installed(package: str) -> bool:
-    """Whether a Python package is installed; it is not imported."""
-    return importlib.util.find_spec(package) is not None
-
-
-def unreadable_texts(study: StudySettings, broken: set[str]) -> list[str]:
-    """What cannot be read in settings that have a form of their own, such as `sensitivity>=0.9` or `90m`."""
-    readers: list[tuple[str, tuple[str, ...], Callable[[str], Any], str]] = [
-        ("metric", study.metric, goal, ""),
-        ("require", study.require, comparison, ""),
-        ("stop_when", (study.stop_when,) if study.stop_when else (), comparison, ""),
-        ("time_budget", (study.time_budget,), seconds, ", such as 90m, 2h or 30s"),
+    only_with_data = [name for name in ("image_root", "val_data", "test_data") if phantoms and getattr(data, name)]
+    return rules + [
+        (name, False, "goes with --data", "give --data MANIFEST, or leave it out") for name in only_with_data
     ]
-    problems = []
-    for name, texts, read, example in readers:
-        for text in texts if name not in broken else ():
-            try:
-                read(text)
-            except ValueError as error:
-                rule = str(error) if str(error).startswith("must") else "must be a number"
-                problems.append(f"`{flag(name)}` {rule}{example}, but got {SHOWN.repr(text)}: see --help-all")
-    return problems
-
-
-def check_dtype(model: ModelSettings) -> list[str]:
-    """Whether the options for the base's number format agree."""
-    options = [flag(name) for name in ("bf16", "fp16") if getattr(model, name)]
-    options += [f"--dtype {model.dtype}"] if model.dtype != "auto" else []
-    if len(options) < 2:
-        return []
-    rule = "`--bf16`, `--fp16` and `--dtype` must not contradict each other"
-    return [f"{rule}, but got {', '.join(options)}: keep one"]
 
 
 def check_writable(results: Path) -> list[str]:
     """Whether files can be made in --results, or where that folder will be made."""
-    if (found := unwritable(results.absolute())) is None:
+    if (obstacle := unwritable(results.absolute())) is None:
         return []
-    what = f"{str(results)!r}: {found[1]}"
+    what = f"{str(results)!r}: {obstacle[1]}"
     return [f"`--results` must be a folder in which files can be made, but {what}: choose another folder"]
 
 
 def check_model_directory(directory: Path) -> list[str]:
     """Problems of a base model's directory that show without transformers."""
     where = f"`--model` {str(directory)!r}"
-    if not is_file(directory / "config.json"):
+    if not os.path.isfile(directory / "config.json"):
         return [f"{where} must be a model directory with a config.json: give the folder of the base model, or nano"]
     try:
         config = read_json(directory / "config.json", dict, "download the model again")

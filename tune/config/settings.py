@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from train_fn.scoring.metrics import MODES
 from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, TrialSettings, matching, one_of
+from tune.records.budgets import MAX_SECONDS, seconds
+from tune.records.goals import COSTS, comparison, goal
 from tune.records.plan import PARTS
 
 SCHEDULERS = ("asha", "median", "none")
@@ -31,6 +35,26 @@ MLFLOW_URI = matching(
 # MLflow's own rules (mlflow.utils.validation).
 EXPERIMENT = matching(".{1,500}", "a name of at most 500 characters")
 MODEL_NAME = matching(r"(?!\.)[^/:]{1,250}", "a name of at most 250 characters, no `/` or `:`, no `.` at its beginning")
+
+
+def readable_by(read: Callable[[str], Any], words: str) -> TextRule:
+    """A text must be readable by a function, which raises ValueError otherwise."""
+
+    def holds(text: str) -> bool:
+        try:
+            read(text)
+        except ValueError:
+            return False
+        return True
+
+    return TextRule(words, holds)
+
+
+GOAL = readable_by(goal, f"one of {', '.join([*MODES, *COSTS])}, with a minus before it where less is better")
+SCORE_RULE = readable_by(
+    comparison, f"METRIC>=X or METRIC<=X, with X from 0 to 1 (loss: at least 0) and one of {', '.join(MODES)}"
+)
+DURATION = readable_by(seconds, f"a time such as 90m, 2h or 30s, above 0 and at most {MAX_SECONDS // 3600:,} h")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +93,13 @@ class StudySettings:
 
     trials: Annotated[int, Range(1, 100_000)] = 20
     """Trials to run. The first is always the guide's own settings."""
-    time_budget: str = ""
+    time_budget: Annotated[str, DURATION] = ""
     """Wall time of the search, such as 90m, 2h or 30s. Trials that run at its end can be resumed."""
     gpu_hours: Annotated[float, Range(0, 10**6)] = 0.0
     """GPU-hours (without a GPU: hours of CPU workers) of all trials together at which the search ends. 0: no limit."""
     max_failures: Annotated[int, Range(0, 100_000)] = 0
     """Failed trials at which the search ends. 0: no limit."""
-    stop_when: str = ""
+    stop_when: Annotated[str, SCORE_RULE] = ""
     """Validation score of a completed trial at which the search ends, such as auroc>=0.9."""
     space: Annotated[str, PATH] = "lora"
     """Search space: a module of search_spaces/ or a Python file with `space(trial)` and `GUIDE`."""
@@ -91,7 +115,7 @@ class StudySettings:
     """Fresh seeds of each trial that is confirmed."""
     folds: Annotated[int, Range(0, 1000)] = 0
     """Confirm with this many folds of training and validation images instead of seeds. Near-copies stay together."""
-    require: tuple[str, ...] = ()
+    require: Annotated[tuple[str, ...], SCORE_RULE] = ()
     """Validation scores that the winner must reach, such as sensitivity>=0.9; several with commas."""
     sampler: Annotated[str, one_of(SAMPLERS)] = "tpe"
     """How points are chosen: tpe, random, gp, or grid (every point once, ranges at four points each)."""
@@ -99,7 +123,7 @@ class StudySettings:
     """JSON list of points to try right after the guide's. A point is an object by the names that the space asks for."""
     warm_start: Annotated[str, PATH] = ""
     """A study (name or folder) whose completed trials the sampler learns from first, if they fit the space."""
-    metric: tuple[str, ...] = ()
+    metric: Annotated[tuple[str, ...], GOAL] = ()
     """Validation metric to tune on. Not given: auroc, or loss if the answers are no small closed set. Several with
     commas give a Pareto front; then the first one names the winner, and every trial runs to its end. trainable_params
     and train_s are goals too. A minus before a name: less is better."""

@@ -14,7 +14,6 @@ from typing import Any
 
 from train_fn.settings import SHOWN, TrialSettings, matching
 from train_fn.support.files import read_json
-from tune.config.paths import is_file
 from tune.config.settings import Settings, flag
 
 MAX_FILE = 10_000_000  # bytes of a space or of first points
@@ -45,7 +44,7 @@ def read_space(space: str) -> bytes:
 @functools.cache
 def read_source(path: str) -> bytes:
     """The content of a Python file. Raises SpaceError."""
-    if not is_file(path):
+    if not os.path.isfile(path):
         raise SpaceError(f"must be an existing Python file, but got {SHOWN.repr(path)}: check the path")
     try:
         with open(path, "rb") as file:
@@ -182,7 +181,7 @@ def searched_settings(
 
 def read_points(path: str) -> list[dict[str, Any]]:
     """The points of --first-points. Raises ValueError."""
-    if not is_file(path):
+    if not os.path.isfile(path):
         raise ValueError(f"must be an existing file, but got {SHOWN.repr(path)}: check the path")
     try:
         if (size := Path(path).stat().st_size) > MAX_FILE:

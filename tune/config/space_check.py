@@ -93,8 +93,8 @@ def ask_sampler(settings: Settings, space: Callable[[Any], Any], study: Any, whe
     for number in range(NUM_ASKED):
         study.sampler = make_sampler(settings.study.sampler, settings.study.study_seed + number)
         trial = study.ask()
-        if found := ask(settings, space, trial, where):
-            return found
+        if problems := ask(settings, space, trial, where):
+            return problems
         study.tell(trial, float(7 * number % 11))
     return []
 

@@ -15,10 +15,10 @@ def strip_credentials(uri: str) -> str:
 
     A password may hold `/`, `@`, `?` or `#`, although a URI must quote them.
     """
-    found = re.fullmatch(r"([A-Za-z][\w+.-]*)://(.*)", uri, re.DOTALL)
-    if not found:
+    match = re.fullmatch(r"([A-Za-z][\w+.-]*)://(.*)", uri, re.DOTALL)
+    if not match:
         return uri
-    scheme, rest = found.groups()
+    scheme, rest = match.groups()
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     # Only in http is `name:digits/` a host and its port; SQLAlchemy reads a user and a password.
     has_port = re.fullmatch(r"([^:]*|\[.*\]):\d*", authority) and scheme.lower() in ("http", "https")
@@ -34,15 +34,15 @@ def strip_credentials(uri: str) -> str:
 def holds_secret(parameter: str) -> bool:
     """Whether a parameter of a URI (NAME=VALUE) looks like a secret, or holds a URI or parameters with one."""
     name, _, value = urllib.parse.unquote_plus(urllib.parse.unquote_plus(parameter)).partition("=")
-    nested = any(SECRET.search(found) for found in re.findall(r"(\w+)\s*=", value))
+    nested = any(SECRET.search(inner) for inner in re.findall(r"(\w+)\s*=", value))
     return bool(SECRET.search(name)) or nested or strip_credentials(value) != value
 
 
 def scrub(text: str) -> str:
     """A text without the credentials of the URIs in it, whole ones or only their paths and parameters."""
-    text = re.sub(r"[A-Za-z][\w+.-]*://\S+", lambda found: strip_credentials(found[0]), text)
+    text = re.sub(r"[A-Za-z][\w+.-]*://\S+", lambda match: strip_credentials(match[0]), text)
     # Libraries also name a URI without its host, as `/path?token=...`.
-    return re.sub(r"[?#&;][^\s?#&;=]+=[^\s?#&;]*", lambda found: "" if holds_secret(found[0][1:]) else found[0], text)
+    return re.sub(r"[?#&;][^\s?#&;=]+=[^\s?#&;]*", lambda match: "" if holds_secret(match[0][1:]) else match[0], text)
 
 
 def tracking_uri(option: str = "") -> str:
@@ -67,8 +67,8 @@ def default_uri() -> str:
 
 def absolute(uri: str) -> str:
     """A local store's URI with an absolute path; other URIs are returned unchanged."""
-    if found := re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)([^?]+)(.*)", uri):
-        return f"{found[1]}{Path(found[2]).resolve()}{found[3]}"
+    if match := re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)([^?]+)(.*)", uri):
+        return f"{match[1]}{Path(match[2]).resolve()}{match[3]}"
     # A name without a scheme is a folder, except for these of MLflow.
     return uri if re.match(r"[A-Za-z][\w+.-]*:|databricks(-uc)?$|uc$", uri) else str(Path(uri).resolve())
 

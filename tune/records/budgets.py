@@ -20,7 +20,7 @@ def seconds(text: str) -> float:
     unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1])
     value = float(text[:-1]) * unit if unit else float(text)
     if not 0 < value <= MAX_SECONDS:
-        raise ValueError(f"must be a time above 0 and at most {MAX_SECONDS // 3600:,} h")
+        raise ValueError(f"{text!r} is no time above 0 and at most {MAX_SECONDS} s")
     return value
 
 

@@ -14,7 +14,7 @@ def goal(text: str) -> Goal:
     """A --metric such as auroc or -trainable_params, as its name and "max" or "min". Raises ValueError."""
     name = text.removeprefix("-")
     if name not in MODES and name not in COSTS:
-        raise ValueError(f"must be one of {', '.join([*MODES, *COSTS])}")
+        raise ValueError(f"{text!r} is no goal")
     return name, "min" if text.startswith("-") else {**MODES, **COSTS}[name]
 
 
@@ -27,12 +27,10 @@ def comparison(text: str) -> tuple[str, str, float]:
     """A rule such as sensitivity>=0.9, as (metric, ">=" or "<=", value). Raises ValueError."""
     match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*(\S+)\s*", text)
     if not match or match[1] not in MODES:
-        raise ValueError(f"must be METRIC>=X or METRIC<=X with one of {', '.join(MODES)}")
+        raise ValueError(f"{text!r} is no rule")
     name, relation, value = match[1], match[2], float(match[3])
-    most = float("inf") if name == "loss" else 1.0
-    if not (0 <= value <= most and value < float("inf")):
-        reach = "at least 0" if name == "loss" else "from 0 to 1"
-        raise ValueError(f"must compare with a value that {name} can have ({reach})")
+    if not 0 <= value < float("inf") or (value > 1 and name != "loss"):
+        raise ValueError(f"{name} never has the value {value}")
     return name, relation, value
 
 
