@@ -9,6 +9,7 @@ from pathlib import Path
 from tune.config.paths import SettingsError
 from tune.config.stored import stored_settings
 from tune.records.budgets import last_time
+from tune.records.end_state import EndState
 from tune.records.journal import read_journal
 from tune.results.outcome import Outcome
 
@@ -45,7 +46,7 @@ def show(directory: Path) -> Outcome:
     elif not ended:
         outcome.note("the study was interrupted" if events else f"{path} is missing or empty: no trial is known")
         for record in outcome.records:
-            record.state = "INTERRUPTED" if record.state == "RUNNING" else record.state
+            record.state = EndState.INTERRUPTED if record.state == EndState.RUNNING else record.state
     outcome.incomplete |= not outcome.running and not ended
     try:
         # Not `pick_winner`: what is missing here may lie in a bucket.

@@ -19,11 +19,11 @@ from tune.config.space import SpaceError, searched_settings
 from tune.confirm import confirm, confirmations_left
 from tune.final_test import choose_and_score, chosen_for_test, is_tested
 from tune.lanes.layout import Layout, joins_cluster, plan_layout
-from tune.lanes.ray_start import session_logs, start_ray
+from tune.lanes.ray_start import session_folder, start_ray
 from tune.plan.prepare import Study
 from tune.records.budgets import last_time, spent
+from tune.records.end_state import DONE_STATES
 from tune.records.plan import save_plan
-from tune.records.trials import DONE_STATES
 from tune.results.outcome import Outcome
 from tune.signals import StopSignals
 from tune.tracking.delivery import Tracking
@@ -132,7 +132,7 @@ def begin(study: Study, say: Callable[[str], None]) -> Layout:
     )
     for sentence in study.data_report.sentences():
         say(f"Data: {sentence}")
-    say(f"Starting the lanes (logs in {session_logs()})")
+    say(f"Starting the lanes (logs in {session_folder() / 'logs'})")
     there, wanted = int(resources.get("GPU", 0)), layout.lanes * layout.devices_per_trial
     if layout.use_gpu and there < wanted:
         awaited = f"the {math.ceil(wanted)} GPUs: the lanes wait until its autoscaler has brought the rest"
@@ -198,7 +198,7 @@ def search_and_test(
             raise
     try:
         if (outcome.interrupted or outcome.error) and not lanes.over:
-            lanes.leave()
+            lanes.drain()
         conclude(study, outcome, tracking, dataclasses.asdict(layout), stop)
         # Not in a `finally`: Ray ends the process when a lane's thread touches it after a shutdown, and the error that
         # led here would never be seen. The interpreter's exit shuts Ray down in any case.

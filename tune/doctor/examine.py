@@ -116,12 +116,12 @@ def check_access(facts: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     """Whether a cluster that was joined wants a token, and who reaches its dashboard."""
     if not os.environ.get("RAY_ADDRESS"):
         return
-    import ray._private.worker
+    import ray
 
     closed = all(told["token"] for where, told in facts.items() if where != "driver" and "token" in told)
     fix = "who reaches this cluster may run code on it: start Ray with RAY_AUTH_MODE=token, see docs/cluster.md"
     yield Finding("access", "cluster", "with a token" if closed else "open", "" if closed else fix, warning=True)
-    url = ray._private.worker.get_dashboard_url() or ""
+    url = ray.init(ignore_reinit_error=True, configure_logging=False).dashboard_url or ""
     fix = "other machines reach the dashboard: leave out --dashboard-host and look through SSH, see docs/cluster.md"
     here = not url or url.startswith(("127.0.0.1", "localhost"))
     yield Finding("dashboard", "cluster", url or "none", "" if here else fix, warning=True)

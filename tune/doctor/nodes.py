@@ -20,7 +20,7 @@ from train_fn.support.storage import Storage
 from train_fn.worker import versions
 from tune.config.settings import Settings
 from tune.doctor.verdicts import ANSWER_S, Finding
-from tune.lanes.ray_start import session_logs
+from tune.lanes.ray_start import session_folder
 from tune.plan.prepare import Study, model_directory
 from tune.plan.provenance import ROOT
 
@@ -75,12 +75,13 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
     """What a study rests on, as this machine sees it. images: bytes by path, as the driver sees them."""
     import psutil
     import torch
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    from tune.lanes.compat_ray import needs_token
 
     sources = [path for part in ("tune", "train_fn", "search_spaces") for path in sorted((ROOT / part).rglob("*.py"))]
     project = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()[:12]
     files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "*.json") for path in model.glob(pattern)}
-    config, session = model / "config.json", Path(session_logs()).parent
+    config, session = model / "config.json", session_folder()
     results = storage.directory if storage else ROOT
     place = next(folder for folder in (results, *results.parents) if folder.exists())
     return {
@@ -100,7 +101,7 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
         "gpus": read_gpus(),
         "cuda": torch.version.cuda,
         "compiler": next(filter(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))), ""),
-        "token": is_token_auth_enabled(),
+        "token": needs_token(),
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import math
 
 from typing import Any
-from tune.records.trials import DONE_STATES
+from tune.records.end_state import DONE_STATES
 from tune.records.journal import Event
 from tune.records.goals import Goal
 from train_fn.settings import PROFILE_PREFIX
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import dataclasses
 from collections import defaultdict
 from dataclasses import field
-from tune.records.trials import fold
+from tune.records.trials import trial_records
 from tune.records.ranking import front
 from tune.records.goals import holds
 from tune.records.budgets import lanes_of
@@ -126,7 +126,7 @@ class Outcome:
 
     def read(self, events: Sequence[Event], until: float | None = None) -> None:
         """Take in a whole journal. until: as for `wall_seconds`."""
-        records = fold(events)
+        records = trial_records(events)
         self.records = [records[number] for number in sorted(records)]
         self.confirmations, self.confirmed_runs, self.tests, self.predictions = {}, {}, {}, {}
         self.tested = 0

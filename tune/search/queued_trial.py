@@ -8,9 +8,22 @@ from typing import Any
 import ray
 import ray.tune
 
+from train_fn.jobs import JobFailed, TrainJob
+from train_fn.settings import TrialSettings
+
+
+def settings_of(config: dict[str, Any]) -> TrialSettings:
+    """The settings in Tune's configuration of a trial."""
+    settings = config["settings"]
+    return settings if isinstance(settings, TrialSettings) else TrialSettings.from_dict(settings)
+
 
 class QueuedTrial(ray.tune.Trainable):
-    """Tune's side of a trial: hands its settings to the dispatcher, returns the reports that come back."""
+    """Submits a trial's settings to the dispatcher and returns the reports of the lane that trains it.
+
+    A result holds the epoch's metrics, the costs `trainable_params` and `train_s`, `epoch`, `finished`, and the whole
+    `EpochReport` as `report`; or `error`, `device_s` and, when no trial is to blame, `study_error`.
+    """
 
     def setup(self, config: dict[str, Any], dispatcher: Any = None, trials: str = "") -> None:  # type: ignore[override]
         self.dispatcher = dispatcher
@@ -26,25 +39,27 @@ class QueuedTrial(ray.tune.Trainable):
     def step(self) -> dict[str, Any]:
         report = ray.get(self.dispatcher.next_report.remote(self.number, self.seen))
         self.seen += 1
-        if "error" in report:
-            # A result and no exception: Tune begins a trial again whose process raised, as if the process were lost.
-            return {**report, "done": True}
+        if isinstance(report, JobFailed):
+            # Not an exception: Tune would start the trial again, as after the loss of its process.
+            facts = {name: value for name, value in vars(report).items() if value != ""}
+            return {**facts, "done": True}
+        costs = {"trainable_params": report.applied["trainable_params"], "train_s": report.seconds["train"]}
         # Tune overwrites `done` when it stops a trial itself.
-        costs = {"trainable_params": report["applied"]["trainable_params"], "train_s": report["seconds"]["train"]}
-        return {**report["metrics"], **costs, **report, "finished": report["done"]}
+        ends = {"done": report.finished, "finished": report.finished}
+        return {**report.metrics, **costs, **ends, "epoch": report.epoch, "report": report}
 
     def cleanup(self) -> None:
         self._stop()
 
     def _submit(self, config: dict[str, Any]) -> None:
         self.number, self.seen = config["number"], 0
-        assignment = {
-            "kind": "train",
-            "settings": config["settings"],
-            "output": str(self.trials / f"{self.number:04d}"),
-            "known_epochs": config["known_epochs"],
-        }
-        ray.get(self.dispatcher.submit.remote(self.number, assignment))
+        job = TrainJob(
+            number=config["number"],
+            settings=settings_of(config),
+            output=self.trials / f"{self.number:04d}",
+            known_epochs=config["known_epochs"],
+        )
+        ray.get(self.dispatcher.submit.remote(job))
 
     def _stop(self) -> None:
         if self.number is not None:

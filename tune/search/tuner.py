@@ -28,7 +28,8 @@ from tune.config.space_check import TIMEOUT_S
 from tune.lanes.layout import Layout
 from tune.plan.prepare import Study
 from tune.records.journal import Event, read_events
-from tune.records.trials import PRIOR, TrialRecord, fold
+from tune.records.trials import PRIOR, TrialRecord
+from tune.records.trials import trial_records as fold
 from tune.search.callback import StudyLog
 from tune.search.queued_trial import QueuedTrial
 
