@@ -19,7 +19,7 @@ from tune.lanes.memory import OUT_OF_MEMORY_ADVICE, halve, needs_as_much
 if TYPE_CHECKING:
     from tune.lanes.layout import Layout
 
-MAX_ALIKE = 3  # trials in a row with the same error before any trial made progress; then the study is to blame
+MAX_ALIKE = 3  # trials that fail in a row with the same error, before any did a step: then the study is to blame
 
 
 class Dispatcher:
@@ -51,11 +51,10 @@ class Dispatcher:
         self.draining = False
         self.closed = False
         self.notices: list[str] = []  # for the study's output
-        self.last_error = ""  # of a lane that ended
         self.study_error = ""  # what ended the study; no job is to blame
         self.suspected: dict[str, str] = {}  # error of data or base -> the worker group that reported it
         self.alike: tuple[str, set[int]] = ("", set())  # the last error, and the trials in a row that failed with it
-        self.got_further = False  # whether any trial has made progress
+        self.got_further = False  # whether any trial has done an optimizer step
 
     # -------------------------------------------------------------------------------- called by the study
 
@@ -68,10 +67,10 @@ class Dispatcher:
         state = self.jobs[job.number] = JobState(job, self.devices_per_trial)
         if isinstance(job, TrainJob):
             state.last_epoch = job.known_epochs
-        if self._living() and not self.study_error:
-            self._enqueue(state)
+        if self.study_error:
+            state.fail(self.study_error, self.study_error)
         else:
-            state.fail(self.study_error or self.last_error, self.study_error)
+            self._enqueue(state)
 
     async def next_report(self, number: int, seen: int) -> JobReport:
         """A job's report after the first `seen` ones (step 5 of the protocol)."""
@@ -100,7 +99,7 @@ class Dispatcher:
         self._keep_watch()
         living = self._living()
         starting = sum(not (lane.group and lane.group.is_ready) for lane in living)
-        jobs = [lane.job for lane in living if lane.job]
+        jobs = (lane.job for lane in living if lane.job)
         running = [{"label": state.label, "seconds": state.lane_s} | state.progress for state in jobs]
         return {"lanes": len(living), "starting": starting, "running": running}
 
@@ -137,12 +136,11 @@ class Dispatcher:
             return
         lane.ended = True
         living = self._living()
-        self.last_error = error or "all lanes have ended"
         if error and living and not self.closed:
             self._notify(f"lane {number} has ended, {len(living)} remain: {first_line(error)}")
         self._give_up(lane, error)
         if not living:
-            self._end_study(self.last_error)
+            self._end_study(error or "all lanes have ended")
 
     async def placement_group(self, number: int) -> Any:
         """The placement group of the lane's last worker group."""
@@ -219,11 +217,7 @@ class Dispatcher:
         """Receive a job's report from rank 0, and None from the others (step 3). Returns True to stop the trial."""
         if self._lane_of(number, group) is None:
             return True
-        state = self.jobs[number]
-        num_reports = len(state.reports)
-        decision = state.receive(group, epoch, report)
-        self.got_further |= len(state.reports) > num_reports
-        return await decision
+        return await self.jobs[number].receive(group, epoch, report)
 
     async def progress(self, number: int, group: str, message: dict[str, Any]) -> None:
         """Record a trial's progress, from rank 0."""

@@ -17,27 +17,20 @@ class JobState:
     """What the dispatcher knows of one job."""
 
     job: Job
-    devices: float
-    """Devices of a lane, whose seconds are counted."""
+    devices: float  # devices of a lane, whose seconds are counted
     reports: list[JobReport] = field(default_factory=list)
     new_report: asyncio.Event = field(default_factory=asyncio.Event)
     decisions: dict[tuple[str, int], asyncio.Future[bool]] = field(default_factory=dict)
     """Answers to the workers' reports, by worker group and epoch. True: stop."""
-    pending: tuple[str, int] | None = None
-    """Worker group and epoch of the report that waits for a decision."""
+    pending: tuple[str, int] | None = None  # worker group and epoch of the report that waits for a decision
     last_epoch: int = 0
     attempts: int = 0
-    furthest_step: int = 0
-    """Optimizer step that any attempt has reached."""
-    stopped: bool = False
-    """Whether the study has stopped the job early."""
-    ended: bool = False
-    """Whether `reports` has the job's last report."""
-    lost_s: float = 0.0
-    """Lane seconds of lost attempts."""
+    furthest_step: int = 0  # optimizer step that any attempt has reached
+    stopped: bool = False  # whether the study has stopped the job early
+    ended: bool = False  # whether `reports` has the job's last report
+    lost_s: float = 0.0  # lane seconds of lost attempts
     started_at: float | None = None
-    progress: dict[str, Any] = field(default_factory=dict)
-    """Progress of this attempt, as `run_trial` sends it."""
+    progress: dict[str, Any] = field(default_factory=dict)  # progress of this attempt, as `run_trial` sends it
 
     @property
     def label(self) -> str:

@@ -25,10 +25,8 @@ class Heartbeat:
 
     actor: Any
     received_at: float
-    progress: int
-    """The worker's counter of progress."""
-    progressed_at: float
-    """When the counter last rose, or the worker had nothing to do."""
+    progress: int  # the worker's counter of progress
+    progressed_at: float  # when the counter last rose, or the worker had nothing to do
 
 
 @dataclass(eq=False)
@@ -37,14 +35,10 @@ class WorkerGroup:
 
     id: str
     started_at: float = field(default_factory=time.monotonic)
-    is_ready: bool = False
-    """Whether it has loaded the base and asked for a job."""
-    failure: str | None = None
-    """Why it is about to end, from the first rank that reported an error."""
-    heartbeats: dict[int, Heartbeat] = field(default_factory=dict)
-    """By rank."""
-    assignments: dict[int, asyncio.Future[Job | None]] = field(default_factory=dict)
-    """By assignment index."""
+    is_ready: bool = False  # whether it has loaded the base and asked for a job
+    failure: str | None = None  # why it is about to end, from the first rank that reported an error
+    heartbeats: dict[int, Heartbeat] = field(default_factory=dict)  # by rank
+    assignments: dict[int, asyncio.Future[Job | None]] = field(default_factory=dict)  # by assignment index
     slow_start_noted: bool = False
 
     def beat(self, rank: int, actor: Any, progress: int, busy: bool) -> None:
@@ -79,17 +73,12 @@ class LaneState:
     group: WorkerGroup | None = None
     empty_since: float | None = field(default_factory=time.monotonic)
     """Since when it has no worker group; None: it has one, or the study's output has mentioned the lack."""
-    placement_group: Any = None
-    """The placement group of its last worker group."""
+    placement_group: Any = None  # the placement group of its last worker group
     job: JobState | None = None
-    too_large: list[TrialSettings] = field(default_factory=list)
-    """Settings that did not fit its memory."""
-    has_worked: bool = False
-    """Whether any of its worker groups was ready."""
-    failed_starts: int = 0
-    """Since a worker group was last ready."""
-    lost_in_a_row: int = 0
-    """Controllers lost since a worker group was last ready."""
+    too_large: list[TrialSettings] = field(default_factory=list)  # settings that did not fit its memory
+    has_worked: bool = False  # whether any of its worker groups was ready
+    failed_starts: int = 0  # since a worker group was last ready
+    lost_in_a_row: int = 0  # controllers lost since a worker group was last ready
     lost_controllers: int = 0
     ended: bool = False
 
