@@ -1,4 +1,4 @@
-"""The dispatcher's rules for lanes and worker groups that are dead, slow or at fault, without Ray."""
+"""The dispatcher without Ray: lanes and worker groups that are dead, slow or faulty."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(scenario) -> None:
 
 
 def begin(awaitable) -> asyncio.Future:
-    """Let it run; kept from the garbage collector until the test's end."""
+    """Start it, and keep it from the garbage collector until the test's end."""
     BEGUN.append(asyncio.ensure_future(awaitable))
     return BEGUN[-1]
 
@@ -48,10 +48,10 @@ def killed(monkeypatch) -> list:
     return actors
 
 
-# ------------------------------------------------------------------------------------------------ questions of the dead
+# -------------------------------------------------------------------------------- late calls of dead groups
 
 
-def test_a_pending_question_of_a_lane_that_ended_takes_nothing() -> None:
+def test_a_pending_call_of_a_lane_that_ended_gets_no_job() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(2)
         dead = begin(dispatcher.next_assignment(0, "a", 0))
@@ -66,7 +66,7 @@ def test_a_pending_question_of_a_lane_that_ended_takes_nothing() -> None:
     run(scenario)
 
 
-def test_a_late_question_of_a_dead_group_takes_nothing_and_does_not_unseat_the_new_one() -> None:
+def test_a_late_call_of_a_dead_group_gets_no_job_and_does_not_replace_the_new_group() -> None:
     async def scenario() -> None:
         dispatcher = await at_work()
         assert await dispatcher.register(0, "new")
@@ -79,7 +79,7 @@ def test_a_late_question_of_a_dead_group_takes_nothing_and_does_not_unseat_the_n
     run(scenario)
 
 
-def test_a_group_whose_heartbeat_is_overdue_takes_nothing_before_it_is_heard_again(monkeypatch) -> None:
+def test_a_group_whose_heartbeat_is_overdue_gets_no_job_before_the_next_heartbeat(monkeypatch) -> None:
     monkeypatch.setattr("tune.lanes.lane_state.SILENT_S", 0.05)
 
     async def scenario() -> None:
@@ -97,7 +97,7 @@ def test_a_group_whose_heartbeat_is_overdue_takes_nothing_before_it_is_heard_aga
     run(scenario)
 
 
-def test_an_idle_group_that_was_killed_for_silence_takes_nothing(killed) -> None:
+def test_an_idle_group_that_was_killed_for_silence_gets_no_job(killed) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.2)
         question = begin(dispatcher.next_assignment(0, "a", 0))
@@ -110,7 +110,7 @@ def test_an_idle_group_that_was_killed_for_silence_takes_nothing(killed) -> None
     run(scenario)
 
 
-def test_new_workers_free_the_trial_of_the_old_ones_at_once() -> None:
+def test_new_workers_release_the_job_of_the_old_ones_at_once() -> None:
     async def scenario() -> None:
         dispatcher = await at_work(2)
         assert await dispatcher.register(0, "new")  # loads the base for minutes
@@ -120,7 +120,7 @@ def test_new_workers_free_the_trial_of_the_old_ones_at_once() -> None:
     run(scenario)
 
 
-# ------------------------------------------------------------------------------------------------ messages of the dead
+# -------------------------------------------------------------------------------- late messages of dead groups
 
 
 @pytest.mark.parametrize("kind", ["fail", "progress", "report", "memory", "fault", "interrupted"])
@@ -150,7 +150,7 @@ def test_a_late_message_of_a_dead_group_changes_nothing(kind) -> None:
     run(scenario)
 
 
-def test_what_the_other_ranks_say_after_the_first_does_not_fail_the_trial() -> None:
+def test_what_other_ranks_report_after_the_first_does_not_fail_the_trial() -> None:
     async def scenario() -> None:
         dispatcher = await at_work()
         await dispatcher.interrupted(0, "old 0", "No space left on device", False)
@@ -163,7 +163,7 @@ def test_what_the_other_ranks_say_after_the_first_does_not_fail_the_trial() -> N
     run(scenario)
 
 
-def test_a_dead_group_is_told_to_shut_down() -> None:
+def test_a_heartbeat_of_a_dead_group_is_answered_with_shutdown() -> None:
     async def scenario() -> None:
         dispatcher = await at_work(2)
         assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) is False
@@ -210,7 +210,7 @@ def test_the_watch_survives_what_a_kill_raises(monkeypatch, error) -> None:
     run(scenario)
 
 
-def test_the_watch_is_there_from_the_start_and_comes_back(killed) -> None:
+def test_the_watch_runs_from_the_start_and_restarts(killed) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.2)
         assert await dispatcher.register(0, "a")
@@ -226,7 +226,7 @@ def test_the_watch_is_there_from_the_start_and_comes_back(killed) -> None:
 # ------------------------------------------------------------------------------------------------ starts
 
 
-def test_a_start_that_never_ends_is_mentioned_then_ended_though_its_heart_beats(monkeypatch, killed) -> None:
+def test_a_start_that_never_ends_is_mentioned_then_ended_in_spite_of_heartbeats(monkeypatch, killed) -> None:
     monkeypatch.setattr("tune.lanes.lane_state.SLOW_START_S", 0.1)
     monkeypatch.setattr("tune.lanes.lane_state.LONGEST_START_S", 0.5)
 
@@ -269,7 +269,7 @@ def test_workers_that_die_as_they_start_end_a_lane_that_never_worked() -> None:
     run(scenario)
 
 
-def test_every_restart_is_said_once_and_controllers_are_not_retried_in_silence() -> None:
+def test_every_restart_gives_one_notice_and_the_number_of_controllers_is_limited() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         again = [await dispatcher.controller_failed(0, f"no way {n}\n\ntrace") for n in range(MAX_CONTROLLERS_IN_A_ROW)]
@@ -359,7 +359,7 @@ def test_a_base_that_cannot_be_loaded_ends_the_study_once() -> None:
         (["KeyError: 'a'", "KeyError: 'b'", "KeyError: 'a'", "KeyError: 'a'"], False, False, False),
     ],
 )
-def test_an_error_that_every_trial_meets_ends_the_study(errors, own, further, ends) -> None:
+def test_an_error_of_every_trial_ends_the_study(errors, own, further, ends) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         for number, error in enumerate(errors):
@@ -378,7 +378,7 @@ def test_an_error_that_every_trial_meets_ends_the_study(errors, own, further, en
 # ------------------------------------------------------------------------------------------------ several ranks
 
 
-def test_a_trials_own_fault_ends_it_whichever_rank_is_first() -> None:
+def test_a_trials_own_error_ends_it_whichever_rank_is_first() -> None:
     """Every rank says so and then asks for work; the second may come long after the first."""
 
     async def scenario() -> None:

@@ -1,4 +1,4 @@
-"""The dispatcher's rules, without Ray: who gets what, who is answered, and what a lost worker group costs."""
+"""The dispatcher without Ray: assignments, reports and decisions, and lost worker groups; and a worker's errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tune.lanes.job_state import MAX_ATTEMPTS
 
 
 def begin(awaitable) -> asyncio.Future:
-    """Let it run; kept from the garbage collector until the test's end."""
+    """Start it, and keep it from the garbage collector until the test's end."""
     task = asyncio.ensure_future(awaitable)
     BEGUN.append(task)
     return task
@@ -47,7 +47,7 @@ def run(scenario) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_all_ranks_get_the_same_trial_and_the_same_verdict() -> None:
+def test_all_ranks_get_the_same_job_and_the_same_decision() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -56,7 +56,7 @@ def test_all_ranks_get_the_same_trial_and_the_same_verdict() -> None:
         ranks = [begin(dispatcher.report(0, "g", 1, m)) for m in (report(1), None)]
         first = await dispatcher.next_report(0, 0)
         assert replace(first, device_s=0) == report(1) and first.device_s > 0
-        assert not await soon(asyncio.gather(*map(asyncio.shield, ranks)))  # neither is told to go on yet
+        assert not await soon(asyncio.gather(*map(asyncio.shield, ranks)))  # neither may go on yet
         waiting = begin(dispatcher.next_report(0, 1))
         assert await asyncio.gather(*ranks) == [False, False]
         waiting.cancel()
@@ -64,7 +64,7 @@ def test_all_ranks_get_the_same_trial_and_the_same_verdict() -> None:
     run(scenario)
 
 
-def test_last_report_lets_a_job_run_through() -> None:
+def test_last_report_lets_a_job_run_to_its_end() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -77,7 +77,7 @@ def test_last_report_lets_a_job_run_through() -> None:
     run(scenario)
 
 
-def test_a_node_that_sees_other_things_than_the_driver_is_told_all_at_once(tmp_path) -> None:
+def test_a_node_that_differs_from_the_driver_is_refused_with_all_differences(tmp_path) -> None:
     image = tmp_path / "one.png"
     image.write_bytes(b"")
     job = LaneConfig(lane=0, dispatcher=None, model=ModelSettings(), splits=splits_of(image), positive="",
@@ -95,7 +95,7 @@ def splits_of(image: Path) -> Splits:
     return Splits((Sample(str(image), "?", "a", 0),), (), (), ("a", "b"))
 
 
-def test_two_hiccups_far_apart_do_not_give_a_lane_up() -> None:
+def test_two_failed_starts_with_work_in_between_do_not_end_a_lane() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         for group in ("a", "b"):
@@ -103,7 +103,7 @@ def test_two_hiccups_far_apart_do_not_give_a_lane_up() -> None:
             begin(dispatcher.next_assignment(0, group, 0))
             await asyncio.sleep(0.01)
             assert await dispatcher.register(0, f"after {group}")
-            for _ in range(2):  # each rank tells
+            for _ in range(2):  # each rank reports it
                 await dispatcher.start_failed(0, f"after {group}", "no memory")
         for number in (1, 2):
             assert await dispatcher.register(0, f"last {number}") is (number == 1)
@@ -113,7 +113,7 @@ def test_two_hiccups_far_apart_do_not_give_a_lane_up() -> None:
 
 
 @pytest.mark.parametrize("ranks", [(0,), (0, 1), (1, 1, 0)])
-def test_a_failed_start_counts_once_however_many_ranks_say_so(ranks) -> None:
+def test_a_failed_start_counts_once_however_many_ranks_report_it(ranks) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(2)
         await dispatcher.register(0, "a")
@@ -131,7 +131,7 @@ def test_a_failed_start_counts_once_however_many_ranks_say_so(ranks) -> None:
     run(scenario)
 
 
-def test_a_stopped_trial_is_not_begun_again_after_out_of_memory() -> None:
+def test_a_stopped_trial_is_not_queued_again_after_out_of_memory() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0, per_device_train_batch_size=2, gradient_accumulation_steps=8))
@@ -144,7 +144,7 @@ def test_a_stopped_trial_is_not_begun_again_after_out_of_memory() -> None:
     run(scenario)
 
 
-def test_stop_answers_the_report_that_waits() -> None:
+def test_stop_decides_on_the_pending_report() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -171,7 +171,7 @@ def test_stop_before_a_report_and_before_a_start() -> None:
     run(scenario)
 
 
-def test_a_lost_group_begins_its_trial_again_and_known_epochs_are_not_told_twice() -> None:
+def test_a_lost_job_starts_again_and_repeated_epochs_are_not_published_twice() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(7))
@@ -188,7 +188,7 @@ def test_a_lost_group_begins_its_trial_again_and_known_epochs_are_not_told_twice
     run(scenario)
 
 
-def test_a_trial_that_gets_further_each_time_may_lose_more_groups() -> None:
+def test_a_trial_that_makes_progress_may_lose_more_groups() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -216,7 +216,7 @@ def test_a_trial_that_loses_every_group_fails() -> None:
     run(scenario)
 
 
-def test_a_fault_of_its_own_is_not_tried_again() -> None:
+def test_a_trial_that_failed_is_not_tried_again() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -238,7 +238,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch() -> No
             assignment = await dispatcher.next_assignment(0, group, 0)
             found = assignment.settings
             assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (micro, accumulation)
-            for _ in range(2):  # both ranks tell of it
+            for _ in range(2):  # both ranks report it
                 await dispatcher.out_of_memory(0, group, "CUDA out of memory", True)
         assert len(assignment.notes) == 2 and "micro-batch 2 -> 1" in assignment.notes[1]
         error = (await dispatcher.next_report(0, 0)).error
@@ -248,7 +248,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch() -> No
     run(scenario)
 
 
-def test_what_did_not_fit_is_not_tried_again_by_a_trial_as_large() -> None:
+def test_a_trial_as_large_as_one_that_did_not_fit_starts_with_a_smaller_micro_batch() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
 
@@ -278,7 +278,7 @@ def test_what_did_not_fit_is_not_tried_again_by_a_trial_as_large() -> None:
     run(scenario)
 
 
-def test_only_a_step_that_did_not_fit_is_remembered_and_by_its_lane_alone() -> None:
+def test_only_a_step_that_did_not_fit_counts_and_only_on_its_lane() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(2)
         batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "lora_target_modules": ("q_proj",)}
@@ -307,7 +307,7 @@ def test_only_a_step_that_did_not_fit_is_remembered_and_by_its_lane_alone() -> N
     run(scenario)
 
 
-def test_out_of_memory_is_no_lost_group() -> None:
+def test_out_of_memory_does_not_count_as_an_attempt() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0, per_device_train_batch_size=2, gradient_accumulation_steps=1))
@@ -319,7 +319,7 @@ def test_out_of_memory_is_no_lost_group() -> None:
     run(scenario)
 
 
-def test_a_dead_groups_question_takes_nothing() -> None:
+def test_a_pending_call_of_a_dead_group_gets_no_job() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         stale = begin(dispatcher.next_assignment(0, "old", 0))
@@ -333,7 +333,7 @@ def test_a_dead_groups_question_takes_nothing() -> None:
     run(scenario)
 
 
-def test_a_lane_that_ends_hands_its_trial_to_another() -> None:
+def test_the_job_of_a_lane_that_ends_goes_to_another() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(2)
         await dispatcher.submit(train(0))
@@ -356,7 +356,7 @@ def test_without_lanes_every_trial_fails_with_the_reason() -> None:
     run(scenario)
 
 
-def test_a_snapshot_tells_what_every_lane_does() -> None:
+def test_a_snapshot_shows_what_every_lane_does() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(3)
         assert await dispatcher.snapshot() == {"lanes": 3, "starting": 3, "running": []}
@@ -391,7 +391,7 @@ def test_close_ends_the_lanes_after_the_queue() -> None:
     run(scenario)
 
 
-def test_a_lost_tune_process_hears_its_reports_again() -> None:
+def test_a_new_tune_process_gets_the_reports_again() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -408,7 +408,7 @@ def test_a_lost_tune_process_hears_its_reports_again() -> None:
     run(scenario)
 
 
-def test_a_group_that_leaves_costs_its_trial_no_attempt() -> None:
+def test_a_preempted_group_costs_its_trial_no_attempt() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -427,7 +427,7 @@ def test_a_group_that_leaves_costs_its_trial_no_attempt() -> None:
     run(scenario)
 
 
-def test_an_interrupted_study_lets_every_trial_leave_and_begins_none() -> None:
+def test_an_interrupted_study_drains_the_lanes_and_starts_no_job() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         await dispatcher.submit(train(0))
@@ -443,7 +443,7 @@ def test_an_interrupted_study_lets_every_trial_leave_and_begins_none() -> None:
     run(scenario)
 
 
-def test_a_worker_that_lives_but_gets_no_further_is_ended_if_it_has_a_trial(monkeypatch) -> None:
+def test_a_worker_that_makes_no_progress_is_ended_if_it_has_a_job(monkeypatch) -> None:
     killed = []
     monkeypatch.setattr("ray.kill", killed.append)
 
@@ -462,7 +462,7 @@ def test_a_worker_that_lives_but_gets_no_further_is_ended_if_it_has_a_trial(monk
         await waiting
         begin(dispatcher.report(0, "g", 1, report(1)))
         await lives()
-        assert not killed  # it waits to be told whether to go on
+        assert not killed  # it waits for a decision
         begin(dispatcher.next_report(0, 0))
         begin(dispatcher.next_report(0, 1))
         await lives()
@@ -471,7 +471,7 @@ def test_a_worker_that_lives_but_gets_no_further_is_ended_if_it_has_a_trial(monk
     run(scenario)
 
 
-def test_a_silent_worker_is_ended(monkeypatch) -> None:
+def test_a_worker_without_heartbeats_is_ended(monkeypatch) -> None:
     killed = []
     monkeypatch.setattr("ray.kill", killed.append)
 
@@ -491,7 +491,7 @@ def test_a_silent_worker_is_ended(monkeypatch) -> None:
 
 
 class Calls:
-    """Stands for a dispatcher's handle, and notes what is called."""
+    """Stands in for a dispatcher's handle and records the calls."""
 
     def __init__(self) -> None:
         self.made: list[tuple] = []
@@ -528,7 +528,7 @@ TORCH = torch.OutOfMemoryError("CUDA out of memory")
         (RuntimeError("[../third_party/gloo/transport] Connection closed"), None, False),
     ],
 )
-def test_what_becomes_of_an_error_in_a_trial(base, monkeypatch, error, call, sound) -> None:
+def test_how_an_error_in_a_job_is_reported(base, monkeypatch, error, call, sound) -> None:
     monkeypatch.setattr("ray.get", lambda answer: answer)
     calls = Calls()
     job = LaneConfig(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")), positive="",

@@ -103,7 +103,6 @@ def lane_loop(options: dict[str, Any]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import ray
     import ray.train
-    import ray.train.torch
     import torch
 
     config: LaneConfig = options["config"]
@@ -118,43 +117,19 @@ def lane_loop(options: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     heartbeats = Heartbeats(config, group, rank)
     heartbeats.start()
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
     try:
-        from train_fn.model.base import base_gib, load_base
-
-        importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
-        device = ray.train.torch.get_device()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # else collectives of several workers on a node would all use its first GPU
-        else:
-            # With several threads the order of a sum may otherwise depend on their timing.
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        check_collectives(config.collective_timeout_s)
-        check_node(config)
-        base = load_base(config.model, device)
+        base, facts = load(config)
     except Exception as error:
         where = f"a worker on {ray.util.get_node_ip_address()} could not begin"
         ray.get(dispatcher.start_failed.remote(config.lane, group, f"{where}: {error_text(error)}"))
         raise
-    held, whole = base_gib(base.model)
-    facts: dict[str, Any] = {
-        "lane": config.lane,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_threads": config.num_threads,
-        "base_gib": held,
-        "base_16_bit_gib": whole,
-    }
-    if config.inputs:
-        facts |= {"base_hash": config.inputs.base_hash, "data_hash": config.inputs.data_hash}
     idle_since = time.perf_counter()
     for index in range(10**9):
         job = ray.get(dispatcher.next_assignment.remote(config.lane, group, index))
         if job is None:
             return
         waited_s = time.perf_counter() - idle_since
-        if device.type == "cuda":
+        if base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         notes = list(job.notes) if isinstance(job, TrainJob) else []
         of_this_job = facts | {"turn": index, "waited_s": waited_s, "notes": notes}
@@ -168,6 +143,39 @@ def lane_loop(options: dict[str, Any]) -> None:
         idle_since = time.perf_counter()
         gc.collect()  # DeepSpeed's engine is a cycle, and holds its trial's memory
         torch.cuda.empty_cache()
+
+
+def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
+    """Check the machine and the lane's other workers, and load the base.
+
+    Returns: the base, and the fields of every `EpochReport` that only the worker knows.
+    """
+    import ray.train.torch
+    import torch
+
+    from train_fn.model.base import base_gib, load_base
+
+    importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = ray.train.torch.get_device()
+    name = "cpu"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else collectives of several workers on a node would all use its first GPU
+        name = torch.cuda.get_device_name(device)
+    else:
+        # With several threads the order of a sum may otherwise depend on their timing.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    check_collectives(config.collective_timeout_s)
+    check_node(config)
+    base = load_base(config.model, device)
+    held, whole = base_gib(base.model)
+    facts = {"lane": config.lane, "device": name, "num_threads": config.num_threads}
+    facts |= {"base_gib": held, "base_16_bit_gib": whole}
+    if config.inputs:
+        facts |= {"base_hash": config.inputs.base_hash, "data_hash": config.inputs.data_hash}
+    return base, facts
 
 
 def check_collectives(timeout_s: int) -> None:
