@@ -7,7 +7,6 @@ from typing import Any
 
 from train_fn.data.splitting import fold_splits
 from train_fn.jobs import JobFailed, TrainJob
-from train_fn.settings import TrialSettings
 from tune.plan.prepare import Study
 from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
@@ -49,7 +48,7 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     for index, (record, run) in enumerate(left):
         job = TrainJob(
             number=CONFIRMING + index,
-            settings=TrialSettings.from_dict(record.settings | {"seed": record.settings["seed"] + run}),
+            settings=record.typed_settings(seed=record.settings["seed"] + run),
             output=study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}",
             label=f"trial {record.number} again ({run})",
             splits=folds[run - 1] if folds else None,

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 from train_fn.jobs import JobFailed, TrainJob
-from train_fn.settings import TrialSettings
 from train_fn.support.text import plain
 from tune.config.paths import SettingsError
 from tune.lanes.layout import Layout
@@ -29,6 +28,10 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
             [f"`--trial` must be a trial with a result ({choices}), but got {number}: choose one of them"]
         )
     record = records[number]
+    try:
+        job = TrainJob(number=number, settings=record.typed_settings(), output=study.directory / "replay")
+    except ValueError as error:
+        raise SettingsError([f"`--trial` {number} must have settings of this version, but {error}"]) from error
     start_ray(study.settings)
     import ray  # after what `start_ray` sets for it
 
@@ -38,14 +41,12 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     workers = study.settings.study.workers_per_trial
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)
     # In the study's own folder or bucket, because other nodes may not see a temporary folder of this machine.
-    folder = study.directory / "replay"
-    study.storage.remove(folder)
+    study.storage.remove(job.output)
     metrics: list[dict[str, float]] = []
     try:
         dispatcher = start_dispatcher(layout, study.settings.study.hang_timeout)
         lanes = Lanes(study, layout, dispatcher, say)
         say(f"Training trial {number} of {study.name} again")
-        job = TrainJob(number=number, settings=TrialSettings.from_dict(record.settings), output=folder)
         ray.get(dispatcher.submit.remote(job))
         while len(metrics) < len(record.epochs):
             report = ray.get(dispatcher.next_report.remote(number, len(metrics)))
@@ -57,7 +58,7 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
         lanes.close()
         ray.shutdown()
     finally:
-        study.storage.remove(folder)
+        study.storage.remove(job.output)
     return compare(record, metrics)
 
 

@@ -119,75 +119,77 @@ class Dispatcher:
             await self.changed.wait()
         return self.notices[seen:] or None
 
-    async def controller_failed(self, number: int, error: str) -> bool:
+    async def controller_failed(self, lane_number: int, error: str) -> bool:
         """Record that the controller of a lane's TorchTrainer ended with an error. Returns True to start another."""
-        lane = self.lanes[number]
+        lane = self.lanes[lane_number]
         if lane.ended or self.closed:
             return False
         self._give_up(lane, error)
         again = lane.lose_controller()
-        self._notify(f"lane {number} {'starts again' if again else 'is given up'}: {first_line(error)}")
+        self._notify(f"lane {lane_number} {'starts again' if again else 'is given up'}: {first_line(error)}")
         return again
 
-    async def lane_ended(self, number: int, error: str) -> None:
+    async def lane_ended(self, lane_number: int, error: str) -> None:
         """Record that a lane has ended. Its job goes to another lane, or fails if there is none."""
-        lane = self.lanes[number]
+        lane = self.lanes[lane_number]
         if lane.ended:
             return
         lane.ended = True
         living = self._living()
         if error and living and not self.closed:
-            self._notify(f"lane {number} has ended, {len(living)} remain: {first_line(error)}")
+            self._notify(f"lane {lane_number} has ended, {len(living)} remain: {first_line(error)}")
         self._give_up(lane, error)
         if not living:
             self._end_study(error or "all lanes have ended")
 
-    async def placement_group(self, number: int) -> Any:
+    async def placement_group(self, lane_number: int) -> Any:
         """The placement group of the lane's last worker group."""
-        return self.lanes[number].placement_group
+        return self.lanes[lane_number].placement_group
 
     # -------------------------------------------------------------------------------- called by the workers
 
-    async def register(self, number: int, group: str, placement_group: Any = None) -> bool:
+    async def register(self, lane_number: int, group: str, placement_group: Any = None) -> bool:
         """Register a new worker group, whose predecessor must be dead by now. Every rank calls it.
 
         Returns: whether it should load the base: not when the lane or this group was given up.
         """
         self._keep_watch()
-        lane = self.lanes[number]
+        lane = self.lanes[lane_number]
         lane.placement_group = placement_group
         if not lane.has(group) and group not in self.given_up:
             if lane.group and not lane.group.is_ready:
-                await self.start_failed(number, lane.group.id, f"the workers of lane {number} died as they started")
+                await self.start_failed(
+                    lane_number, lane.group.id, f"the workers of lane {lane_number} died as they started"
+                )
             else:
                 self._give_up(lane, "its worker group died")
             if not lane.ended:
                 lane.group, lane.empty_since = WorkerGroup(group), None
         return lane.has(group) and not self.study_error
 
-    async def start_failed(self, number: int, group: str, error: str) -> None:
+    async def start_failed(self, lane_number: int, group: str, error: str) -> None:
         """Record that a worker group could not load the base. Each of its ranks may call it.
 
         A lane that has worked before gets a second try.
         """
-        lane = self.lanes[number]
+        lane = self.lanes[lane_number]
         if not lane.has(group):
             return
         self._give_up(lane, error)
         lane.failed_starts += 1
         if not lane.has_worked or lane.failed_starts > 1:
-            await self.lane_ended(number, error)
+            await self.lane_ended(lane_number, error)
         else:
-            self._notify(f"lane {number} starts again: {first_line(error)}")
+            self._notify(f"lane {lane_number} starts again: {first_line(error)}")
 
-    async def heartbeat(self, number: int, group: str, rank: int, actor: Any, progress: int) -> bool:
+    async def heartbeat(self, lane_number: int, group: str, rank: int, actor: Any, progress: int) -> bool:
         """Record a heartbeat. Returns True if the worker must shut down.
 
         Args:
             progress: a counter that rises while the worker makes progress.
         """
         self._keep_watch()
-        lane = self.lanes[number]
+        lane = self.lanes[lane_number]
         if lane.ended or group in self.given_up:
             return True
         if lane.group is not None and lane.has(group):
@@ -196,9 +198,9 @@ class Dispatcher:
             self._wake()
         return self.draining
 
-    async def next_assignment(self, number: int, group: str, index: int) -> Job | None:
+    async def next_assignment(self, lane_number: int, group: str, index: int) -> Job | None:
         """The next job of a worker group (step 2 of the protocol); None: there is no more."""
-        lane = self.lanes[number]
+        lane = self.lanes[lane_number]
         if lane.ended or group in self.given_up:
             return None
         if not lane.has(group):
@@ -230,7 +232,7 @@ class Dispatcher:
 
         Args:
             own: only the trial's settings can have caused the error. Another error ends the study when `MAX_ALIKE`
-                trials in a row fail with it before any trial has made progress.
+                trials in a row fail with it before any trial has done an optimizer step.
         """
         lane, state = self._lane_of(number, group), self.jobs[number]
         if lane is None or lane.group is None or lane.group.failure is not None or state.ended:
@@ -242,32 +244,32 @@ class Dispatcher:
         if len(self.alike[1]) >= MAX_ALIKE and not own and not self.got_further:
             self._end_study(f"{MAX_ALIKE} trials in a row failed alike before any trial had got further: {first}")
 
-    async def interrupted(self, number: int, group: str, reason: str, free: bool) -> None:
+    async def interrupted(self, lane_number: int, group: str, reason: str, free: bool) -> None:
         """Record that a worker group ends and its trial is not to blame. Another group continues the trial.
 
         Args:
             free: the loss does not count as an attempt.
         """
-        lane = self.lanes[number]
+        lane = self.lanes[lane_number]
         if lane.group and lane.has(group) and lane.job and lane.group.failure is None:
             lane.group.failure = reason
             lane.job.attempts -= free
             if self.draining:
                 lane.job = None  # no group continues it in this session
 
-    async def study_fault(self, number: int, group: str, error: str, certain: bool = False) -> None:
+    async def study_fault(self, lane_number: int, group: str, error: str, certain: bool = False) -> None:
         """Report an error in what all trials share: the data or the base.
 
         The study ends when a second worker group reports the same error, or at once if the error is `certain`. Until
         then the trial is tried again.
         """
-        if not self.lanes[number].has(group):
+        if not self.lanes[lane_number].has(group):
             return
         if certain or self.suspected.get(error, group) != group:
             self._end_study(error)
         else:
             self.suspected[error] = group
-            await self.interrupted(number, group, error, False)
+            await self.interrupted(lane_number, group, error, False)
 
     async def out_of_memory(self, number: int, group: str, error: str, in_step: bool) -> None:
         """Start a trial again with half the micro-batch and the same global batch, because a rank ran out of memory.

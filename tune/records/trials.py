@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train_fn.jobs import TrialFacts
-from train_fn.settings import PROFILE_PREFIX
+from train_fn.settings import PROFILE_PREFIX, TrialSettings
 from tune.records.end_state import DONE_STATES, EndState
 from tune.records.journal import Event
 
@@ -86,6 +86,10 @@ class TrialRecord(TrialFacts):
         costs = {"trainable_params": self.applied.get("trainable_params"), "train_s": self.seconds.get("train")}
         value = {**costs, **self.metrics}.get(name)
         return math.nan if value is None else value
+
+    def typed_settings(self, **changes: Any) -> TrialSettings:
+        """The trial's settings with some of them changed. Raises ValueError for a setting that this version lacks."""
+        return TrialSettings.from_dict(self.settings | changes)
 
     @property
     def metrics(self) -> dict[str, float]:
