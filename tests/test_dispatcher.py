@@ -272,7 +272,9 @@ def test_workers_that_die_as_they_start_end_a_lane_that_never_worked() -> None:
 def test_every_restart_gives_one_notice_and_the_number_of_controllers_is_limited() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
-        again = [await dispatcher.controller_failed(0, f"no way {n}\n\ntrace") for n in range(MAX_CONTROLLERS_IN_A_ROW)]
+        again = [
+            (await dispatcher.controller_failed(0, f"no way {n}\n\ntrace"))[0] for n in range(MAX_CONTROLLERS_IN_A_ROW)
+        ]
         assert again == [True] * (MAX_CONTROLLERS_IN_A_ROW - 1) + [False]
         assert dispatcher.notices[0] == "lane 0 starts again: no way 0"
         assert dispatcher.notices[-1].startswith("lane 0 is given up: no way")
@@ -280,7 +282,7 @@ def test_every_restart_gives_one_notice_and_the_number_of_controllers_is_limited
 
         dispatcher = Dispatcher(1)
         for number in range(2 * MAX_CONTROLLERS_IN_A_ROW):  # with work in between
-            assert await dispatcher.controller_failed(0, "killed")
+            assert (await dispatcher.controller_failed(0, "killed"))[0]
             begin(dispatcher.next_assignment(0, f"g{number}", 0))
             await asyncio.sleep(0.01)
 

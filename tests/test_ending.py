@@ -217,7 +217,6 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """No Ray: `search` is to be set by the test; `dispatcher` answers jobs at once."""
     import ray
 
-    import tune.lanes.dispatcher
     import tune.lanes.trainers
     import tune.search.tuner
     from tune.lanes.layout import Layout
@@ -227,7 +226,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr("tune.study.start_ray", lambda settings: {"CPU": 2})
     monkeypatch.setattr("tune.study.session_folder", lambda: Path("session"))
     monkeypatch.setattr("tune.study.plan_layout", lambda settings, resources: Layout(2, 1, False, 1))
-    monkeypatch.setattr(tune.lanes.dispatcher, "start_dispatcher", lambda layout, timeout: made.dispatcher)
+    monkeypatch.setattr(tune.lanes.trainers, "start_dispatcher", lambda layout, timeout: made.dispatcher)
     monkeypatch.setattr(tune.lanes.trainers, "Lanes", lambda study, layout, dispatcher, say: lanes)
     monkeypatch.setattr(tune.search.tuner, "search", lambda study, layout, dispatcher, log: made.search(study, log))
     monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)

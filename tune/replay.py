@@ -35,8 +35,7 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     start_ray(study.settings)
     import ray  # after what `start_ray` sets for it
 
-    from tune.lanes.dispatcher import start_dispatcher
-    from tune.lanes.trainers import Lanes
+    from tune.lanes.trainers import Lanes, start_dispatcher
 
     workers = study.settings.study.workers_per_trial
     layout = Layout(1, workers, record.device != "cpu", record.num_threads)

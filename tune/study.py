@@ -147,8 +147,7 @@ def search_and_test(
     import ray
     import ray.tune
 
-    from tune.lanes.dispatcher import start_dispatcher
-    from tune.lanes.trainers import Lanes
+    from tune.lanes.trainers import Lanes, start_dispatcher
     from tune.results.terminal import live
     from tune.search.callback import StudyLog
     from tune.search.footer import Footer

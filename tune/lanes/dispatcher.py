@@ -5,25 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-import ray.tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
 from tune.lanes.job_state import JobState
-from tune.lanes.lane_state import LaneState, WorkerGroup
+from tune.lanes.lane_state import MAX_CONTROLLERS, MAX_CONTROLLERS_IN_A_ROW, LaneState, WorkerGroup
 from tune.lanes.memory import OUT_OF_MEMORY_ADVICE, halve, needs_as_much
-
-if TYPE_CHECKING:
-    from tune.lanes.layout import Layout
 
 MAX_ALIKE = 3  # trials that fail in a row with the same error, before any did a step: then the study is to blame
 
 
 class Dispatcher:
-    """Async actor between Ray Tune and the lanes. A study has one (`start_dispatcher`).
+    """Async actor between Ray Tune and the lanes. A study has one (`tune.lanes.trainers.start_dispatcher`).
 
     The protocol of a trial:
 
@@ -99,8 +94,11 @@ class Dispatcher:
         self._keep_watch()
         living = self._living()
         starting = sum(not (lane.group and lane.group.is_ready) for lane in living)
-        jobs = (lane.job for lane in living if lane.job)
-        running = [{"label": state.label, "seconds": state.lane_s} | state.progress for state in jobs]
+        states = [lane.job for lane in living if lane.job]
+        running: list[dict[str, Any]] = [
+            {"label": state.job.label or f"trial {state.job.number}", "seconds": state.lane_s} | state.progress
+            for state in states
+        ]
         return {"lanes": len(living), "starting": starting, "running": running}
 
     async def close(self, drain: bool = False) -> None:
@@ -119,15 +117,19 @@ class Dispatcher:
             await self.changed.wait()
         return self.notices[seen:] or None
 
-    async def controller_failed(self, lane_number: int, error: str) -> bool:
-        """Record that the controller of a lane's TorchTrainer ended with an error. Returns True to start another."""
-        lane = self.lanes[lane_number]
-        if lane.ended or self.closed:
-            return False
-        self._give_up(lane, error)
-        again = lane.lose_controller()
-        self._notify(f"lane {lane_number} {'starts again' if again else 'is given up'}: {first_line(error)}")
-        return again
+    async def controller_failed(self, lane_number: int, error: str) -> tuple[bool, Any]:
+        """Record that the controller of a lane's TorchTrainer ended with an error.
+
+        Returns: whether to start another controller, and the placement group of the lane's last workers.
+        """
+        lane, again = self.lanes[lane_number], False
+        if not lane.ended and not self.closed:
+            self._give_up(lane, error)
+            lane.lost_in_a_row += 1
+            lane.lost_controllers += 1
+            again = lane.lost_in_a_row < MAX_CONTROLLERS_IN_A_ROW and lane.lost_controllers < MAX_CONTROLLERS
+            self._notify(f"lane {lane_number} {'starts again' if again else 'is given up'}: {first_line(error)}")
+        return again, lane.placement_group
 
     async def lane_ended(self, lane_number: int, error: str) -> None:
         """Record that a lane has ended. Its job goes to another lane, or fails if there is none."""
@@ -141,10 +143,6 @@ class Dispatcher:
         self._give_up(lane, error)
         if not living:
             self._end_study(error or "all lanes have ended")
-
-    async def placement_group(self, lane_number: int) -> Any:
-        """The placement group of the lane's last worker group."""
-        return self.lanes[lane_number].placement_group
 
     # -------------------------------------------------------------------------------- called by the workers
 
@@ -317,7 +315,8 @@ class Dispatcher:
         state = self.queue.popleft()
         while isinstance(job := state.job, TrainJob) and any(needs_as_much(job.settings, s) for s in lane.too_large):
             state.job = halve(job, "an earlier trial of this size ran out of memory here")
-        state.start()
+        state.attempts += 1
+        state.started_at = time.monotonic()
         lane.job = state
         return state.job
 
@@ -404,12 +403,3 @@ class Dispatcher:
 def first_line(text: str) -> str:
     """The first line of an error, without its trace."""
     return text.strip().partition("\n")[0]
-
-
-def start_dispatcher(layout: Layout, hang_timeout_s: float) -> Any:
-    """Start the study's dispatcher. It takes no CPU and stays on this node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(Dispatcher)
-    return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(
-        layout.lanes, hang_timeout_s, layout.devices_per_trial
-    )

@@ -33,19 +33,9 @@ class JobState:
     progress: dict[str, Any] = field(default_factory=dict)  # progress of this attempt, as `run_trial` sends it
 
     @property
-    def label(self) -> str:
-        """The job's name for people."""
-        return self.job.label or f"trial {self.job.number}"
-
-    @property
     def lane_s(self) -> float:
         """Seconds of a lane so far, lost attempts included."""
         return self.lost_s + (time.monotonic() - self.started_at if self.started_at is not None else 0.0)
-
-    def start(self) -> None:
-        """Start an attempt."""
-        self.attempts += 1
-        self.started_at = time.monotonic()
 
     def release(self) -> None:
         """End an attempt without a result."""

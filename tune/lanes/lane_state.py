@@ -86,12 +86,6 @@ class LaneState:
         """Whether this is its living worker group."""
         return self.group is not None and self.group.id == group
 
-    def lose_controller(self) -> bool:
-        """Count the loss of a controller. Returns whether another may start."""
-        self.lost_in_a_row += 1
-        self.lost_controllers += 1
-        return self.lost_in_a_row < MAX_CONTROLLERS_IN_A_ROW and self.lost_controllers < MAX_CONTROLLERS
-
     def slow_start(self) -> str:
         """A sentence when the lane waits long for workers or for the base, once; else empty."""
         now, group = time.monotonic(), self.group

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from train_fn.model.checkpoint import hash_of
 from train_fn.model.unchanged import Inputs
 from train_fn.worker import LaneConfig, lane_loop, versions
 from tune.config.paths import SettingsError
+from tune.lanes.dispatcher import Dispatcher
 from tune.plan.prepare import model_directory
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 
 
 RENDEZVOUS_S = 120  # for the workers of a lane to find each other
+
+
+def start_dispatcher(layout: Layout, hang_timeout_s: float) -> Any:
+    """Start the study's dispatcher. It takes no CPU and stays on this node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(Dispatcher)
+    return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(
+        layout.lanes, hang_timeout_s, layout.devices_per_trial
+    )
 
 
 class Lanes:
@@ -64,20 +74,21 @@ class Lanes:
                     self.say(f"Lanes: {notice}")
 
     def _run(self, lane: int, trainer: Any) -> None:
-        again = True
+        error, again = "", True
         while again:
             try:
                 trainer.fit()
-                error = ""
+                error, again = "", False
             except Exception as failure:  # whatever ended the lane, the trials that waited for it report it
                 error = f"lane {lane} ended: {failure}"
             if self.over or not ray.is_initialized():
                 return  # touching Ray after its shutdown would end the whole process
-            again = bool(error) and ray.get(self.dispatcher.controller_failed.remote(lane, error))
-            # The resources of a lost controller stay reserved as long as the study lives: Ray's own cleaner learns of
-            # the loss only through the dashboard, which a single machine does not run.
-            if error and (group := ray.get(self.dispatcher.placement_group.remote(lane))):
-                ray.util.remove_placement_group(group)
+            if error:
+                again, placement_group = ray.get(self.dispatcher.controller_failed.remote(lane, error))
+                # The resources of a lost controller stay reserved as long as the study lives: Ray's own cleaner learns
+                # of the loss only through the dashboard, which a single machine does not run.
+                if placement_group:
+                    ray.util.remove_placement_group(placement_group)
         ray.get(self.dispatcher.lane_ended.remote(lane, error))
 
     def drain(self, timeout_s: float = 30) -> None:

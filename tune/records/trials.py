@@ -26,23 +26,19 @@ class TrialRecord(TrialFacts):
     """
 
     number: int
-    searched: dict[str, Any]
-    """The values that the search chose, by the names under which the space asks for them."""
-    settings: dict[str, Any]
-    """All settings of the trial."""
+    searched: dict[str, Any]  # the values that the search chose, by the names under which the space asks for them
+    settings: dict[str, Any]  # all settings of the trial
     state: EndState = EndState.RUNNING
     epochs: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics and training loss after each epoch."""
     attempt_s: float | None = None
     """Seconds from the start of the last attempt to its last report; None before the first report."""
     error: str = ""
-    started_at: float = 0.0
-    """Seconds since 1970 at the trial's first start."""
+    started_at: float = 0.0  # seconds since 1970 at the trial's first start
     ended_at: float = 0.0
     device_seconds: float = 0.0
     """Seconds of a device (GPU, or CPU worker) over all workers, lost attempts and earlier sessions included."""
-    spent_before: float = 0.0
-    """Those of earlier sessions."""
+    spent_before: float = 0.0  # those of earlier sessions
     incomplete: bool = False
     """Whether the journal lost an event of this trial. Later events do not count until the trial is started again."""
 
