@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -43,9 +44,9 @@ def measure_epochs(model: str, manifest: Path) -> None:
         base = load_base(ModelSettings(model=model, feature_cache_gib=gib), torch.device("cpu"))
         ends = [time.process_time()]
 
-        def report(told: dict, ends: list[float] = ends) -> bool:
+        def report(told: Any, ends: list[float] = ends) -> bool:
             ends.append(time.process_time())
-            metrics[told["epoch"]].append(told["metrics"])
+            metrics[told.epoch].append(told.metrics)
             return False
 
         run_trial(base, splits, settings, report)

@@ -346,9 +346,9 @@ def damage_file(rng: random.Random, path: Path, others: list[Path]) -> str:
 def truth(folder: Path) -> dict[int, Any]:
     """Each trial's settings and epochs, from a journal."""
     from tune.records.journal import read_events
-    from tune.records.trials import fold
+    from tune.records.trials import trial_records
 
-    return fold(read_events(folder / "journal.jsonl"))
+    return trial_records(read_events(folder / "journal.jsonl"))
 
 
 def check_records(records: dict[int, Any], true: dict[int, Any]) -> None:
@@ -367,7 +367,7 @@ def studies(count: int, seed: int, folder: Path, sync_every: int = 20) -> Tally:
     from train_fn.model.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
     from train_fn.support.files import DamagedFile
     from tune.config.paths import SettingsError
-    from tune.records.trials import fold
+    from tune.records.trials import trial_records
     from tune.run import begin
 
     tally, rng = Tally("studies"), random.Random(seed)
@@ -397,7 +397,7 @@ def studies(count: int, seed: int, folder: Path, sync_every: int = 20) -> Tally:
                 return f"{command} refused"
             assert "Traceback" not in told.getvalue()
             if command == "--resume":
-                check_records(fold(study.journal.events), truths[whole])
+                check_records(trial_records(study.journal.events), truths[whole])
                 assert (
                     study.splits.test
                     and study.plan["study_id"] == json.loads((whole / "plan.json").read_text())["study_id"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import gc
 import json
@@ -118,26 +119,26 @@ def run(base: Any, splits: Any, trial: Any, folder: Path) -> dict[str, float]:
     """One trial of the product's loop: seconds of a step and of an evaluated image after the first epoch."""
     from train_fn.trial.loop import run_trial
 
-    reports: list[dict[str, Any]] = []
+    reports: list[Any] = []
 
-    def report(told: dict[str, Any]) -> bool:
-        reports.append(json.loads(json.dumps(told)))
+    def report(told: Any) -> bool:
+        reports.append(copy.deepcopy(told))
         return False
 
     run_trial(base, splits, trial, report, output=folder)
     steps = len(splits.train) // 16
 
     def later(name: str) -> float:
-        spent = [told["seconds"].get(name, 0.0) for told in reports]
+        spent = [told.seconds.get(name, 0.0) for told in reports]
         return median(after - before for before, after in pairwise(spent))
 
     return {
         "step_s": later("train") / steps,
         "evaluated_image_s": later("evaluation") / len(splits.validation),
-        "setup_s": reports[0]["seconds"]["setup"],
+        "setup_s": reports[0].seconds["setup"],
         "checkpoint_s": later("checkpoint"),
-        "first_epoch_s": reports[0]["seconds"]["train"],
-        "loss": reports[-1]["metrics"]["loss"],
+        "first_epoch_s": reports[0].seconds["train"],
+        "loss": reports[-1].metrics["loss"],
     }
 
 

@@ -52,8 +52,8 @@ def documented_worker(config: dict[str, Any]) -> None:
 
     base = load_base(ModelSettings(), ray.train.torch.get_device())
 
-    def report(message: dict[str, Any]) -> bool:
-        ray.train.report(message["metrics"] | {f"{k}_s": v for k, v in message["seconds"].items()})
+    def report(message: Any) -> bool:
+        ray.train.report(message.metrics | {f"{k}_s": v for k, v in message.seconds.items()})
         return False
 
     run_trial(base, config["splits"], TrialSettings(), report, positive="Malignant", output=Path(config["output"]))

@@ -1,15 +1,16 @@
-"""What the study's own machinery costs per trial, and what of it grows with the number of trials.
+"""CPU time and wall time of the study's own machinery per trial, and which of them grow with the number of trials.
 
     python benchmarks/overhead.py [--trials 20 200 500 1000] [--output table.json]
 
-The product's own path (`prepare`, `run`: Ray Tune, Optuna, dispatcher, journal, MLflow on sqlite, report) around lanes
-that train nothing: threads of the driver that take assignments and answer, in 0.2 s each, with three epochs of a noisy
-score. Every number of trials is measured in a process of its own. Times of the parts are CPU seconds of their threads.
+Runs whole studies (`prepare`, `run`: Ray Tune, Optuna, dispatcher, journal, MLflow on sqlite, report) on lanes that
+train nothing: threads of the driver that take jobs and report three epochs of a noisy score, each after 0.2 s. Every
+number of trials is measured in a process of its own. Times of the parts are CPU seconds of their threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -20,13 +21,16 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT / "benchmarks"))]
+
+from train_fn.jobs import EpochReport, ScoreReport, TrainJob  # noqa: E402
+from train_fn.settings import TrialSettings  # noqa: E402
 
 EPOCHS = 3
 PARTS = {
@@ -44,10 +48,10 @@ PARTS = {
 }
 
 
-def score(settings: dict[str, Any], epoch: int) -> float:
+def score(settings: TrialSettings, epoch: int) -> float:
     """An AUROC that depends on rate and rank, rises with the epochs, and is noisy."""
-    draw = random.Random(f"{settings['learning_rate']} {settings['lora_r']} {epoch}")
-    distance = abs(math.log10(settings["learning_rate"]) + 3) + 0.1 * abs(math.log2(settings["lora_r"]) - 4)
+    draw = random.Random(f"{settings.learning_rate} {settings.lora_r} {epoch}")
+    distance = abs(math.log10(settings.learning_rate) + 3) + 0.1 * abs(math.log2(settings.lora_r) - 4)
     return min(0.99, max(0.3, 0.9 - 0.15 * distance - 0.1 / epoch + draw.gauss(0, 0.02)))
 
 
@@ -63,20 +67,19 @@ class StubLanes:
     def lane(self, lane: int) -> None:
         import ray
 
-        for turn in range(10**9):
-            assignment = ray.get(self.dispatcher.next_assignment.remote(lane, f"group-{lane}", turn))
-            if assignment is None:
+        group = f"group-{lane}"
+        for index in range(10**9):
+            job = ray.get(self.dispatcher.next_assignment.remote(lane, group, index))
+            if job is None:
                 self.cpu_s += time.thread_time()
                 return
-            for message in self.predict() if assignment["kind"] == "score" else self.train(assignment):
-                facts = {"lane": lane, "turn": turn, "device": "cpu", "num_threads": 1, "notes": [], "system": {}}
-                facts |= {"base_gib": 0.1, "base_16_bit_gib": 0.1, "waited_s": 0.01, "wall_s": 0.3 * message["epoch"]}
-                number, epoch = assignment["number"], message["epoch"]
-                if ray.get(self.dispatcher.report.remote(number, f"group-{lane}", epoch, facts | message)):
+            reports = self.train(job, lane, index) if isinstance(job, TrainJob) else self.predict()
+            for epoch, report in enumerate(reports, 1):
+                if ray.get(self.dispatcher.report.remote(job.number, group, epoch, report)):
                     break
 
-    def train(self, assignment: dict[str, Any]) -> Any:
-        settings, directory = assignment["settings"], Path(assignment["output"]) / "final_model"
+    def train(self, job: TrainJob, lane: int, index: int) -> Iterator[EpochReport]:
+        settings, directory = job.settings, job.output / "final_model"
         for epoch in range(1, EPOCHS + 1):
             value = score(settings, epoch)
             # Trials that end at once would have Tune start processes that it no longer needs when they are there.
@@ -86,22 +89,30 @@ class StubLanes:
                 (directory / "adapter_model.safetensors").write_bytes(b"none")
                 (directory / "task.json").write_text(json.dumps({"candidates": self.study.splits.candidates}))
             log = [{"step": 9 * epoch - 8 + i, "loss": 1 - value, "learning_rate": 1e-4} for i in range(9)]
-            yield {
-                "epoch": epoch,
-                "step": 9 * epoch,
-                "metrics": {"loss": 1 - value, "auroc": value, "macro_f1": value - 0.1, "train_loss": 1 - value},
-                "log": log,
-                "applied": {**settings, "trainable_params": 77824 * settings["lora_r"]},
-                "seconds": {"setup": 0.01, "train": 0.2 * epoch, "evaluation": 0.05 * epoch},
-                "done": epoch == EPOCHS,
-            }
+            yield EpochReport(
+                epoch=epoch,
+                step=9 * epoch,
+                metrics={"loss": 1 - value, "auroc": value, "macro_f1": value - 0.1, "train_loss": 1 - value},
+                log=log,
+                applied={**dataclasses.asdict(settings), "trainable_params": 77824 * settings.lora_r},
+                seconds={"setup": 0.01, "train": 0.2 * epoch, "evaluation": 0.05 * epoch},
+                finished=epoch == EPOCHS,
+                lane=lane,
+                turn=index,
+                device="cpu",
+                num_threads=1,
+                base_gib=0.1,
+                base_16_bit_gib=0.1,
+                waited_s=0.01,
+                wall_s=0.3 * epoch,
+            )
 
-    def predict(self) -> Any:
+    def predict(self) -> Iterator[ScoreReport]:
         import numpy as np
 
         shape = (len(self.study.splits.test), len(self.study.splits.candidates))
         scores = np.random.default_rng(0).normal(size=shape)
-        yield {"epoch": 1, "done": True, "predictions": [{"losses": -scores[:, 0], "scores": scores}] * 2}
+        yield ScoreReport(predictions=[{"losses": -scores[:, 0], "scores": scores}] * 2)
 
     def close(self) -> None:
         import ray
@@ -111,23 +122,23 @@ class StubLanes:
             thread.join(30)
 
 
-def clocked(path: str, spent: dict[str, float], part: str) -> None:
+def clocked(path: str, cpu_s: dict[str, float], part: str) -> None:
     """Book the CPU time of a function under `part`."""
     owner: Any = __import__(path.split(".")[0])
-    *places, name = path.split(".")[1:]
-    for place in places:
-        if not hasattr(owner, place):
-            __import__(f"{owner.__name__}.{place}")
-        owner = getattr(owner, place)
-    plain: Callable[..., Any] = getattr(owner, name)
+    *parents, name = path.split(".")[1:]
+    for parent in parents:
+        if not hasattr(owner, parent):
+            __import__(f"{owner.__name__}.{parent}")
+        owner = getattr(owner, parent)
+    function: Callable[..., Any] = getattr(owner, name)
 
-    @functools.wraps(plain)
+    @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         before = time.thread_time()
         try:
-            return plain(*args, **options)
+            return function(*args, **options)
         finally:
-            spent[part] += time.thread_time() - before
+            cpu_s[part] += time.thread_time() - before
 
     setattr(owner, name, call)
 
@@ -144,9 +155,9 @@ def measure(trials: int, keep: Path | None, options: list[str]) -> dict[str, Any
     import tune.plan.prepare
     import tune.study
 
-    spent: dict[str, float] = defaultdict(float)
+    parts: dict[str, float] = defaultdict(float)
     for part, path in PARTS.items():
-        clocked(path, spent, part)
+        clocked(path, parts, part)
     lanes: list[StubLanes] = []
 
     def stub(*given: Any) -> StubLanes:
@@ -179,7 +190,7 @@ def measure(trials: int, keep: Path | None, options: list[str]) -> dict[str, Any
         "last_tenth_s": (ends[-1] - ends[-1 - tenth]) / tenth,
         "cpu_s": cpu - sum(lane.cpu_s for lane in lanes),
         "journal_bytes": study.journal.path.stat().st_size,
-        "parts": dict(spent),
+        "parts": dict(parts),
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import get_scheduler
 
+from train_fn.jobs import EpochReport
 from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import LR_SCHEDULER_TYPES, TrialSettings
 from train_fn.trial import engine as engine_module
@@ -110,9 +111,9 @@ def test_another_schedule_fails_the_trial(kind, warmup, num_steps, rate) -> None
 
 
 def test_a_trial_compares_the_live_schedule(base, splits, monkeypatch) -> None:
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, replace(SHORT, max_steps=4), lambda report: reports.append(report) or False)
-    rates = reports[-1]["applied"]["learning_rate_at_step"]
+    rates = reports[-1].applied["learning_rate_at_step"]
     assert rates["0"] == 1e-3 and rates["2"] == pytest.approx(5e-4) and rates["3"] == pytest.approx(1.4645e-4, rel=1e-3)
     asked = engine_module.get_scheduler
     monkeypatch.setattr(engine_module, "get_scheduler", lambda kind, *given: asked("linear", *given))

@@ -1,4 +1,4 @@
-"""The dispatcher's rules for lanes and worker groups that are dead, slow or at fault, without Ray."""
+"""The dispatcher without Ray: lanes and worker groups that are dead, slow or faulty."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import ray
+from jobs import group_of, report, running, train
 
-from tune.lanes.dispatcher import MAX_ALIKE, MAX_CONTROLLERS_IN_A_ROW, Dispatcher
+from tune.lanes.dispatcher import MAX_ALIKE, Dispatcher
+from tune.lanes.lane_state import MAX_CONTROLLERS_IN_A_ROW
 
 BEGUN: list[asyncio.Future] = []
-TRAINS = {"settings": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}}
 
 
 def run(scenario) -> None:
@@ -19,7 +20,7 @@ def run(scenario) -> None:
 
 
 def begin(awaitable) -> asyncio.Future:
-    """Let it run; kept from the garbage collector until the test's end."""
+    """Start it, and keep it from the garbage collector until the test's end."""
     BEGUN.append(asyncio.ensure_future(awaitable))
     return BEGUN[-1]
 
@@ -34,23 +35,23 @@ async def at_work(num_lanes: int = 1, **options: Any) -> Dispatcher:
     """A dispatcher whose every lane N has trial N, on the group `old N`."""
     dispatcher = Dispatcher(num_lanes, **options)
     for lane in range(num_lanes):
-        await dispatcher.submit(lane, dict(TRAINS))
-        assert await dispatcher.wants(lane, f"old {lane}")
-        assert (await dispatcher.next_assignment(lane, f"old {lane}", 0))["number"] == lane
+        await dispatcher.submit(train(lane))
+        assert await dispatcher.register(lane, f"old {lane}")
+        assert (await dispatcher.next_assignment(lane, f"old {lane}", 0)).number == lane
     return dispatcher
 
 
 @pytest.fixture
 def killed(monkeypatch) -> list:
     actors: list = []
-    monkeypatch.setattr("tune.lanes.trainers.ray.kill", actors.append)
+    monkeypatch.setattr("ray.kill", actors.append)
     return actors
 
 
-# ------------------------------------------------------------------------------------------------ questions of the dead
+# -------------------------------------------------------------------------------- late calls of dead groups
 
 
-def test_a_pending_question_of_a_lane_that_ended_takes_nothing() -> None:
+def test_a_pending_call_of_a_lane_that_ended_gets_no_job() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(2)
         dead = begin(dispatcher.next_assignment(0, "a", 0))
@@ -58,117 +59,118 @@ def test_a_pending_question_of_a_lane_that_ended_takes_nothing() -> None:
         await asyncio.sleep(0.01)
         await dispatcher.lane_ended(0, "node gone")
         assert await dead is None
-        await dispatcher.submit(7, {})
-        assert (await alive)["number"] == 7
+        await dispatcher.submit(train(7))
+        assert (await alive).number == 7
         assert await dispatcher.next_assignment(0, "a", 1) is None
 
     run(scenario)
 
 
-def test_a_late_question_of_a_dead_group_takes_nothing_and_does_not_unseat_the_new_one() -> None:
+def test_a_late_call_of_a_dead_group_gets_no_job_and_does_not_replace_the_new_group() -> None:
     async def scenario() -> None:
         dispatcher = await at_work()
-        assert await dispatcher.wants(0, "new")
-        assert (await dispatcher.next_assignment(0, "new", 0))["number"] == 0
-        await dispatcher.submit(1, {})
+        assert await dispatcher.register(0, "new")
+        assert (await dispatcher.next_assignment(0, "new", 0)).number == 0
+        await dispatcher.submit(train(1))
         assert await dispatcher.next_assignment(0, "old 0", 1) is None
-        assert dispatcher.groups[0] == "new" and dispatcher.running[0] == 0
-        assert not await dispatcher.wants(0, "old 0")
+        assert group_of(dispatcher) == "new" and running(dispatcher) == {0: 0}
+        assert not await dispatcher.register(0, "old 0")
 
     run(scenario)
 
 
-def test_a_group_whose_heartbeat_is_overdue_takes_nothing_before_it_is_heard_again(monkeypatch) -> None:
-    monkeypatch.setattr("tune.lanes.dispatcher.SILENT_S", 0.05)
+def test_a_group_whose_heartbeat_is_overdue_gets_no_job_before_the_next_heartbeat(monkeypatch) -> None:
+    monkeypatch.setattr("tune.lanes.lane_state.SILENT_S", 0.05)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         question = begin(dispatcher.next_assignment(0, "a", 0))
         await asyncio.sleep(0.01)
-        await dispatcher.pulse(0, "a", 0, None, 1)
+        await dispatcher.heartbeat(0, "a", 0, None, 1)
         await asyncio.sleep(0.1)
-        await dispatcher.submit(3, {})
+        await dispatcher.submit(train(3))
         await asyncio.sleep(0.05)
         assert not question.done()
-        await dispatcher.pulse(0, "a", 0, None, 1)
-        assert (await question)["number"] == 3
+        await dispatcher.heartbeat(0, "a", 0, None, 1)
+        assert (await question).number == 3
 
     run(scenario)
 
 
-def test_an_idle_group_that_was_killed_for_silence_takes_nothing(killed) -> None:
+def test_an_idle_group_that_was_killed_for_silence_gets_no_job(killed) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.2)
         question = begin(dispatcher.next_assignment(0, "a", 0))
         await asyncio.sleep(0.01)
-        await dispatcher.pulse(0, "a", 0, "worker", 1)
+        await dispatcher.heartbeat(0, "a", 0, "worker", 1)
         assert await question is None and killed == ["worker"]
-        await dispatcher.submit(0, {})
-        assert (await dispatcher.next_assignment(0, "b", 0))["number"] == 0
+        await dispatcher.submit(train(0))
+        assert (await dispatcher.next_assignment(0, "b", 0)).number == 0
 
     run(scenario)
 
 
-def test_new_workers_free_the_trial_of_the_old_ones_at_once() -> None:
+def test_new_workers_release_the_job_of_the_old_ones_at_once() -> None:
     async def scenario() -> None:
         dispatcher = await at_work(2)
-        assert await dispatcher.wants(0, "new")  # loads the base for minutes
-        assert list(dispatcher.queue) == [0]
-        assert (await dispatcher.next_assignment(1, "old 1", 1))["number"] == 0
+        assert await dispatcher.register(0, "new")  # loads the base for minutes
+        assert list(dispatcher.queue) == [dispatcher.jobs[0]]
+        assert (await dispatcher.next_assignment(1, "old 1", 1)).number == 0
 
     run(scenario)
 
 
-# ------------------------------------------------------------------------------------------------ messages of the dead
+# -------------------------------------------------------------------------------- late messages of dead groups
 
 
 @pytest.mark.parametrize("kind", ["fail", "progress", "report", "memory", "fault", "interrupted"])
 def test_a_late_message_of_a_dead_group_changes_nothing(kind) -> None:
     async def scenario() -> None:
         dispatcher = await at_work()
-        await dispatcher.wants(0, "new")
+        await dispatcher.register(0, "new")
         await dispatcher.next_assignment(0, "new", 0)
-        before = dict(dispatcher.tickets[0].assignment)
+        before = dispatcher.jobs[0].job
         if kind == "fail":
             await dispatcher.fail(0, "old 0", "boom")
         elif kind == "progress":
             await dispatcher.progress(0, "old 0", {"step": 99})
         elif kind == "report":
-            assert await dispatcher.report(0, "old 0", 1, {"epoch": 1, "done": True}) is True
+            assert await dispatcher.report(0, "old 0", 1, report(1, finished=True)) is True
         elif kind == "memory":
             await dispatcher.out_of_memory(0, "old 0", "out of memory", True)
         elif kind == "fault":
             await dispatcher.study_fault(0, "old 0", "an image has changed", True)
         else:
             await dispatcher.interrupted(0, "old 0", "left", True)
-        ticket = dispatcher.tickets[0]
-        assert not ticket.reports and not ticket.ended and not ticket.progress and ticket.assignment == before
-        assert dispatcher.running == {0: 0} and not dispatcher.study_error and not dispatcher.reasons
+        state = dispatcher.jobs[0]
+        assert not state.reports and not state.ended and not state.progress and state.job is before
+        assert running(dispatcher) == {0: 0} and not dispatcher.study_error
+        assert dispatcher.lanes[0].group and dispatcher.lanes[0].group.failure is None
 
     run(scenario)
 
 
-def test_what_the_other_ranks_say_after_the_first_does_not_fail_the_trial() -> None:
+def test_what_other_ranks_report_after_the_first_does_not_fail_the_trial() -> None:
     async def scenario() -> None:
-        dispatcher = await at_work(workers_per_trial=2)
+        dispatcher = await at_work()
         await dispatcher.interrupted(0, "old 0", "No space left on device", False)
         await dispatcher.fail(0, "old 0", "RuntimeError: a collective was aborted")
-        await dispatcher.wants(0, "new")
-        assert (await dispatcher.next_assignment(0, "new", 0))["number"] == 0
+        await dispatcher.register(0, "new")
+        assert (await dispatcher.next_assignment(0, "new", 0)).number == 0
         await dispatcher.fail(0, "new", "KeyError: 'a'")  # what an earlier group has met is past
-        assert (await dispatcher.next_report(0, 0))["error"] == "KeyError: 'a'"
+        assert (await dispatcher.next_report(0, 0)).error == "KeyError: 'a'"
 
     run(scenario)
 
 
-def test_a_dead_group_is_told_to_shut_down() -> None:
+def test_a_heartbeat_of_a_dead_group_is_answered_with_shutdown() -> None:
     async def scenario() -> None:
         dispatcher = await at_work(2)
-        assert await dispatcher.pulse(0, "old 0", 0, None, 1) is False
-        await dispatcher.wants(0, "new")
-        assert await dispatcher.pulse(0, "old 0", 0, None, 1) is True
+        assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) is False
+        await dispatcher.register(0, "new")
+        assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) is True
         await dispatcher.lane_ended(1, "node gone")
-        assert await dispatcher.pulse(1, "old 1", 0, None, 1) is True
+        assert await dispatcher.heartbeat(1, "old 1", 0, None, 1) is True
 
     run(scenario)
 
@@ -177,8 +179,8 @@ def test_a_report_of_a_trial_that_has_failed_is_answered_at_once() -> None:
     async def scenario() -> None:
         dispatcher = await at_work()
         await dispatcher.fail(0, "old 0", "boom")
-        assert await dispatcher.report(0, "old 0", 1, {"epoch": 1, "done": False}) is True
-        assert len(dispatcher.tickets[0].reports) == 1
+        assert await dispatcher.report(0, "old 0", 1, report(1)) is True
+        assert len(dispatcher.jobs[0].reports) == 1
 
     run(scenario)
 
@@ -195,27 +197,27 @@ def test_the_watch_survives_what_a_kill_raises(monkeypatch, error) -> None:
         if len(killed) == 1:
             raise error
 
-    monkeypatch.setattr("tune.lanes.trainers.ray.kill", kill)
+    monkeypatch.setattr("ray.kill", kill)
 
     async def scenario() -> None:
         dispatcher = await at_work(2, hang_timeout_s=0.2)
-        await dispatcher.pulse(0, "old 0", 0, "first", 1)
+        await dispatcher.heartbeat(0, "old 0", 0, "first", 1)
         await until(lambda: killed == ["first"])
-        await dispatcher.pulse(1, "old 1", 0, "second", 1)
+        await dispatcher.heartbeat(1, "old 1", 0, "second", 1)
         await until(lambda: killed == ["first", "second"])
         assert any("first" in n or str(error) in n for n in dispatcher.notices)
 
     run(scenario)
 
 
-def test_the_watch_is_there_from_the_start_and_comes_back(killed) -> None:
+def test_the_watch_runs_from_the_start_and_restarts(killed) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.2)
-        assert await dispatcher.wants(0, "a")
+        assert await dispatcher.register(0, "a")
         assert dispatcher.watch is not None and not dispatcher.watch.done()
         dispatcher.watch.cancel()
         await asyncio.sleep(0.01)
-        await dispatcher.pulse(0, "a", 0, "silent", 1)
+        await dispatcher.heartbeat(0, "a", 0, "silent", 1)
         await until(lambda: killed == ["silent"])  # already while it starts
 
     run(scenario)
@@ -224,31 +226,31 @@ def test_the_watch_is_there_from_the_start_and_comes_back(killed) -> None:
 # ------------------------------------------------------------------------------------------------ starts
 
 
-def test_a_start_that_never_ends_is_mentioned_then_ended_though_its_heart_beats(monkeypatch, killed) -> None:
-    monkeypatch.setattr("tune.lanes.dispatcher.SLOW_START_S", 0.1)
-    monkeypatch.setattr("tune.lanes.dispatcher.LONGEST_START_S", 0.5)
+def test_a_start_that_never_ends_is_mentioned_then_ended_in_spite_of_heartbeats(monkeypatch, killed) -> None:
+    monkeypatch.setattr("tune.lanes.lane_state.SLOW_START_S", 0.1)
+    monkeypatch.setattr("tune.lanes.lane_state.LONGEST_START_S", 0.5)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.4)
-        await dispatcher.submit(0, {})
-        assert await dispatcher.wants(0, "a")
+        await dispatcher.submit(train(0))
+        assert await dispatcher.register(0, "a")
         while not killed:
-            await dispatcher.pulse(0, "a", 0, "worker", 0)
+            await dispatcher.heartbeat(0, "a", 0, "worker", 0)
             await asyncio.sleep(0.02)
         assert [n for n in dispatcher.notices if "has been loading the base for 0.1 s" in n] == dispatcher.notices[:1]
-        report = await dispatcher.next_report(0, 0)
-        assert "base was not loaded after 0.5 s" in report["study_error"]
+        last = await dispatcher.next_report(0, 0)
+        assert "base was not loaded after 0.5 s" in last.study_error
 
     run(scenario)
 
 
 def test_a_lane_without_workers_is_mentioned_once(monkeypatch) -> None:
-    monkeypatch.setattr("tune.lanes.dispatcher.NO_WORKERS_S", 0.1)
+    monkeypatch.setattr("tune.lanes.lane_state.NO_WORKERS_S", 0.1)
 
     async def scenario() -> None:
         dispatcher = Dispatcher(2, hang_timeout_s=0.2)
-        await dispatcher.submit(0, {})
-        assert await dispatcher.wants(1, "b")
+        await dispatcher.submit(train(0))
+        assert await dispatcher.register(1, "b")
         await asyncio.sleep(0.4)
         assert len(dispatcher.notices) == 1 and dispatcher.notices[0].startswith("lane 0 has had no workers for 0.1 s")
 
@@ -258,19 +260,21 @@ def test_a_lane_without_workers_is_mentioned_once(monkeypatch) -> None:
 def test_workers_that_die_as_they_start_end_a_lane_that_never_worked() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
-        await dispatcher.submit(0, {})
-        assert await dispatcher.wants(0, "a")
-        assert await dispatcher.wants(0, "a")  # its other rank
-        assert not await dispatcher.wants(0, "b")
-        assert "died as they started" in (await dispatcher.next_report(0, 0))["error"]
+        await dispatcher.submit(train(0))
+        assert await dispatcher.register(0, "a")
+        assert await dispatcher.register(0, "a")  # its other rank
+        assert not await dispatcher.register(0, "b")
+        assert "died as they started" in (await dispatcher.next_report(0, 0)).error
 
     run(scenario)
 
 
-def test_every_restart_is_said_once_and_controllers_are_not_retried_in_silence() -> None:
+def test_every_restart_gives_one_notice_and_the_number_of_controllers_is_limited() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
-        again = [await dispatcher.controller_failed(0, f"no way {n}\n\ntrace") for n in range(MAX_CONTROLLERS_IN_A_ROW)]
+        again = [
+            (await dispatcher.controller_failed(0, f"no way {n}\n\ntrace"))[0] for n in range(MAX_CONTROLLERS_IN_A_ROW)
+        ]
         assert again == [True] * (MAX_CONTROLLERS_IN_A_ROW - 1) + [False]
         assert dispatcher.notices[0] == "lane 0 starts again: no way 0"
         assert dispatcher.notices[-1].startswith("lane 0 is given up: no way")
@@ -278,7 +282,7 @@ def test_every_restart_is_said_once_and_controllers_are_not_retried_in_silence()
 
         dispatcher = Dispatcher(1)
         for number in range(2 * MAX_CONTROLLERS_IN_A_ROW):  # with work in between
-            assert await dispatcher.controller_failed(0, "killed")
+            assert (await dispatcher.controller_failed(0, "killed"))[0]
             begin(dispatcher.next_assignment(0, f"g{number}", 0))
             await asyncio.sleep(0.01)
 
@@ -291,7 +295,7 @@ def test_notices_come_as_they_are_made_and_end_with_the_study() -> None:
         listening = begin(dispatcher.next_notices(0))
         await asyncio.sleep(0.01)
         assert not listening.done()
-        await dispatcher.wants(0, "new")
+        await dispatcher.register(0, "new")
         assert await listening == ["lane 0 starts new workers: its worker group died"]
         last = begin(dispatcher.next_notices(1))
         await dispatcher.close()
@@ -308,17 +312,17 @@ def test_the_same_fault_on_two_groups_ends_the_study_and_fails_no_trial() -> Non
         dispatcher = await at_work(3)
         await dispatcher.study_fault(0, "old 0", "the processor refuses bad.png")
         assert not dispatcher.study_error
-        await dispatcher.wants(0, "new")
-        assert (await dispatcher.next_assignment(0, "new", 0))["number"] == 0  # a second try
-        waiting = begin(dispatcher.report(1, "old 1", 1, {"epoch": 1, "done": False}))
+        await dispatcher.register(0, "new")
+        assert (await dispatcher.next_assignment(0, "new", 0)).number == 0  # a second try
+        waiting = begin(dispatcher.report(1, "old 1", 1, report(1)))
         await asyncio.sleep(0.01)
         await dispatcher.study_fault(2, "old 2", "another fault")
         await dispatcher.study_fault(0, "new", "the processor refuses bad.png")
         for number in (0, 2):
-            assert (await dispatcher.next_report(number, 0))["study_error"] == "the processor refuses bad.png"
-        assert "study_error" in (await dispatcher.next_report(1, 1)) and await waiting is True
-        await dispatcher.submit(9, {})
-        assert (await dispatcher.next_report(9, 0))["study_error"] == "the processor refuses bad.png"
+            assert (await dispatcher.next_report(number, 0)).study_error == "the processor refuses bad.png"
+        assert (await dispatcher.next_report(1, 1)).study_error and await waiting is True
+        await dispatcher.submit(train(9))
+        assert (await dispatcher.next_report(9, 0)).study_error == "the processor refuses bad.png"
 
     run(scenario)
 
@@ -327,8 +331,8 @@ def test_a_certain_fault_ends_the_study_at_once() -> None:
     async def scenario() -> None:
         dispatcher = await at_work(2)
         await dispatcher.study_fault(1, "old 1", "x.png has changed", True)
-        assert (await dispatcher.next_report(0, 0))["study_error"] == "x.png has changed"
-        assert not await dispatcher.wants(0, "new")
+        assert (await dispatcher.next_report(0, 0)).study_error == "x.png has changed"
+        assert not await dispatcher.register(0, "new")
 
     run(scenario)
 
@@ -336,12 +340,12 @@ def test_a_certain_fault_ends_the_study_at_once() -> None:
 def test_a_base_that_cannot_be_loaded_ends_the_study_once() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(2)
-        await dispatcher.submit(0, {})
+        await dispatcher.submit(train(0))
         for lane in (0, 1):
-            assert await dispatcher.wants(lane, f"g{lane}")
+            assert await dispatcher.register(lane, f"g{lane}")
             await dispatcher.start_failed(lane, f"g{lane}", "no shard 2 of 3\ntrace")
-        report = await dispatcher.next_report(0, 0)
-        assert report["study_error"].startswith("no shard 2 of 3")
+        last = await dispatcher.next_report(0, 0)
+        assert last.study_error.startswith("no shard 2 of 3")
         assert dispatcher.notices == ["lane 0 has ended, 1 remain: no shard 2 of 3"]
 
     run(scenario)
@@ -357,11 +361,11 @@ def test_a_base_that_cannot_be_loaded_ends_the_study_once() -> None:
         (["KeyError: 'a'", "KeyError: 'b'", "KeyError: 'a'", "KeyError: 'a'"], False, False, False),
     ],
 )
-def test_an_error_that_every_trial_meets_ends_the_study(errors, own, further, ends) -> None:
+def test_an_error_of_every_trial_ends_the_study(errors, own, further, ends) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
         for number, error in enumerate(errors):
-            await dispatcher.submit(number, {})
+            await dispatcher.submit(train(number))
             await dispatcher.next_assignment(0, f"g{number}", 0)
             if further:
                 await dispatcher.progress(number, f"g{number}", {"step": 1})
@@ -376,19 +380,19 @@ def test_an_error_that_every_trial_meets_ends_the_study(errors, own, further, en
 # ------------------------------------------------------------------------------------------------ several ranks
 
 
-def test_a_trials_own_fault_ends_it_whichever_rank_is_first() -> None:
+def test_a_trials_own_error_ends_it_whichever_rank_is_first() -> None:
     """Every rank says so and then asks for work; the second may come long after the first."""
 
     async def scenario() -> None:
-        dispatcher = await at_work(workers_per_trial=2)
+        dispatcher = await at_work()
         await dispatcher.fail(0, "old 0", "its own fault", True)  # rank 1
         next_one = begin(dispatcher.next_assignment(0, "old 0", 1))
         await asyncio.sleep(0.01)
-        assert (await dispatcher.next_report(0, 0))["error"] == "its own fault"
-        await dispatcher.submit(1, dict(TRAINS))
-        assert (await next_one)["number"] == 1
+        assert (await dispatcher.next_report(0, 0)).error == "its own fault"
+        await dispatcher.submit(train(1))
+        assert (await next_one).number == 1
         await dispatcher.fail(0, "old 0", "its own fault", True)  # rank 0
-        assert (await dispatcher.next_assignment(0, "old 0", 1))["number"] == 1
-        assert dispatcher.running == {0: 1} and not dispatcher.tickets[1].ended
+        assert (await dispatcher.next_assignment(0, "old 0", 1)).number == 1
+        assert running(dispatcher) == {0: 1} and not dispatcher.jobs[1].ended
 
     run(scenario)

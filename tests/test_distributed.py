@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from train_fn.jobs import EpochReport
 from train_fn.settings import ModelSettings, TrialSettings
 
 SETTINGS = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3, lora_dropout=0.0)
@@ -45,10 +46,12 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
             "accumulation": engine.gradient_accumulation_steps(),
         }
         engine.destroy()
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")
     points = points_of_damaged_states(rank, Path(output) / "trial")
-    torch.save({"facts": facts, "predicted": predicted, "report": reports[-1], "points": points}, f"{output}/{rank}.pt")
+    torch.save(
+        {"facts": facts, "predicted": predicted, "report": vars(reports[-1]), "points": points}, f"{output}/{rank}.pt"
+    )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -109,10 +112,10 @@ def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
 def test_two_workers_train_the_same_trial(found, base, splits) -> None:
     from train_fn.trial.loop import run_trial
 
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")
     one, two = found
     assert one["report"]["metrics"] == two["report"]["metrics"]
-    assert one["report"]["metrics"]["loss"] == pytest.approx(reports[-1]["metrics"]["loss"], abs=1e-3)
-    assert one["report"]["metrics"]["train_loss"] == pytest.approx(reports[-1]["metrics"]["train_loss"], abs=1e-3)
-    assert one["report"]["applied"] == reports[-1]["applied"]
+    assert one["report"]["metrics"]["loss"] == pytest.approx(reports[-1].metrics["loss"], abs=1e-3)
+    assert one["report"]["metrics"]["train_loss"] == pytest.approx(reports[-1].metrics["train_loss"], abs=1e-3)
+    assert one["report"]["applied"] == reports[-1].applied

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 from studies import LAYOUT, ROOT, SMALL, finish, start, wait_for, write_adapter, write_trial
 
+from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
 from tune.config.cli import parse
 from tune.records.journal import Journal
 from tune.results.summary import print_summary
@@ -170,24 +171,27 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tune.study.start_ray", lambda settings: pytest.fail("Ray was started"))
 
 
+LOST = JobFailed(error="lost 3 times, last because an image is gone", device_s=0.0)
+
+
 class Trainings:
     """Stands in for the dispatcher: answers jobs at once, scoring jobs by the adapter's content."""
 
     def __init__(self) -> None:
-        self.jobs: list[dict[str, Any]] = []
-        self.before: Callable[[dict[str, Any]], None] = lambda job: None
-        self.answers: dict[int, dict[str, Any]] = {}
+        self.jobs: list[Job] = []
+        self.before: Callable[[Job], None] = lambda job: None
+        self.answers: dict[int, JobReport] = {}
         for name in ("submit", "next_report", "last_report", "snapshot", "stop"):
             setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
 
-    def _submit(self, number: int, job: dict[str, Any]) -> None:
+    def _submit(self, job: Job) -> None:
         self.jobs.append(job)
         self.before(job)
-        if job["kind"] == "train":
-            write_adapter(Path(job["output"]) / "final_model", "again")
-            self.answers[number] = {"metrics": {"auroc": 0.7}, "done": True}
+        if isinstance(job, TrainJob):
+            write_adapter(job.output / "final_model", "again")
+            self.answers[job.number] = EpochReport(epoch=1, metrics={"auroc": 0.7}, finished=True)
         else:
-            self.answers[number] = {"predictions": [self._score(Path(path)) for path in job["adapters"]]}
+            self.answers[job.number] = ScoreReport(predictions=[self._score(path) for path in job.adapters])
 
     def _score(self, adapter: Path) -> dict[str, Any]:
         if not (adapter / "adapter_model.safetensors").is_file() or adapter_of(adapter) == "cut":
@@ -195,10 +199,10 @@ class Trainings:
         value = np.nan if adapter_of(adapter) == "nan" else 0.5
         return {"losses": np.full(NUM_TEST, value), "scores": np.tile([value, 0.0, 0.0], (NUM_TEST, 1))}
 
-    def _next_report(self, number: int, seen: int) -> dict[str, Any]:
+    def _next_report(self, number: int, seen: int) -> JobReport:
         return self.answers[number]
 
-    def _last_report(self, number: int) -> dict[str, Any]:
+    def _last_report(self, number: int) -> JobReport:
         return self.answers[number]
 
     def _snapshot(self) -> dict[str, Any]:
@@ -213,16 +217,16 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """No Ray: `search` is to be set by the test; `dispatcher` answers jobs at once."""
     import ray
 
-    import tune.lanes.dispatcher
     import tune.lanes.trainers
     import tune.search.tuner
     from tune.lanes.layout import Layout
 
-    lanes = SimpleNamespace(over=False, leave=lambda: None, close=lambda: None)
+    lanes = SimpleNamespace(over=False, drain=lambda: None, close=lambda: None)
     made = SimpleNamespace(dispatcher=Trainings(), lanes=lanes, search=lambda study, log: None)
     monkeypatch.setattr("tune.study.start_ray", lambda settings: {"CPU": 2})
+    monkeypatch.setattr("tune.study.session_folder", lambda: Path("session"))
     monkeypatch.setattr("tune.study.plan_layout", lambda settings, resources: Layout(2, 1, False, 1))
-    monkeypatch.setattr(tune.lanes.dispatcher, "start_dispatcher", lambda layout, timeout: made.dispatcher)
+    monkeypatch.setattr(tune.lanes.trainers, "start_dispatcher", lambda layout, timeout: made.dispatcher)
     monkeypatch.setattr(tune.lanes.trainers, "Lanes", lambda study, layout, dispatcher, say: lanes)
     monkeypatch.setattr(tune.search.tuner, "search", lambda study, layout, dispatcher, log: made.search(study, log))
     monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
@@ -362,7 +366,7 @@ def test_a_full_disk_while_the_winner_is_copied(new_study, monkeypatch, capsys) 
 def test_a_lost_test_can_be_given_by_resume(new_study, stand_ins, capsys) -> None:
     stand_ins.search = trains({0: 0.6, 1: 0.7})
 
-    stand_ins.dispatcher._next_report = lambda number, seen: {"error": "lost 3 times, last because an image is gone"}
+    stand_ins.dispatcher._next_report = lambda number, seen: LOST
     stand_ins.dispatcher.next_report = SimpleNamespace(remote=stand_ins.dispatcher._next_report)
     outcome = run_new(new_study("--trials", "2"))
     out = summary(outcome, capsys)
@@ -563,7 +567,7 @@ def test_one_signal_stops_a_study_in_every_phase(
             pytest.fail("nothing has stopped the study")
 
     stand_ins.search = search
-    stand_ins.dispatcher.before = lambda job: at("confirmation" if job["kind"] == "train" else "scoring")
+    stand_ins.dispatcher.before = lambda job: at("confirmation" if isinstance(job, TrainJob) else "scoring")
     with monkeypatch.context() as patch:
         patch.setattr("tune.results.report.write_report", lambda *given: at("report") or [])
         patch.setattr(Stores, "close", lambda *given: at("stores") or {})
@@ -597,7 +601,7 @@ def test_a_second_signal_while_the_lanes_write_their_state(new_study, stand_ins,
         signal.raise_signal(signal.SIGINT)
 
     stand_ins.search = lambda study, log: (trains({0: 0.6, 1: 0.7})(study, log), interrupted())
-    stand_ins.lanes.leave = interrupted
+    stand_ins.lanes.drain = interrupted
     outcome = run_new(new_study("--trials", "3"))
     out = summary(outcome, capsys)
     assert outcome.exit_code == 130 and "2 complete" in out and "--resume s" in out and "at once" in out
@@ -772,8 +776,9 @@ def test_a_replay_writes_where_all_nodes_can(new_study, stand_ins, monkeypatch, 
     study = dataclasses.replace(study, storage=storage)
     seen: list[Path] = []
 
-    def train(job: dict[str, Any]) -> None:
-        seen.append(Path(job["output"]))
+    def train(job: Job) -> None:
+        assert isinstance(job, TrainJob)
+        seen.append(job.output)
         assert not seen[0].exists()
 
     stand_ins.dispatcher.before = train

@@ -477,7 +477,7 @@ def test_loss_falls_and_the_saved_adapter_gives_its_scores(base, few, tmp_path) 
     untouched = score_candidates(base, few.validation, few.candidates)
     reports: list[dict[str, Any]] = []
     run_trial(base, few, settings, lambda message: bool(reports.append(message)), output=tmp_path)
-    losses = [report["metrics"]["train_loss"] for report in reports]
+    losses = [report.metrics["train_loss"] for report in reports]
     assert losses[-1] < 0.7 * losses[0]
     saved = score_adapter(base, few, "validation", 4, tmp_path / "final_model")
     assert saved["losses"].mean() < 0.7 * -untouched.mean().item()

@@ -79,7 +79,7 @@ def test_a_trial_is_the_same_to_the_last_bit(base, splits, settings, cache, monk
         fresh = load_base(replace(settings, feature_cache_gib=gib), CPU)
         seen, reports = tower_calls(fresh), []
         run_trial(fresh, splits, TRIAL, lambda report: bool(reports.append(report)), positive="Malignant")
-        return reports[-1]["metrics"], len(seen)
+        return reports[-1].metrics, len(seen)
 
     images = [sample.image for sample in splits.train + splits.validation]
     off, num_off = trial(0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from train_fn.data.splitting import save_splits
+from train_fn.jobs import EpochReport
 from train_fn.settings import ModelSettings, TrialSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -34,10 +35,10 @@ def on_gpu(request):
     return load_base(ModelSettings(use_qlora=request.param == "qlora"), torch.device("cuda", 0))
 
 
-def train(base, splits, settings: TrialSettings, output: Path | None = None) -> list[dict]:
+def train(base, splits, settings: TrialSettings, output: Path | None = None) -> list[EpochReport]:
     from train_fn.trial.loop import run_trial
 
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, settings, lambda report: reports.append(report) or False, output=output)
     return reports
 
@@ -50,10 +51,10 @@ def test_a_trial_on_a_gpu(on_gpu, splits, tmp_path, options) -> None:
 
     before = {name: parameter.clone() for name, parameter in on_gpu.model.named_parameters()}
     reports = train(on_gpu, splits, replace(SHORT, **options), tmp_path)
-    assert reports[1]["metrics"]["train_loss"] < reports[0]["metrics"]["train_loss"]
-    assert reports[0]["applied"]["trainable_dtype"] == "float32"
+    assert reports[1].metrics["train_loss"] < reports[0].metrics["train_loss"]
+    assert reports[0].applied["trainable_dtype"] == "float32"
     predicted = score_adapter(on_gpu, splits, "validation", 16, tmp_path / "final_model")
-    assert predicted["losses"].mean() == pytest.approx(reports[1]["metrics"]["loss"], abs=1e-3)
+    assert predicted["losses"].mean() == pytest.approx(reports[1].metrics["loss"], abs=1e-3)
     assert all(torch.equal(before[name], parameter) for name, parameter in on_gpu.model.named_parameters())
 
 

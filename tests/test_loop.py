@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from train_fn.data.images import read_image
 from train_fn.data.samples import Sample, Splits
+from train_fn.jobs import EpochReport
 from train_fn.model.base import load_base
 from train_fn.model.batches import answer_losses, collate, forward_hidden
 from train_fn.scoring.evaluation import predict, score_candidates
@@ -33,10 +34,10 @@ SHORT = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=
 PROJECTOR = replace(SHORT, train_projector=True, projector_learning_rate=5e-4, lora_r=8, lora_alpha=8, seed=5)
 
 
-def train(base, splits, settings: TrialSettings, output: Path | None = None, stop: bool = False) -> list[dict]:
-    reports: list[dict] = []
+def train(base, splits, settings: TrialSettings, output: Path | None = None, stop: bool = False) -> list[EpochReport]:
+    reports: list[EpochReport] = []
 
-    def report(message: dict) -> bool:
+    def report(message: EpochReport) -> bool:
         reports.append(message)
         return stop
 
@@ -83,18 +84,18 @@ def test_one_step_moves_exactly_what_is_trained(base, splits, settings) -> None:
 
 def test_loss_falls(base, splits) -> None:
     reports = train(base, splits, replace(SHORT, num_train_epochs=8, learning_rate=3e-3))
-    losses = [report["metrics"]["train_loss"] for report in reports]
+    losses = [report.metrics["train_loss"] for report in reports]
     assert losses[-1] < 0.8 * losses[0]
-    assert [report["done"] for report in reports] == [False] * 7 + [True]
+    assert [report.finished for report in reports] == [False] * 7 + [True]
 
 
 def test_same_numbers_whatever_trial_came_before(base, splits) -> None:
     first = train(base, splits, SHORT)[0]
     other = train(base, splits, PROJECTOR)[0]
     again = train(base, splits, SHORT)[0]
-    assert first["metrics"] == again["metrics"]
-    assert first["metrics"] != other["metrics"]
-    assert train(base, splits, replace(SHORT, seed=1))[0]["metrics"] != first["metrics"]
+    assert first.metrics == again.metrics
+    assert first.metrics != other.metrics
+    assert train(base, splits, replace(SHORT, seed=1))[0].metrics != first.metrics
 
 
 def test_applied_is_what_was_asked(base, splits) -> None:
@@ -156,9 +157,9 @@ def test_open_answers_are_trained_and_scored_by_their_loss(base, splits, tmp_pat
     parts = {name: opened(getattr(splits, name)) for name in ("train", "validation", "test")}
     open_splits = Splits(**parts, candidates=())
     report = train(base, open_splits, SHORT, tmp_path)[0]
-    assert set(report["metrics"]) == {"loss", "train_loss"}
+    assert set(report.metrics) == {"loss", "train_loss"}
     predicted = score_adapter(base, open_splits, "validation", 16, tmp_path / "final_model")
-    assert predicted["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-5)
+    assert predicted["losses"].mean() == pytest.approx(report.metrics["loss"], abs=1e-5)
     assert predicted["scores"].shape == (len(parts["validation"]), 0)
 
 
@@ -307,7 +308,7 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monk
         return step(*args)
 
     monkeypatch.setattr(loop, "train_step", dies)
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     with pytest.raises(Killed):
         run_trial(base, splits, settings, lambda report: reports.append(report) or False, positive="Malignant",
                   output=tmp_path / "killed")  # fmt: skip
@@ -317,9 +318,9 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monk
     # From the last checkpoint: of every third step, or of the epoch's end (two steps).
     saved = max([s for s in range(killed_in) if s % 2 == 0 or s % 3 == 0])
     assert steps_done == list(range(saved + 1, whole[-1]["step"] + 1))
-    told = {report["epoch"]: report for report in reports + again}
-    assert [told[report["epoch"]]["metrics"] for report in whole] == [report["metrics"] for report in whole]
-    assert [told[report["epoch"]]["log"] for report in whole] == [report["log"] for report in whole]
+    told = {report.epoch: report for report in reports + again}
+    assert [told[report.epoch].metrics for report in whole] == [report.metrics for report in whole]
+    assert [told[report.epoch].log for report in whole] == [report.log for report in whole]
     one, two = (
         load_file(tmp_path / name / "final_model" / "adapter_model.safetensors") for name in ("whole", "killed")
     )
@@ -328,16 +329,16 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monk
 
 
 def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tmp_path) -> None:
-    def dies(report: dict) -> bool:
-        if report["done"]:
+    def dies(report: EpochReport) -> bool:
+        if report.finished:
             raise Killed
         return False
 
     with pytest.raises(Killed):
         run_trial(base, splits, LONG, dies, positive="Malignant", output=tmp_path)
     again = train(base, splits, LONG, tmp_path)
-    assert [report["done"] for report in again] == [False, False, True]
-    assert [report["metrics"] for report in again] == [report["metrics"] for report in train(base, splits, LONG)]
+    assert [report.finished for report in again] == [False, False, True]
+    assert [report.metrics for report in again] == [report.metrics for report in train(base, splits, LONG)]
 
 
 def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) -> None:
@@ -346,8 +347,8 @@ def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) 
         run_trial(base, splits, LONG, lambda report: False, positive="Malignant", output=tmp_path,
                   leaving=lambda: next(asked))  # fmt: skip
     again = train(base, splits, LONG, tmp_path)
-    assert [report["metrics"] for report in again] == [report["metrics"] for report in whole]
-    assert [entry for report in again for entry in report["log"]] == [e for report in whole for e in report["log"]]
+    assert [report.metrics for report in again] == [report.metrics for report in whole]
+    assert [entry for report in again for entry in report.log] == [e for report in whole for e in report.log]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -432,14 +433,14 @@ def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, 
     plain, told = train(base, splits, settings), []
     was = torch.distributed.all_reduce
 
-    def report(message: dict) -> bool:
+    def report(message: EpochReport) -> bool:
         told.append(message)
         time.sleep(0.2)  # the study's time, not the trial's
         return False
 
     run_trial(base, splits, settings, report, positive="Malignant", output=tmp_path, profile=True, trace=True)
     assert [one["metrics"] for one in told] == [one["metrics"] for one in plain]
-    seconds = told[-1]["seconds"]
+    seconds = told[-1].seconds
     inside = sum(seconds[f"profile_{name}"] for name in ("data", "forward", "backward", "optimizer", "communication"))
     assert 0 < inside <= seconds["train"]
     assert seconds["profile_evaluation"] + seconds.get("profile_encoder", 0) <= seconds["evaluation"] + seconds["train"]

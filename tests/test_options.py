@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from train_fn.jobs import EpochReport
 from train_fn.model.base import base_gib, load_base
 from train_fn.predict import generated_answer
 from train_fn.settings import ModelSettings, TrialSettings
@@ -23,7 +24,7 @@ SHORT = TrialSettings(num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=
 
 
 def train(base, splits, settings: TrialSettings, output=None) -> dict:
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, settings, lambda report: reports.append(report) or False, output=output)
     return reports[-1]
 
@@ -50,9 +51,9 @@ def train(base, splits, settings: TrialSettings, output=None) -> dict:
 def test_option_reaches_the_engine_and_the_adapter_comes_back(base, splits, tmp_path, options, applied) -> None:
     before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
     report = train(base, splits, replace(SHORT, **options), tmp_path)
-    assert {name: report["applied"][name] for name in applied} == pytest.approx(applied)
+    assert {name: report.applied[name] for name in applied} == pytest.approx(applied)
     predicted = score_adapter(base, splits, "validation", 16, tmp_path / "final_model")
-    assert predicted["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-6)
+    assert predicted["losses"].mean() == pytest.approx(report.metrics["loss"], abs=1e-6)
     assert all(torch.equal(before[name], parameter) for name, parameter in base.model.named_parameters())
 
 
@@ -90,10 +91,10 @@ def test_a_bfloat16_base_trains_scores_and_generates(base, splits, tmp_path, qlo
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         report = train(bf16, splits, replace(SHORT, **options), tmp_path)
-    assert report["applied"]["trainable_dtype"] == "float32" and report["applied"]["base_dtype"] == "bfloat16"
+    assert report.applied["trainable_dtype"] == "float32" and report.applied["base_dtype"] == "bfloat16"
     assert "gradient_checkpointing" in options or (torch.float32 in kept) == bool(options)
     predicted = score_adapter(bf16, splits, "validation", 16, tmp_path / "final_model")
-    assert predicted["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-3)
+    assert predicted["losses"].mean() == pytest.approx(report.metrics["loss"], abs=1e-3)
     with load_adapter(bf16, tmp_path / "final_model"):
         assert generated_answer(bf16, splits.validation[0], 4)
     after = dict(bf16.model.named_parameters())
@@ -162,7 +163,7 @@ def test_schedules_give_the_expected_rates(base, kind, rates) -> None:
 def test_max_steps_checkpoints_and_history_are_as_asked(base, splits, tmp_path) -> None:
     settings = replace(SHORT, max_steps=5, logging_steps=2, save_steps=1, save_total_limit=2)
     report = train(base, splits, settings, tmp_path)
-    assert report["done"] and report["step"] == 5
+    assert report.finished and report.step == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-4", "checkpoint-5", "final_model", "trainer_state.json",
     ]  # fmt: skip
@@ -173,7 +174,7 @@ def test_max_steps_checkpoints_and_history_are_as_asked(base, splits, tmp_path) 
     names = {path.name for path in (tmp_path / "checkpoint-5").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"} <= names
     last = score_adapter(base, splits, "validation", 16, tmp_path / "checkpoint-5")
-    assert last["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-6)
+    assert last["losses"].mean() == pytest.approx(report.metrics["loss"], abs=1e-6)
     train(base, splits, settings, tmp_path)  # a second attempt clears what the first has left
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
@@ -214,9 +215,9 @@ def test_only_the_language_model_is_in_4_bit(quantised) -> None:
 def test_qlora_trains_at_every_stage_and_comes_back(quantised, splits, tmp_path, stage) -> None:
     before = {name: parameter.clone() for name, parameter in quantised.model.named_parameters()}
     settings = replace(SHORT, zero_stage=stage, num_train_epochs=2, train_projector=True, gradient_checkpointing=True)
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(quantised, splits, settings, lambda r: reports.append(r) or False, output=tmp_path)
-    assert reports[1]["metrics"]["train_loss"] < reports[0]["metrics"]["train_loss"]
+    assert reports[1].metrics["train_loss"] < reports[0].metrics["train_loss"]
     predicted = score_adapter(quantised, splits, "validation", 16, tmp_path / "final_model")
-    assert predicted["losses"].mean() == pytest.approx(reports[1]["metrics"]["loss"], abs=1e-6)
+    assert predicted["losses"].mean() == pytest.approx(reports[1].metrics["loss"], abs=1e-6)
     assert all(torch.equal(before[name], parameter) for name, parameter in quantised.model.named_parameters())

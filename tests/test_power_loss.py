@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from train_fn.jobs import EpochReport
 from train_fn.support.files import copy_folder, write_json
 from tune.records.journal import Journal, read_events
 from tune.records.plan import read_plan, save_plan
@@ -101,13 +102,13 @@ def test_what_a_trial_has_reported_survives(disk: Any, base: Any, splits: Any) -
     settings = TrialSettings(num_train_epochs=2, lora_r=4, lora_alpha=8, save_steps=0)
     reported: list[int] = []
 
-    def report(message: dict[str, Any]) -> bool:
-        reported.append(message["epoch"])
+    def report(message: EpochReport) -> bool:
+        reported.append(message.epoch)
         with after_power_loss() as seen:
             output = seen / "trials" / "0001"
             state = ResumeState(output, Storage(seen), settings).load()
-            assert state and state["step"] == message["step"] and len(state["reports"]) == message["epoch"]
-            if message["done"]:
+            assert state and state["step"] == message.step and len(state["reports"]) == message.epoch
+            if message.finished:
                 assert load_file(output / "final_model" / "adapter_model.safetensors")
                 assert all(path.stat().st_size for path in (output / "final_model").iterdir())
                 assert (output / "trainer_state.json").stat().st_size

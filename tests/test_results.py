@@ -14,7 +14,7 @@ from tune.config.settings import StudySettings
 from tune.config.uris import default_uri
 from tune.records.budgets import exhausted_budget, wall_seconds
 from tune.records.ranking import front, ranked
-from tune.records.trials import TrialRecord, fold
+from tune.records.trials import TrialRecord, trial_records
 from tune.results.intervals import difference, make_scorer, verdict, with_intervals
 from tune.results.outcome import Outcome
 from tune.results.summary import print_summary
@@ -104,10 +104,10 @@ def test_a_trial_killed_before_its_first_report_has_no_negative_overhead(tmp_pat
         begun,
         event(0, 1, 70.0, {"train": 55.0, "evaluation": 2.0, "profile_forward": 40.0}, wall_s=9.0, waited_s=1),
     ]
-    assert fold(told)[0].overhead_s == pytest.approx(1.0)
+    assert trial_records(told)[0].overhead_s == pytest.approx(1.0)
     # Without a loss nothing changes: the lane's wall time, less training and evaluation.
     told = [begun, event(0, 1, 70.0, {"train": 5.0, "evaluation": 2.0, "setup": 0.5}, wall_s=9.0, waited_s=1)]
-    assert fold(told)[0].overhead_s == pytest.approx(2.0)
+    assert trial_records(told)[0].overhead_s == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("folder", ["plain", "with space", "it's; rm -rf $HOME", "which one?", "50% & [/red]", "-x"])
@@ -215,7 +215,7 @@ def test_a_trial_is_folded_over_its_sessions() -> None:
     begun = ("started", {"number": 0, "searched": {"lora_r": 4}, "settings": {}})
     told = events(begun, report_of(1, 0.5, 3.0), ("ended", {"number": 0, "state": "INTERRUPTED", "error": "",
                   "device_s": 4.0}), begun, report_of(2, 0.7, 2.0))  # fmt: skip
-    trial = fold(told)[0]
+    trial = trial_records(told)[0]
     assert trial.state == "RUNNING" and trial.finished and trial.searched == {"lora_r": 4}
     assert [epoch["auroc"] for epoch in trial.epochs] == [0.5, 0.7]
     assert trial.device_seconds == 6.0 and trial.started_at == 1.0 and trial.num_threads == 1
@@ -225,7 +225,7 @@ def test_a_journal_from_before_threads_were_told_is_read() -> None:
     begun = ("started", {"number": 0, "searched": {"lora_r": 4}, "settings": {}})
     told = events(begun, report_of(1, 0.5, 3.0))
     del told[1]["num_threads"]
-    assert fold(told)[0].num_threads == 0 and fold(told)[0].step == 1
+    assert trial_records(told)[0].num_threads == 0 and trial_records(told)[0].step == 1
 
 
 def test_the_front_and_rules_decide() -> None:

@@ -52,6 +52,7 @@ def random_moment() -> float:
 def check_whole(folder: Path, base, num_trials: int = 6) -> None:
     """Every trial once, complete everywhere, with the numbers of an undisturbed run."""
     from train_fn.data.splitting import load_splits
+    from train_fn.jobs import EpochReport
     from train_fn.settings import TrialSettings
     from train_fn.trial.loop import run_trial
 
@@ -70,10 +71,10 @@ def check_whole(folder: Path, base, num_trials: int = 6) -> None:
     for trial, frozen in zip(trials, stored, strict=True):
         key = json.dumps(trial["settings"], sort_keys=True)
         if key not in known:
-            reports: list[dict] = []
+            reports: list[EpochReport] = []
             run_trial(base, splits, TrialSettings.from_dict(trial["settings"]),
                       lambda report, told=reports: told.append(report) or False, positive="Malignant")  # fmt: skip
-            known[key] = [report["metrics"] for report in reports]
+            known[key] = [report.metrics for report in reports]
         assert trial["epochs"] == known[key], trial["number"]
         assert frozen.value == pytest.approx(trial["epochs"][-1]["auroc"])
         (run,) = [run for run in runs if run.data.tags.get("trial") == str(trial["number"])]

@@ -19,7 +19,7 @@ from tune.config.samplers import grid_points
 from tune.config.settings import SAMPLERS
 from tune.records.journal import Journal, read_events
 from tune.records.optuna_study import DatabaseExport, as_optuna
-from tune.records.trials import TrialRecord, fold
+from tune.records.trials import TrialRecord, trial_records
 from tune.search.early_stopping import should_stop
 from tune.search.points import Point, propose, to_json, warm_start
 from tune.search.searcher import JournalSearcher
@@ -124,13 +124,13 @@ def write_study(path: Path, study: Any, num_trials: int) -> None:
 def test_whatever_line_the_journal_loses_no_trial_is_lost_and_none_doubled(tmp_path: Path) -> None:
     study, path = make_study(), tmp_path / "journal.jsonl"
     write_study(path, study, 5)
-    whole = fold(read_events(path))
+    whole = trial_records(read_events(path))
     assert len(whole) == 5 and {record.state for record in whole.values()} == {"COMPLETE"}
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 20
     for lost in range(len(lines)):
         path.write_bytes(b"".join(lines[:lost] + lines[lost + 1 :]))
-        records = fold(read_events(path))
+        records = trial_records(read_events(path))
         # The trial that the line was about is tried again, under its number; then come new ones.
         first, second = numbers(study, records, 2)
         done = {number for number, record in records.items() if record.state == "COMPLETE"}
@@ -176,7 +176,7 @@ def journal_of(*reports: tuple[int, float]) -> dict[int, TrialRecord]:
         begun[number] = begun.get(number, 0) + 1
         events.append({"event": "report", "number": number, "epoch": begun[number], "metrics": {"auroc": auroc},
                        "seconds": {}, "wall_s": 0.0, "waited_s": 0.0, "device_s": 0.0, "seq": seq})  # fmt: skip
-    return fold(events)
+    return trial_records(events)
 
 
 def stops(records: dict[int, TrialRecord], number: int, epoch: int, *argv: str, goals: Any = GOALS) -> bool:

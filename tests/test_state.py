@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from train_fn.jobs import EpochReport
 from train_fn.settings import TrialSettings
 from train_fn.support import storage
 from train_fn.support.files import write_checked
@@ -24,17 +25,17 @@ from train_fn.trial.resume_state import ResumeState
 SETTINGS = TrialSettings(num_train_epochs=2, max_steps=4, lora_r=4, lora_alpha=8, learning_rate=1e-3, save_steps=1)
 
 
-def train(base, splits, output: Path | None = None, leave_after: int = 99) -> list[dict]:
+def train(base, splits, output: Path | None = None, leave_after: int = 99) -> list[EpochReport]:
     """The reports of a trial; with `leave_after`, one that left after so many steps."""
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     steps = iter(range(1, 99))
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant",
               output=output, leaving=lambda: next(steps) == leave_after)  # fmt: skip
     return reports
 
 
-def numbers(reports: list[dict]) -> list[Any]:
-    return [(report["metrics"], report["log"]) for report in reports]
+def numbers(reports: list[EpochReport]) -> list[Any]:
+    return [(report.metrics, report.log) for report in reports]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_trial_goes_on_past_damage_to_the_same_numbers(
         damage(path, "one bit", tmp_path)
     reports = train(base, splits, tmp_path)
     assert numbers(reports) == undisturbed
-    assert len(reports[-1]["notes"]) == num_damaged and all("damaged" in note for note in reports[-1]["notes"])
+    assert len(reports[-1].notes) == num_damaged and all("damaged" in note for note in reports[-1].notes)
 
 
 @pytest.mark.parametrize("limit", [3_000, 300_000])
@@ -143,7 +144,7 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
     base.processor_files = {}
     reports = train(base, splits, tmp_path)
     assert numbers(reports) == undisturbed
-    assert refused and any("tried again" in note for note in reports[-1]["notes"])
+    assert refused and any("tried again" in note for note in reports[-1].notes)
     names = {path.name for path in (tmp_path / "final_model").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "task.json", "tokenizer.json"} <= names
     assert [path for path in tmp_path.rglob(".*")] == []

@@ -116,12 +116,13 @@ def test_an_interrupt_leaves_the_terminal_as_it_was(monkeypatch) -> None:
 
 
 def test_a_trial_tells_how_far_it_is(base, splits) -> None:
+    from train_fn.jobs import EpochReport
     from train_fn.settings import TrialSettings
     from train_fn.trial.loop import run_trial
 
     settings = TrialSettings(num_train_epochs=2, lora_r=4, lora_alpha=8, logging_steps=2)
     told: list[dict] = []
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, settings, lambda report: bool(reports.append(report)), progress=told.append)
     per_epoch = -(-len(splits.train) // 16)
     steps = [(entry["phase"], entry["epoch"], entry["step"]) for entry in told]
@@ -132,7 +133,7 @@ def test_a_trial_tells_how_far_it_is(base, splits) -> None:
     assert sorted(steps) == sorted(wanted)
     assert {(entry["num_epochs"], entry["num_steps"]) for entry in told} == {(2, 2 * per_epoch)}
     losses = [entry["loss"] for entry in told if entry["phase"] == "evaluation"]
-    assert told[0]["loss"] is None and losses == [report["metrics"]["train_loss"] for report in reports]
+    assert told[0]["loss"] is None and losses == [report.metrics["train_loss"] for report in reports]
 
 
 # The last one fails: Tune has a traceback to tell of it.

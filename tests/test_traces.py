@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora.model import LoraModel
 
+from train_fn.jobs import EpochReport
 from train_fn.model.base import load_base
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial import lora
@@ -19,9 +20,9 @@ SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 
 
 def metrics(base, splits, settings: TrialSettings = SHORT) -> dict[str, float]:
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, settings, lambda report: reports.append(report) or False)
-    return reports[-1]["metrics"]
+    return reports[-1].metrics
 
 
 @pytest.fixture(scope="module")

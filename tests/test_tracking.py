@@ -26,6 +26,7 @@ from mlflow import MlflowClient
 from servers import proxied
 from studies import ROOT, write_plan
 
+from train_fn.jobs import EpochReport
 from train_fn.support.storage import Storage
 from tune.config.uris import strip_credentials
 from tune.records.journal import Event, Journal, read_events
@@ -148,7 +149,8 @@ def study(tmp_path_factory) -> Path:
 
     def run(log: StudyLog, trial: Any, epochs: list[int]) -> None:
         for epoch in epochs:
-            log.on_trial_result(0, [], trial, report(epoch, trial.config["number"]))
+            message = EpochReport(**report(epoch, trial.config["number"]))
+            log.on_trial_result(0, [], trial, {"epoch": epoch, "report": message})
 
     (directory / "pictures").mkdir()
     (directory / "report.html").write_text("<h1>s</h1>")

@@ -18,7 +18,7 @@ from train_fn.model.unchanged import Inputs, data_hash
 from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings
 from train_fn.support.storage import Storage
-from train_fn.worker import LaneJob, check_node
+from train_fn.worker import LaneConfig, check_node
 
 REMEDY = "must stay as the study was begun with, but has changed: put it back"
 
@@ -107,7 +107,7 @@ def remove_a_file(model: Path) -> str:
 @pytest.mark.parametrize("change", [change_config, change_weights, change_template, remove_a_file])
 def test_a_changed_base_is_named_before_it_is_loaded(study, tmp_path, change) -> None:
     model, own, inputs = study
-    job = LaneJob(lane=0, dispatcher=None, model=ModelSettings(model=str(model)), splits=own, positive="",
+    job = LaneConfig(lane=0, dispatcher=None, model=ModelSettings(model=str(model)), splits=own, positive="",
                   storage=Storage(tmp_path), num_threads=1, inputs=inputs)  # fmt: skip
     check_node(job)
     name = change(model)

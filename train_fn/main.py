@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data.splitting import load_splits
+from train_fn.jobs import EpochReport
 from train_fn.settings import ModelSettings, TrialSettings, broken_rules
 
 
@@ -48,9 +49,9 @@ def main(argv: list[str]) -> int:
     store: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
     dist.init_process_group("nccl" if on_gpu else "gloo", **store)
 
-    def report(message: dict[str, Any]) -> bool:
+    def report(message: EpochReport) -> bool:
         if dist.get_rank() == 0:
-            print(json.dumps({"epoch": message["epoch"], **message["metrics"], "seconds": message["seconds"]}))
+            print(json.dumps({"epoch": message.epoch, **message.metrics, "seconds": message.seconds}))
         return False
 
     base = load_base(model, device)

@@ -6,18 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from train_fn.data.splitting import fold_splits
+from train_fn.jobs import JobFailed, TrainJob
 from tune.plan.prepare import Study
 from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
 
-CONFIRMING = 10**6  # the dispatcher's numbers for training again begin here
+CONFIRMING = 10**6  # job numbers of confirmations begin here
 
 
 def confirmations_left(study: Study, outcome: Outcome) -> list[tuple[TrialRecord, int]]:
-    """The trainings over fresh seeds or folds that are not done: trial, and number of the seed or fold from 1."""
+    """Confirmations that are still to be done: each a trial, and the number of its fresh seed or fold, from 1."""
     settings = study.settings.study
-    # Not `outcome.best()`: what an earlier session has confirmed would keep new trials out.
+    # Not `outcome.best()`, which puts confirmed trials first and so would keep new trials out.
     best = ranked(outcome.records, outcome.goals, outcome.require)
     chosen = best[: settings.confirm] + [record for record in best[settings.confirm :] if record.number == 0]
     return [
@@ -29,10 +30,10 @@ def confirmations_left(study: Study, outcome: Outcome) -> list[tuple[TrialRecord
 
 
 def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
-    """Train the best trials and the guide's defaults again over fresh seeds, or over folds, and note their validation
-    scores. What an earlier session has done is not done again.
+    """Train the best trials and the guide's defaults again over fresh seeds or folds, and record their validation
+    scores. Confirmations of an earlier session are not repeated.
 
-    The best of twenty noisy scores is partly luck; seeds that no choice has looked at tell how much.
+    The best of twenty noisy scores is partly luck. Scores of seeds that no choice was made by show how much.
     """
     import ray
 
@@ -45,19 +46,20 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
         what = f"{settings.folds} folds" if folds else f"{settings.confirm_seeds} seeds"
         say(f"Confirming trials {numbers} over {what}")
     for index, (record, run) in enumerate(left):
-        output = study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}"
-        again = record.settings | {"seed": record.settings["seed"] + run}
-        label = f"trial {record.number} again ({run})"
-        assignment: dict[str, Any] = {"kind": "train", "settings": again, "output": str(output), "label": label}
-        if folds:
-            assignment["splits"] = folds[run - 1]
-        ray.get(dispatcher.submit.remote(CONFIRMING + index, assignment))
+        job = TrainJob(
+            number=CONFIRMING + index,
+            settings=record.typed_settings(seed=record.settings["seed"] + run),
+            output=study.directory / "trials" / f"{record.number:04d}" / f"confirm-{run}",
+            label=f"trial {record.number} again ({run})",
+            splits=folds[run - 1] if folds else None,
+        )
+        ray.get(dispatcher.submit.remote(job))
     waiting = [dispatcher.last_report.remote(CONFIRMING + index) for index in range(len(left))]
     for done, (answer, (record, run)) in enumerate(zip(waiting, left, strict=True), 1):
         report = ray.get(answer)
-        if "error" in report:
-            outcome.note(f"a confirmation of trial {record.number} failed: {report['error'].splitlines()[0]}")
+        if isinstance(report, JobFailed):
+            outcome.note(f"a confirmation of trial {record.number} failed: {report.error.splitlines()[0]}")
             continue
-        value = report["metrics"].get(outcome.metric, record.value(outcome.metric))
+        value = report.metrics.get(outcome.metric, record.value(outcome.metric))
         outcome.hear(study.journal.write("confirmed", number=record.number, run=run, value=value))
         say(f"[{done}/{len(left)}] trial {record.number} again: {outcome.metric} {value:.3f}")

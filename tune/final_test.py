@@ -1,4 +1,4 @@
-"""The test split, scored once with the winner's adapter and with the guide's."""
+"""Scores the test split with the winner's adapter and with the adapter of the guide's defaults."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from train_fn.jobs import JobFailed, ScoreJob
 from train_fn.scoring.scores import probabilities
 from tune.plan.prepare import Study
+from tune.records.end_state import EndState
 from tune.records.trials import TrialRecord
 from tune.results.intervals import difference, make_scorer, with_intervals
 from tune.results.outcome import Outcome, adapter_hash
 
-SCORING = 10**9  # and this is its number for the scoring job
+SCORING = 10**9  # job numbers of scoring begin here
 
 
 def choose_and_score(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
-    """Name the winner, score the test with its adapter, and keep that. An adapter that cannot be loaded, or whose
-    scores are not finite, makes the next best trial the winner."""
+    """Name the winner, score the test images with its adapter, and copy the adapter to `best_adapter/`. When an adapter
+    cannot be loaded, or its scores are not finite, the next best trial is the winner."""
     outcome.pick_winner()
     attempt = 0
     while outcome.winner and not outcome.interrupted:
@@ -33,17 +35,17 @@ def choose_and_score(study: Study, dispatcher: Any, outcome: Outcome, say: Calla
 
 
 def chosen_for_test(outcome: Outcome) -> dict[str, TrialRecord]:
-    """The trials whose adapters the test is scored with: the winner, and the guide's defaults where they completed."""
+    """The trials whose adapters score the test: the winner, and trial 0 (the guide's defaults) if it completed."""
     assert outcome.winner
     chosen = {"winner": outcome.winner}
     guide = next((record for record in outcome.records if record.number == 0), None)
-    if guide and guide is not outcome.winner and guide.state == "COMPLETE":
+    if guide and guide is not outcome.winner and guide.state == EndState.COMPLETE:
         chosen["guide"] = guide
     return chosen
 
 
 def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) -> bool:
-    """Whether the last test scores are those of these trials' adapters, and their files are as they were then."""
+    """Whether the last test scores are of these trials' adapters, and the adapters' files have not changed since."""
     last = next((event for event in reversed(study.journal.events) if event["event"] == "tested"), None)
     if last is None:
         return False
@@ -55,21 +57,21 @@ def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) ->
 
 
 def adapter_paths(outcome: Outcome, chosen: dict[str, TrialRecord]) -> dict[str, Path | None]:
-    """Where the adapters to score the test with lie; None: nowhere."""
+    """Folders of the adapters that score the test; None for a missing one."""
     return {who: outcome.adapter if who == "winner" else outcome.find_adapter(r) for who, r in chosen.items()}
 
 
 def hashes_of(paths: dict[str, Path | None]) -> dict[str, str]:
-    """The adapters' sha256, empty where there is none."""
+    """sha256 of each adapter; empty for a missing one."""
     return {who: adapter_hash(path) if path else "" for who, path in paths.items()}
 
 
 def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None], number: int) -> str:
-    """Score the test images with the winner and with the guide's defaults (trial 0), if that trial completed, and their
-    paired difference. What was scored already is not scored again.
+    """Score the test images with the winner and, if trial 0 completed, with the guide's defaults; record the scores and
+    their paired difference. Scores that are in the journal already are not taken again.
 
     Args:
-        number: the job's number, a new one for each winner.
+        number: the job's number; each winner needs another one.
 
     Returns: what is wrong with the winner's adapter; empty: nothing.
     """
@@ -82,13 +84,13 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     paths = adapter_paths(outcome, chosen)
     hashes = hashes_of(paths)
     there = {who: path for who, path in paths.items() if path}
-    job = {"kind": "score", "adapters": list(map(str, there.values())), "label": "scoring the test images"}
-    ray.get(dispatcher.submit.remote(number, job))
+    job = ScoreJob(number=number, adapters=tuple(there.values()), label="scoring the test images")
+    ray.get(dispatcher.submit.remote(job))
     report = ray.get(dispatcher.next_report.remote(number, 0))
-    if "error" in report:
-        outcome.error = f"the test could not be scored: {report['error'].splitlines()[0]}"
+    if isinstance(report, JobFailed):
+        outcome.error = f"the test could not be scored: {report.error.splitlines()[0]}"
         return ""
-    answers = dict(zip(there, report["predictions"], strict=True))
+    answers = dict(zip(there, report.predictions, strict=True))
     problems = {who: adapter_problem(answer) for who, answer in answers.items()}
     if problems["winner"]:
         return f"its adapter {problems['winner']}"
@@ -111,9 +113,9 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     predictions = {
         who: {
             "answers": [sample.label for sample in study.splits.test],
-            "probabilities": probabilities(found["scores"]).round(6).tolist(),
+            "probabilities": probabilities(answer["scores"]).round(6).tolist(),
         }
-        for who, found in predicted.items()
+        for who, answer in predicted.items()
         if study.splits.candidates
     }
     event = study.journal.write(
@@ -129,7 +131,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
 
 
 def adapter_problem(answer: dict[str, Any]) -> str:
-    """What a scoring job's answer says against an adapter; empty: nothing."""
+    """What is wrong with an adapter, from its part of a `ScoreReport`; empty: nothing."""
     if "error" in answer:
         return f"cannot be loaded ({answer['error']})"
     finite = all(np.isfinite(values).all() for values in answer.values())

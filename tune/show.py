@@ -10,6 +10,7 @@ from pathlib import Path
 from tune.config.paths import SettingsError
 from tune.config.stored import stored_settings
 from tune.records.budgets import last_time
+from tune.records.end_state import EndState
 from tune.records.journal import read_journal
 from tune.results.outcome import Outcome
 
@@ -60,7 +61,7 @@ def show(directory: Path) -> Outcome:
         outcome.note("the study was interrupted" if events else f"{path} is missing or empty: there are no trials")
         outcome.incomplete = True
         for record in outcome.records:
-            record.state = "INTERRUPTED" if record.state == "RUNNING" else record.state
+            record.state = EndState.INTERRUPTED if record.state == EndState.RUNNING else record.state
     try:
         # Not `pick_winner`: a file that is missing here may lie on object storage.
         outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)

@@ -19,11 +19,11 @@ from tune.config.space import SpaceError, searched_settings
 from tune.confirm import confirm, confirmations_left
 from tune.final_test import choose_and_score, chosen_for_test, is_tested
 from tune.lanes.layout import Layout, joins_cluster, plan_layout
-from tune.lanes.ray_start import session_logs, start_ray
+from tune.lanes.ray_start import session_folder, start_ray
 from tune.plan.prepare import Study
 from tune.records.budgets import exhausted_budget, last_time
+from tune.records.end_state import DONE_STATES
 from tune.records.plan import save_plan
-from tune.records.trials import DONE_STATES
 from tune.results.outcome import Outcome
 from tune.signals import StopSignals
 from tune.tracking.delivery import Tracking
@@ -134,7 +134,7 @@ def set_up(study: Study, say: Callable[[str], None]) -> Layout:
     )
     for sentence in study.data_report.sentences():
         say(f"Data: {sentence}")
-    say(f"Starting the lanes (logs in {session_logs()})")
+    say(f"Starting the lanes (logs in {session_folder() / 'logs'})")
     present, needed = int(resources.get("GPU", 0)), math.ceil(layout.lanes * layout.devices_per_trial)
     if layout.use_gpu and present < needed:
         say(f"The cluster has {present} of {needed} GPUs: the lanes wait until its autoscaler has brought the rest")
@@ -169,8 +169,7 @@ def run_session(
     """Start the lanes, search, confirm, score the test images, conclude."""
     import ray
 
-    from tune.lanes.dispatcher import start_dispatcher
-    from tune.lanes.trainers import Lanes
+    from tune.lanes.trainers import Lanes, start_dispatcher
     from tune.results.terminal import live
     from tune.search.callback import StudyLog
     from tune.search.footer import Footer
@@ -206,7 +205,7 @@ def run_session(
             raise
     try:
         if (outcome.interrupted or outcome.error) and not lanes.over:
-            lanes.leave()
+            lanes.drain()
         conclude(study, outcome, tracking, dataclasses.asdict(layout), stop)
         # Not in a `finally`: Ray ends the process when a lane's thread uses it after a shutdown, and then hides the
         # error that led here. The interpreter's exit shuts Ray down in any case.

@@ -7,6 +7,7 @@ Runs in one process or in each of several that torch.distributed has joined. Wha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from train_fn.data.order import class_weights, epoch_order, micro_batches
 from train_fn.data.samples import Splits
+from train_fn.jobs import EpochReport
 from train_fn.model.base import Base
 from train_fn.model.batches import collate, prompt_size, to_device
 from train_fn.model.memory import is_out_of_memory
@@ -38,7 +40,7 @@ from train_fn.trial.ranks import mean_over_ranks, seed_everything, world
 from train_fn.trial.resume_state import ResumeState
 from train_fn.trial.scoring import evaluate
 
-Report = Callable[[dict[str, Any]], bool]
+Report = Callable[[EpochReport], bool]
 Progress = Callable[[dict[str, Any]], object]
 
 
@@ -63,9 +65,9 @@ def run_trial(
 ) -> None:
     """Train one adapter and report after each epoch.
 
-    report: called on every rank with {"epoch", "metrics", "seconds", "done", ...}; its answer True ends the trial
-        early. The report of the last epoch has `done` and comes after the adapter is written. A trial that goes on
-        after a kill first gives its reports again, for the one who was told may be gone.
+    report: called on every rank after each epoch; returns True to end the trial early. The report of the last epoch
+        has `finished`, and comes after the adapter is written. A trial that continues after a kill first repeats its
+        earlier reports, because whoever had them may be gone.
     output: folder in which `final_model/` and trainer_state.json are written at the trial's end (not when it is stopped
         early), `checkpoint-N/` on the way, and `state/` as long as the trial is unfinished.
     progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training begins,
@@ -147,7 +149,7 @@ def run_trial(
                 progress({"phase": phase, "loss": loss} | place)
 
         for known in reports:
-            stop = stop or report(known)
+            stop = stop or report(EpochReport.from_dict(known))
         tell("train", None)
         while not stop and epoch <= num_epochs:
             done = (epoch - 1) * steps_per_epoch
@@ -185,17 +187,17 @@ def run_trial(
             if last and output is not None and rank == 0:
                 write(lambda: save_final(base, model, settings, splits, log, output, storage))
                 clock.lap("checkpoint")
-            message = {
-                "epoch": epoch,
-                "step": log.step,
-                "metrics": metrics | {"train_loss": train_loss},
-                "log": log.take_new(),
-                "applied": applied,
-                "seconds": clock.seconds(),
-                "notes": troubles,
-                "done": last,
-            }
-            reports.append(message)
+            message = EpochReport(
+                epoch=epoch,
+                step=log.step,
+                metrics=metrics | {"train_loss": train_loss},
+                log=log.take_new(),
+                applied=applied,
+                seconds=clock.seconds(),
+                notes=troubles,
+                finished=last,
+            )
+            reports.append(dataclasses.asdict(message))
             epoch, losses = epoch + 1, []
             save_state()
             with phase("idle"):

@@ -21,7 +21,7 @@ from train_fn.support.storage import Storage
 from train_fn.worker import versions
 from tune.config.settings import Settings
 from tune.doctor.findings import Facts, Finding
-from tune.lanes.ray_start import session_logs
+from tune.lanes.ray_start import session_folder
 from tune.plan.prepare import Study
 from tune.plan.provenance import ROOT
 
@@ -79,10 +79,12 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
     import psutil
     import torch
 
+    from tune.lanes.compat_ray import needs_token
+
     sources = [path for part in ("tune", "train_fn", "search_spaces") for path in sorted((ROOT / part).rglob("*.py"))]
     project = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()[:12]
     files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "*.json") for path in model.glob(pattern)}
-    config, session = model / "config.json", Path(session_logs()).parent
+    config, session = model / "config.json", session_folder()
     results = storage.directory if storage else ROOT
     existing = next(folder for folder in (results, *results.parents) if folder.exists())
     return {
@@ -102,7 +104,7 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
         "gpus": read_gpus(),
         "cuda": torch.version.cuda,
         "compiler": next(filter(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))), ""),
-        "token": os.environ.get("RAY_AUTH_MODE", "").lower() == "token",  # processes of Ray have it from `ray start`
+        "token": needs_token(),
     }
 
 

@@ -1,4 +1,4 @@
-"""How a study shares out the machines."""
+"""Divides the machines among lanes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tune.config.settings import Settings
 
 @dataclass(frozen=True)
 class Layout:
-    """How the study shares out the machines."""
+    """How many lanes a study has, and what each of them gets."""
 
     lanes: int
     workers_per_trial: int
     use_gpu: bool
     num_threads: int
-    """torch threads of each CPU worker, no more than OMP_NUM_THREADS says; 0 for GPUs: torch's default."""
+    """torch threads of each CPU worker, at most OMP_NUM_THREADS; 0 for GPUs: torch's default."""
     lanes_per_gpu: int = 1
 
     @property
@@ -27,14 +27,14 @@ class Layout:
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        """What Ray sets aside for a worker."""
+        """Ray resources of each worker."""
         return {"CPU": 1} | ({"GPU": 1 / self.lanes_per_gpu} if self.use_gpu else {})
 
 
 def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
-    """Lanes and workers from what the cluster has. Raises SettingsError when it can never hold one lane.
+    """Divide the cluster's resources among lanes. Raises SettingsError when it can never hold one lane.
 
-    As few workers per trial as asked: independent trials scale better than one trial over several workers.
+    There are as many lanes as fit, because independent trials scale better than one trial over several workers.
     """
     study = settings.study
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
@@ -43,7 +43,7 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
     if use_gpu:
         slots, what = gpus * study.lanes_per_gpu, "GPUs" if study.lanes_per_gpu == 1 else "shares of GPUs"
     most = slots // study.workers_per_trial
-    # An autoscaler brings GPUs on request: there, what is missing now says nothing, but somebody must say how many.
+    # An autoscaler adds GPUs on request, so they may be missing now. It needs --lanes to know how many.
     awaited = study.device == "gpu" and study.lanes > 0 and joins_cluster()
     if most < max(1, study.lanes) and not awaited:
         raise SettingsError(
@@ -62,5 +62,5 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
 
 
 def joins_cluster() -> bool:
-    """Whether a study runs on a cluster that is there already."""
+    """Whether the study joins a running cluster."""
     return bool(os.environ.get("RAY_ADDRESS"))

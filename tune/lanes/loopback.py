@@ -3,19 +3,25 @@ listens on every interface."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import ray
+import ray.train
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+
+from tune.lanes.ray_start import session_folder
 
 INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # of the workers' environment
+SHUTDOWN_S = 30  # for the workers of a lane to leave their process group
 
 
 def torch_config(timeout_s: int) -> TorchConfig:
-    """How the workers of a trainer meet: as Ray has it in a cluster that was joined, else out of reach for others."""
+    """How the workers of a lane meet: in Ray's way in a cluster that was joined, else in a file."""
     return (TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=timeout_s)
 
 
@@ -23,25 +29,42 @@ class LoopbackConfig(TorchConfig):
     """TorchConfig whose workers meet in a file."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Backend]:
         return LoopbackBackend
 
 
-class LoopbackBackend(_TorchBackend):
-    """Ray's own, but for the rendezvous."""
+class LoopbackBackend(Backend):
+    """Joins the workers to a process group, and lets them leave it."""
+
+    share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_set_torch_distributed_env_vars)
-        session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
-        options = {
-            "backend": "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo",
-            "world_size": len(worker_group),
-            "init_method": f"file://{session}/rendezvous-{uuid.uuid4().hex}",
-            "timeout_s": backend_config.timeout_s,
-        }
-        ray.get(
-            [
-                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **options)
-                for rank in range(len(worker_group))
-            ]
-        )
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
+        meeting_point = f"file://{session_folder()}/rendezvous-{uuid.uuid4().hex}"
+        worker_group.execute(join, backend, meeting_point, backend_config.timeout_s)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        if len(worker_group) > 1:
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                ray.get(worker_group.execute_async(leave), timeout=SHUTDOWN_S)
+
+
+def join(backend: str, meeting_point: str, timeout_s: int) -> None:
+    """Join a worker to the process group of its lane, with the variables of torchrun, which DeepSpeed reads."""
+    import torch.distributed as dist
+
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "NODE_RANK": str(context.get_node_rank())}
+    os.environ |= {"LOCAL_RANK": str(context.get_local_rank()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size())}
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a collective that times out ends its process
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, init_method=meeting_point, rank=rank, world_size=size, timeout=timeout)
+
+
+def leave() -> None:
+    """Let a worker leave its process group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

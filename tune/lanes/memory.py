@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from dataclasses import replace
+
+from train_fn.jobs import TrainJob
+from train_fn.settings import TrialSettings
 
 # The fine-tuning guide's advice, in its order.
 OUT_OF_MEMORY_ADVICE = (
@@ -15,24 +17,24 @@ MEMORY_SETTINGS = ("use_lora", "use_dora", "lora_target_modules", "train_project
                    "torch_compile", "optim", "zero_stage", "offload_optimizer")  # fmt: skip
 
 
-def takes_as_much(settings: dict[str, Any], known: dict[str, Any]) -> bool:
-    """Whether a trial needs at least the memory of another one."""
-    if settings.get("per_device_train_batch_size", 1) == 1:
+def needs_as_much(settings: TrialSettings, other: TrialSettings) -> bool:
+    """Whether a trial needs at least the memory of another one, and could run with a smaller micro-batch."""
+    if settings.per_device_train_batch_size == 1:
         return False
-    # A list where it has been in a file, else a tuple.
-    alike = all(json.dumps(settings.get(name)) == json.dumps(known.get(name)) for name in MEMORY_SETTINGS)
-    sizes = [
-        (one["per_device_train_batch_size"], one.get("lora_r", 0), one.get("lora_dropout", 0.0) > 0)
-        for one in (settings, known)
-    ]
-    return alike and all(own >= other for own, other in zip(*sizes, strict=True))
+    alike = all(getattr(settings, name) == getattr(other, name) for name in MEMORY_SETTINGS)
+    larger = settings.per_device_train_batch_size >= other.per_device_train_batch_size
+    dropout = settings.lora_dropout > 0 or other.lora_dropout == 0
+    return alike and larger and dropout and settings.lora_r >= other.lora_r
 
 
-def halve(assignment: dict[str, Any], reason: str) -> None:
-    """Half the micro-batch at the same global batch, with a note why."""
-    settings = dict(assignment["settings"])
-    micro = settings["per_device_train_batch_size"]
-    settings["per_device_train_batch_size"] = micro // 2 if micro % 2 == 0 else 1
-    settings["gradient_accumulation_steps"] *= micro // settings["per_device_train_batch_size"]
-    note = f"{reason}: micro-batch {micro} -> {settings['per_device_train_batch_size']}, same global batch"
-    assignment |= {"settings": settings, "notes": [*assignment.get("notes", []), note]}
+def halve(job: TrainJob, reason: str) -> TrainJob:
+    """The job with half the micro-batch at the same global batch, and a note of the reason."""
+    micro = job.settings.per_device_train_batch_size
+    smaller = micro // 2 if micro % 2 == 0 else 1
+    settings = replace(
+        job.settings,
+        per_device_train_batch_size=smaller,
+        gradient_accumulation_steps=job.settings.gradient_accumulation_steps * (micro // smaller),
+    )
+    note = f"{reason}: micro-batch {micro} -> {smaller}, same global batch"
+    return replace(job, settings=settings, notes=(*job.notes, note))

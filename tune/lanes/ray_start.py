@@ -14,15 +14,17 @@ from tune.lanes.machine import allowed_cores, cluster_problem, private_folder
 
 
 def start_ray(settings: Settings) -> dict[str, float]:
-    """Join the cluster of RAY_ADDRESS or start Ray on this machine; its resources. Nobody may have imported Ray before:
-    it reads some of what is set here when it is imported.
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine. Nothing may import Ray before: Ray reads some of
+    the variables that are set here when it is imported.
+
+    Returns: the resources of the cluster.
 
     Raises SettingsError when Ray does not start, or no cluster answers.
     """
     if os.environ.get("RAY_ADDRESS", "").strip() in ("", "local"):
         os.environ.pop("RAY_ADDRESS", None)
     quiet = not settings.study.verbose
-    # Workers import the project also where it is not installed; Ray hands this to all it starts from here.
+    # Workers import the project also where it is not installed. All processes that Ray starts from here inherit this.
     root = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *(path for path in paths if path and path != root)])
@@ -33,8 +35,8 @@ def start_ray(settings: Settings) -> dict[str, float]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial's last result has an error only
     if not joins_cluster():
-        # A Ray of this machine alone stays on the loopback, as everywhere but on Linux: it would look for a way to the
-        # outside, and where there is none it prints a warning that no log level silences.
+        # Keeps a Ray of this machine on the loopback. Otherwise Ray looks for a route to the outside, and where there
+        # is none it prints a warning that no log level silences.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process per lane; nobody drains this node
     if joins_cluster():
@@ -43,22 +45,19 @@ def start_ray(settings: Settings) -> dict[str, float]:
 
     import psutil
     import ray
-    from ray.tune.execution import class_cache
 
-    # Tune would write the keys into a runtime environment, which Ray logs. Workers of this machine inherit them, those
-    # of others have their own.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
-        [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
-    )
+    from tune.lanes import compat_ray
+
+    compat_ray.keep_keys_out_of_logs()
     options: dict[str, Any] = {}
     try:
         if not joins_cluster():
             options = {
                 "include_dashboard": False,
                 "num_cpus": allowed_cores(),
-                "_temp_dir": str(private_folder() / "ray"),  # Ray makes it writable by all
-                # Ray's default is a third of the memory, which it refuses where /dev/shm is smaller. What a study keeps
-                # there is small.
+                compat_ray.SESSIONS_FOLDER: str(private_folder() / "ray"),  # Ray makes it writable by all
+                # Ray's default is a third of the memory, and Ray refuses that where /dev/shm is smaller. A study needs
+                # little.
                 "object_store_memory": min(2**30, psutil.virtual_memory().total // 10),
             }
         ray.init(
@@ -72,33 +71,27 @@ def start_ray(settings: Settings) -> dict[str, float]:
             "look at RAY_ADDRESS and the cluster" if joins_cluster() else "look at RAY_TMPDIR, /dev/shm and free memory"
         )
         raise SettingsError([f"Ray must start, but {type(error).__name__}: {str(error).strip()}: {fix}"]) from error
-    # Ended by a scheduler or a spot notice is ended like by Ctrl-C: what is finished is kept, every run is closed. Ray
-    # has just put a handler of its own in place, which would end the process at once.
+    # A scheduler or a spot notice ends the study as Ctrl-C does: finished trials are kept, every run is closed. Ray has
+    # just set a handler of its own, which would end the process at once.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if quiet:
-        # What Ray has to say in this process goes where its other processes write.
-        handler = logging.FileHandler(f"{session_logs()}/driver.log", delay=True)
+        # Ray's messages in this process go where its other processes write theirs.
+        handler = logging.FileHandler(session_folder() / "logs" / "driver.log", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("ray").handlers = [handler]
         logging.getLogger("ray").setLevel(logging.INFO)
         logging.getLogger("optuna").setLevel(logging.ERROR)
-        # Raylets' messages come through a thread of their own, which prints them whatever `log_to_driver` says.
-        import ray._private.worker
-
-        def tell(data: Any, ignore_prefix: bool) -> None:
-            logging.getLogger("ray").warning("\n".join(data["lines"]))
-
-        ray._private.worker.print_to_stdstream = tell
+        compat_ray.log_raylet_errors()
     return ray.cluster_resources()
 
 
 def check_address(address: str) -> None:
     """Raise SettingsError unless a cluster answers at RAY_ADDRESS."""
     if address == "auto":
-        import ray._private.services
+        from tune.lanes.compat_ray import local_cluster
 
         try:
-            address = ray._private.services.canonicalize_bootstrap_address(address) or ""
+            address = local_cluster()
         except ConnectionError as error:
             problem = "`RAY_ADDRESS` auto must find a cluster on this machine, but there is none"
             raise SettingsError([f"{problem}: unset it, or start one with ray start"]) from error
@@ -106,9 +99,9 @@ def check_address(address: str) -> None:
         raise SettingsError([problem])
 
 
-def session_logs() -> str:
-    """Where Ray's processes and the workers write what they print."""
-    import ray._private.worker
+def session_folder() -> Path:
+    """Folder of Ray's session on this node. Ray's processes and the workers write what they print to its `logs/`."""
+    import ray
 
-    node = ray._private.worker._global_node
-    return f"{node.get_session_dir_path()}/logs" if node else "the cluster's session directory"
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name())

@@ -16,10 +16,9 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from train_fn.support.files import write_file
+from tune.records.end_state import IN_OPTUNA
 from tune.records.goals import Goal
 from tune.records.trials import TrialRecord
-
-STATES = {"COMPLETE": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
 
 
 def as_optuna(
@@ -42,7 +41,7 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTri
     goal is not finite. Parameters without a stored distribution are left out."""
     if record is None:
         return optuna.trial.create_trial(state=TrialState.FAIL)
-    state = STATES.get(record.state, TrialState.RUNNING)
+    state = TrialState[IN_OPTUNA[record.state]]
     values = [record.value(name) for name, _ in goals]
     if state == TrialState.COMPLETE and not all(map(math.isfinite, values)):
         state = TrialState.FAIL

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import numpy as np
-from train_fn.data.samples import Sample
-from train_fn.data.samples import Splits
-from train_fn.scoring.scores import metrics_of
 from typing import Any
-from train_fn.scoring.metrics import bootstrap_intervals
-from train_fn.scoring.metrics import MODES
 
+import numpy as np
 
-
+from train_fn.data.samples import Sample, Splits
+from train_fn.scoring.metrics import MODES, bootstrap_intervals
+from train_fn.scoring.scores import metrics_of
 
 Score = Callable[[np.ndarray], dict[str, float]]
 

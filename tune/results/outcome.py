@@ -1,39 +1,27 @@
 """A study's outcome: its records, the winner and its adapter, the test, study.json."""
 
 from __future__ import annotations
-import shlex
-from typing import Any
-import math
 
-from typing import Any
-from tune.records.trials import DONE_STATES
-from tune.records.journal import Event
-from tune.records.goals import Goal
-from train_fn.settings import PROFILE_PREFIX
-from pathlib import Path
-from collections.abc import Sequence
-from train_fn.support.storage import Storage
-from tune.records.trials import TrialRecord
-from tune.records.goals import comparison
-from train_fn.support.files import copy_folder
-from dataclasses import dataclass
 import dataclasses
-from collections import defaultdict
-from dataclasses import field
-from tune.records.trials import fold
-from tune.records.ranking import front
-from tune.records.goals import holds
-from tune.records.budgets import lanes_of
 import math
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-from tune.records.ranking import ranked
-from tune.records.budgets import seconds
-from tune.records.budgets import sessions
-from tune.records.goals import sign
-from train_fn.support.files import write_json
-from train_fn.support.files import file_hash
 
-
+from train_fn.settings import PROFILE_PREFIX
+from train_fn.support.files import copy_folder, file_hash, write_json
+from train_fn.support.storage import Storage
+from tune.records.budgets import lanes_of, sessions
+from tune.records.end_state import DONE_STATES
+from tune.records.goals import Goal, comparison, holds, sign
+from tune.records.journal import Event
+from tune.records.ranking import front, ranked
+from tune.records.trials import TrialRecord, trial_records
 
 
 @dataclass
@@ -126,7 +114,7 @@ class Outcome:
 
     def read(self, events: Sequence[Event], until: float | None = None) -> None:
         """Take in a whole journal. until: as for `wall_seconds`."""
-        records = fold(events)
+        records = trial_records(events)
         self.records = [records[number] for number in sorted(records)]
         self.confirmations, self.confirmed_runs, self.tests, self.predictions = {}, {}, {}, {}
         self.tested = 0

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-from collections.abc import Callable
-from tune.results.view import STATES
-from collections.abc import Sequence
-from tune.records.trials import TrialRecord
-from tune.results.view import View
-import math
-import numpy as np
-from tune.results.summary import number_text
-from train_fn.scoring.metrics import confusion
-from pathlib import Path
 import base64
 import io
+import math
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train_fn.scoring.metrics import confusion
+from tune.records.trials import TrialRecord
+from tune.results.summary import number_text
+from tune.results.view import STATES, View
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    import optuna
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,

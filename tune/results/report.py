@@ -8,31 +8,23 @@ Shapes: N test images, C candidate answers.
 
 from __future__ import annotations
 
-from typing import Any
-from pathlib import Path
-from tune.results.view import View
 import html
-from train_fn.support.files import write_file
-import numpy as np
-from train_fn.support.text import plain
-from train_fn.data.splitting import DataReport
-from tune.results.view import STATES
-from tune.results.summary import defined
-from tune.results.pictures import draw
-from tune.results.summary import failures
-from tune.results.summary import next_mlflow
-from tune.results.summary import number_text
-from train_fn.support.text import plain_values
-from tune.results.summary import score_text
 import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train_fn.data.splitting import DataReport
+from train_fn.support.files import write_file
+from train_fn.support.text import plain, plain_values
 from tune.results.intervals import verdict
-from tune.results.summary import with_interval
-from typing import TYPE_CHECKING
+from tune.results.pictures import draw
+from tune.results.summary import defined, failures, next_mlflow, number_text, score_text, with_interval
+from tune.results.view import STATES, View
 
 if TYPE_CHECKING:
-    import optuna
-
-
+    pass
 
 
 def write_explorer(view: View, path: Path) -> list[Path]:

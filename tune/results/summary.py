@@ -1,22 +1,20 @@
 """A study's outcome in a terminal."""
 
 from __future__ import annotations
-from tune.results.outcome import next_step
 
-from typing import Any
 import math
-from collections import Counter
-from tune.records.trials import END_STATES
-from tune.results.outcome import Outcome
-from tune.records.ranking import front
-import numpy as np
-from train_fn.support.text import plain
 import shlex
-from tune.results.intervals import verdict
+from collections import Counter
 from collections.abc import Sequence
-from tune.records.trials import TrialRecord
+from typing import Any
 
+import numpy as np
 
+from train_fn.support.text import plain
+from tune.records.ranking import front
+from tune.records.trials import END_STATES, TrialRecord
+from tune.results.intervals import verdict
+from tune.results.outcome import Outcome, next_step
 
 
 def number_text(value: Any) -> str:

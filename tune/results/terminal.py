@@ -16,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from train_fn.support.text import plain
-from tune.records.goals import Goal
-from tune.records.trials import TrialRecord
-from tune.records.ranking import ranked
-from tune.results.summary import score_text
 from tune.config.settings import StudySettings
+from tune.records.end_state import DONE_STATES
+from tune.records.goals import Goal
+from tune.records.ranking import ranked
+from tune.records.trials import TrialRecord
+from tune.results.summary import score_text
 
 MOST_LANES = 8  # shown, so that the lines above keep their place
 SHOW_CURSOR = b"\x1b[?25h"
@@ -91,7 +92,7 @@ def footer(
     if best := ranked(records, goals, study.require)[:1]:
         name = goals[0][0]
         told.append(f"best {name} {score_text(best[0].value(name))} (trial {best[0].number})")
-    done = sum(record.state in ("COMPLETE", "STOPPED", "FAILED") for record in records)
+    done = sum(record.state in DONE_STATES for record in records)
     told.append(f"{done} of {study.trials} done, {len(running)} running")
     left = seconds_left(records, snapshot, study.trials - done, devices_per_trial)
     if left is not None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-from pathlib import Path
-from tune.records.trials import TrialRecord
 import dataclasses
-from train_fn.data.splitting import load_splits
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+from train_fn.data.splitting import load_splits
 from tune.records.optuna_study import as_optuna
 from tune.records.ranking import ranked
-from typing import TYPE_CHECKING
+from tune.records.trials import TrialRecord
 
 if TYPE_CHECKING:
-    import optuna
-
-
+    pass
 
 
 # Okabe and Ito's colours, which every kind of colour blindness tells apart; each state has a marker of its own as well.

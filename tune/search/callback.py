@@ -1,4 +1,4 @@
-"""What the driver hears of the trials, through Tune's callbacks: into the journal, and from there to all who listen."""
+"""Tune callback that writes trial events to the journal."""
 
 from __future__ import annotations
 
@@ -12,37 +12,41 @@ import ray.tune
 
 from tune.plan.prepare import Study
 from tune.records.budgets import exhausted_budget
+from tune.records.end_state import DONE_STATES, EndState
 from tune.records.goals import sign
 from tune.records.optuna_study import DatabaseExport
-from tune.records.trials import TrialRecord, fold
+from tune.records.trials import TrialRecord, trial_records
 from tune.results.summary import number_text
 from tune.search.early_stopping import should_stop
 from tune.tracking.delivery import Tracking
 
-REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished", "lane", "turn", "device", "notes",
-            "num_threads", "base_gib", "base_16_bit_gib", "base_hash", "data_hash", "wall_s",
-            "waited_s", "device_s", "system")  # fmt: skip
-
 
 class StudyLog(ray.tune.Callback, ray.tune.Stopper):
-    """Tune's callbacks, turned into events; and what ends the search, with all that runs, when a budget is used up.
-    `records` is what the journal has told so far."""
+    """Writes trial events to the journal, and ends the search when a budget is used up.
+
+    `records` holds the trials' records so far.
+
+    Args:
+        dispatcher: handle of the study's `Dispatcher`.
+        tracking: is notified of each event.
+        say: prints a line of the study's output.
+    """
 
     def __init__(self, study: Study, dispatcher: Any, tracking: Tracking, say: Callable[[str], None]) -> None:
         self.study = study
         self.dispatcher = dispatcher
         self.tracking = tracking
         self.say = say
-        self.records = fold(study.journal.events)
+        self.records = trial_records(study.journal.events)
         self.running: set[int] = set()  # of this session
-        self.ended_by = ""
+        self.ended_by = ""  # why the search ended before all trials had
         self.space_error = ""  # why the search space gave no further trial
         self.study_error = ""  # an error that ended the search and that no trial is to blame for
-        self.heard = -1  # events at the last look at the budgets
+        self.num_checked = -1  # events when the budgets were last checked
         self.export = DatabaseExport(study.directory / "optuna.db", study.name, study.goals)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it for a restore that nobody here asks for
+        return {}  # Tune pickles this object for a restore that is never used
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Write an epoch's report to the journal. Returns True if its trial is stopped early.
@@ -54,7 +58,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         number, epoch = result["number"], result["epoch"]
         # A trial whose Tune process was lost reports its epochs again.
         if epoch > len(self.records[number].epochs):
-            self._tell("report", number, **{name: result[name] for name in REPORTED if name in result})
+            self._write("report", number, **vars(result["report"]))
         return should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals)
 
     def stop_all(self) -> bool:
@@ -64,84 +68,87 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         config = trial.config
         if config["number"] not in self.running:
             self.running.add(config["number"])
-            self._tell("started", config["number"], **self._begin(config))
+            self._write("started", config["number"], **self._start_fields(config))
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number, last = trial.config["number"], trial.last_result
-        if "study_error" in last:  # the trial is not to blame: a session that goes on runs it again
+        if "study_error" in last:  # the trial is not to blame: a resumed study runs it again
             self.study_error = last["study_error"]
             self.ended_by = self.ended_by or self.study_error
         elif "error" in last:
-            self.end(number, "FAILED", last["error"], last["device_s"])
+            self.end(number, EndState.FAILED, last["error"], last["device_s"])
         else:
-            self.end(number, "COMPLETE" if self.records[number].finished else "STOPPED")
+            self.end(number, EndState.COMPLETE if self.records[number].finished else EndState.STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
         if trial.config["number"] in self.records:
-            self.end(trial.config["number"], "FAILED", "its Tune process was lost again and again")
+            self.end(trial.config["number"], EndState.FAILED, "its Tune process was lost again and again")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.check_lanes()
 
     def check_lanes(self) -> None:
-        """Raises RayActorError when the dispatcher, through which all lanes work, is gone."""
+        """Raises RayActorError when the dispatcher is gone: without it no lane can work."""
         ray.get(self.dispatcher.snapshot.remote())
 
     def spent(self) -> bool:
         """Whether a budget of the study is used up."""
         events, budgets = self.study.journal.events, self.study.settings.study
-        if not self.ended_by and (len(events) > self.heard or budgets.time_budget):  # asked at each turn of Tune's loop
-            self.heard = len(events)
+        # Tune asks in each step of its loop.
+        if not self.ended_by and (len(events) > self.num_checked or budgets.time_budget):
+            self.num_checked = len(events)
             self.ended_by = exhausted_budget(self.records.values(), events, budgets)
         return bool(self.ended_by)
 
     def close(self) -> list[TrialRecord]:
-        """All records, in the order of their numbers; a trial without an end was interrupted."""
+        """End the trials that still run as interrupted. Returns all records, by number."""
         for record in list(self.records.values()):
-            if record.state == "RUNNING":
-                # Tune kills a process that waits for its trial's next report, which then cannot stop it any more.
+            if record.state == EndState.RUNNING:
+                # Tune kills the trial's process while that waits for a report, so the process cannot do this itself.
                 self.dispatcher.stop.remote(record.number)
-                self.end(record.number, "INTERRUPTED")
+                self.end(record.number, EndState.INTERRUPTED)
         self._export(ended_only=False)
         return [self.records[number] for number in sorted(self.records)]
 
     def end(self, number: int, state: str, error: str = "", device_s: float = 0.0) -> None:
-        """Write a trial's end down, and tell of it."""
+        """Write a trial's end to the journal and print it."""
         record = self.records[number]
         name, mode = self.study.goals[0]
-        ended = [r for r in self.records.values() if r.state not in ("RUNNING", "INTERRUPTED")]
-        ended += [record] if state != "INTERRUPTED" else []
-        complete = [r.value(name) for r in ended if (r is record and state == "COMPLETE") or r.state == "COMPLETE"]
-        best = min((value for value in complete if value == value), key=lambda v: sign(mode) * v, default=None)
+        ended = [r for r in self.records.values() if r.state in DONE_STATES]
+        complete = [r for r in ended if r.state == EndState.COMPLETE]
+        ended += [record] if state in DONE_STATES else []
+        complete += [record] if state == EndState.COMPLETE else []
+        scores = [r.value(name) for r in complete]
+        best = min((value for value in scores if value == value), key=lambda v: sign(mode) * v, default=None)
         facts = {name: getattr(record, name) for name in ("step", "seconds", "applied", "lane", "device", "notes")}
         facts["device_s"] = max(device_s + record.spent_before, record.device_seconds)
-        self._tell("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
-        if state != "INTERRUPTED":
-            # What storage that fails keeps of it does no harm; an error here, Tune would take for the trial's.
+        self._write("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
+        if state in DONE_STATES:
+            # A folder that stays does no harm. Tune would count an error here as the trial's.
             with contextlib.suppress(OSError):
                 self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
             self._export()
         score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
         values = ", ".join(f"{key} {number_text(value)}" for key, value in record.searched.items())
         values += "; " + "; ".join(record.notes) if record.notes else ""
-        told = ": " + error.splitlines()[0] if error else ""
+        reason = ": " + error.splitlines()[0] if error else ""
         total = self.study.settings.study.trials
-        place = f"[{len(ended)}/{total}] trial {number}".ljust(len(f"[{total}/{total}] trial {total}"))
+        count = f"[{len(ended)}/{total}] trial {number}".ljust(len(f"[{total}/{total}] trial {total}"))
         took = f"{record.seconds.get('wall', 0):.1f} s"
-        self.say(f"{place} {f'{state.lower()}{told},':9} {score}, {took:>7} ({values})")
+        self.say(f"{count} {f'{state.lower()}{reason},':9} {score}, {took:>7} ({values})")
 
-    def _begin(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a trial's first event; those of its earlier one if the trial goes on."""
+    def _start_fields(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a trial's "started" event: of its point, or of its earlier event when the trial goes on."""
         if point := config.get("point"):
             settings = dataclasses.asdict(point.settings)
             params = point.searched | {name: settings[name] for name in point.decided}
             return {"searched": point.searched, "distributions": point.distributions, "settings": settings,
                     "params": params}  # fmt: skip
         events = self.study.journal.events
-        before = next(e for e in events if e["event"] == "started" and e["number"] == config["number"])
+        earlier = next(e for e in events if e["event"] == "started" and e["number"] == config["number"])
         names = ("searched", "distributions", "settings", "params")
-        return {name: before[name] for name in names if name in before}
+        return {name: earlier[name] for name in names if name in earlier}
 
     def _export(self, ended_only: bool = True) -> None:
         try:
@@ -149,9 +156,9 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         except OSError as error:
             self.say(f"optuna.db could not be written ({error}); the search does not need it")
 
-    def _tell(self, kind: str, number: int, **fields: Any) -> None:
+    def _write(self, kind: str, number: int, **fields: Any) -> None:
         event = self.study.journal.write(kind, number=number, **fields)
         if kind == "started" and number not in self.records:
             self.records[number] = TrialRecord.of(event)
-        self.records[number].hear(event)
+        self.records[number].apply(event)
         self.tracking.notify()

@@ -15,7 +15,7 @@ from tune.search.callback import StudyLog
 
 
 class Footer:
-    """A running study's footer: the journal's records, and what the dispatcher last answered. Never waits for it."""
+    """Draws the footer from the trials' records and the dispatcher's last snapshot. Never waits for the dispatcher."""
 
     def __init__(self, log: StudyLog, layout: Layout) -> None:
         self.log = log
@@ -24,9 +24,9 @@ class Footer:
         self.asked = log.dispatcher.snapshot.remote()
 
     def __call__(self) -> Group:
-        """The footer of this moment."""
+        """The footer now."""
         if ray.wait([self.asked], timeout=0)[0]:
-            # A dispatcher that is gone ends the search, which tells of it.
+            # The search ends and reports it when the dispatcher is gone.
             with contextlib.suppress(ray.exceptions.RayActorError):
                 self.snapshot = ray.get(self.asked)
             self.asked = self.log.dispatcher.snapshot.remote()

@@ -26,7 +26,7 @@ from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
 from tune.records.journal import read_events
 from tune.records.optuna_study import as_optuna
-from tune.records.trials import TrialRecord, fold
+from tune.records.trials import TrialRecord, trial_records
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def warm_start(study: Study, say: Callable[[str], None]) -> list[FrozenTrial]:
     if other is None:  # a study that goes on where the other one's files are not
         say(f"Warm start: {name} is not on this machine; the search goes on without it")
         return []
-    complete = [record for record in fold(read_events(other / "journal.jsonl")).values() if record.state == "COMPLETE"]
+    complete = [
+        record for record in trial_records(read_events(other / "journal.jsonl")).values() if record.state == "COMPLETE"
+    ]
     trials = []
     for record in complete:
         values = [record.value(goal) for goal, _ in study.goals]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.tune
 
+from train_fn.jobs import JobFailed, TrainJob
+
 
 class QueuedTrial(ray.tune.Trainable):
-    """Tune's side of a trial: hands its settings to the dispatcher, returns the reports that come back."""
+    """Submits a trial's settings to the dispatcher and returns the reports of the lane that trains it.
+
+    A result holds the trial's `number`, `epoch`, `finished`, and the `EpochReport` as `report`; or `error`, `device_s`
+    and, when no trial is to blame, `study_error`.
+    """
 
     def setup(self, config: dict[str, Any], dispatcher: Any = None, trials: str = "") -> None:  # type: ignore[override]
         self.dispatcher = dispatcher
@@ -27,25 +32,30 @@ class QueuedTrial(ray.tune.Trainable):
     def step(self) -> dict[str, Any]:
         report = ray.get(self.dispatcher.next_report.remote(self.number, self.seen))
         self.seen += 1
-        if "error" in report:
-            # A result and no exception: Tune begins a trial again whose process raised, as if the process were lost.
-            return {**report, "done": True}
-        # Tune overwrites `done` when it stops a trial itself.
-        costs = {"trainable_params": report["applied"]["trainable_params"], "train_s": report["seconds"]["train"]}
-        return {**report["metrics"], **costs, **report, "finished": report["done"], "number": self.number}
+        if isinstance(report, JobFailed):
+            # Not an exception: Tune would start the trial again, as after the loss of its process.
+            facts = {name: value for name, value in vars(report).items() if value != ""}
+            return {**facts, "done": True}
+        return {
+            "number": self.number,
+            "epoch": report.epoch,
+            "done": report.finished,  # Tune overwrites it when it stops a trial itself
+            "finished": report.finished,
+            "report": report,
+        }
 
     def cleanup(self) -> None:
         self._stop()
 
     def _submit(self, config: dict[str, Any]) -> None:
         self.number, self.seen = config["number"], 0
-        assignment = {
-            "kind": "train",
-            "settings": dataclasses.asdict(config["settings"]),
-            "output": str(self.trials / f"{self.number:04d}"),
-            "known_epochs": config["known_epochs"],
-        }
-        ray.get(self.dispatcher.submit.remote(self.number, assignment))
+        job = TrainJob(
+            number=config["number"],
+            settings=config["settings"],
+            output=self.trials / f"{self.number:04d}",
+            known_epochs=config["known_epochs"],
+        )
+        ray.get(self.dispatcher.submit.remote(job))
 
     def _stop(self) -> None:
         if self.number is not None:

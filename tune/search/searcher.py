@@ -12,7 +12,7 @@ from tune.config.samplers import grid_points
 from tune.config.space import SpaceError
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
-from tune.records.trials import DONE_STATES
+from tune.records.end_state import DONE_STATES
 from tune.search.callback import StudyLog
 from tune.search.points import propose, time_limit, warm_start
 

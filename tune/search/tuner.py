@@ -9,7 +9,7 @@ import ray.tune
 from tune.config.space import SpaceError
 from tune.lanes.layout import Layout
 from tune.plan.prepare import Study
-from tune.records.trials import DONE_STATES
+from tune.records.end_state import DONE_STATES, EndState
 from tune.search.callback import StudyLog
 from tune.search.early_stopping import should_stop
 from tune.search.points import ask_with, to_json
@@ -70,6 +70,6 @@ def end_decided_trials(study: Study, log: StudyLog) -> None:
             continue
         epoch = len(record.epochs)
         if record.finished:
-            log.end(record.number, "COMPLETE")
+            log.end(record.number, EndState.COMPLETE)
         elif epoch and should_stop(log.records, record.number, epoch, study.settings.study, study.goals):
-            log.end(record.number, "STOPPED")
+            log.end(record.number, EndState.STOPPED)

@@ -109,9 +109,6 @@ def log_entries(event: Event) -> list[tuple[int, dict[str, float]]]:
     return [*steps, (event["step"], {**event["metrics"], "epoch": event["epoch"], **system})]
 
 
-STATES = {"COMPLETE": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED", "INTERRUPTED": "KILLED"}
-
-
 def final_metrics(event: Event) -> dict[str, float]:
     """What a trial is compared by, at its end."""
     found = {f"{phase}_s": value for phase, value in event["seconds"].items()} | {"device_s": event["device_s"]}

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tune.config.uris import local_path
+from tune.records.end_state import IN_MLFLOW, EndState
 from tune.records.journal import Event
 from tune.tracking.calls import (
     CALL_S,
     SLOW_S,
-    STATES,
     UPLOAD_BYTES_PER_S,
     Refusal,
     StoreLost,
@@ -43,7 +43,7 @@ def note(directory: Path) -> str:
         return ""
     metric, trials = study["metric"], {trial["number"]: trial for trial in study["trials"]}
     states = [trial["state"] for trial in trials.values()]
-    counts = ", ".join(f"{states.count(state)} {state.lower()}" for state in STATES if state in states)
+    counts = ", ".join(f"{states.count(state)} {state.lower()}" for state in EndState if state in states)
     lines = [f"**Winner: trial {study['winner']}** of {len(trials)} ({counts}).", ""]
     gain = study["test"].get("difference", {}).get(metric)
     lines += [verdict(gain, metric), ""] if gain and gain["interval"] else []
@@ -259,7 +259,7 @@ class MLflowSink:
         told = [event.get("epoch") for event in events if event.get("event") == "report"]
         epochs = {epoch for epoch in told if isinstance(epoch, int)}
         states = [
-            STATES.get(str(event.get("state"))) if str(event["event"]).endswith("ended") else "RUNNING"
+            IN_MLFLOW.get(str(event.get("state"))) if str(event["event"]).endswith("ended") else "RUNNING"
             for event in events
             if event.get("event") in ("session", "started", "ended", "study_ended")
         ]
@@ -295,7 +295,7 @@ class MLflowSink:
 
     def _on_ended(self, event: Event) -> None:
         run = self._child(event["number"])
-        self._try("state", lambda: self.client.set_terminated(run, STATES[event["state"]], self.when))
+        self._try("state", lambda: self.client.set_terminated(run, IN_MLFLOW[event["state"]], self.when))
         tags = {name: event[name] for name in ("error", "lane", "device")}
         self._tags(run, tags | {"end_state": event["state"], "notes": "; ".join(event["notes"])})
         self._metrics(run, [(event["step"], final_metrics(event))])
@@ -316,7 +316,7 @@ class MLflowSink:
 
     def _on_study_ended(self, event: Event) -> None:
         run, directory = self._parent(), self.target.directory
-        self._try("state", lambda: self.client.set_terminated(run, STATES[event["state"]], self.when))
+        self._try("state", lambda: self.client.set_terminated(run, IN_MLFLOW[event["state"]], self.when))
         self._tags(run, {"end_state": event["state"], **event["tags"]})
         self._metrics(run, [(event["num_trials"], event["metrics"])])
         self._try("note", lambda: self.client.set_tag(run, "mlflow.note.content", note(directory)[:5000]))

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from train_fn.support.storage import Storage
+from tune.records.end_state import IN_WANDB
 from tune.records.journal import Event
-from tune.tracking.calls import STATES, Refusal, StoreUnavailable, log_entries, reason_of
+from tune.tracking.calls import Refusal, StoreUnavailable, log_entries, reason_of
 from tune.tracking.target import Target, inside
 
 """A call of an event that a store has refused, and the reason."""
@@ -70,7 +71,7 @@ class WandbSink:
         elif event["event"] == "ended":
             run = self._run(event["number"])
             run.summary.update({"end_state": event["state"], "error": event["error"]})
-            run.finish(exit_code=0 if STATES[event["state"]] == "FINISHED" else 1)
+            run.finish(exit_code=IN_WANDB[event["state"]])
             del self.runs[event["number"]]
         return []
 
