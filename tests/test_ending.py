@@ -29,7 +29,7 @@ from studies import LAYOUT, ROOT, SMALL, finish, start, wait_for, write_adapter,
 
 from tune.config.cli import parse
 from tune.records.journal import Journal
-from tune.results.summary import print_summary
+from tune.results.console import print_summary
 
 NUM_TEST = 12
 
@@ -43,7 +43,7 @@ def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Drawing takes seconds: a report without pictures, but for the tests that ask for `real_report`."""
     import tune.results.report
 
-    def write(content: dict[str, Any], directory: Path) -> list[Path]:
+    def write(content: dict[str, Any], directory: Path, search: Any) -> list[Path]:
         path = directory / "report.html"
         path.write_text("<html>")
         return [path]
@@ -83,7 +83,9 @@ def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     from train_fn.scoring.metrics import bootstrap_intervals
 
     monkeypatch.setattr("tune.study.Tracking", Stores)
-    monkeypatch.setattr("tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
+    monkeypatch.setattr(
+        "tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9)
+    )
 
 
 @pytest.fixture

@@ -19,13 +19,14 @@ from PIL import Image
 from train_fn.data.samples import Sample, Splits
 from train_fn.data.splitting import DataReport, save_splits
 from train_fn.settings import ModelSettings, TrialSettings
+from tune.conclude import load_search
 from tune.config.settings import DataSettings, StudySettings
 from tune.records.goals import Goal
 from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
 from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
 from tune.results.report import write_report
-from tune.results.view import View, load_search
+from tune.results.view import View
 
 HOSTILE = "<img src=x onerror=alert('$x$')>"
 ANSWERS = ("Normal", "Malignant")
@@ -169,7 +170,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], lis
     """study.json's content, what was written, and the report of a study with every kind of trial and hostile names."""
     folder = tmp_path_factory.mktemp("mixed")
     study, directory = make_study(folder, MIXED, confirmations={0: [0.8, 0.7], 2: [0.9, 0.8]}, ended_by=HOSTILE)
-    return study, write_report(study, directory), Page((directory / "report.html").read_text())
+    return (
+        study,
+        write_report(study, directory, load_search(directory, "")),
+        Page((directory / "report.html").read_text()),
+    )
 
 
 def test_the_report_is_whole_and_fetches_nothing(mixed) -> None:
@@ -216,7 +221,7 @@ def test_trials_are_ordered_and_named_by_their_end(mixed) -> None:
     ("states", "changes", "told"),
     [
         (["FAILED"] * 3, {}, "No adapter: no trial completed"),
-        (["COMPLETE"], {"test": {}}, "The guide’s defaults (trial 0) are the best found"),
+        (["COMPLETE"], {"test": {}}, "The guide's defaults (trial 0) are the best found"),
         (["COMPLETE", "COMPLETE", "INTERRUPTED"], {"test": {}, "state": "INTERRUPTED"}, "The study was interrupted"),
         (["INTERRUPTED"], {"state": "INTERRUPTED"}, "No adapter: interrupted before a trial was completed"),
         (["FAILED", "COMPLETE", "COMPLETE"], {}, "is the best adapter found"),
@@ -228,7 +233,7 @@ def test_every_end_of_a_study_has_its_report(
 ) -> None:
     study, directory = make_study(tmp_path, states, tested=changes.get("test") != {})
     study |= changes
-    write_report(study, directory)
+    write_report(study, directory, load_search(directory, ""))
     page = Page((directory / "report.html").read_text())
     assert told in page.text
     assert sorted(page.numbers) == list(range(len(states)))
@@ -238,7 +243,7 @@ def test_every_end_of_a_study_has_its_report(
 def test_without_a_closed_set_of_answers(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5, closed=False)
     study |= {"metric": "loss", "mode": "min", "goals": [["loss", "min"]]}
-    paths = write_report(study, directory)
+    paths = write_report(study, directory, load_search(directory, ""))
     assert "confusions.png" not in {path.name for path in paths}
     page = Page((directory / "report.html").read_text())
     assert "no small closed set" in page.text
@@ -249,7 +254,7 @@ def test_without_a_closed_set_of_answers(tmp_path: Path) -> None:
 def test_several_goals_name_the_front(tmp_path: Path) -> None:
     goals = (("auroc", "max"), ("trainable_params", "min"))
     study, directory = make_study(tmp_path, ["COMPLETE"] * 8, goals=goals)
-    paths = write_report(study, directory)
+    paths = write_report(study, directory, load_search(directory, ""))
     assert {"importances.png", "explore.html"} <= {path.name for path in paths}
     page = Page((directory / "report.html").read_text())
     assert study["front"]
@@ -263,14 +268,14 @@ def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
     study["trials"][2]["epochs"] = []
     for scores in study["test"].values():
         scores["auroc"] = {"value": None, "interval": None}
-    write_report(json.loads(json.dumps(study)), directory)
+    write_report(json.loads(json.dumps(study)), directory, load_search(directory, ""))
     page = Page((directory / "report.html").read_text())
     assert sorted(page.numbers[-2:]) == [1, 2] and "undefined" in page.text
 
 
 def test_more_than_a_hundred_trials(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE", "STOPPED", "STOPPED"] * 40)
-    paths = write_report(study, directory)
+    paths = write_report(study, directory, load_search(directory, ""))
     page = Page((directory / "report.html").read_text())
     assert sorted(page.numbers) == list(range(120))
     assert all(path.stat().st_size < 150_000 for path in paths if path.suffix == ".png")
@@ -278,7 +283,7 @@ def test_more_than_a_hundred_trials(tmp_path: Path) -> None:
 
 def test_confusion_counts_the_test(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, MIXED)
-    figure = confusions(View(study, directory))
+    figure = confusions(View(study, directory, load_search(directory, "")))
     assert not isinstance(figure, str)
     for axes in figure.axes:  # of six normal images five are called so, of four malignant ones three
         assert [text.get_text() for text in axes.texts] == ["5", "1", "1", "3"]
@@ -296,7 +301,7 @@ def test_calibration_error() -> None:
 
 def test_axes_follow_the_search(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
-    view = View(study, directory)
+    view = View(study, directory, load_search(directory, ""))
     record = view.records[3]  # number 3 is moved by (3 * 0.618 % 1 - 0.5) * 0.04
     moved = (3 * 0.618 % 1 - 0.5) * 0.04
     record.searched |= {"learning_rate": 1e-3, "lora_r": 16}
@@ -309,7 +314,7 @@ def test_axes_follow_the_search(tmp_path: Path) -> None:
 
 def test_importances_find_what_matters_and_leave_conditional_settings_out(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 60)
-    figure = importances(View(study, directory))
+    figure = importances(View(study, directory, load_search(directory, "")))
     assert not isinstance(figure, str)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names[-1] == "learning_rate" and sorted(names) == ["learning_rate", "lora_r", "train_projector"]
@@ -327,7 +332,9 @@ def test_another_studys_trials_are_left_out(tmp_path: Path) -> None:
 
 def test_spans_leave_out_what_a_trial_waited(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 4)
-    found = [(record.number, start, end) for record, start, end in spans(View(study, directory))]
+    found = [
+        (record.number, start, end) for record, start, end in spans(View(study, directory, load_search(directory, "")))
+    ]
     assert found == [(0, 0.0, 9.0), (1, 0.0, 9.0), (2, 10.0, 19.0), (3, 10.0, 19.0)]
 
 
@@ -340,7 +347,7 @@ def test_text_that_cannot_be_printed_is_written_in_words(tmp_path: Path) -> None
     for trial in study["trials"]:
         trial["searched"][UNPRINTABLE] = UNPRINTABLE
     study["trials"][3]["error"] = UNPRINTABLE
-    paths = write_report(study, directory)
+    paths = write_report(study, directory, load_search(directory, ""))
     text = (directory / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not set(text) & {"\x1b", "\x00", "\u202e", "\udcff"}
@@ -353,9 +360,9 @@ def test_without_a_readable_optuna_db_the_rest_is_there(tmp_path: Path, damage: 
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
     path = directory / "optuna.db"
     path.write_bytes(path.read_bytes()[:6000] if damage is None else damage)
-    write_report(study, directory)
+    write_report(study, directory, load_search(directory, ""))
     page = Page((directory / "report.html").read_text())
-    assert "Not drawn: the search's optuna.db is missing or cannot be read" in page.text
+    assert "Not drawn: the search's trials are missing or cannot be read" in page.text
     assert sorted(page.numbers) == list(range(5))
 
 
@@ -374,7 +381,7 @@ def test_an_interrupted_study_and_a_failed_guide_are_not_praised(tmp_path: Path)
     study, directory = make_study(tmp_path, ["COMPLETE", "COMPLETE", "INTERRUPTED"])
     study |= {"state": "INTERRUPTED", "winner": 0}
     study["test"].pop("difference")
-    write_report(study, directory)
+    write_report(study, directory, load_search(directory, ""))
     text = Page((directory / "report.html").read_text()).text
     assert "were not looked at" not in text  # they were: the study was interrupted afterwards
     assert "--resume" in text and "--trials" not in text.partition("Go on with the study")[2]

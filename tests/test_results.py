@@ -15,9 +15,10 @@ from tune.config.uris import default_uri
 from tune.records.budgets import spent, wall_seconds
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, fold
-from tune.results.intervals import difference, make_scorer, verdict, with_intervals
+from tune.results.console import print_summary
+from tune.results.intervals import difference, make_scorer, with_intervals
 from tune.results.outcome import Outcome
-from tune.results.summary import print_summary
+from tune.results.summary import comparison_sentence
 
 AUROC = (("auroc", "max"),)
 
@@ -47,7 +48,7 @@ def test_confirmation_decides_by_the_mean(tmp_path) -> None:
     outcome = Outcome("s", tmp_path, AUROC, records)
     # The first seed of trial 2 has failed.
     for number, run, value in [(1, 1, 0.7), (1, 2, 0.7), (2, 2, 0.9), (2, 3, 0.7), (0, 1, 0.6), (0, 2, 0.7)]:
-        outcome.hear({"event": "confirmed", "number": number, "run": run, "value": value})
+        outcome.apply({"event": "confirmed", "number": number, "run": run, "value": value})
     outcome.choose_winner()
     assert outcome.winner is records[2]
     assert outcome.adapter_of(records[2]) == tmp_path / "trials" / "0002" / "confirm-2" / "final_model"
@@ -138,10 +139,10 @@ def test_a_new_winner_does_not_inherit_test_scores(tmp_path) -> None:
         (tmp_path / "trials" / f"{number:04d}" / "final_model").mkdir(parents=True)
     outcome = Outcome("s", tmp_path, AUROC, records)
     event = {"event": "tested", "tests": {"winner": {}}, "predictions": {}}
-    outcome.hear(event | {"adapters": {"winner": "trials/0001/final_model"}})
+    outcome.apply(event | {"adapters": {"winner": "trials/0001/final_model"}})
     outcome.choose_winner()
     assert outcome.tests == {"winner": {}}
-    outcome.hear(event | {"adapters": {"winner": "trials/0000/final_model"}})
+    outcome.apply(event | {"adapters": {"winner": "trials/0000/final_model"}})
     outcome.choose_winner()
     assert outcome.tests == {}
 
@@ -182,13 +183,15 @@ def test_a_paired_interval_is_narrower_than_the_two_alone(splits) -> None:
     alone = with_intervals(one, images)["auroc"]["interval"]
     assert gain["interval"][0] > 0
     assert gain["interval"][1] - gain["interval"][0] < alone[1] - alone[0]
-    assert "better than the guide" in verdict(gain, "auroc") and "worse than" in verdict(gain, "loss")
+    assert "better than the guide" in comparison_sentence(gain, "auroc") and "worse than" in comparison_sentence(
+        gain, "loss"
+    )
 
 
 def test_noise_is_called_noise(splits) -> None:
     one, two = (make_scorer(predicted(splits, 1.0, seed), splits, True, "b") for seed in (1, 2))
     gain = with_intervals(difference(one, two), np.arange(200))["auroc"]
-    assert "not distinguishable from" in verdict(gain, "auroc")
+    assert "not distinguishable from" in comparison_sentence(gain, "auroc")
 
 
 def test_states_and_exit_codes(tmp_path: Path) -> None:

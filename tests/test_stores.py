@@ -25,7 +25,6 @@ from tune.config.cli import parse
 from tune.config.paths import SettingsError
 from tune.config.uris import default_uri, is_own, scrub, strip_credentials, tracking_uri
 from tune.records.journal import encode
-from tune.tracking import sinks
 from tune.tracking.__main__ import main
 from tune.tracking.calls import prepare_mlflow
 from tune.tracking.delivery import Tracking, read_deliveries
@@ -129,7 +128,7 @@ ALL = {"study": "FINISHED", "0": "FINISHED", "1": "KILLED"}
 
 def test_a_sound_store_receives_all_and_the_cursor_is_the_stores(uri, tmp_path, capsys) -> None:
     directory = make_study(tmp_path, uri)
-    assert sync(capsys, directory) == (0, "mlflow: all records told\n", "")
+    assert sync(capsys, directory) == (0, "mlflow: all records delivered\n", "")
     assert states(uri) == ALL and artifacts(uri, "study") == {"report.html"}
     stored = json.loads((directory / "tracking.json").read_text())
     assert stored["format"] == 2 and stored["stores"] == {uri: {"next": 9, "again": [], "refused": []}}
@@ -203,7 +202,7 @@ def test_artifacts_that_cannot_be_stored_cost_no_end_state(uri, tmp_path, capsys
     assert sync(capsys, directory)[0] == 1  # as long as it is missing
     if place == "file":
         (tmp_path / "art").unlink()
-        assert sync(capsys, directory)[:2] == (0, "mlflow: all records told\n")
+        assert sync(capsys, directory)[:2] == (0, "mlflow: all records delivered\n")
         assert artifacts(uri, "study") == {"report.html"} and artifacts(uri, "0") == {"settings.json", "applied.json"}
         assert states(uri) == ALL
 
@@ -234,7 +233,7 @@ def test_files_that_are_refused_slowly_are_given_up_for_a_while(uri, tmp_path, c
         time.sleep(0.03)
         raise OSError("no credentials found on the network")
 
-    monkeypatch.setattr(sinks, "SLOW_S", 0.02)
+    monkeypatch.setattr("tune.tracking.mlflow_sink.SLOW_S", 0.02)
     monkeypatch.setattr(MlflowClient, "log_dict", wait)
     monkeypatch.setattr(MlflowClient, "log_artifact", wait)
     code, out, _ = sync(capsys, make_study(tmp_path, uri))
@@ -356,7 +355,7 @@ def test_what_a_store_has_lost_is_delivered_again(uri, tmp_path, capsys, empty_s
     directory = make_study(tmp_path, uri)
     assert sync(capsys, directory)[0] == 0
     lose(uri, empty_store)
-    assert sync(capsys, directory)[:2] == (0, "mlflow: all records told\n")
+    assert sync(capsys, directory)[:2] == (0, "mlflow: all records delivered\n")
     assert states(uri) == ALL
     run = run_of(uri, "0")
     steps = [metric.step for metric in MlflowClient(uri).get_metric_history(run.info.run_id, "auroc")]
@@ -411,7 +410,7 @@ def test_the_first_versions_cursor_is_understood(uri, tmp_path, capsys) -> None:
     assert sync(capsys, directory)[0] == 0
     before = {key: run_of(uri, key).info.run_id for key in ALL}
     (directory / "tracking.json").write_text('{"mlflow": 9, "tensorboard": 3}')
-    assert sync(capsys, directory) == (0, "mlflow: all records told\n", "")
+    assert sync(capsys, directory) == (0, "mlflow: all records delivered\n", "")
     (directory / "tracking.json").write_text('{"mlflow": 4}')
     assert sync(capsys, directory)[0] == 0 and {key: run_of(uri, key).info.run_id for key in ALL} == before
 
@@ -449,7 +448,7 @@ def test_a_damaged_or_foreign_cursor_costs_no_record(uri, tmp_path, capsys, cont
     directory = make_study(tmp_path, uri)
     (directory / "tracking.json").write_text(content)
     code, out, err = sync(capsys, directory)
-    assert (code, out) == (0, "mlflow: all records told\n") and "delivered again" in err and states(uri) == ALL
+    assert (code, out) == (0, "mlflow: all records delivered\n") and "delivered again" in err and states(uri) == ALL
 
 
 def test_events_that_the_journal_left_out_move_no_cursor(uri, tmp_path, capsys) -> None:
@@ -497,7 +496,9 @@ def test_a_folder_that_cannot_be_written_is_found_first_and_costs_no_other_store
     (problem,) = check_store(parse(["--report-to", kind]), directory, uri, print)
     assert f"`--report-to` {kind} writes to {directory / folder}, but" in problem
     code, out, _ = sync(capsys, directory)
-    assert code == 1 and "mlflow: all records told" in out and f"{kind}: " in out and "records wait, refused" in out
+    assert (
+        code == 1 and "mlflow: all records delivered" in out and f"{kind}: " in out and "records wait, refused" in out
+    )
     if kind == "tensorboard":
         (directory / folder).unlink()
         assert sync(capsys, directory)[0] == 0
@@ -507,7 +508,7 @@ def test_a_folder_that_cannot_be_written_is_found_first_and_costs_no_other_store
 def test_other_stores_receive_all_trials(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     directory = make_study(tmp_path, "sqlite:///unused", report_to=("tensorboard", "wandb"))
-    assert sync(capsys, directory)[:2] == (0, "tensorboard: all records told\nwandb: all records told\n")
+    assert sync(capsys, directory)[:2] == (0, "tensorboard: all records delivered\nwandb: all records delivered\n")
     assert len(list(directory.glob("trials/*/runs/events*"))) == 2
     assert len(list(directory.glob("wandb/offline-run-*"))) == 2
 
@@ -622,7 +623,7 @@ def hang(handler: Any) -> None:
 
 @pytest.mark.parametrize("answer", [trickle, hang])
 def test_a_server_that_never_answers_delays_by_a_said_time(uri, tmp_path, capsys, monkeypatch, answer) -> None:
-    monkeypatch.setattr(sinks, "CALL_S", 0.5)
+    monkeypatch.setattr("tune.tracking.mlflow_store.CALL_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setattr("tune.tracking.store_check.CHECK_S", 0.5)
     with served(answer) as (address, asked):
@@ -748,12 +749,12 @@ def test_the_doctor_says_what_a_study_would_be_refused_with(uri, tmp_path) -> No
 def test_the_command_that_shows_the_trials_can_be_pasted(tmp_path, monkeypatch) -> None:
     import shlex
 
-    from tune.results.summary import next_mlflow
+    from tune.results.summary import mlflow_command
 
     monkeypatch.chdir(tmp_path)
-    assert next_mlflow(default_uri()) == "mlflow ui"
+    assert mlflow_command(default_uri()) == "mlflow ui"
     for uri in ("sqlite+pysqlite:////a b/c%3F/mlflow.db", "http://host:1/a&b", "sqlite:////a;b/$x/mlflow.db"):
-        assert shlex.split(next_mlflow(uri))[-1] == uri
+        assert shlex.split(mlflow_command(uri))[-1] == uri
 
 
 # ------------------------------------------------------------------------------------------------ URIs
@@ -863,5 +864,5 @@ def test_a_command_line_error_needs_no_mlflow() -> None:
     import subprocess
     import sys
 
-    code = "import sys\nfrom tune.settings import parse\nparse([])\nassert 'mlflow' not in sys.modules, 'imported'"
+    code = "import sys\nfrom tune.config.cli import parse\nparse([])\nassert 'mlflow' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

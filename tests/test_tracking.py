@@ -362,7 +362,7 @@ def test_a_server_that_stays_away_and_sync(server, study, undisturbed, tmp_path)
     for back in (0, 0, 3, len(events)):  # delivered; nothing to do; a kill before the cursor was written; all again
         (directory / "tracking.json").write_text(json.dumps({"mlflow": told(directory) - back}))
         done = sync(directory, "--mlflow-uri", server.uri)
-        assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
+        assert done.returncode == 0 and "mlflow: all records delivered" in done.stdout and not done.stderr, done
         assert stored(server.uri, "away") == undisturbed
 
 
@@ -371,7 +371,7 @@ def test_a_store_that_was_lost_is_told_everything_again(study, undisturbed, tmp_
     directory = copy_of(study, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "lost")
     (directory / "tracking.json").write_text(json.dumps({"mlflow": len(read_events(directory / "journal.jsonl"))}))
     done = sync(directory)
-    assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
+    assert done.returncode == 0 and "mlflow: all records delivered" in done.stdout and not done.stderr, done
     found = stored(f"sqlite:///{tmp_path}/mlflow.db", "lost")
     assert {key: run["metrics"] for key, run in found.items() if key != "models"} == {
         key: run["metrics"] for key, run in undisturbed.items() if key != "models"

@@ -1,20 +1,26 @@
-"""The end of a study: winner's adapter, study.json, report, the journal's last event."""
+"""The end of a study: the winner's adapter, study.json, the report, the journal's last event."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tune.plan.prepare import Study
 from tune.results.outcome import Outcome
 from tune.signals import StopSignals
 from tune.tracking.delivery import Tracking
 
+if TYPE_CHECKING:
+    import optuna
+
 
 def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], stop: StopSignals) -> None:
-    """Write what was found: the winner's adapter, study.json, the report, the journal's last event. What cannot be
-    written costs itself only, with a note. The first signal leaves out the report, the second all that is left."""
-    if not outcome.records:  # a signal came while they were collected
+    """Write the winner's adapter, study.json, the report, and the journal's last event.
+
+    A step that fails leaves a note and does not stop the others. The first signal skips the report, the second all
+    remaining steps.
+    """
+    if not outcome.records:  # a signal arrived while they were collected
         outcome.read(study.journal.events)
     for report in (True, False):
         try:
@@ -28,7 +34,7 @@ def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[st
 
 
 def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], report: bool) -> None:
-    """The steps of `conclude`, once."""
+    """Take the steps of `conclude` once."""
     artifacts: list[Path] = []
     try:
         if outcome.winner is None and not outcome.rejected:
@@ -44,8 +50,9 @@ def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: di
         from tune.results.report import write_report
 
         try:
-            artifacts += write_report(content, study.directory)
-        except Exception as error:  # whatever a drawing library raises costs the report alone
+            search = load_search(study.directory, study.settings.study.warm_start)
+            artifacts += write_report(content, study.directory, search)
+        except Exception as error:  # whatever a drawing library raises costs only the report
             outcome.incomplete = True
             outcome.note(f"the report could not be written ({type(error).__name__}: {error})".splitlines()[0])
     final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
@@ -60,7 +67,11 @@ def end_of_study(
     artifacts: list[Path],
     timeout_s: float = 60,
 ) -> None:
-    """Write the last event of a session, and wait until the stores have received all events."""
+    """Write the last event of a session, and wait until the stores have received all events.
+
+    Args:
+        artifacts: files to log in the tracking stores.
+    """
     scores = {f"best_{name}": value for name, value in outcome.winner.metrics.items()} if outcome.winner else {}
     tests = {f"test_{name}": f"{score['value']:.4f}" for name, score in outcome.tests.get("winner", {}).items()}
     hashes = {name: study.plan[name] for name in ("data_hash", "base_hash")}
@@ -81,3 +92,25 @@ def end_of_study(
     tracking.notify()
     for sentence in tracking.notes(timeout_s):
         outcome.note(sentence)
+
+
+def load_search(directory: Path, warm_start: str) -> optuna.Study | None:
+    """The study's own trials from optuna.db; None if it is missing or cannot be read."""
+    import optuna
+    import sqlalchemy
+
+    from tune.records.trials import PRIOR
+
+    path = directory / "optuna.db"
+    if not path.exists():
+        return None
+    url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
+    try:
+        stored = optuna.load_study(study_name=directory.name, storage=url)
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, KeyError, RuntimeError):
+        return None  # damaged, or of another study
+    if not warm_start:
+        return stored
+    own = optuna.create_study(directions=stored.directions)
+    own.add_trials([trial for trial in stored.get_trials(deepcopy=False) if PRIOR not in trial.user_attrs])
+    return own

@@ -41,7 +41,7 @@ def begin(argv: list[str]) -> Study | int:
 
         return examine(settings, say)
     if settings.command.show:
-        from tune.results.summary import print_summary
+        from tune.results.console import print_summary
         from tune.show import show
 
         print_summary(show(study_directory(settings.command.show, settings.study.results).resolve()))  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted: nothing has been changed.", file=sys.stderr)
         return 130
-    from tune.results.summary import print_summary
+    from tune.results.console import print_summary
 
     try:
         print_summary(outcome)

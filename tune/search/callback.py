@@ -13,7 +13,7 @@ from tune.plan.prepare import Study
 from tune.records.budgets import spent
 from tune.records.goals import sign
 from tune.records.trials import TrialRecord, fold
-from tune.results.summary import number_text
+from tune.results.summary import format_settings
 from tune.tracking.delivery import Tracking
 
 REPORTED = ("epoch", "step", "metrics", "log", "applied", "seconds", "finished", "lane", "turn", "device", "notes",
@@ -115,7 +115,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             with contextlib.suppress(OSError):
                 self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
         score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
-        values = ", ".join(f"{key} {number_text(value)}" for key, value in record.searched.items())
+        values = format_settings(record.searched)
         values += "; " + "; ".join(record.notes) if record.notes else ""
         told = ": " + error.splitlines()[0] if error else ""
         total = self.study.settings.study.trials
