@@ -381,7 +381,7 @@ def test_a_lost_test_can_be_given_by_resume(new_study, stand_ins, capsys) -> Non
 def test_a_report_that_fails_costs_the_report_only(new_study, monkeypatch, capsys, error: Exception) -> None:
     folder = finished_study(new_study)
 
-    def fail(content: dict[str, Any], directory: Path) -> None:
+    def fail(*arguments: Any) -> None:
         raise error
 
     with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from train_fn.data.splitting import DataReport
 from train_fn.support.files import write_file
 from train_fn.support.text import plain, plain_values
 from tune.results.pictures import draw
-from tune.results.summary import format_metric, format_score, format_value
+from tune.results.summary import format_metric, format_score, format_spread, format_value
 from tune.results.view import View
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def write_report(study: dict[str, Any], directory: Path, search: optuna.Study | 
         data_sentences=DataReport(**study["data_report"]).sentences(),
         format_metric=format_metric,
         format_score=format_score,
+        format_spread=format_spread,
         format_value=format_value,
     )
     path = directory / "report.html"
@@ -88,7 +89,7 @@ def write_explorer(view: View, path: Path) -> list[Path]:
         figure.update_layout(template="plotly_white", title=name, width=None, autosize=True)
         options = {"include_plotlyjs": not parts, "config": {"displaylogo": False, "responsive": True}}
         parts.append(figure.to_html(full_html=False, **options))
-    title = html.escape(view.summary.name)
+    title = html.escape(view.summary.study["name"])
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         '<body style="font-family:system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem">'

@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,76 +24,67 @@ Score = dict[str, Any]  # "value" and "interval" (low, high) of a test metric; N
 
 
 @dataclass(frozen=True)
-class Confirmation:
-    """A trial's values of the first goal over fresh seeds or folds (`--confirm`)."""
-
-    number: int
-    values: list[float]
-    mean: float
-    deviation: float
-    """Sample standard deviation; NaN for fewer than two values."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a study found. The text is plain: no markup, and no escaping done yet."""
+    """What a study found. Its texts are plain: no markup, nothing escaped."""
 
-    name: str
-    state: str
-    """COMPLETE, INTERRUPTED or FAILED."""
-    goals: list[Goal]
-    records: list[TrialRecord]
-    """By number."""
-    ranked: list[TrialRecord]
-    """Completed trials with a score, best first."""
-    order: list[TrialRecord]
-    """All trials: `ranked`, then unfinished ones with a score, best first, then the rest."""
-    winner: TrialRecord | None
-    guide: TrialRecord | None
-    """Trial 0: the fine-tuning guide's defaults."""
-    front: list[int]
-    """Trials on the Pareto front; empty with one goal."""
-    confirmations: list[Confirmation]
-    tests: dict[str, dict[str, Score]]
-    """Test scores by "winner", "guide" and "difference", and by metric."""
-    test_note: str
-    comparison: str
-    """The test's verdict on winner and guide; empty: they cannot be compared."""
-    error: str
-    ended_by: str
-    notes: list[str]
-    wall_s: float
-    busy_share: float
-    """Share of the lanes' wall time that was training or evaluation."""
-    lanes: int
-    profile: dict[str, float]
-    """Share of the trials' time by phase (`--profile`)."""
-    results: Path
-    """The file that holds all trials."""
-    adapter: str
-    """The winner's adapter; empty: none can be used."""
-    next_step: str
-    """What to do next, in two words: a key of `commands`."""
-    commands: dict[str, str]
-    """Shell commands by what they are for."""
+    study: Mapping[str, Any]
+    """The content of study.json, or what `Outcome.to_dict` returns."""
+    directory: Path
+    """The study's folder."""
+
+    @cached_property
+    def goals(self) -> list[Goal]:
+        return [(name, mode) for name, mode in self.study["goals"]]
 
     @property
     def metric(self) -> str:
         """The first goal's name."""
         return self.goals[0][0]
 
-    @property
+    @cached_property
+    def records(self) -> list[TrialRecord]:
+        """All trials, by number."""
+        return [read_record(trial) for trial in self.study["trials"]]
+
+    @cached_property
+    def ranked(self) -> list[TrialRecord]:
+        """Completed trials with a score, best first."""
+        return ranked(self.records, self.goals, self.study.get("require", ()))
+
+    @cached_property
+    def order(self) -> list[TrialRecord]:
+        """All trials: `ranked`, then the others with a score, best first, then the rest."""
+        ranks = {record.number: rank for rank, record in enumerate(self.ranked)}
+
+        def key(record: TrialRecord) -> tuple[int, float]:
+            score = sign(self.goals[0][1]) * record.value(self.metric)
+            return (
+                (0, ranks[record.number]) if record.number in ranks else (1, score) if math.isfinite(score) else (2, 0)
+            )
+
+        return sorted(self.records, key=key)
+
+    @cached_property
+    def winner(self) -> TrialRecord | None:
+        return next((record for record in self.records if record.number == self.study["winner"]), None)
+
+    @cached_property
+    def guide(self) -> TrialRecord | None:
+        """Trial 0: the fine-tuning guide's defaults."""
+        return next((record for record in self.records if record.number == 0), None)
+
+    @cached_property
     def parameters(self) -> list[str]:
-        """The searched parameters."""
+        """Names of the searched parameters."""
         return list(dict.fromkeys(name for record in self.records for name in record.searched))
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
-        """The columns of a table of trials: the goals, and some metrics beside them that any trial has."""
+        """Columns of a table of trials: the goals, and some metrics beside them that any trial has."""
         names = dict.fromkeys([*(name for name, _ in self.goals), "macro_f1", "auroc", "loss"])
         return [name for name in names if any(math.isfinite(record.value(name)) for record in self.records)]
 
-    @property
+    @cached_property
     def counts(self) -> dict[str, int]:
         """Number of trials by state, without zeros."""
         counts = Counter(record.state for record in self.records)
@@ -100,19 +92,29 @@ class Summary:
 
     @property
     def counts_text(self) -> str:
-        """`counts` in words."""
         return ", ".join(f"{count} {state.lower()}" for state, count in self.counts.items())
 
-    @property
+    @cached_property
     def errors(self) -> dict[str, int]:
         """First lines of the failed trials' errors, and how many trials ended with each."""
         errors = [record.error.strip() or "unknown error" for record in self.records if record.state == "FAILED"]
         return Counter(error.splitlines()[0] for error in errors)
 
+    @cached_property
+    def confirmations(self) -> dict[int, list[float]]:
+        """Values of the first goal over fresh seeds or folds, by trial (`--confirm`)."""
+        stored = self.study["confirmations"].items()
+        return {int(number): [math.nan if v is None else v for v in values] for number, values in stored}
+
+    def test_score(self, who: str) -> Score | None:
+        """The first goal's test score of "winner" or "guide", or their "difference", if it has an interval."""
+        score = self.study["test"].get(who, {}).get(self.metric)
+        return score if score and score["interval"] and is_number(score["value"]) else None
+
     @property
     def headline(self) -> str:
         """The outcome in one sentence, without its full stop."""
-        interrupted = self.state == "INTERRUPTED"
+        interrupted = self.study["state"] == "INTERRUPTED"
         if not self.winner and self.ranked:
             return "No adapter: those of the completed trials cannot be used"
         if not self.winner:
@@ -122,99 +124,47 @@ class Summary:
             return f"The guide's defaults (trial 0) are the best {found}"
         return f"Trial {self.winner.number} is the best adapter {found}"
 
+    @cached_property
+    def comparison(self) -> str:
+        """How the winner compares with the guide's defaults on the test; empty: unknown."""
+        gain = self.test_score("difference")
+        return comparison_sentence(gain, self.metric) if gain else ""
+
     @property
     def explanation(self) -> str:
-        """How the winner compares with the guide's defaults, or why that is unknown; empty without a winner."""
+        """`comparison`, or why there is none."""
         optimistic = "what is shown are validation scores, and they are optimistic"
-        if self.comparison or not self.winner:
+        if self.comparison:
             return self.comparison
-        if self.state == "INTERRUPTED" and not self.tests:
+        if self.study["state"] == "INTERRUPTED" and not self.study["test"]:
             return f"The study was interrupted, so the test images were not looked at: {optimistic}."
         if self.winner is self.guide:
             return "No trial of the search did better on the validation images than the guide's own settings."
-        if not self.tests:
+        if not self.study["test"]:
             return f"The test images were not scored: {optimistic}."
-        failed = self.guide and self.guide.state != "COMPLETE"
-        reason = f"trial 0 ended as {self.guide.state.lower()}" if self.guide and failed else ""
-        reason = reason or f"{self.metric} is undefined on these test images"
+        reason = f"{self.metric} is undefined on these test images"
+        if self.guide and self.guide.state != "COMPLETE":
+            reason = f"trial 0 ended as {self.guide.state.lower()}"
         return f"There is no comparison with the guide's defaults: {reason}."
 
+    @cached_property
+    def commands(self) -> dict[str, str]:
+        """Shell commands to type next, by what they are for. The last one goes on with the study."""
+        commands = {"Compare trials": mlflow_command(self.study["tracking_uri"])}
+        if adapter := self.study["adapter"]:
+            predict = shlex.join(["python", "-m", "train_fn.predict", "--adapter", adapter])
+            commands |= {"Use it": f"{predict} IMAGE_OR_FOLDER", "Merge it": f"{predict} --merge-into NEW_FOLDER"}
+        if self.winner:
+            replay = ["--replay", self.study["name"], "--trial", str(self.winner.number)]
+            run = ["python", "tune/run.py", "--results", str(self.directory.parent)]
+            commands["Reproduce it"] = shlex.join([*run, *replay])
+        return commands | {self.study.get("next_step", "Go on"): self.study["next_command"]}
+
     def title(self, who: str) -> str:
-        """The name of a key of `tests` for people."""
-        if who == "winner" and self.winner:
-            return (
-                "winner = the guide's defaults" if self.winner is self.guide else f"winner (trial {self.winner.number})"
-            )
-        return {"guide": "guide's defaults", "difference": "winner minus guide, paired"}.get(who, who)
-
-    def label(self, record: TrialRecord) -> str:
-        """A trial's number, and whether it is the winner or the guide."""
-        roles = [role for role in ("winner", "guide") if record is getattr(self, role)]
-        return f"{record.number}" + (f" ({', '.join(roles)})" if roles else "")
-
-    def test_score(self, who: str) -> Score | None:
-        """The first goal's test score, if it is a number with an interval."""
-        score = self.tests.get(who, {}).get(self.metric)
-        return score if score and has_interval(score) else None
-
-
-def summarize(study: Mapping[str, Any], directory: Path) -> Summary:
-    """The summary of a study.
-
-    Args:
-        study: what `Outcome.to_dict` returns, or the content of study.json.
-        directory: the study's folder.
-    """
-    records = [read_record(trial) for trial in study["trials"]]
-    by_number = {record.number: record for record in records}
-    goals = [(name, mode) for name, mode in study["goals"]]
-    metric, mode = goals[0]
-    best = ranked(records, goals, study.get("require", ()))
-    scored = [record for record in records if math.isfinite(record.value(metric))]
-    unfinished = [record for record in scored if record.state != "COMPLETE"]
-    unfinished.sort(key=lambda record: sign(mode) * record.value(metric))
-    confirmations = []
-    for number, stored in study["confirmations"].items():
-        values = [math.nan if value is None else value for value in stored]
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-        confirmations.append(Confirmation(int(number), values, float(np.mean(values)), deviation))
-    gain = study["test"].get("difference", {}).get(metric)
-    winner, adapter = by_number.get(study["winner"]), study["adapter"] or ""
-    next_step, next_command = study.get("next_step", "Go on"), study["next_command"]
-    commands = {"Compare trials": mlflow_command(study["tracking_uri"])}
-    if adapter:
-        predict = shlex.join(["python", "-m", "train_fn.predict", "--adapter", adapter])
-        commands |= {"Use it": f"{predict} IMAGE_OR_FOLDER", "Merge it": f"{predict} --merge-into NEW_FOLDER"}
-    if winner:
-        run = ["python", "tune/run.py", "--results", str(directory.parent)]
-        commands["Reproduce it"] = shlex.join([*run, "--replay", study["name"], "--trial", str(winner.number)])
-    everything = directory / "study.json"
-    return Summary(
-        name=study["name"],
-        state=study["state"],
-        goals=goals,
-        records=records,
-        ranked=best,
-        order=[*best, *unfinished, *(record for record in records if record not in scored)],
-        winner=winner,
-        guide=by_number.get(0),
-        front=study.get("front", []),
-        confirmations=confirmations,
-        tests=study["test"],
-        test_note=study["test_note"],
-        comparison=comparison_sentence(gain, metric) if gain and has_interval(gain) else "",
-        error=study["error"],
-        ended_by=study["ended_by"],
-        notes=study["notes"],
-        wall_s=study["seconds"].get("wall", 0.0),
-        busy_share=study["share_training_and_evaluation"],
-        lanes=study["lanes"],
-        profile=study.get("profile", {}),
-        results=everything if everything.is_file() else directory / "journal.jsonl",
-        adapter=adapter,
-        next_step=next_step,
-        commands=commands | {next_step: next_command},
-    )
+        """The name for people of "winner", "guide", "difference" and other test scores."""
+        number = self.study["winner"]
+        winner = "winner = the guide's defaults" if number == 0 else f"winner (trial {number})"
+        return {"winner": winner, "guide": "guide's defaults", "difference": "winner minus guide, paired"}.get(who, who)
 
 
 def read_record(trial: Mapping[str, Any]) -> TrialRecord:
@@ -247,11 +197,6 @@ def is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def has_interval(score: Score) -> bool:
-    """Whether a test score is a number with an interval."""
-    return bool(score["interval"]) and is_number(score["value"])
-
-
 def format_score(score: Score) -> str:
     """A test score and its 95 % interval."""
     if not is_number(score["value"]):
@@ -265,6 +210,12 @@ def format_metric(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def format_spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    deviation = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
 
 
 def format_value(value: Any) -> str:

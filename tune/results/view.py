@@ -10,7 +10,7 @@ import numpy as np
 
 from train_fn.data.splitting import load_splits
 from tune.records.trials import TrialRecord
-from tune.results.summary import summarize
+from tune.results.summary import Summary
 
 if TYPE_CHECKING:
     import optuna
@@ -35,7 +35,7 @@ class View:
     """
 
     def __init__(self, study: dict[str, Any], directory: Path, search: optuna.Study | None) -> None:
-        self.summary = summary = summarize(study, directory)
+        self.summary = summary = Summary(study, directory)
         self.search = search
         self.metric, self.records, self.parameters = summary.metric, summary.records, summary.parameters
         self.candidates: list[str] = study["candidates"]

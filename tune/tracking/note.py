@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tune.results.summary import Summary, format_metric, format_score, format_settings, summarize
+from tune.results.summary import Summary, format_metric, format_score, format_settings
 from tune.tracking.target import inside
 
 
@@ -17,19 +17,17 @@ def study_note(directory: Path) -> str:
     """
     path = inside(directory, "study.json")
     study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return markdown(summarize(study, directory)) if study.get("winner") is not None else ""
-
-
-def markdown(summary: Summary) -> str:
-    """The summary of a study with a winner, as markdown."""
-    metric = summary.metric
+    if study.get("winner") is None:
+        return ""
+    summary = Summary(study, directory)
+    metric, winner = summary.metric, summary.winner
     lines = [f"**{summary.headline}** ({len(summary.records)} trials: {summary.counts_text}).", ""]
     lines += [summary.explanation, ""]
     lines += [f"| | validation {metric} | test {metric} (95 % interval) | settings |", "| --- | --- | --- | --- |"]
-    for who in ("guide", "winner"):
-        record = summary.guide if who == "guide" else summary.winner
-        if record and record.epochs and (who == "winner" or record is not summary.winner):
-            test = summary.tests.get(who, {}).get(metric)
-            cells = [who, format_metric(record.value(metric)), format_score(test) if test else "-"]
-            lines.append(f"| {' | '.join([*cells, format_settings(record.searched)])} |")
-    return "\n".join([*lines, "", f"Adapter: `{summary.adapter}`. The whole report: artifact `report.html`."])
+    for who, record in (("guide", summary.guide if summary.guide is not winner else None), ("winner", winner)):
+        if record and record.epochs:
+            test = study["test"].get(who, {}).get(metric)
+            score = format_score(test) if test else "-"
+            settings = format_settings(record.searched)
+            lines.append(f"| {who} | {format_metric(record.value(metric))} | {score} | {settings} |")
+    return "\n".join([*lines, "", f"Adapter: `{study['adapter']}`. The whole report: artifact `report.html`."])
