@@ -643,7 +643,7 @@ HANG_UP = """
 import signal, sys
 from rich.text import Text
 from tune.signals import StopSignals
-from tune.terminal import live, print_line
+from tune.results.terminal import live, print_line
 with StopSignals() as stop:
     try:
         with live(lambda: Text("the footer")):

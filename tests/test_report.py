@@ -141,9 +141,9 @@ def make_study(
         score = {name: {"value": 0.8, "interval": [0.7, 0.9]} for name in ("loss", "auroc")}
         done.tests = {"winner": score, "guide": score, "difference": copy.deepcopy(score)}
         done.tests["difference"]["auroc"] = {"value": 0.0, "interval": [-0.1, 0.1]}
-        said = np.array([[0.9, 0.1]] * 5 + [[0.3, 0.7]] + [[0.2, 0.8]] * 3 + [[0.6, 0.4]])
+        probabilities = np.array([[0.9, 0.1]] * 5 + [[0.3, 0.7]] + [[0.2, 0.8]] * 3 + [[0.6, 0.4]])
         if closed:
-            one = {"answers": labels, "probabilities": said.tolist()}
+            one = {"answers": labels, "probabilities": probabilities.tolist()}
             done.predictions = {"winner": one, "guide": one}
     parts = {"study": StudySettings(), "model": ModelSettings(), "data": DataSettings(), "trial": TrialSettings()}
     plan = {
@@ -196,7 +196,7 @@ def test_the_report_is_whole_and_fetches_nothing(mixed) -> None:
     assert not [link for link in Page(explore).links if "//" in link]
 
 
-def test_what_users_named_stays_text(mixed) -> None:
+def test_what_users_named_is_escaped(mixed) -> None:
     _, _, page = mixed
     assert page.tags.count("img") == len(PICTURES) and "x" not in page.links
     # What ended the study, the two mistakes' images, the error's first line, and a contradiction.
@@ -218,7 +218,7 @@ def test_trials_are_ordered_and_named_by_their_end(mixed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("states", "changes", "told"),
+    ("states", "changes", "text"),
     [
         (["FAILED"] * 3, {}, "No adapter: no trial completed"),
         (["COMPLETE"], {"test": {}}, "The guide's defaults (trial 0) are the best found"),
@@ -229,13 +229,13 @@ def test_trials_are_ordered_and_named_by_their_end(mixed) -> None:
     ],
 )
 def test_every_end_of_a_study_has_its_report(
-    tmp_path: Path, states: list[str], changes: dict[str, Any], told: str
+    tmp_path: Path, states: list[str], changes: dict[str, Any], text: str
 ) -> None:
     study, directory = make_study(tmp_path, states, tested=changes.get("test") != {})
     study |= changes
     write_report(study, directory, load_search(directory, ""))
     page = Page((directory / "report.html").read_text())
-    assert told in page.text
+    assert text in page.text
     assert sorted(page.numbers) == list(range(len(states)))
     assert "Not drawn: it takes 4 completed trials" in page.text
 
@@ -330,7 +330,7 @@ def test_another_studys_trials_are_left_out(tmp_path: Path) -> None:
     assert own and len(own.trials) == 5 and len(stored.trials) == 6
 
 
-def test_spans_leave_out_what_a_trial_waited(tmp_path: Path) -> None:
+def test_spans_exclude_the_time_a_trial_waited(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 4)
     found = [
         (record.number, start, end) for record, start, end in spans(View(study, directory, load_search(directory, "")))
@@ -341,7 +341,7 @@ def test_spans_leave_out_what_a_trial_waited(tmp_path: Path) -> None:
 UNPRINTABLE = "$a_b$ [/red] \x1b[2J \x00 \udcff \u202e <b>"
 
 
-def test_text_that_cannot_be_printed_is_written_in_words(tmp_path: Path) -> None:
+def test_text_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 3 + ["FAILED"], ended_by=UNPRINTABLE)
     study |= {"candidates": [UNPRINTABLE, "b"], "notes": [UNPRINTABLE], "error": UNPRINTABLE}
     for trial in study["trials"]:
@@ -356,7 +356,7 @@ def test_text_that_cannot_be_printed_is_written_in_words(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", [b"", b"no database", None])
-def test_without_a_readable_optuna_db_the_rest_is_there(tmp_path: Path, damage: bytes | None) -> None:
+def test_without_the_search_the_rest_of_the_report_is_written(tmp_path: Path, damage: bytes | None) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
     path = directory / "optuna.db"
     path.write_bytes(path.read_bytes()[:6000] if damage is None else damage)
@@ -377,7 +377,7 @@ def test_optuna_db_is_found_under_any_name(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["50%41 #1 & 'b'", "a study & more", "s", "which one?"]
 
 
-def test_an_interrupted_study_and_a_failed_guide_are_not_praised(tmp_path: Path) -> None:
+def test_a_study_interrupted_after_its_test_is_described_correctly(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE", "COMPLETE", "INTERRUPTED"])
     study |= {"state": "INTERRUPTED", "winner": 0}
     study["test"].pop("difference")
