@@ -26,6 +26,7 @@ from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
 from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
 from tune.results.report import write_report
+from tune.results.summary import read_record
 from tune.results.view import View
 
 HOSTILE = "<img src=x onerror=alert('$x$')>"
@@ -36,8 +37,11 @@ SPACE = {
     "train_projector": optuna.distributions.CategoricalDistribution([False, True]),
     "projector_learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True),
 }
-STATES = {"COMPLETE": optuna.trial.TrialState.COMPLETE, "STOPPED": optuna.trial.TrialState.PRUNED}
-FAILED = optuna.trial.TrialState.FAIL
+COMPLETE, PRUNED, FAILED = (
+    optuna.trial.TrialState.COMPLETE,
+    optuna.trial.TrialState.PRUNED,
+    optuna.trial.TrialState.FAIL,
+)
 
 
 class Page(HTMLParser):
@@ -102,6 +106,26 @@ def make_record(number: int, state: str, rng: np.random.Generator) -> TrialRecor
     )
 
 
+def make_search(study: dict[str, Any], **storage: str) -> optuna.Study:
+    """The trials of a study as Optuna holds them. storage: `study_name` and `storage` of `create_study`."""
+    directions = ["maximize" if mode == "max" else "minimize" for _, mode in study["goals"]]
+    search = optuna.create_study(directions=directions, **storage)
+    for trial in study["trials"]:
+        if trial["state"] != "INTERRUPTED":
+            record = read_record(trial)
+            values = [record.value(name) for name, _ in study["goals"]]
+            complete = record.state == "COMPLETE" and bool(np.isfinite(values).all())
+            known = record.searched.keys() & SPACE.keys()
+            trained = optuna.trial.create_trial(
+                params={name: record.searched[name] for name in known},
+                distributions={name: SPACE[name] for name in known},
+                state=COMPLETE if complete else PRUNED if record.state == "STOPPED" else FAILED,
+                values=values if complete else None,
+            )
+            search.add_trial(trained)
+    return search
+
+
 def make_study(
     folder: Path,
     states: list[str],
@@ -120,18 +144,6 @@ def make_study(
     test = tuple(Sample(f"/x/{HOSTILE}{i}.png", "?", ANSWERS[label], label) for i, label in enumerate(labels))
     splits = Splits(test, test, test, ANSWERS if closed else ())
     save_splits(splits, directory / "splits.json")
-    search = optuna.create_study(
-        study_name=directory.name,
-        storage=f"sqlite:///{directory / 'optuna.db'}",
-        directions=["maximize" if mode == "max" else "minimize" for _, mode in goals],
-    )
-    for record in records:
-        if record.state != "INTERRUPTED":
-            shared = {name: SPACE[name] for name in record.searched}
-            made = {"params": record.searched, "distributions": shared}
-            values = [record.value(name) for name, _ in goals] if record.state == "COMPLETE" else None
-            made |= {"state": STATES.get(record.state, FAILED), "values": values}
-            search.add_trial(optuna.trial.create_trial(**made))
     done = Outcome(directory.name, directory, tuple(goals), records, lanes=2, **outcome)
     done.seconds["wall"] = 4000.0
     complete = [record for record in records if record.state == "COMPLETE"]
@@ -172,7 +184,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], lis
     study, directory = make_study(folder, MIXED, confirmations={0: [0.8, 0.7], 2: [0.9, 0.8]}, ended_by=HOSTILE)
     return (
         study,
-        write_report(study, directory, load_search(directory, "")),
+        write_report(study, directory, make_search(study)),
         Page((directory / "report.html").read_text()),
     )
 
@@ -233,7 +245,7 @@ def test_every_end_of_a_study_has_its_report(
 ) -> None:
     study, directory = make_study(tmp_path, states, tested=changes.get("test") != {})
     study |= changes
-    write_report(study, directory, load_search(directory, ""))
+    write_report(study, directory, make_search(study))
     page = Page((directory / "report.html").read_text())
     assert text in page.text
     assert sorted(page.numbers) == list(range(len(states)))
@@ -243,7 +255,7 @@ def test_every_end_of_a_study_has_its_report(
 def test_without_a_closed_set_of_answers(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5, closed=False)
     study |= {"metric": "loss", "mode": "min", "goals": [["loss", "min"]]}
-    paths = write_report(study, directory, load_search(directory, ""))
+    paths = write_report(study, directory, make_search(study))
     assert "confusions.png" not in {path.name for path in paths}
     page = Page((directory / "report.html").read_text())
     assert "no small closed set" in page.text
@@ -254,7 +266,7 @@ def test_without_a_closed_set_of_answers(tmp_path: Path) -> None:
 def test_several_goals_name_the_front(tmp_path: Path) -> None:
     goals = (("auroc", "max"), ("trainable_params", "min"))
     study, directory = make_study(tmp_path, ["COMPLETE"] * 8, goals=goals)
-    paths = write_report(study, directory, load_search(directory, ""))
+    paths = write_report(study, directory, make_search(study))
     assert {"importances.png", "explore.html"} <= {path.name for path in paths}
     page = Page((directory / "report.html").read_text())
     assert study["front"]
@@ -268,14 +280,14 @@ def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
     study["trials"][2]["epochs"] = []
     for scores in study["test"].values():
         scores["auroc"] = {"value": None, "interval": None}
-    write_report(json.loads(json.dumps(study)), directory, load_search(directory, ""))
+    write_report(json.loads(json.dumps(study)), directory, make_search(study))
     page = Page((directory / "report.html").read_text())
     assert sorted(page.numbers[-2:]) == [1, 2] and "undefined" in page.text
 
 
 def test_more_than_a_hundred_trials(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE", "STOPPED", "STOPPED"] * 40)
-    paths = write_report(study, directory, load_search(directory, ""))
+    paths = write_report(study, directory, make_search(study))
     page = Page((directory / "report.html").read_text())
     assert sorted(page.numbers) == list(range(120))
     assert all(path.stat().st_size < 150_000 for path in paths if path.suffix == ".png")
@@ -283,7 +295,7 @@ def test_more_than_a_hundred_trials(tmp_path: Path) -> None:
 
 def test_confusion_counts_the_test(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, MIXED)
-    figure = confusions(View(study, directory, load_search(directory, "")))
+    figure = confusions(View(study, directory, make_search(study)))
     assert not isinstance(figure, str)
     for axes in figure.axes:  # of six normal images five are called so, of four malignant ones three
         assert [text.get_text() for text in axes.texts] == ["5", "1", "1", "3"]
@@ -301,7 +313,7 @@ def test_calibration_error() -> None:
 
 def test_axes_follow_the_search(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
-    view = View(study, directory, load_search(directory, ""))
+    view = View(study, directory, make_search(study))
     record = view.records[3]  # number 3 is moved by (3 * 0.618 % 1 - 0.5) * 0.04
     moved = (3 * 0.618 % 1 - 0.5) * 0.04
     record.searched |= {"learning_rate": 1e-3, "lora_r": 16}
@@ -314,15 +326,19 @@ def test_axes_follow_the_search(tmp_path: Path) -> None:
 
 def test_importances_find_what_matters_and_leave_conditional_settings_out(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 60)
-    figure = importances(View(study, directory, load_search(directory, "")))
+    figure = importances(View(study, directory, make_search(study)))
     assert not isinstance(figure, str)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names[-1] == "learning_rate" and sorted(names) == ["learning_rate", "lora_r", "train_projector"]
 
 
+def in_database(study: dict[str, Any], directory: Path) -> optuna.Study:
+    return make_search(study, study_name=directory.name, storage=f"sqlite:///{directory / 'optuna.db'}")
+
+
 def test_another_studys_trials_are_left_out(tmp_path: Path) -> None:
-    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
-    stored = optuna.load_study(study_name=directory.name, storage=f"sqlite:///{directory / 'optuna.db'}")
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    stored = in_database(study, directory)
     foreign = stored.trials[0]
     foreign.user_attrs = {"from_study": "other"}
     stored.add_trial(foreign)
@@ -332,9 +348,7 @@ def test_another_studys_trials_are_left_out(tmp_path: Path) -> None:
 
 def test_spans_exclude_the_time_a_trial_waited(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 4)
-    found = [
-        (record.number, start, end) for record, start, end in spans(View(study, directory, load_search(directory, "")))
-    ]
+    found = [(record.number, start, end) for record, start, end in spans(View(study, directory, make_search(study)))]
     assert found == [(0, 0.0, 9.0), (1, 0.0, 9.0), (2, 10.0, 19.0), (3, 10.0, 19.0)]
 
 
@@ -347,7 +361,7 @@ def test_text_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
     for trial in study["trials"]:
         trial["searched"][UNPRINTABLE] = UNPRINTABLE
     study["trials"][3]["error"] = UNPRINTABLE
-    paths = write_report(study, directory, load_search(directory, ""))
+    paths = write_report(study, directory, make_search(study))
     text = (directory / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not set(text) & {"\x1b", "\x00", "\u202e", "\udcff"}
@@ -355,19 +369,26 @@ def test_text_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
     assert {"confusions.png", "slices.png"} <= {path.name for path in paths}
 
 
-@pytest.mark.parametrize("damage", [b"", b"no database", None])
-def test_without_the_search_the_rest_of_the_report_is_written(tmp_path: Path, damage: bytes | None) -> None:
+def test_without_the_search_the_rest_of_the_report_is_written(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
-    path = directory / "optuna.db"
-    path.write_bytes(path.read_bytes()[:6000] if damage is None else damage)
-    write_report(study, directory, load_search(directory, ""))
+    write_report(study, directory, None)
     page = Page((directory / "report.html").read_text())
     assert "Not drawn: the search's trials are missing or cannot be read" in page.text
     assert sorted(page.numbers) == list(range(5))
 
 
+@pytest.mark.parametrize("damage", [b"", b"no database", None])
+def test_a_damaged_optuna_db_is_no_search(tmp_path: Path, damage: bytes | None) -> None:
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    in_database(study, directory)
+    path = directory / "optuna.db"
+    path.write_bytes(path.read_bytes()[:6000] if damage is None else damage)
+    assert load_search(directory, "") is None
+
+
 def test_optuna_db_is_found_under_any_name(tmp_path: Path) -> None:
-    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
+    in_database(study, directory)
     for name in ("which one?", "50%41 #1 & 'b'", "s"):
         moved = tmp_path / name / directory.name
         moved.parent.mkdir()
@@ -381,7 +402,7 @@ def test_a_study_interrupted_after_its_test_is_described_correctly(tmp_path: Pat
     study, directory = make_study(tmp_path, ["COMPLETE", "COMPLETE", "INTERRUPTED"])
     study |= {"state": "INTERRUPTED", "winner": 0}
     study["test"].pop("difference")
-    write_report(study, directory, load_search(directory, ""))
+    write_report(study, directory, make_search(study))
     text = Page((directory / "report.html").read_text()).text
     assert "were not looked at" not in text  # they were: the study was interrupted afterwards
     assert "--resume" in text and "--trials" not in text.partition("Go on with the study")[2]
