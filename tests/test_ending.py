@@ -803,7 +803,9 @@ def test_plain_text_commands_no_terminal(text: Any, shown: str) -> None:
 
 
 def test_output_that_nobody_reads_ends_no_study() -> None:
-    code = "from tune.terminal import print_line\nfor _ in range(9): print_line('x' * 99999)\nraise SystemExit(7)"
+    code = (
+        "from tune.results.terminal import print_line\nfor _ in range(9): print_line('x' * 99999)\nraise SystemExit(7)"
+    )
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
     run = subprocess.run(["bash", "-c", f"({command}) | head -c 1"], cwd=ROOT, capture_output=True, text=True)
     assert run.stderr.strip() == "7"

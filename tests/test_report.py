@@ -26,8 +26,9 @@ from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
 from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
 from tune.results.report import write_report
-from tune.results.summary import read_record
+from tune.results.summary import Summary, read_record
 from tune.results.view import View
+from tune.tracking.note import study_note
 
 HOSTILE = "<img src=x onerror=alert('$x$')>"
 ANSWERS = ("Normal", "Malignant")
@@ -206,6 +207,18 @@ def test_the_report_is_whole_and_fetches_nothing(mixed) -> None:
     (explore,) = (path.read_text() for path in paths if path.name == "explore.html")
     assert explore.count("plotly.js v") == 1 and explore.count("Plotly.newPlot(") == 5
     assert not [link for link in Page(explore).links if "//" in link]
+
+
+def test_the_note_and_the_page_state_the_same_result(mixed) -> None:
+    study, paths, page = mixed
+    note = study_note(paths[0].parent)
+    summary = Summary(study, paths[0].parent)
+    for sentence in (summary.headline, summary.explanation):
+        assert sentence in note and sentence in page.text
+    winner = next(line for line in note.splitlines() if line.startswith("| winner |"))
+    assert winner.startswith(f"| winner | {summary.winner.metrics['auroc']:.3f} | 0.800 (0.700 to 0.900) | lora_r ")
+    assert "(9 trials: 5 complete, 2 stopped, 1 failed, 1 interrupted)" in note
+    assert study["adapter"] in note and study["adapter"] in page.text
 
 
 def test_what_users_named_is_escaped(mixed) -> None:

@@ -2,69 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Any
 
 from train_fn.support.text import plain
 from tune.results.outcome import EXTEND, LOOK_AGAIN, Outcome
 from tune.results.summary import Summary, format_metric, format_score, format_spread, format_value
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-MOST_TRIALS = 10  # rows of the table, the guide's defaults apart
+MOST_TRIALS = 10  # rows of the table, winner and guide apart
 
 
 def print_summary(outcome: Outcome) -> None:
     """Print the table of trials, the test scores, where the results are, and what to type next."""
-    from rich.console import Console
-
     summary = Summary(outcome.to_dict(), outcome.directory)
-    # Names, values and answers are the user's: no markup, and nothing that controls the terminal.
+    winner, guide, tests = summary.winner, summary.guide, summary.study["test"]
+    trials = {record.number: record for record in (*summary.ranked[:MOST_TRIALS], winner, guide) if record}
+    rows = []
+    for record in trials.values():
+        role = " (winner)" if record is winner else " (guide)" if record is guide else ""
+        row = [f"{record.number}{role}", *(format_value(record.searched.get(name, "-")) for name in summary.parameters)]
+        row += [format_metric(record.value(name)) for name in summary.metrics]
+        rows.append([*row, f"{record.seconds.get('train', 0):.1f}", record.state.lower()])
+    title = f"Study {summary.study['name']}: {summary.counts_text}. Validation scores, best first by {summary.metric}"
+    print_table(title, ["trial", *summary.parameters, *summary.metrics, "train s", "state"], rows, justify="right")
+    print_lines(search_lines(summary))
+    if tests:
+        title = f"Test scores (95 % bootstrap interval), {summary.study['test_note']}"
+        rows = [
+            [name, *(format_score(scores[name]) for scores in tests.values())] for name in next(iter(tests.values()))
+        ]
+        print_table(title, ["metric", *map(summary.title, tests)], rows)
+    print_lines(result_lines(summary))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines of text, without characters that control the terminal."""
+    for line in lines:
+        print(plain(line))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]], **column_options: Any) -> None:
+    """Print a table that has rows. All texts may be the user's: no markup, nothing that controls the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=plain(title))
+    for column in columns:
+        table.add_column(plain(column), overflow="fold", **column_options)
+    for row in rows:
+        table.add_row(*map(plain, row))
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = 160
-    for part in (trials_table(summary), search_lines(summary), tests_table(summary), result_lines(summary)):
-        if isinstance(part, list):
-            for line in part:
-                print(plain(line))
-        elif part:
-            console.print(part)
-
-
-def trials_table(summary: Summary) -> Table | None:
-    """The best trials, the winner and the guide's defaults; None without any of them."""
-    from rich.table import Table
-
-    winner, guide = summary.winner, summary.guide
-    trials = {record.number: record for record in (*summary.ranked[:MOST_TRIALS], winner, guide) if record}
-    if not trials:
-        return None
-    title = f"Study {summary.study['name']}: {summary.counts_text}. Validation scores, best first by {summary.metric}"
-    table = Table(title=plain(title))
-    for name in ("trial", *summary.parameters, *summary.metrics, "train s", "state"):
-        table.add_column(plain(name), justify="right", overflow="fold")
-    for record in trials.values():
-        role = " (winner)" if record is winner else " (guide)" if record is guide else ""
-        cells = [format_value(record.searched.get(name, "-")) for name in summary.parameters]
-        cells += [format_metric(record.value(name)) for name in summary.metrics]
-        cells += [f"{record.seconds.get('train', 0):.1f}", record.state.lower()]
-        table.add_row(f"{record.number}{role}", *map(plain, cells))
-    return table
-
-
-def tests_table(summary: Summary) -> Table | None:
-    """The test scores; None if the test was not scored."""
-    from rich.table import Table
-
-    tests = summary.study["test"]
-    if not tests:
-        return None
-    table = Table(title=f"Test scores (95 % bootstrap interval), {summary.study['test_note']}")
-    for name in ("metric", *map(summary.title, tests)):
-        table.add_column(plain(name))
-    for name in next(iter(tests.values())):
-        table.add_row(plain(name), *(format_score(scores[name]) for scores in tests.values()))
-    return table
+    if rows:
+        console.print(table)
 
 
 def search_lines(summary: Summary) -> list[str]:
@@ -90,7 +81,7 @@ def search_lines(summary: Summary) -> list[str]:
 def result_lines(summary: Summary) -> list[str]:
     """How the study ended, where its results are, and commands to type next."""
     study, next_step = summary.study, list(summary.commands)[-1]
-    lines = [summary.comparison] if summary.comparison else []
+    lines = [summary.explanation] if summary.winner else []
     lines += [f"Ended by an error: {study['error']}."] if study["error"] else []
     lines += [f"Ended because {study['ended_by']}."] if study["ended_by"] else []
     lines += [f"Note: {note}" for note in study["notes"]]
@@ -112,5 +103,5 @@ def result_lines(summary: Summary) -> list[str]:
 
 
 def all_trials(summary: Summary) -> str:
-    """The file with all trials."""
+    """The name of the file with all trials."""
     return "study.json" if (summary.directory / "study.json").is_file() else "journal.jsonl"

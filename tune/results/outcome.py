@@ -153,20 +153,14 @@ class Outcome:
                 # A journal of the first version.
                 self.kept = {"source": f"trials/{tags['winner']:04d}/final_model", "sha256": ""}
 
-    def mean_confirmed(self, record: TrialRecord) -> float:
-        """Mean of the finite values of the first goal over fresh seeds or folds; NaN if there are none."""
-        values = [value for value in self.confirmations.get(record.number, []) if math.isfinite(value)]
-        return float(np.mean(values)) if values else math.nan
-
     def best(self) -> list[TrialRecord]:
         """Completed trials, best first: those that keep the rules come first, then those confirmed, by their means."""
         rules = [comparison(text) for text in self.require]
 
         def order(record: TrialRecord) -> tuple[bool, bool, float]:
             breaks = not all(holds(rule, record.metrics) for rule in rules)
-            mean = self.mean_confirmed(record)
-            confirmed = math.isfinite(mean)
-            return breaks, not confirmed, sign(self.goals[0][1]) * mean if confirmed else 0.0
+            values = [value for value in self.confirmations.get(record.number, []) if math.isfinite(value)]
+            return breaks, not values, sign(self.goals[0][1]) * float(np.mean(values)) if values else 0.0
 
         return sorted(ranked(self.records, self.goals, self.require), key=order)  # stable: the rest stays as ranked
 

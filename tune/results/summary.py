@@ -124,18 +124,12 @@ class Summary:
             return f"The guide's defaults (trial 0) are the best {found}"
         return f"Trial {self.winner.number} is the best adapter {found}"
 
-    @cached_property
-    def comparison(self) -> str:
-        """How the winner compares with the guide's defaults on the test; empty: unknown."""
-        gain = self.test_score("difference")
-        return comparison_sentence(gain, self.metric) if gain else ""
-
     @property
     def explanation(self) -> str:
-        """`comparison`, or why there is none."""
+        """How the winner compares with the guide's defaults on the test, or why that is unknown."""
         optimistic = "what is shown are validation scores, and they are optimistic"
-        if self.comparison:
-            return self.comparison
+        if gain := self.test_score("difference"):
+            return comparison_sentence(gain, self.metric)
         if self.study["state"] == "INTERRUPTED" and not self.study["test"]:
             return f"The study was interrupted, so the test images were not looked at: {optimistic}."
         if self.winner is self.guide:

@@ -194,30 +194,23 @@ class MLflowSink:
         self._batch(run, "tags", [RunTag(name, text) for name, text in texts.items()])
 
     def _batch(self, run: str, what: str, entities: Sequence[Any]) -> None:
-        """Log metrics, params or tags in as few calls as the store accepts."""
+        """Log metrics, params or tags. MLflow refuses a whole batch for one bad entity: then each is logged alone."""
         limit = 1000 if what == "metrics" else 100
         for first in range(0, len(entities), limit):
-            self._part(run, what, entities[first : first + limit])
+            batch = entities[first : first + limit]
+            num_refused = len(self.refused)
+            if self._try(what, self._log(run, what, batch)) or not self._is_active(run):
+                continue
+            del self.refused[num_refused:]
+            for entity in batch:
+                self._try(f"{what[:-1]} {entity.key}", self._log(run, what, [entity]))
 
-    def _part(self, run: str, what: str, part: Sequence[Any]) -> None:
-        """Log one batch. MLflow refuses a whole batch for one bad entity: then its halves are tried."""
-        parts: dict[str, Any] = {what: part}
-        try:
-            self.store.call(lambda: self.client.log_batch(run, **parts))
-        except StoreUnavailable:
-            raise
-        except Exception as error:
-            if len(part) == 1:
-                self.refused.append((f"{what[:-1]} {part[0].key}", reason_of(error)))
-            elif self._is_active(run):
-                middle = len(part) // 2
-                self._part(run, what, part[:middle])
-                self._part(run, what, part[middle:])
-            else:
-                self.refused.append((what, reason_of(error)))
+    def _log(self, run: str, what: str, entities: Sequence[Any]) -> Callable[[], Any]:
+        options: dict[str, Any] = {what: entities}
+        return partial(self.client.log_batch, run, **options)
 
     def _is_active(self, run: str) -> bool:
-        """Whether a run accepts records at all."""
+        """Whether a run accepts records."""
         try:
             return self.store.call(lambda: self.client.get_run(run)).info.lifecycle_stage == "active"
         except StoreUnavailable:
