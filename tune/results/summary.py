@@ -58,9 +58,9 @@ class Summary:
 
         def key(record: TrialRecord) -> tuple[int, float]:
             score = sign(self.goals[0][1]) * record.value(self.metric)
-            return (
-                (0, ranks[record.number]) if record.number in ranks else (1, score) if math.isfinite(score) else (2, 0)
-            )
+            if record.number in ranks:
+                return 0, ranks[record.number]
+            return (1, score) if math.isfinite(score) else (2, 0.0)
 
         return sorted(self.records, key=key)
 
