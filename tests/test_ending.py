@@ -30,7 +30,7 @@ from studies import LAYOUT, ROOT, SMALL, finish, start, wait_for, write_adapter,
 from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
 from tune.config.cli import parse
 from tune.records.journal import Journal
-from tune.results.summary import print_summary
+from tune.results.console import print_summary
 
 NUM_TEST = 12
 
@@ -44,7 +44,7 @@ def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Drawing takes seconds: a report without pictures, but for the tests that ask for `real_report`."""
     import tune.results.report
 
-    def write(content: dict[str, Any], directory: Path) -> list[Path]:
+    def write(content: dict[str, Any], directory: Path, search: Any) -> list[Path]:
         path = directory / "report.html"
         path.write_text("<html>")
         return [path]
@@ -385,7 +385,7 @@ def test_a_lost_test_can_be_given_by_resume(new_study, stand_ins, capsys) -> Non
 def test_a_report_that_fails_costs_the_report_only(new_study, monkeypatch, capsys, error: Exception) -> None:
     folder = finished_study(new_study)
 
-    def fail(content: dict[str, Any], directory: Path) -> None:
+    def fail(*arguments: Any) -> None:
         raise error
 
     with monkeypatch.context() as patch:
@@ -647,7 +647,7 @@ HANG_UP = """
 import signal, sys
 from rich.text import Text
 from tune.signals import StopSignals
-from tune.terminal import live, print_line
+from tune.results.terminal import live, print_line
 with StopSignals() as stop:
     try:
         with live(lambda: Text("the footer")):
@@ -808,7 +808,9 @@ def test_plain_text_commands_no_terminal(text: Any, shown: str) -> None:
 
 
 def test_output_that_nobody_reads_ends_no_study() -> None:
-    code = "from tune.terminal import print_line\nfor _ in range(9): print_line('x' * 99999)\nraise SystemExit(7)"
+    code = (
+        "from tune.results.terminal import print_line\nfor _ in range(9): print_line('x' * 99999)\nraise SystemExit(7)"
+    )
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
     run = subprocess.run(["bash", "-c", f"({command}) | head -c 1"], cwd=ROOT, capture_output=True, text=True)
     assert run.stderr.strip() == "7"

@@ -63,7 +63,7 @@ def images(splits) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(adapter, splits) -> np.ndarray:
-    """What `train_fn.predict` says of the images: [4, C]."""
+    """The probabilities that `train_fn.predict` gives the images: [4, C]."""
     lines = predict_lines(ModelSettings(), adapter, splits.test[:4], splits.candidates, generate=False)
     return np.array([list(line["probabilities"].values()) for line in lines])
 
@@ -138,7 +138,7 @@ def test_logged_once_and_nothing_global_changes(store, base, splits, adapter, tm
     assert len(models_of(client, run)) == 2
 
 
-def test_a_call_that_was_cut_off_is_completed(store, adapter, monkeypatch) -> None:
+def test_an_interrupted_upload_is_completed(store, adapter, monkeypatch) -> None:
     client, _ = store
     run = new_run(client)
     with monkeypatch.context() as broken, pytest.raises(OSError, match="disk full"):
@@ -150,7 +150,7 @@ def test_a_call_that_was_cut_off_is_completed(store, adapter, monkeypatch) -> No
     assert model.status == "READY"
 
 
-def test_loaded_model_says_what_predict_says(loaded, images, expected, splits, adapter) -> None:
+def test_the_loaded_model_predicts_as_predict_does(loaded, images, expected, splits, adapter) -> None:
     wrapped = "\n".join(inline(images[1])[start : start + 76] for start in range(0, 10**6, 76)).strip()
     given = [images[0], wrapped, f"data:image/png;base64,{inline(images[2])}", inline(images[3])]
     assert same(loaded.predict(pd.DataFrame({"image": given})), expected, splits.candidates)
@@ -172,7 +172,7 @@ def test_without_candidates_the_answer_is_generated(load, store, base, splits, i
     assert any(found["answer"])
 
 
-def test_what_is_no_image_is_refused(loaded, images) -> None:
+def test_input_that_is_not_an_image_is_refused(loaded, images) -> None:
     from mlflow.exceptions import MlflowException
 
     bomb = io.BytesIO()
@@ -206,7 +206,7 @@ def test_paths_stay_in_the_named_folder(loaded, images, expected, splits, tmp_pa
             loaded.predict(pd.DataFrame({"image": [outside]}))
 
 
-def test_base_is_looked_for_where_the_variable_says(load, registered, images, expected, splits, monkeypatch) -> None:
+def test_the_base_comes_from_the_environment_variable(load, registered, images, expected, splits, monkeypatch) -> None:
     monkeypatch.setenv("VLM_TUNE_BASE", "/nowhere/model")
     with pytest.raises(InputError, match=r"'/nowhere/model'.* VLM_TUNE_BASE"):
         load(registered)

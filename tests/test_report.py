@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,11 +20,14 @@ from train_fn.data.splitting import DataReport, save_splits
 from train_fn.settings import ModelSettings, TrialSettings
 from tune.config.settings import DataSettings, StudySettings
 from tune.records.goals import Goal
+from tune.records.optuna_study import distributions_json
 from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
 from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
 from tune.results.report import write_report
-from tune.results.view import View, load_search
+from tune.results.summary import Summary
+from tune.results.view import View
+from tune.tracking.note import study_note
 
 HOSTILE = "<img src=x onerror=alert('$x$')>"
 ANSWERS = ("Normal", "Malignant")
@@ -35,8 +37,11 @@ SPACE = {
     "train_projector": optuna.distributions.CategoricalDistribution([False, True]),
     "projector_learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True),
 }
-STATES = {"COMPLETE": optuna.trial.TrialState.COMPLETE, "STOPPED": optuna.trial.TrialState.PRUNED}
-FAILED = optuna.trial.TrialState.FAIL
+COMPLETE, PRUNED, FAILED = (
+    optuna.trial.TrialState.COMPLETE,
+    optuna.trial.TrialState.PRUNED,
+    optuna.trial.TrialState.FAIL,
+)
 
 
 class Page(HTMLParser):
@@ -90,6 +95,7 @@ def make_record(number: int, state: str, rng: np.random.Generator) -> TrialRecor
         number,
         searched,
         {},
+        distributions_json({name: SPACE[name] for name in searched if name in SPACE}),
         state=state,
         epochs=epochs,
         applied={"trainable_params": 1007 - number} if length else {},
@@ -119,18 +125,6 @@ def make_study(
     test = tuple(Sample(f"/x/{HOSTILE}{i}.png", "?", ANSWERS[label], label) for i, label in enumerate(labels))
     splits = Splits(test, test, test, ANSWERS if closed else ())
     save_splits(splits, directory / "splits.json")
-    search = optuna.create_study(
-        study_name=directory.name,
-        storage=f"sqlite:///{directory / 'optuna.db'}",
-        directions=["maximize" if mode == "max" else "minimize" for _, mode in goals],
-    )
-    for record in records:
-        if record.state != "INTERRUPTED":
-            shared = {name: SPACE[name] for name in record.searched}
-            made = {"params": record.searched, "distributions": shared}
-            values = [record.value(name) for name, _ in goals] if record.state == "COMPLETE" else None
-            made |= {"state": STATES.get(record.state, FAILED), "values": values}
-            search.add_trial(optuna.trial.create_trial(**made))
     done = Outcome(directory.name, directory, tuple(goals), records, lanes=2, **outcome)
     done.seconds["wall"] = 4000.0
     complete = [record for record in records if record.state == "COMPLETE"]
@@ -140,9 +134,9 @@ def make_study(
         score = {name: {"value": 0.8, "interval": [0.7, 0.9]} for name in ("loss", "auroc")}
         done.tests = {"winner": score, "guide": score, "difference": copy.deepcopy(score)}
         done.tests["difference"]["auroc"] = {"value": 0.0, "interval": [-0.1, 0.1]}
-        said = np.array([[0.9, 0.1]] * 5 + [[0.3, 0.7]] + [[0.2, 0.8]] * 3 + [[0.6, 0.4]])
+        probabilities = np.array([[0.9, 0.1]] * 5 + [[0.3, 0.7]] + [[0.2, 0.8]] * 3 + [[0.6, 0.4]])
         if closed:
-            one = {"answers": labels, "probabilities": said.tolist()}
+            one = {"answers": labels, "probabilities": probabilities.tolist()}
             done.predictions = {"winner": one, "guide": one}
     parts = {"study": StudySettings(), "model": ModelSettings(), "data": DataSettings(), "trial": TrialSettings()}
     plan = {
@@ -169,7 +163,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], lis
     """study.json's content, what was written, and the report of a study with every kind of trial and hostile names."""
     folder = tmp_path_factory.mktemp("mixed")
     study, directory = make_study(folder, MIXED, confirmations={0: [0.8, 0.7], 2: [0.9, 0.8]}, ended_by=HOSTILE)
-    return study, write_report(study, directory), Page((directory / "report.html").read_text())
+    return (
+        study,
+        write_report(study, directory),
+        Page((directory / "report.html").read_text()),
+    )
 
 
 def test_the_report_is_whole_and_fetches_nothing(mixed) -> None:
@@ -191,7 +189,19 @@ def test_the_report_is_whole_and_fetches_nothing(mixed) -> None:
     assert not [link for link in Page(explore).links if "//" in link]
 
 
-def test_what_users_named_stays_text(mixed) -> None:
+def test_the_note_and_the_page_state_the_same_result(mixed) -> None:
+    study, paths, page = mixed
+    note = study_note(paths[0].parent)
+    summary = Summary(study, paths[0].parent)
+    for sentence in (summary.headline, summary.explanation):
+        assert sentence in note and sentence in page.text
+    winner = next(line for line in note.splitlines() if line.startswith("| winner |"))
+    assert winner.startswith(f"| winner | {summary.winner.metrics['auroc']:.3f} | 0.800 (0.700 to 0.900) | lora_r ")
+    assert "(9 trials: 5 complete, 2 stopped, 1 failed, 1 interrupted)" in note
+    assert study["adapter"] in note and study["adapter"] in page.text
+
+
+def test_what_users_named_is_escaped(mixed) -> None:
     _, _, page = mixed
     assert page.tags.count("img") == len(PICTURES) and "x" not in page.links
     # What ended the study, the two mistakes' images, the error's first line, and a contradiction.
@@ -213,10 +223,10 @@ def test_trials_are_ordered_and_named_by_their_end(mixed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("states", "changes", "told"),
+    ("states", "changes", "text"),
     [
         (["FAILED"] * 3, {}, "No adapter: no trial completed"),
-        (["COMPLETE"], {"test": {}}, "The guide’s defaults (trial 0) are the best found"),
+        (["COMPLETE"], {"test": {}}, "The guide's defaults (trial 0) are the best found"),
         (["COMPLETE", "COMPLETE", "INTERRUPTED"], {"test": {}, "state": "INTERRUPTED"}, "The study was interrupted"),
         (["INTERRUPTED"], {"state": "INTERRUPTED"}, "No adapter: interrupted before a trial was completed"),
         (["FAILED", "COMPLETE", "COMPLETE"], {}, "is the best adapter found"),
@@ -224,13 +234,13 @@ def test_trials_are_ordered_and_named_by_their_end(mixed) -> None:
     ],
 )
 def test_every_end_of_a_study_has_its_report(
-    tmp_path: Path, states: list[str], changes: dict[str, Any], told: str
+    tmp_path: Path, states: list[str], changes: dict[str, Any], text: str
 ) -> None:
     study, directory = make_study(tmp_path, states, tested=changes.get("test") != {})
     study |= changes
     write_report(study, directory)
     page = Page((directory / "report.html").read_text())
-    assert told in page.text
+    assert text in page.text
     assert sorted(page.numbers) == list(range(len(states)))
     assert "Not drawn: it takes 4 completed trials" in page.text
 
@@ -315,17 +325,7 @@ def test_importances_find_what_matters_and_leave_conditional_settings_out(tmp_pa
     assert names[-1] == "learning_rate" and sorted(names) == ["learning_rate", "lora_r", "train_projector"]
 
 
-def test_another_studys_trials_are_left_out(tmp_path: Path) -> None:
-    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
-    stored = optuna.load_study(study_name=directory.name, storage=f"sqlite:///{directory / 'optuna.db'}")
-    foreign = stored.trials[0]
-    foreign.user_attrs = {"from_study": "other"}
-    stored.add_trial(foreign)
-    own = load_search(directory, "other")
-    assert own and len(own.trials) == 5 and len(stored.trials) == 6
-
-
-def test_spans_leave_out_what_a_trial_waited(tmp_path: Path) -> None:
+def test_spans_exclude_the_time_a_trial_waited(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 4)
     found = [(record.number, start, end) for record, start, end in spans(View(study, directory))]
     assert found == [(0, 0.0, 9.0), (1, 0.0, 9.0), (2, 10.0, 19.0), (3, 10.0, 19.0)]
@@ -334,7 +334,7 @@ def test_spans_leave_out_what_a_trial_waited(tmp_path: Path) -> None:
 UNPRINTABLE = "$a_b$ [/red] \x1b[2J \x00 \udcff \u202e <b>"
 
 
-def test_text_that_cannot_be_printed_is_written_in_words(tmp_path: Path) -> None:
+def test_text_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 3 + ["FAILED"], ended_by=UNPRINTABLE)
     study |= {"candidates": [UNPRINTABLE, "b"], "notes": [UNPRINTABLE], "error": UNPRINTABLE}
     for trial in study["trials"]:
@@ -348,29 +348,17 @@ def test_text_that_cannot_be_printed_is_written_in_words(tmp_path: Path) -> None
     assert {"confusions.png", "slices.png"} <= {path.name for path in paths}
 
 
-@pytest.mark.parametrize("damage", [b"", b"no database", None])
-def test_without_a_readable_optuna_db_the_rest_is_there(tmp_path: Path, damage: bytes | None) -> None:
+def test_a_study_of_an_older_version_without_ranges_has_a_report(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE"] * 5)
-    path = directory / "optuna.db"
-    path.write_bytes(path.read_bytes()[:6000] if damage is None else damage)
+    for trial in study["trials"]:
+        del trial["distributions"], trial["report_seqs"]
     write_report(study, directory)
     page = Page((directory / "report.html").read_text())
-    assert "Not drawn: the search's optuna.db is missing or cannot be read" in page.text
+    assert "Not drawn: it takes 4 completed trials and 2 settings that vary" in page.text
     assert sorted(page.numbers) == list(range(5))
 
 
-def test_optuna_db_is_found_under_any_name(tmp_path: Path) -> None:
-    _, directory = make_study(tmp_path, ["COMPLETE"] * 5)
-    for name in ("which one?", "50%41 #1 & 'b'", "s"):
-        moved = tmp_path / name / directory.name
-        moved.parent.mkdir()
-        shutil.copytree(directory, moved)
-        found = load_search(moved, "")
-        assert found and len(found.trials) == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["50%41 #1 & 'b'", "a study & more", "s", "which one?"]
-
-
-def test_an_interrupted_study_and_a_failed_guide_are_not_praised(tmp_path: Path) -> None:
+def test_a_study_interrupted_after_its_test_is_described_correctly(tmp_path: Path) -> None:
     study, directory = make_study(tmp_path, ["COMPLETE", "COMPLETE", "INTERRUPTED"])
     study |= {"state": "INTERRUPTED", "winner": 0}
     study["test"].pop("difference")

@@ -1,4 +1,4 @@
-"""From predictions to a decision: ranking, intervals, paired differences, and what is said about them."""
+"""From predictions to a decision: ranking, intervals, paired differences, and the sentences about them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tune.config.uris import default_uri
 from tune.records.budgets import exhausted_budget, wall_seconds
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, trial_records
-from tune.results.intervals import difference, make_scorer, verdict, with_intervals
+from tune.results.console import print_summary
+from tune.results.intervals import difference, make_scorer, with_intervals
 from tune.results.outcome import Outcome
-from tune.results.summary import print_summary
+from tune.results.summary import comparison_sentence
 
 AUROC = (("auroc", "max"),)
 
@@ -26,7 +27,7 @@ def record(number: int, state: str = "COMPLETE", **metrics: float) -> TrialRecor
     return TrialRecord(number, {}, {}, state=state, epochs=[metrics])
 
 
-def test_ranking_breaks_ties_by_loss_and_leaves_out_what_is_no_score() -> None:
+def test_ranking_breaks_ties_by_loss_and_excludes_missing_scores() -> None:
     records = [
         record(0, auroc=0.7, loss=1.0),
         record(1, auroc=0.8, loss=0.9),
@@ -47,7 +48,7 @@ def test_confirmation_decides_by_the_mean(tmp_path) -> None:
     outcome = Outcome("s", tmp_path, AUROC, records)
     # The first seed of trial 2 has failed.
     for number, run, value in [(1, 1, 0.7), (1, 2, 0.7), (2, 2, 0.9), (2, 3, 0.7), (0, 1, 0.6), (0, 2, 0.7)]:
-        outcome.hear({"event": "confirmed", "number": number, "run": run, "value": value})
+        outcome.apply({"event": "confirmed", "number": number, "run": run, "value": value})
     outcome.choose_winner()
     assert outcome.winner is records[2]
     assert outcome.adapter_of(records[2]) == tmp_path / "trials" / "0002" / "confirm-2" / "final_model"
@@ -100,18 +101,18 @@ def event(number: int, epoch: int, when: float, seconds: dict[str, float], **tim
 def test_a_trial_killed_before_its_first_report_has_no_negative_overhead(tmp_path) -> None:
     begun = {"event": "started", "time": 0.0, "number": 0, "searched": {}, "settings": {}}
     # 50 s of training were done in an attempt that was lost; the state that it left is gone on from.
-    told = [
+    journal = [
         begun,
         event(0, 1, 70.0, {"train": 55.0, "evaluation": 2.0, "profile_forward": 40.0}, wall_s=9.0, waited_s=1),
     ]
-    assert trial_records(told)[0].overhead_s == pytest.approx(1.0)
+    assert trial_records(journal)[0].overhead_s == pytest.approx(1.0)
     # Without a loss nothing changes: the lane's wall time, less training and evaluation.
-    told = [begun, event(0, 1, 70.0, {"train": 5.0, "evaluation": 2.0, "setup": 0.5}, wall_s=9.0, waited_s=1)]
-    assert trial_records(told)[0].overhead_s == pytest.approx(2.0)
+    journal = [begun, event(0, 1, 70.0, {"train": 5.0, "evaluation": 2.0, "setup": 0.5}, wall_s=9.0, waited_s=1)]
+    assert trial_records(journal)[0].overhead_s == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("folder", ["plain", "with space", "it's; rm -rf $HOME", "which one?", "50% & [/red]", "-x"])
-def test_printed_commands_are_what_a_shell_takes(tmp_path, capsys, monkeypatch, folder: str) -> None:
+def test_printed_commands_can_be_pasted_into_a_shell(tmp_path, capsys, monkeypatch, folder: str) -> None:
     directory = tmp_path / folder / "s"
     (directory / "trials" / "0000" / "final_model").mkdir(parents=True)
     monkeypatch.chdir(directory.parent)
@@ -138,10 +139,10 @@ def test_a_new_winner_does_not_inherit_test_scores(tmp_path) -> None:
         (tmp_path / "trials" / f"{number:04d}" / "final_model").mkdir(parents=True)
     outcome = Outcome("s", tmp_path, AUROC, records)
     event = {"event": "tested", "tests": {"winner": {}}, "predictions": {}}
-    outcome.hear(event | {"adapters": {"winner": "trials/0001/final_model"}})
+    outcome.apply(event | {"adapters": {"winner": "trials/0001/final_model"}})
     outcome.choose_winner()
     assert outcome.tests == {"winner": {}}
-    outcome.hear(event | {"adapters": {"winner": "trials/0000/final_model"}})
+    outcome.apply(event | {"adapters": {"winner": "trials/0000/final_model"}})
     outcome.choose_winner()
     assert outcome.tests == {}
 
@@ -182,13 +183,15 @@ def test_a_paired_interval_is_narrower_than_the_two_alone(splits) -> None:
     alone = with_intervals(one, images)["auroc"]["interval"]
     assert gain["interval"][0] > 0
     assert gain["interval"][1] - gain["interval"][0] < alone[1] - alone[0]
-    assert "better than the guide" in verdict(gain, "auroc") and "worse than" in verdict(gain, "loss")
+    assert "better than the guide" in comparison_sentence(gain, "auroc") and "worse than" in comparison_sentence(
+        gain, "loss"
+    )
 
 
-def test_noise_is_called_noise(splits) -> None:
+def test_noise_is_no_significant_difference(splits) -> None:
     one, two = (make_scorer(predicted(splits, 1.0, seed), splits, True, "b") for seed in (1, 2))
     gain = with_intervals(difference(one, two), np.arange(200))["auroc"]
-    assert "not distinguishable from" in verdict(gain, "auroc")
+    assert "not distinguishable from" in comparison_sentence(gain, "auroc")
 
 
 def test_states_and_exit_codes(tmp_path: Path) -> None:
@@ -199,8 +202,8 @@ def test_states_and_exit_codes(tmp_path: Path) -> None:
     assert outcome.exit_code == 130
 
 
-def events(*told: tuple) -> list[dict]:
-    return [{"event": kind, "time": float(when), **fields} for when, (kind, fields) in enumerate(told, 1)]
+def events(*entries: tuple) -> list[dict]:
+    return [{"event": kind, "time": float(when), **fields} for when, (kind, fields) in enumerate(entries, 1)]
 
 
 def report_of(epoch: int, auroc: float, seconds: float) -> tuple[str, dict]:
@@ -211,21 +214,21 @@ def report_of(epoch: int, auroc: float, seconds: float) -> tuple[str, dict]:
     return "report", {"number": 0, "epoch": epoch, **facts}
 
 
-def test_a_trial_is_folded_over_its_sessions() -> None:
+def test_a_trials_record_covers_all_its_sessions() -> None:
     begun = ("started", {"number": 0, "searched": {"lora_r": 4}, "settings": {}})
-    told = events(begun, report_of(1, 0.5, 3.0), ("ended", {"number": 0, "state": "INTERRUPTED", "error": "",
+    journal = events(begun, report_of(1, 0.5, 3.0), ("ended", {"number": 0, "state": "INTERRUPTED", "error": "",
                   "device_s": 4.0}), begun, report_of(2, 0.7, 2.0))  # fmt: skip
-    trial = trial_records(told)[0]
+    trial = trial_records(journal)[0]
     assert trial.state == "RUNNING" and trial.finished and trial.searched == {"lora_r": 4}
     assert [epoch["auroc"] for epoch in trial.epochs] == [0.5, 0.7]
     assert trial.device_seconds == 6.0 and trial.started_at == 1.0 and trial.num_threads == 1
 
 
-def test_a_journal_from_before_threads_were_told_is_read() -> None:
+def test_a_journal_without_num_threads_is_read() -> None:
     begun = ("started", {"number": 0, "searched": {"lora_r": 4}, "settings": {}})
-    told = events(begun, report_of(1, 0.5, 3.0))
-    del told[1]["num_threads"]
-    assert trial_records(told)[0].num_threads == 0 and trial_records(told)[0].step == 1
+    journal = events(begun, report_of(1, 0.5, 3.0))
+    del journal[1]["num_threads"]
+    assert trial_records(journal)[0].num_threads == 0 and trial_records(journal)[0].step == 1
 
 
 def test_the_front_and_rules_decide() -> None:
@@ -246,9 +249,9 @@ def test_budgets_are_named_when_they_are_used_up() -> None:
     records[0].device_seconds = 3000.0
     records[1].device_seconds = 601.0
     now = time.time()
-    told = [{"event": "session", "time": now - 1000}, {"event": "report", "time": now - 940}]
-    told += [{"event": "session", "time": now - 10}]  # 60 s before, 10 s now
-    assert wall_seconds(told) == pytest.approx(70, abs=5)
+    journal = [{"event": "session", "time": now - 1000}, {"event": "report", "time": now - 940}]
+    journal += [{"event": "session", "time": now - 10}]  # 60 s before, 10 s now
+    assert wall_seconds(journal) == pytest.approx(70, abs=5)
     for options, expected in (
         ({"gpu_hours": 1.0}, "1 GPU-hours"),
         ({"gpu_hours": 2.0}, ""),
@@ -259,5 +262,5 @@ def test_budgets_are_named_when_they_are_used_up() -> None:
         ({"time_budget": "1m"}, "time budget of 1m"),
         ({"time_budget": "2m"}, ""),
     ):
-        found = exhausted_budget(records, told, StudySettings(**options))
+        found = exhausted_budget(records, journal, StudySettings(**options))
         assert (expected in found) if expected else found == ""

@@ -18,10 +18,10 @@ from tune.config.cli import parse
 from tune.config.samplers import grid_points
 from tune.config.settings import SAMPLERS
 from tune.records.journal import Journal, read_events
-from tune.records.optuna_study import DatabaseExport, as_optuna
+from tune.records.optuna_study import DatabaseExport, as_optuna, distributions_json
 from tune.records.trials import TrialRecord, trial_records
 from tune.search.early_stopping import should_stop
-from tune.search.points import Point, propose, to_json, warm_start
+from tune.search.points import Point, propose, warm_start
 from tune.search.searcher import JournalSearcher
 
 GOALS = (("auroc", "max"),)
@@ -335,5 +335,5 @@ def test_a_warm_start_whose_study_is_elsewhere_is_said(tmp_path: Path) -> None:
 def test_distributions_come_back_from_the_journal() -> None:
     ranges = {"a": optuna.distributions.FloatDistribution(1e-4, 1.0, log=True),
               "b": optuna.distributions.CategoricalDistribution([None, True, 2, "x"])}  # fmt: skip
-    read = {name: optuna.distributions.json_to_distribution(text) for name, text in to_json(ranges).items()}
+    read = {name: optuna.distributions.json_to_distribution(text) for name, text in distributions_json(ranges).items()}
     assert read == ranges

@@ -25,7 +25,6 @@ from tune.config.cli import parse
 from tune.config.paths import SettingsError
 from tune.config.uris import default_uri, is_own, scrub, strip_credentials, tracking_uri
 from tune.records.journal import encode
-from tune.tracking import sinks
 from tune.tracking.__main__ import main
 from tune.tracking.calls import prepare_mlflow
 from tune.tracking.delivery import Tracking, read_deliveries
@@ -57,16 +56,18 @@ def events() -> list[dict[str, Any]]:
     """Two trials, one completed and one stopped."""
     begun = [{"event": "started", "number": n, "searched": {}, "settings": {"lora_r": 8}, "params": {"lora_r": 8}}
              for n in (0, 1)]  # fmt: skip
-    told = [
+    written = [
         {"event": "session", "params": {"trials": 2}, "tags": {"metric": "auroc"}},
         begun[0], report(0, 1), report(0, 2), ended(0, "COMPLETE"), begun[1], report(1, 1), ended(1, "STOPPED"),
         {"event": "study_ended", "state": "COMPLETE", "tags": {"winner": 0}, "metrics": {"best_auroc": 0.7},
          "num_trials": 2, "artifacts": ["report.html"], "adapter": None, "register": "", "model_tags": {}},
     ]  # fmt: skip
-    return [event | {"time": 1e9 + index, "seq": index} for index, event in enumerate(told)]
+    return [event | {"time": 1e9 + index, "seq": index} for index, event in enumerate(written)]
 
 
-def make_study(folder: Path, uri: str, told: list[Any] | None = None, report_to: tuple[str, ...] = ("mlflow",)) -> Path:
+def make_study(
+    folder: Path, uri: str, content: list[Any] | None = None, report_to: tuple[str, ...] = ("mlflow",)
+) -> Path:
     directory = folder / "results" / "s"
     directory.mkdir(parents=True)
     (directory / "report.html").write_text("<h1>s</h1>")
@@ -74,7 +75,7 @@ def make_study(folder: Path, uri: str, told: list[Any] | None = None, report_to:
     write_plan(directory, study, study_id=folder.name, tracking_uri=uri)
     lines = [
         encode(event) if isinstance(event, dict) and "seq" in event else json.dumps(event).encode()
-        for event in (events() if told is None else told)
+        for event in (events() if content is None else content)
     ]
     (directory / "journal.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     return directory
@@ -119,17 +120,17 @@ def artifacts(uri: str, key: str, experiment: str = "e") -> set[str]:
 def sync(capsys, directory: Path, *words: str) -> tuple[int, str, str]:
     capsys.readouterr()
     code = main(["sync", str(directory), *words])
-    told = capsys.readouterr()
-    assert "Traceback" not in told.out + told.err
-    return code, told.out, told.err
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    return code, printed.out, printed.err
 
 
 ALL = {"study": "FINISHED", "0": "FINISHED", "1": "KILLED"}
 
 
-def test_a_sound_store_receives_all_and_the_cursor_is_the_stores(uri, tmp_path, capsys) -> None:
+def test_a_store_receives_all_records_and_has_its_own_cursor(uri, tmp_path, capsys) -> None:
     directory = make_study(tmp_path, uri)
-    assert sync(capsys, directory) == (0, "mlflow: all records told\n", "")
+    assert sync(capsys, directory) == (0, "mlflow: all records delivered\n", "")
     assert states(uri) == ALL and artifacts(uri, "study") == {"report.html"}
     stored = json.loads((directory / "tracking.json").read_text())
     assert stored["format"] == 2 and stored["stores"] == {uri: {"next": 9, "again": [], "refused": []}}
@@ -151,14 +152,14 @@ def test_a_deleted_experiment_keeps_all_records_waiting_until_it_is_restored(uri
 
 def test_an_experiment_deleted_while_the_study_runs(uri, tmp_path, capsys) -> None:
     directory = make_study(tmp_path, uri)
-    told = events()
-    heard = told[:4]
-    running = Tracking(target_of(directory, json.loads((directory / "plan.json").read_text())), heard, 0.1)
+    written = events()
+    so_far = written[:4]
+    running = Tracking(target_of(directory, json.loads((directory / "plan.json").read_text())), so_far, 0.1)
     wait_for(lambda: position(directory) == 4)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("e").experiment_id
     client.delete_experiment(experiment)
-    heard += told[4:]
+    so_far += written[4:]
     running.notify()
     assert running.close() == {"mlflow": 5} and running.errors
     code, out, _ = sync(capsys, directory)
@@ -179,7 +180,7 @@ def position(directory: Path) -> int:
     return max((s["next"] for s in json.loads(path.read_text())["stores"].values()), default=0) if path.exists() else 0
 
 
-def test_a_plain_folder_is_refused_as_this_mlflow_does(uri, tmp_path, capsys) -> None:
+def test_a_plain_folder_is_refused_with_mlflows_reason(uri, tmp_path, capsys) -> None:
     directory = make_study(tmp_path, uri)
     code, out, _ = sync(capsys, directory, "--mlflow-uri", "./mlruns")
     assert code == 1 and "9 records wait" in out and "MLFLOW_ALLOW_FILE_STORE" in out
@@ -203,7 +204,7 @@ def test_artifacts_that_cannot_be_stored_cost_no_end_state(uri, tmp_path, capsys
     assert sync(capsys, directory)[0] == 1  # as long as it is missing
     if place == "file":
         (tmp_path / "art").unlink()
-        assert sync(capsys, directory)[:2] == (0, "mlflow: all records told\n")
+        assert sync(capsys, directory)[:2] == (0, "mlflow: all records delivered\n")
         assert artifacts(uri, "study") == {"report.html"} and artifacts(uri, "0") == {"settings.json", "applied.json"}
         assert states(uri) == ALL
 
@@ -234,7 +235,7 @@ def test_files_that_are_refused_slowly_are_given_up_for_a_while(uri, tmp_path, c
         time.sleep(0.03)
         raise OSError("no credentials found on the network")
 
-    monkeypatch.setattr(sinks, "SLOW_S", 0.02)
+    monkeypatch.setattr("tune.tracking.mlflow_sink.SLOW_S", 0.02)
     monkeypatch.setattr(MlflowClient, "log_dict", wait)
     monkeypatch.setattr(MlflowClient, "log_artifact", wait)
     code, out, _ = sync(capsys, make_study(tmp_path, uri))
@@ -244,11 +245,11 @@ def test_files_that_are_refused_slowly_are_given_up_for_a_while(uri, tmp_path, c
 
 def with_changes(**changes: Any) -> list[dict[str, Any]]:
     """The events; a keyword such as started={"params": ...} changes the first event of that kind."""
-    told = events()
+    written = events()
     for kind, fields in changes.items():
-        event = next(event for event in told if event["event"] == kind)
+        event = next(event for event in written if event["event"] == kind)
         event |= {name: (event[name] | value if isinstance(value, dict) else value) for name, value in fields.items()}
-    return told
+    return written
 
 
 @pytest.mark.parametrize(
@@ -304,14 +305,14 @@ def test_a_fault_of_the_client_blocks_nothing(uri, tmp_path, capsys, monkeypatch
 
 
 def test_events_without_their_fields_are_refused_one_by_one(uri, tmp_path, capsys) -> None:
-    told: list[Any] = events()
-    told[2] = {"event": "report", "time": 1.0, "seq": 2}
-    told[6] = {"event": "report", "number": [], "time": None, "seq": 6}
-    told[7] = told[7] | {"state": "DREAMING"}
-    told += [[], 7, None, {"time": 1.0}]
-    told.append({"event": "__init__", "time": 1.0, "seq": 9})
-    told.append({"event": "a kind of a later version", "time": 1.0, "seq": 10})
-    directory = make_study(tmp_path, uri, told)
+    written: list[Any] = events()
+    written[2] = {"event": "report", "time": 1.0, "seq": 2}
+    written[6] = {"event": "report", "number": [], "time": None, "seq": 6}
+    written[7] = written[7] | {"state": "DREAMING"}
+    written += [[], 7, None, {"time": 1.0}]
+    written.append({"event": "__init__", "time": 1.0, "seq": 9})
+    written.append({"event": "a kind of a later version", "time": 1.0, "seq": 10})
+    directory = make_study(tmp_path, uri, written)
     code, out, _ = sync(capsys, directory)
     assert code == 1 and "3 records wait" in out and "DREAMING" in out  # the journal leaves out what is no event
     assert states(uri) == {**ALL, "1": "RUNNING"}
@@ -356,7 +357,7 @@ def test_what_a_store_has_lost_is_delivered_again(uri, tmp_path, capsys, empty_s
     directory = make_study(tmp_path, uri)
     assert sync(capsys, directory)[0] == 0
     lose(uri, empty_store)
-    assert sync(capsys, directory)[:2] == (0, "mlflow: all records told\n")
+    assert sync(capsys, directory)[:2] == (0, "mlflow: all records delivered\n")
     assert states(uri) == ALL
     run = run_of(uri, "0")
     steps = [metric.step for metric in MlflowClient(uri).get_metric_history(run.info.run_id, "auroc")]
@@ -366,12 +367,12 @@ def test_what_a_store_has_lost_is_delivered_again(uri, tmp_path, capsys, empty_s
 
 def test_a_database_removed_while_the_study_runs_is_noticed(uri, tmp_path, capsys, empty_store) -> None:
     directory = make_study(tmp_path, uri)
-    told = events()
-    heard = told[:4]
-    running = Tracking(target_of(directory, json.loads((directory / "plan.json").read_text())), heard, 0.1)
+    written = events()
+    so_far = written[:4]
+    running = Tracking(target_of(directory, json.loads((directory / "plan.json").read_text())), so_far, 0.1)
     wait_for(lambda: position(directory) == 4)
     (tmp_path / "mlflow.db").unlink()
-    heard += told[4:]
+    so_far += written[4:]
     running.notify()
     (note,) = running.notes()
     assert "mlflow: 9 records wait, its records are gone" in note and "sync" in note and "60 s at most" in note
@@ -380,13 +381,13 @@ def test_a_database_removed_while_the_study_runs_is_noticed(uri, tmp_path, capsy
 
 
 def test_a_renamed_experiment_is_found_again(uri, tmp_path, capsys) -> None:
-    told = events()
-    directory = make_study(tmp_path, uri, told[:5])
+    written = events()
+    directory = make_study(tmp_path, uri, written[:5])
     assert sync(capsys, directory)[0] == 0
     client = MlflowClient(uri)
     client.rename_experiment(client.get_experiment_by_name("e").experiment_id, "another name")
     with open(directory / "journal.jsonl", "ab") as journal:
-        journal.writelines(encode(event) + b"\n" for event in told[5:])
+        journal.writelines(encode(event) + b"\n" for event in written[5:])
     assert sync(capsys, directory)[0] == 0
     assert client.get_experiment_by_name("e") is None and states(uri, "another name") == ALL
 
@@ -395,11 +396,11 @@ def test_a_renamed_experiment_is_found_again(uri, tmp_path, capsys) -> None:
 
 
 def test_another_store_has_a_cursor_of_its_own(uri, tmp_path, capsys, empty_store) -> None:
-    told = events()
-    directory = make_study(tmp_path, uri, told[:5])
+    written = events()
+    directory = make_study(tmp_path, uri, written[:5])
     assert sync(capsys, directory)[0] == 0
     with open(directory / "journal.jsonl", "ab") as journal:
-        journal.writelines(encode(event) + b"\n" for event in told[5:])
+        journal.writelines(encode(event) + b"\n" for event in written[5:])
     other = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'other.db')}"
     assert sync(capsys, directory, "--mlflow-uri", other)[0] == 0 and states(other) == ALL
     assert set(states(uri)) == {"study", "0"}
@@ -411,7 +412,7 @@ def test_the_first_versions_cursor_is_understood(uri, tmp_path, capsys) -> None:
     assert sync(capsys, directory)[0] == 0
     before = {key: run_of(uri, key).info.run_id for key in ALL}
     (directory / "tracking.json").write_text('{"mlflow": 9, "tensorboard": 3}')
-    assert sync(capsys, directory) == (0, "mlflow: all records told\n", "")
+    assert sync(capsys, directory) == (0, "mlflow: all records delivered\n", "")
     (directory / "tracking.json").write_text('{"mlflow": 4}')
     assert sync(capsys, directory)[0] == 0 and {key: run_of(uri, key).info.run_id for key in ALL} == before
 
@@ -421,7 +422,7 @@ def stores_of(store: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("", "must be JSON"),
         ("[]", "must hold a JSON dict"),
@@ -436,11 +437,11 @@ def stores_of(store: str) -> str:
         ("\0" * 64, "must be JSON"),
     ],
 )  # fmt: skip
-def test_a_damaged_or_foreign_cursor_is_named(tmp_path, content, told) -> None:
+def test_a_damaged_or_foreign_cursor_is_named(tmp_path, content, message) -> None:
     directory = make_study(tmp_path, "URI")
     (directory / "tracking.json").write_text(content.replace("ID", tmp_path.name))
     target = target_of(directory, json.loads((directory / "plan.json").read_text()))
-    with pytest.raises(DamagedFile, match=told):
+    with pytest.raises(DamagedFile, match=message):
         read_deliveries(directory / "tracking.json", target)
 
 
@@ -449,24 +450,32 @@ def test_a_damaged_or_foreign_cursor_costs_no_record(uri, tmp_path, capsys, cont
     directory = make_study(tmp_path, uri)
     (directory / "tracking.json").write_text(content)
     code, out, err = sync(capsys, directory)
-    assert (code, out) == (0, "mlflow: all records told\n") and "delivered again" in err and states(uri) == ALL
+    assert (code, out) == (0, "mlflow: all records delivered\n") and "delivered again" in err and states(uri) == ALL
 
 
-def test_events_that_the_journal_left_out_move_no_cursor(uri, tmp_path, capsys) -> None:
-    told = events()
-    directory = make_study(tmp_path, uri, [told[0], told[1], told[3], told[4]])  # line 2 was damaged
+def test_events_missing_from_the_journal_do_not_move_the_cursor(uri, tmp_path, capsys) -> None:
+    written = events()
+    directory = make_study(tmp_path, uri, [written[0], written[1], written[3], written[4]])  # line 2 was damaged
     assert sync(capsys, directory)[0] == 0 and position(directory) == 5
-    lines = [json.dumps(event) + "\n" for event in (told[0], told[1], told[4], *told[5:])]  # and now line 3, too
+    lines = [
+        json.dumps(event) + "\n" for event in (written[0], written[1], written[4], *written[5:])
+    ]  # and now line 3, too
     (directory / "journal.jsonl").write_text("".join(lines))
     assert sync(capsys, directory)[0] == 0 and states(uri) == ALL
 
 
 def test_an_epoch_that_is_trained_again_is_recorded_once(uri, tmp_path, capsys) -> None:
-    told = events()
-    directory = make_study(tmp_path, uri, told)
+    written = events()
+    directory = make_study(tmp_path, uri, written)
     assert sync(capsys, directory)[0] == 0
-    again = [told[0], told[1], told[2], report(0, 2) | {"time": 2e9, "seq": 20}, told[4] | {"time": 2e9, "seq": 21}]
-    lines = [encode(event) + b"\n" for event in (*again, *(told[5:9]))]
+    again = [
+        written[0],
+        written[1],
+        written[2],
+        report(0, 2) | {"time": 2e9, "seq": 20},
+        written[4] | {"time": 2e9, "seq": 21},
+    ]
+    lines = [encode(event) + b"\n" for event in (*again, *(written[5:9]))]
     (directory / "journal.jsonl").write_bytes(b"".join(sorted(lines, key=lambda line: json.loads(line)["seq"])))
     assert sync(capsys, directory)[0] == 0 and states(uri) == ALL
     client = MlflowClient(uri)
@@ -476,10 +485,10 @@ def test_an_epoch_that_is_trained_again_is_recorded_once(uri, tmp_path, capsys) 
 
 
 def test_events_without_numbers_are_counted(uri, tmp_path, capsys) -> None:
-    told = [{name: value for name, value in event.items() if name != "seq"} for event in events()]
-    directory = make_study(tmp_path, uri, told[:4])
+    written = [{name: value for name, value in event.items() if name != "seq"} for event in events()]
+    directory = make_study(tmp_path, uri, written[:4])
     assert sync(capsys, directory)[0] == 0 and position(directory) == 4
-    (directory / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
+    (directory / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in written))
     assert sync(capsys, directory)[0] == 0 and states(uri) == ALL and position(directory) == 9
 
 
@@ -497,7 +506,9 @@ def test_a_folder_that_cannot_be_written_is_found_first_and_costs_no_other_store
     (problem,) = check_store(parse(["--report-to", kind]), directory, uri, print)
     assert f"`--report-to` {kind} writes to {directory / folder}, but" in problem
     code, out, _ = sync(capsys, directory)
-    assert code == 1 and "mlflow: all records told" in out and f"{kind}: " in out and "records wait, refused" in out
+    assert (
+        code == 1 and "mlflow: all records delivered" in out and f"{kind}: " in out and "records wait, refused" in out
+    )
     if kind == "tensorboard":
         (directory / folder).unlink()
         assert sync(capsys, directory)[0] == 0
@@ -507,7 +518,7 @@ def test_a_folder_that_cannot_be_written_is_found_first_and_costs_no_other_store
 def test_other_stores_receive_all_trials(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     directory = make_study(tmp_path, "sqlite:///unused", report_to=("tensorboard", "wandb"))
-    assert sync(capsys, directory)[:2] == (0, "tensorboard: all records told\nwandb: all records told\n")
+    assert sync(capsys, directory)[:2] == (0, "tensorboard: all records delivered\nwandb: all records delivered\n")
     assert len(list(directory.glob("trials/*/runs/events*"))) == 2
     assert len(list(directory.glob("wandb/offline-run-*"))) == 2
 
@@ -530,7 +541,7 @@ def test_files_outside_the_study_are_not_sent(uri, tmp_path, capsys) -> None:
     assert not [path for path in (tmp_path / "mlruns").rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
 
 
-def test_a_strangers_server_is_asked_for_by_name(uri, tmp_path, capsys, monkeypatch) -> None:
+def test_a_strangers_server_must_be_named_by_the_user(uri, tmp_path, capsys, monkeypatch) -> None:
     with served(lambda handler: reply(handler, 404)) as (address, asked):
         directory = make_study(tmp_path, address)
         code, out, err = sync(capsys, directory)
@@ -545,7 +556,7 @@ def test_a_strangers_server_is_asked_for_by_name(uri, tmp_path, capsys, monkeypa
         assert sync(capsys, directory, "--mlflow-uri", address)[0] == 1 and len(asked) > count
 
 
-def test_whose_a_store_is(tmp_path, monkeypatch) -> None:
+def test_which_stores_are_the_users_own(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:SECRET@own.example/mlflow")
     directory = tmp_path / "results" / "s"
@@ -590,7 +601,7 @@ def test_a_redirect_is_not_followed(uri, tmp_path, capsys, monkeypatch, status) 
         lambda plan: plan | {"settings": {"study": {"experiment": {}, "report_to": ["mlflow"], "storage": ""}}},
     ],
 )
-def test_a_plan_of_other_types_is_one_sentence(uri, tmp_path, capsys, change) -> None:
+def test_a_plan_with_wrong_types_is_refused_in_one_sentence(uri, tmp_path, capsys, change) -> None:
     directory = make_study(tmp_path, uri)
     plan = json.loads((directory / "plan.json").read_text())
     del plan["format"], plan["checksum"]  # as the first version wrote it
@@ -621,21 +632,23 @@ def hang(handler: Any) -> None:
 
 
 @pytest.mark.parametrize("answer", [trickle, hang])
-def test_a_server_that_never_answers_delays_by_a_said_time(uri, tmp_path, capsys, monkeypatch, answer) -> None:
-    monkeypatch.setattr(sinks, "CALL_S", 0.5)
+def test_a_server_that_never_answers_delays_no_longer_than_the_limit(
+    uri, tmp_path, capsys, monkeypatch, answer
+) -> None:
+    monkeypatch.setattr("tune.tracking.mlflow_store.CALL_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setattr("tune.tracking.store_check.CHECK_S", 0.5)
     with served(answer) as (address, asked):
         directory = make_study(tmp_path, address)
         code, out, _ = sync(capsys, directory, "--mlflow-uri", address)
-        said: list[str] = []
-        assert check_store(parse([]), directory, address, said.append) == []
+        warnings: list[str] = []
+        assert check_store(parse([]), directory, address, warnings.append) == []
     assert code == 1 and "9 records wait, it cannot be reached: " in out and asked
     assert "no answer within" in out if answer is trickle else "timeout" in out
-    assert len(said) == 1 and "cannot be reached" in said[0]
+    assert len(warnings) == 1 and "cannot be reached" in warnings[0]
 
 
-def test_a_study_waits_for_its_stores_together_no_longer_than_it_says(uri, tmp_path, monkeypatch) -> None:
+def test_a_study_waits_for_all_stores_no_longer_than_the_limit(uri, tmp_path, monkeypatch) -> None:
     with served(hang) as (address, _):
         directory = make_study(tmp_path, address, report_to=("mlflow", "tensorboard"))
         plan = json.loads((directory / "plan.json").read_text())
@@ -650,11 +663,11 @@ def test_a_study_waits_for_its_stores_together_no_longer_than_it_says(uri, tmp_p
 
 
 def problems_of(uri: str, tmp_path: Path, *words: str) -> tuple[list[str], list[str]]:
-    said: list[str] = []
-    return check_store(parse(list(words)), tmp_path / "results" / "s", uri, said.append), said
+    warnings: list[str] = []
+    return check_store(parse(list(words)), tmp_path / "results" / "s", uri, warnings.append), warnings
 
 
-def test_a_store_that_is_not_there_yet_is_sound_and_is_not_made(tmp_path, monkeypatch) -> None:
+def test_a_store_that_does_not_exist_yet_is_accepted_and_not_created(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert problems_of(default_uri(), tmp_path) == ([], [])
     assert not list(tmp_path.iterdir())
@@ -701,37 +714,37 @@ def below_a_file(uri: str, folder: Path) -> str:
         (lambda uri, folder: "http://host:port", "must be a store that MLflow can use"),
     ],
 )
-def test_a_store_that_would_refuse_everything_is_refused_first(uri, tmp_path, make, rule) -> None:
-    problems, said = problems_of(make(uri, tmp_path), tmp_path)
-    assert len(problems) == 1 and rule in problems[0] and not said, (problems, said)
+def test_a_store_that_would_refuse_all_records_is_refused_before_the_study(uri, tmp_path, make, rule) -> None:
+    problems, warnings = problems_of(make(uri, tmp_path), tmp_path)
+    assert len(problems) == 1 and rule in problems[0] and not warnings, (problems, warnings)
 
 
-def test_a_server_that_is_away_is_a_warning_and_one_that_lets_nobody_in_is_none(uri, tmp_path) -> None:
-    problems, said = problems_of("http://127.0.0.1:9", tmp_path)
-    assert not problems and len(said) == 1 and "cannot be reached at http://127.0.0.1:9" in said[0]
+def test_an_unreachable_server_is_a_warning_and_a_refused_login_a_problem(uri, tmp_path) -> None:
+    problems, warnings = problems_of("http://127.0.0.1:9", tmp_path)
+    assert not problems and len(warnings) == 1 and "cannot be reached at http://127.0.0.1:9" in warnings[0]
     with served(lambda handler: reply(handler, 503, b"busy")) as (address, _):
-        problems, said = problems_of(address, tmp_path)
-    assert not problems and len(said) == 1
+        problems, warnings = problems_of(address, tmp_path)
+    assert not problems and len(warnings) == 1
     for status in (401, 403):
         with served(lambda handler, status=status: reply(handler, status, b"no")) as (address, _):
-            problems, said = problems_of(address, tmp_path)
-        assert len(problems) == 1 and "must let you in" in problems[0] and not said
+            problems, warnings = problems_of(address, tmp_path)
+        assert len(problems) == 1 and "must let you in" in problems[0] and not warnings
 
 
-def test_preparing_a_study_asks_its_store(uri, tmp_path) -> None:
+def test_preparing_a_study_checks_its_store(uri, tmp_path) -> None:
     from tune.plan.prepare import prepare
 
     deleted(uri, tmp_path)
     with pytest.raises(SettingsError, match="experiments restore"):
         prepare(parse(["--num-phantoms", "30", "--name", "s"]), lambda text: None)
     assert not (tmp_path / "results" / "s").exists()
-    said: list[str] = []
+    warnings: list[str] = []
     words = ["--num-phantoms", "30", "--name", "s", "--mlflow-uri", "http://127.0.0.1:9"]
-    assert prepare(parse(words), said.append).plan["tracking_uri"] == "http://127.0.0.1:9"
-    assert [text for text in said if "cannot be reached" in text]
+    assert prepare(parse(words), warnings.append).plan["tracking_uri"] == "http://127.0.0.1:9"
+    assert [text for text in warnings if "cannot be reached" in text]
 
 
-def test_the_doctor_says_what_a_study_would_be_refused_with(uri, tmp_path) -> None:
+def test_the_doctor_reports_what_would_refuse_a_study(uri, tmp_path) -> None:
     from tune.doctor.examine import check_records
 
     def verdicts(*words: str) -> list[tuple[str, str]]:
@@ -748,12 +761,12 @@ def test_the_doctor_says_what_a_study_would_be_refused_with(uri, tmp_path) -> No
 def test_the_command_that_shows_the_trials_can_be_pasted(tmp_path, monkeypatch) -> None:
     import shlex
 
-    from tune.results.summary import next_mlflow
+    from tune.results.summary import mlflow_command
 
     monkeypatch.chdir(tmp_path)
-    assert next_mlflow(default_uri()) == "mlflow ui"
+    assert mlflow_command(default_uri()) == "mlflow ui"
     for uri in ("sqlite+pysqlite:////a b/c%3F/mlflow.db", "http://host:1/a&b", "sqlite:////a;b/$x/mlflow.db"):
-        assert shlex.split(next_mlflow(uri))[-1] == uri
+        assert shlex.split(mlflow_command(uri))[-1] == uri
 
 
 # ------------------------------------------------------------------------------------------------ URIs
@@ -863,5 +876,5 @@ def test_a_command_line_error_needs_no_mlflow() -> None:
     import subprocess
     import sys
 
-    code = "import sys\nfrom tune.settings import parse\nparse([])\nassert 'mlflow' not in sys.modules, 'imported'"
+    code = "import sys\nfrom tune.config.cli import parse\nparse([])\nassert 'mlflow' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -29,9 +29,9 @@ def record(number: int, state: str, auroc: float, device_seconds: float = 0.0) -
     return TrialRecord(number, {}, {}, state=state, epochs=epochs, device_seconds=device_seconds)
 
 
-def work(number: int, seconds: float, **place: object) -> dict:
-    told = {"phase": "train", "epoch": 2, "num_epochs": 3, "step": 14, "num_steps": 27, "loss": 0.4123}
-    return {"label": f"trial {number}", "seconds": seconds} | ({**told, **place} if place else {})
+def work(number: int, seconds: float, **changes: object) -> dict:
+    progress = {"phase": "train", "epoch": 2, "num_epochs": 3, "step": 14, "num_steps": 27, "loss": 0.4123}
+    return {"label": f"trial {number}", "seconds": seconds} | ({**progress, **changes} if changes else {})
 
 
 def lines(shown: Group, width: int = 120) -> list[str]:
@@ -93,7 +93,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_where_there_is_no_terminal_nothing_is_added(capsys, monkeypatch) -> None:
+def test_without_a_terminal_nothing_is_added(capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with live(lambda: pytest.fail("nobody sees it")):
         print("one line")
@@ -115,28 +115,27 @@ def test_an_interrupt_leaves_the_terminal_as_it_was(monkeypatch) -> None:
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
 
 
-def test_a_trial_tells_how_far_it_is(base, splits) -> None:
-    from train_fn.jobs import EpochReport
+def test_a_trial_reports_its_progress(base, splits) -> None:
     from train_fn.settings import TrialSettings
     from train_fn.trial.loop import run_trial
 
     settings = TrialSettings(num_train_epochs=2, lora_r=4, lora_alpha=8, logging_steps=2)
-    told: list[dict] = []
-    reports: list[EpochReport] = []
-    run_trial(base, splits, settings, lambda report: bool(reports.append(report)), progress=told.append)
+    progress: list[dict] = []
+    reports: list[dict] = []
+    run_trial(base, splits, settings, lambda report: bool(reports.append(report)), progress=progress.append)
     per_epoch = -(-len(splits.train) // 16)
-    steps = [(entry["phase"], entry["epoch"], entry["step"]) for entry in told]
+    steps = [(entry["phase"], entry["epoch"], entry["step"]) for entry in progress]
     logged = [step for step in range(2, 2 * per_epoch + 1, 2)]
     wanted = [("train", 1, 0), *(("train", -(-step // per_epoch), step) for step in logged)]
     wanted += [("evaluation", epoch, epoch * per_epoch) for epoch in (1, 2)]
-    assert sorted(steps, key=lambda place: (place[2], place[0] == "evaluation")) == steps
+    assert sorted(steps, key=lambda step: (step[2], step[0] == "evaluation")) == steps
     assert sorted(steps) == sorted(wanted)
-    assert {(entry["num_epochs"], entry["num_steps"]) for entry in told} == {(2, 2 * per_epoch)}
-    losses = [entry["loss"] for entry in told if entry["phase"] == "evaluation"]
-    assert told[0]["loss"] is None and losses == [report.metrics["train_loss"] for report in reports]
+    assert {(entry["num_epochs"], entry["num_steps"]) for entry in progress} == {(2, 2 * per_epoch)}
+    losses = [entry["loss"] for entry in progress if entry["phase"] == "evaluation"]
+    assert progress[0]["loss"] is None and losses == [report["metrics"]["train_loss"] for report in reports]
 
 
-# The last one fails: Tune has a traceback to tell of it.
+# The last one fails: Tune logs a traceback of it.
 SPACE = """
 GUIDE = {"learning_rate": 1e-3}
 def space(trial):

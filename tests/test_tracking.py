@@ -1,4 +1,4 @@
-"""What MLflow is told, on a real server: also when it goes away, hangs, or is told again."""
+"""What MLflow receives, on a real server that may become unavailable, hang, or receive records again."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def study(tmp_path_factory) -> Path:
         if number < 5:
             second.end(number, "COMPLETE")
     second.close()
-    assert stopped == [3, 5]  # what still ran when a session ended is told to its lane
+    assert stopped == [3, 5]  # what still ran when a session ended is stopped on its lane
     for run_number in (1, 2):
         journal.write("confirmed", number=0, run=run_number, value=0.8 + run_number / 100)
     score = {"auroc": {"value": 0.8, "interval": [0.7, 0.9]}}
@@ -180,7 +180,7 @@ def study(tmp_path_factory) -> Path:
 
 
 def copy_of(study: Path, folder: Path, uri: str, experiment: str) -> Path:
-    """The study under an id of its own, told to an experiment of its own."""
+    """The study under an id of its own, delivered to an experiment of its own."""
     directory = Path(shutil.copytree(study, folder / "s"))
     study_settings = {"experiment": experiment, "report_to": ["mlflow"], "storage": ""}
     write_plan(directory, study_settings, study_id=experiment, tracking_uri=uri)
@@ -192,7 +192,7 @@ def begin_tracking(directory: Path, events: list[Event]) -> Tracking:
     return Tracking(target_of(directory, plan), events, retry_s=0.3)
 
 
-def told(directory: Path) -> int:
+def num_delivered(directory: Path) -> int:
     path, plan = directory / "tracking.json", json.loads((directory / "plan.json").read_text())
     content = json.loads(path.read_text()) if path.exists() else {}
     if "mlflow" in content:  # the first version's form
@@ -200,10 +200,10 @@ def told(directory: Path) -> int:
     return content.get("stores", {}).get(plan["tracking_uri"], {}).get("next", 0)
 
 
-def wait_until_told(directory: Path, count: int) -> None:
+def wait_until_delivered(directory: Path, count: int) -> None:
     deadline = time.monotonic() + 60
-    while told(directory) < count:
-        assert time.monotonic() < deadline, f"{told(directory)} of {count} events were told"
+    while num_delivered(directory) < count:
+        assert time.monotonic() < deadline, f"{num_delivered(directory)} of {count} events were delivered"
         time.sleep(0.02)
 
 
@@ -252,7 +252,7 @@ def undisturbed(server, study, tmp_path_factory) -> dict[str, Any]:
     return stored(server.uri, "undisturbed")
 
 
-# ------------------------------------------------------------------------------------------------ what is told
+# ------------------------------------------------------------------------------------------------ what is delivered
 
 
 def test_every_end_has_its_state(undisturbed) -> None:
@@ -288,33 +288,33 @@ def test_metrics_parameters_and_files_are_whole(undisturbed, study) -> None:
     assert undisturbed["/0"]["info"][2] == int(started["time"] * 1000)
 
 
-# ------------------------------------------------------------------------------------------------ stores that go away
+# ------------------------------------------------------------------------------------------------ unavailable stores
 
 
-def test_a_server_that_is_killed_and_comes_back(server, study, undisturbed, tmp_path) -> None:
+def test_a_server_that_is_killed_and_restarted(server, study, undisturbed, tmp_path) -> None:
     directory = copy_of(study, tmp_path, server.uri, "killed")
     events = read_events(directory / "journal.jsonl")
     count = random.SystemRandom().randrange(3, len(events) - 6)
     print(f"killed after {count} of {len(events)} events")
-    heard = events[:count]
-    tracking = begin_tracking(directory, heard)
-    wait_until_told(directory, count - 2)  # the last ones are under way
+    so_far = events[:count]
+    tracking = begin_tracking(directory, so_far)
+    wait_until_delivered(directory, count - 2)  # the last ones are under way
     server.signal(signal.SIGKILL)
     for event in events[count:-3]:
-        heard.append(event)
+        so_far.append(event)
         tracking.notify()
     time.sleep(1)
-    assert told(directory) <= count
+    assert num_delivered(directory) <= count
     server.start()
     for event in events[-3:]:
-        heard.append(event)
+        so_far.append(event)
         tracking.notify()
-    wait_until_told(directory, len(events))
+    wait_until_delivered(directory, len(events))
     assert tracking.close() == {} and not tracking.errors, tracking.errors
     assert stored(server.uri, "killed") == undisturbed
 
 
-def test_a_server_that_hangs_holds_nobody_up(server, study, undisturbed, tmp_path) -> None:
+def test_a_server_that_hangs_delays_nothing(server, study, undisturbed, tmp_path) -> None:
     directory = copy_of(study, tmp_path, server.uri, "hung")
     events = read_events(directory / "journal.jsonl")
     journal = Journal(tmp_path / "journal.jsonl")
@@ -328,7 +328,7 @@ def test_a_server_that_hangs_holds_nobody_up(server, study, undisturbed, tmp_pat
 
     for event in events[:5]:
         write(event)
-    wait_until_told(directory, 5)
+    wait_until_delivered(directory, 5)
     server.signal(signal.SIGSTOP)
     try:
         slowest = max(write(event) for event in events[5:])
@@ -338,42 +338,42 @@ def test_a_server_that_hangs_holds_nobody_up(server, study, undisturbed, tmp_pat
         assert time.perf_counter() - before < 2
         print(f"slowest write {1000 * slowest:.1f} ms")
         assert slowest < 1
-        assert waiting == {"mlflow": len(events) - told(directory)} and waiting["mlflow"] > 0
+        assert waiting == {"mlflow": len(events) - num_delivered(directory)} and waiting["mlflow"] > 0
     finally:
         server.signal(signal.SIGCONT)
-    wait_until_told(directory, len(events))
+    wait_until_delivered(directory, len(events))
     assert stored(server.uri, "hung") == undisturbed
 
 
-def test_a_server_that_stays_away_and_sync(server, study, undisturbed, tmp_path) -> None:
+def test_sync_delivers_after_a_server_was_unavailable(server, study, undisturbed, tmp_path) -> None:
     directory = copy_of(study, tmp_path, server.uri, "away")
     events = read_events(directory / "journal.jsonl")
-    heard = events[:12]
-    tracking = begin_tracking(directory, heard)
-    wait_until_told(directory, 12)
+    so_far = events[:12]
+    tracking = begin_tracking(directory, so_far)
+    wait_until_delivered(directory, 12)
     server.signal(signal.SIGTERM)
-    heard += events[12:]
+    so_far += events[12:]
     tracking.notify()
     before = time.perf_counter()
     assert tracking.close(timeout_s=20) == {"mlflow": len(events) - 12}
     assert time.perf_counter() - before < 20
     refused = sync(directory, env={"MLFLOW_TRACKING_URI": server.uri})
     assert refused.returncode == 1 and f"{len(events) - 12} records wait" in refused.stdout, refused
-    assert told(directory) == 12
+    assert num_delivered(directory) == 12
     server.start()
     for back in (0, 0, 3, len(events)):  # delivered; nothing to do; a kill before the cursor was written; all again
-        (directory / "tracking.json").write_text(json.dumps({"mlflow": told(directory) - back}))
+        (directory / "tracking.json").write_text(json.dumps({"mlflow": num_delivered(directory) - back}))
         done = sync(directory, "--mlflow-uri", server.uri)
-        assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
+        assert done.returncode == 0 and "mlflow: all records delivered" in done.stdout and not done.stderr, done
         assert stored(server.uri, "away") == undisturbed
 
 
-def test_a_store_that_was_lost_is_told_everything_again(study, undisturbed, tmp_path) -> None:
+def test_a_lost_store_receives_everything_again(study, undisturbed, tmp_path) -> None:
     """As with the head of a cluster and its sqlite file."""
     directory = copy_of(study, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "lost")
     (directory / "tracking.json").write_text(json.dumps({"mlflow": len(read_events(directory / "journal.jsonl"))}))
     done = sync(directory)
-    assert done.returncode == 0 and "mlflow: all records told" in done.stdout and not done.stderr, done
+    assert done.returncode == 0 and "mlflow: all records delivered" in done.stdout and not done.stderr, done
     found = stored(f"sqlite:///{tmp_path}/mlflow.db", "lost")
     assert {key: run["metrics"] for key, run in found.items() if key != "models"} == {
         key: run["metrics"] for key, run in undisturbed.items() if key != "models"
@@ -394,7 +394,7 @@ def run_as(user: str) -> Callable[[], None]:
     return become
 
 
-def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_path) -> None:
+def test_a_postgresql_that_stops_under_the_server(study, undisturbed, tmp_path) -> None:
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if not initdb or not importlib.util.find_spec("psycopg2"):
@@ -424,16 +424,16 @@ def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_pa
         stack.callback(server.signal, signal.SIGKILL)
         directory = copy_of(study, tmp_path, server.uri, "postgresql")
         events = read_events(directory / "journal.jsonl")
-        heard = events[:14]
-        tracking = begin_tracking(directory, heard)
-        wait_until_told(directory, 12)
+        so_far = events[:14]
+        tracking = begin_tracking(directory, so_far)
+        wait_until_delivered(directory, 12)
         postgres("-m", "immediate", "stop")
-        heard += events[14:]
+        so_far += events[14:]
         tracking.notify()
         time.sleep(1)
-        assert told(directory) <= 14
+        assert num_delivered(directory) <= 14
         postgres("start")
-        wait_until_told(directory, len(events))
+        wait_until_delivered(directory, len(events))
         assert tracking.close() == {} and not tracking.errors, tracking.errors
         assert stored(server.uri, "postgresql") == undisturbed
 
@@ -442,7 +442,7 @@ def test_a_postgresql_that_goes_away_under_the_server(study, undisturbed, tmp_pa
 
 
 @pytest.mark.parametrize("status", [400, 404])
-def test_a_proxy_that_refuses_for_a_while_costs_nothing_for_ever(server, study, undisturbed, tmp_path, status) -> None:
+def test_a_proxy_that_refuses_for_a_while_loses_no_record(server, study, undisturbed, tmp_path, status) -> None:
     count = 0
 
     def rule(method: str, path: str) -> int:
@@ -455,7 +455,7 @@ def test_a_proxy_that_refuses_for_a_while_costs_nothing_for_ever(server, study, 
         events = read_events(directory / "journal.jsonl")
         tracking = begin_tracking(directory, events)
         waiting = tracking.close()["mlflow"]
-        assert 0 < waiting < len(events) and tracking.errors and told(directory) == len(events)
+        assert 0 < waiting < len(events) and tracking.errors and num_delivered(directory) == len(events)
         found = stored(server.uri, f"proxy-{status}")
         assert {k: run["info"][1] for k, run in found.items() if k != "models"} == {
             k: run["info"][1] for k, run in undisturbed.items() if k != "models"
@@ -475,7 +475,7 @@ def test_a_server_that_stores_no_artifact_receives_the_rest(server, study, undis
         directory = copy_of(study, tmp_path, address, f"artifacts-{status}")
         events = read_events(directory / "journal.jsonl")
         tracking = begin_tracking(directory, events)
-        assert 0 < tracking.close()["mlflow"] < len(events) and told(directory) == len(events)
+        assert 0 < tracking.close()["mlflow"] < len(events) and num_delivered(directory) == len(events)
         found = stored(server.uri, f"artifacts-{status}")
         for key, run in undisturbed.items():
             if key != "models":
@@ -521,7 +521,7 @@ def test_sync_refuses_a_secret_on_its_command_line(study, tmp_path) -> None:
     assert "SECRET" not in refused.stdout + refused.stderr
 
 
-def test_no_secret_is_written_down_or_told(server, study, tmp_path, monkeypatch, capfd) -> None:
+def test_no_secret_is_written_or_sent(server, study, tmp_path, monkeypatch, capfd) -> None:
     from tune.config.cli import parse
     from tune.lanes.layout import Layout
     from tune.plan.prepare import prepare
@@ -547,8 +547,8 @@ def test_no_secret_is_written_down_or_told(server, study, tmp_path, monkeypatch,
     del made
     files = [path for path in (tmp_path / "results" / "s").rglob("*") if path.is_file()]
     assert len(files) >= 4 and not [path for path in files if b"SECRET" in path.read_bytes()]
-    told = capfd.readouterr()
-    assert "SECRET" not in repr(stored(server.uri, "secret")) + told.out + told.err
+    printed = capfd.readouterr()
+    assert "SECRET" not in repr(stored(server.uri, "secret")) + printed.out + printed.err
 
 
 def test_a_store_that_refuses_is_named_without_its_credentials(study, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The end of a study: winner's adapter, study.json, report, the journal's last event."""
+"""The end of a study: the winner's adapter, study.json, the report, the journal's last event."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from tune.tracking.delivery import Tracking
 
 
 def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], stop: StopSignals) -> None:
-    """Write what was found: the winner's adapter, study.json, the report, the journal's last event. What cannot be
-    written costs itself only, with a note. The first signal leaves out the report, the second all that is left."""
-    if not outcome.records:  # a signal came while they were collected
+    """Write the winner's adapter, study.json, the report, and the journal's last event.
+
+    A step that fails leaves a note and does not stop the others. The first signal skips the report, the second all
+    remaining steps.
+    """
+    if not outcome.records:  # a signal arrived while they were collected
         outcome.read(study.journal.events)
     for report in (True, False):
         try:
@@ -28,7 +31,7 @@ def conclude(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[st
 
 
 def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: dict[str, Any], report: bool) -> None:
-    """The steps of `conclude`, once."""
+    """Take the steps of `conclude` once."""
     artifacts: list[Path] = []
     try:
         if outcome.winner is None and not outcome.rejected:
@@ -40,12 +43,13 @@ def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: di
         outcome.error = outcome.error or f"the study's results could not be written: {error}"
         tracking.close(timeout_s=10)
         return  # the journal is in the same folder: writing to it would wait for minutes
+    export_search(study, outcome)
     if outcome.records and report:
         from tune.results.report import write_report
 
         try:
             artifacts += write_report(content, study.directory)
-        except Exception as error:  # whatever a drawing library raises costs the report alone
+        except Exception as error:  # whatever a drawing library raises costs only the report
             outcome.incomplete = True
             outcome.note(f"the report could not be written ({type(error).__name__}: {error})".splitlines()[0])
     final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
@@ -60,7 +64,11 @@ def end_of_study(
     artifacts: list[Path],
     timeout_s: float = 60,
 ) -> None:
-    """Write the last event of a session, and wait until the stores have received all events."""
+    """Write the last event of a session, and wait until the stores have received all events.
+
+    Args:
+        artifacts: files to log in the tracking stores.
+    """
     scores = {f"best_{name}": value for name, value in outcome.winner.metrics.items()} if outcome.winner else {}
     tests = {f"test_{name}": f"{score['value']:.4f}" for name, score in outcome.tests.get("winner", {}).items()}
     hashes = {name: study.plan[name] for name in ("data_hash", "base_hash")}
@@ -81,3 +89,14 @@ def end_of_study(
     tracking.notify()
     for sentence in tracking.notes(timeout_s):
         outcome.note(sentence)
+
+
+def export_search(study: Study, outcome: Outcome) -> None:
+    """Write optuna.db. The study does not need it, so a failure costs a note."""
+    from tune.records.optuna_study import DatabaseExport
+
+    records = {record.number: record for record in outcome.records}
+    try:
+        DatabaseExport(study.directory / "optuna.db", study.name, study.goals).write(records, ended_only=False)
+    except OSError as error:
+        outcome.note(f"optuna.db could not be written: {error}")

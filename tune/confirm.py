@@ -61,5 +61,5 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
             outcome.note(f"a confirmation of trial {record.number} failed: {report.error.splitlines()[0]}")
             continue
         value = report.metrics.get(outcome.metric, record.value(outcome.metric))
-        outcome.hear(study.journal.write("confirmed", number=record.number, run=run, value=value))
+        outcome.apply(study.journal.write("confirmed", number=record.number, run=run, value=value))
         say(f"[{done}/{len(left)}] trial {record.number} again: {outcome.metric} {value:.3f}")

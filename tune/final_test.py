@@ -126,7 +126,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
         sha256=hashes,
         num_trials=len(outcome.records),
     )
-    outcome.hear(event)
+    outcome.apply(event)
     return ""
 
 

@@ -17,7 +17,7 @@ from tune.results.outcome import Outcome
 
 def print_outcome(outcome: Outcome) -> None:
     """Print a study's results at its end. A terminal that is gone, or a signal, leaves the rest out."""
-    from tune.results.summary import print_summary
+    from tune.results.console import print_summary
     from tune.results.terminal import drop_output
 
     try:

@@ -9,6 +9,7 @@ import logging
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import optuna
@@ -50,13 +51,21 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTri
     }
     metric = goals[0][0]
     epochs = enumerate(record.epochs, 1) if len(goals) == 1 else ()  # Optuna knows no epochs of several goals
-    return optuna.trial.create_trial(
+    trial = optuna.trial.create_trial(
         state=state,
         params={name: value for name, value in record.searched.items() if name in distributions},
         distributions=distributions,
         values=values if state == TrialState.COMPLETE else None,
         intermediate_values={epoch: metrics[metric] for epoch, metrics in epochs if metric in metrics},
     )
+    trial.datetime_start = datetime.fromtimestamp(record.started_at)
+    trial.datetime_complete = datetime.fromtimestamp(record.ended_at) if state.is_finished() else None
+    return trial
+
+
+def distributions_json(distributions: Mapping[str, optuna.distributions.BaseDistribution]) -> dict[str, str]:
+    """Distributions as the journal keeps them."""
+    return {name: optuna.distributions.distribution_to_json(range_) for name, range_ in distributions.items()}
 
 
 class DatabaseExport:

@@ -10,10 +10,8 @@ from typing import Any
 
 from train_fn.jobs import TrialFacts
 from train_fn.settings import PROFILE_PREFIX, TrialSettings
-from tune.records.end_state import DONE_STATES, EndState
+from tune.records.end_state import EndState
 from tune.records.journal import Event
-
-END_STATES = (*DONE_STATES, EndState.INTERRUPTED)
 
 
 @dataclass

@@ -14,11 +14,12 @@ import numpy as np
 
 from train_fn.scoring.metrics import confusion
 from tune.records.trials import TrialRecord
-from tune.results.summary import number_text
+from tune.results.summary import format_value
 from tune.results.view import STATES, View
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,17 +43,17 @@ def new_figure(height: float, count: int = 1, columns: int = 1) -> tuple[Figure,
     return figure, axes[:count]
 
 
-def scatter(axes: Any, view: View, records: Sequence[TrialRecord], place: Callable[[TrialRecord], float]) -> None:
-    """Scores over `place`: a marker for each end state, rings around winner and guide."""
+def scatter(axes: Any, view: View, records: Sequence[TrialRecord], position: Callable[[TrialRecord], float]) -> None:
+    """Scores over `position`: a marker for each end state, rings around winner and guide."""
     for state, (color, marker) in STATES.items():
-        if those := [record for record in records if record.state == state]:
-            heights = [view.height(view.score(record)) for record in those]
+        if ended := [record for record in records if record.state == state]:
+            heights = [view.height(view.score(record)) for record in ended]
             look: dict[str, Any] = {"alpha": 0.8, "linewidths": 0, "zorder": 3, "clip_on": False}
-            axes.scatter([place(r) for r in those], heights, 30, color, marker, label=state.lower(), **look)
+            axes.scatter([position(r) for r in ended], heights, 30, color, marker, label=state.lower(), **look)
     for record in records:
-        if mark := view.marked(record):
-            look = {"facecolors": "none", "edgecolors": mark[1], "linewidths": 2, "zorder": 4, "clip_on": False}
-            axes.scatter(place(record), view.height(view.score(record)), 120, label=mark[0], **look)
+        if highlight := view.highlight(record):
+            look = {"facecolors": "none", "edgecolors": highlight[1], "linewidths": 2, "zorder": 4, "clip_on": False}
+            axes.scatter(position(record), view.height(view.score(record)), 120, label=highlight[0], **look)
     axes.set_ylim(view.low, view.high)
 
 
@@ -77,12 +78,11 @@ def curves(view: View) -> Figure | str:
     if not any(view.metric in record.metrics for record in view.records):
         return f"no trial reported {view.metric} by epoch"
     figure, (axes,) = new_figure(3.6)
-    for record in sorted(view.records, key=lambda record: view.marked(record) is not None):
+    for record in sorted(view.records, key=lambda record: view.highlight(record) is not None):
         color, marker = STATES[record.state]
-        label, color = view.marked(record) or (record.state.lower(), color)
-        look: dict[str, Any] = {"alpha": min(0.5, 30 / len(view.records))}
-        if view.marked(record):
-            look = {"linewidth": 2.8, "zorder": 4}
+        label, look = record.state.lower(), {"alpha": min(0.5, 30 / len(view.records))}
+        if highlight := view.highlight(record):
+            (label, color), look = highlight, {"linewidth": 2.8, "zorder": 4}
         heights = [view.height(epoch.get(view.metric, math.nan)) for epoch in record.epochs]
         label = "_" if label in axes.get_legend_handles_labels()[1] or not heights else label
         axes.plot(range(1, len(heights) + 1), heights, color=color, marker=marker, markersize=5, label=label, **look)
@@ -93,25 +93,28 @@ def curves(view: View) -> Figure | str:
 
 
 def parameter_axis(view: View, name: str) -> tuple[Callable[[TrialRecord], float], dict[float, str]]:
-    """Where a trial's value lies between 0 and 1 (log where the search is log, choices evenly), and the ticks.
+    """The axis of a parameter: log where the search is log, choices evenly spaced.
 
-    Values that many trials share are moved apart a little, by the trial's number.
+    Returns:
+        The position of a trial between 0 and 1, moved a little by the trial's number so that trials with the same value
+        stay apart; and the ticks' texts by position.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    trials = view.search.get_trials(deepcopy=False) if view.search else []
-    known = next((trial.distributions[name] for trial in trials if name in trial.distributions), None)
+    trials = view.search.get_trials(deepcopy=False)
+    searched = next((trial.distributions[name] for trial in trials if name in trial.distributions), None)
     values = [record.searched[name] for record in view.records if name in record.searched]
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     share: Callable[[Any], float]
-    if hasattr(known, "choices") or not numbers:
-        texts = {repr(value): number_text(value)[:14] for value in [*getattr(known, "choices", ()), *values]}
+    if hasattr(searched, "choices") or not numeric:
+        texts = {repr(value): format_value(value)[:14] for value in [*getattr(searched, "choices", ()), *values]}
         shares = {key: (index + 0.5) / len(texts) for index, key in enumerate(texts)}
         share = lambda value: shares[repr(value)]  # noqa: E731
         ticks = {shares[key]: text for key, text in texts.items()}
     else:
-        low, high = min([*values, getattr(known, "low", values[0])]), max([*values, getattr(known, "high", values[0])])
-        log = getattr(known, "log", False)
+        low = min([*values, getattr(searched, "low", values[0])])
+        high = max([*values, getattr(searched, "high", values[0])])
+        log = getattr(searched, "log", False)
         scale = math.log if log else float
         span = scale(high) - scale(low) or 1.0
         share = lambda value: (scale(value) - scale(low)) / span  # noqa: E731
@@ -122,13 +125,13 @@ def parameter_axis(view: View, name: str) -> tuple[Callable[[TrialRecord], float
 
 def slices(view: View) -> Figure | str:
     """The score against one parameter at a time."""
-    if not view.scored or not view.names:
+    if not view.scored or not view.parameters:
         return "it takes a trial with a score and a searched setting"
-    columns = min(3, len(view.names))
-    figure, grid = new_figure(2.6 * -(-len(view.names) // columns) + 0.6, len(view.names), columns)
-    for axes, name in zip(grid, view.names, strict=True):
-        place, ticks = parameter_axis(view, name)
-        scatter(axes, view, [record for record in view.records if name in record.searched], place)
+    columns = min(3, len(view.parameters))
+    figure, grid = new_figure(2.6 * -(-len(view.parameters) // columns) + 0.6, len(view.parameters), columns)
+    for axes, name in zip(grid, view.parameters, strict=True):
+        position, ticks = parameter_axis(view, name)
+        scatter(axes, view, [record for record in view.records if name in record.searched], position)
         axes.set_xticks(list(ticks), list(ticks.values()), rotation=30 if sum(map(len, ticks.values())) > 24 else 0)
         axes.set(xlim=(-0.06, 1.06), xlabel=name)
     for axes in grid[::columns]:
@@ -141,20 +144,20 @@ def parallel(view: View) -> Figure | str:
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    if len(view.scored) < 2 or not view.names:
+    if len(view.scored) < 2 or not view.parameters:
         return "it takes two trials with a score and a searched setting"
     figure, (axes,) = new_figure(4.2)
-    columns = {name: parameter_axis(view, name) for name in view.names}
-    for record in reversed(view.order[: len(view.scored)]):
-        shares = [place(record) if name in record.searched else -0.14 for name, (place, _) in columns.items()]
+    columns = {name: parameter_axis(view, name) for name in view.parameters}
+    for record in reversed(view.summary.order[: len(view.scored)]):
+        shares = [position(record) if name in record.searched else -0.14 for name, (position, _) in columns.items()]
         shares.append((view.height(view.score(record)) - view.low) / (view.high - view.low))
         goodness = (view.score(record) - view.worst) / (view.best - view.worst or 1.0)
         look: dict[str, Any] = {"color": "#c8c8c8", "linewidth": 0.8}
         if record.state == "COMPLETE":
             look = {"color": colormaps["Blues"](0.35 + 0.65 * goodness), "linewidth": 1.4, "zorder": 3}
-        if mark := view.marked(record):
-            look = {"color": mark[1], "linewidth": 2.8, "label": mark[0], "zorder": 5}
-        axes.plot(range(len(shares)), shares, linestyle="--" if record is view.guide else "-", **look)
+        if highlight := view.highlight(record):
+            look = {"color": highlight[1], "linewidth": 2.8, "label": highlight[0], "zorder": 5}
+        axes.plot(range(len(shares)), shares, linestyle="--" if record is view.summary.guide else "-", **look)
     heights = [t for t in MaxNLocator(5).tick_values(view.low, view.high) if view.low <= t <= view.high]
     ends = {(height - view.low) / (view.high - view.low): f"{height:.4g}" for height in heights}
     box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
@@ -162,9 +165,9 @@ def parallel(view: View) -> Figure | str:
         axes.axvline(column, color="#888888", linewidth=0.8)
         for share, text in ticks.items():
             axes.text(column + 0.03, share, text, va="center", fontsize=8.5, bbox=box, zorder=6)
-    if any(name not in record.searched for record in view.scored for name in view.names):
+    if any(name not in record.searched for record in view.scored for name in view.parameters):
         axes.text(-0.04, -0.14, "not searched", ha="right", va="center", fontsize=8.5)
-    labels = [name.replace("_", "_\n", 1) if len(name) > 14 else name for name in [*view.names, view.metric]]
+    labels = [name.replace("_", "_\n", 1) if len(name) > 14 else name for name in [*view.parameters, view.metric]]
     axes.set_xticks(range(len(labels)), labels)
     axes.set(yticks=[], xlim=(-0.05, len(labels) - 0.65))
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -176,18 +179,16 @@ def importances(view: View) -> Figure | str:
     """Optuna's PED-ANOVA: it needs no further package and takes milliseconds for hundreds of trials."""
     import optuna
 
-    if not view.search:
-        return "the search's optuna.db is missing or cannot be read"
     done = view.search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    # A setting that only some trials have would be credited with all that sets those trials apart.
-    shared = [name for name in view.names if all(name in trial.params for trial in done)]
+    # A parameter that only some trials have would get the credit for all other differences of those trials.
+    shared = [name for name in view.parameters if all(name in trial.params for trial in done)]
     names = [name for name in shared if len({repr(trial.params[name]) for trial in done}) > 1]
     if len(done) < 4 or len(names) < 2:
         return f"it takes 4 completed trials and 2 settings that vary, and there are {len(done)} and {len(names)}"
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    found = optuna.importance.get_param_importances(view.search, evaluator=evaluator, params=names)
-    figure, (axes,) = new_figure(0.7 + 0.36 * len(found))
-    bars = axes.barh(list(found)[::-1], list(found.values())[::-1], color="#0072B2", height=0.62)
+    shares = optuna.importance.get_param_importances(view.search, evaluator=evaluator, params=names)
+    figure, (axes,) = new_figure(0.7 + 0.36 * len(shares))
+    bars = axes.barh(list(shares)[::-1], list(shares.values())[::-1], color="#0072B2", height=0.62)
     axes.bar_label(bars, fmt="{:.0%}", padding=4)
     axes.set(xlabel=f"share of importance in {len(done)} completed trials", xticks=[])
     axes.spines["bottom"].set_visible(False)
@@ -196,14 +197,18 @@ def importances(view: View) -> Figure | str:
 
 
 def spans(view: View) -> list[tuple[TrialRecord, float, float]]:
-    """Start and end of each trial in seconds since the first began. A trial is queued before its lane takes it, so its
-    start is counted back from its end: `wall` goes from the end of the one before, `waited` of it idle."""
-    ran = [record for record in view.records if record.ended_at]
-    lasted = {r.number: r.attempt_s or r.seconds["wall"] - r.seconds["waited"] for r in ran if "wall" in r.seconds}
-    begun = {r.number: r.ended_at - lasted[r.number] for r in ran if r.number in lasted}
-    found = [(r, max(r.started_at, begun.get(r.number, 0.0)), r.ended_at) for r in ran]
-    first = min((start for _, start, _ in found), default=0.0)
-    return [(record, start - first, end - first) for record, start, end in found]
+    """Start and end of each trial, in seconds since the first start.
+
+    A trial is recorded as started while it is still queued, so its start is computed from its end and the seconds that
+    its lane worked on it: `wall` less the idle `waited`.
+    """
+    ended = [record for record in view.records if record.ended_at]
+    starts = {}
+    for record in ended:
+        seconds = record.attempt_s or record.seconds.get("wall", math.inf) - record.seconds.get("waited", 0.0)
+        starts[record.number] = max(record.started_at, record.ended_at - seconds)
+    first = min(starts.values(), default=0.0)
+    return [(record, starts[record.number] - first, record.ended_at - first) for record in ended]
 
 
 def timeline(view: View) -> Figure | str:
@@ -215,8 +220,8 @@ def timeline(view: View) -> Figure | str:
     lanes = sorted({record.lane for record, *_ in bars}, key=lambda lane: (lane is None, lane))
     figure, (axes,) = new_figure(1.3 + 0.38 * len(lanes))
     for state, (color, _) in STATES.items():
-        if those := [(lanes.index(record.lane), *span) for record, *span in bars if record.state == state]:
-            rows, starts, ends = np.array(those).T
+        if ended := [(lanes.index(record.lane), *span) for record, *span in bars if record.state == state]:
+            rows, starts, ends = np.array(ended).T
             look: dict[str, Any] = {"color": color, "edgecolor": "white", "linewidth": 0.6, "label": state.lower()}
             axes.barh(rows, (ends - starts) / seconds, 0.72, starts / seconds, **look)
     for record, start, end in bars:
@@ -235,31 +240,35 @@ def confusions(view: View) -> Figure | str:
     """Confusion tables on the test: counts, coloured by their share of the row."""
     if not view.tested:
         return "the test was not scored on a closed set of answers"
-    answers = [answer if len(answer) < 18 else answer[:16] + "…" for answer in view.study["candidates"]]
+    answers = [answer if len(answer) < 18 else answer[:16] + "…" for answer in view.candidates]
     many = len(answers) > 6
     figure, row = new_figure(4.9 if many else 3.9, len(view.tested), 2)
-    for axes, (title, probabilities) in zip(row, view.tested.items(), strict=True):
+    for axes, (who, probabilities) in zip(row, view.tested.items(), strict=True):
         table = confusion(view.truth, probabilities.argmax(1), len(answers))
         shares = table / np.maximum(1, table.sum(1, keepdims=True))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (true, said), count in np.ndenumerate(table):
-            ink = "white" if shares[true, said] > 0.55 else "black"
-            axes.text(said, true, count, ha="center", va="center", color=ink, fontsize=7 if many else 13)
+        for (true, predicted), count in np.ndenumerate(table):
+            ink = "white" if shares[true, predicted] > 0.55 else "black"
+            axes.text(predicted, true, count, ha="center", va="center", color=ink, fontsize=7 if many else 13)
         axes.set_xticks(range(len(answers)), answers, rotation=90 if many else 0)
         axes.set_yticks(range(len(answers)), answers)
-        axes.set(title=title, xlabel="the model's answer")
+        axes.set(title=view.summary.title(who), xlabel="the model's answer")
         axes.grid(visible=False)
         axes.tick_params(length=0)
     row[0].set_ylabel("true answer")
     return figure
 
 
-def calibration(right: np.ndarray, sure: np.ndarray, bins: int) -> tuple[np.ndarray, float]:
-    """Answers in `bins` equally large groups by confidence: rows of (mean confidence, share right, images), and the
-    expected calibration error, the mean distance of the two over all images (arXiv:1904.01685)."""
-    groups = [group for group in np.array_split(np.argsort(sure, kind="stable"), bins) if len(group)]
-    rows = np.array([(sure[group].mean(), right[group].mean(), len(group)) for group in groups])
-    return rows, float((np.abs(rows[:, 0] - rows[:, 1]) * rows[:, 2]).sum() / len(sure))
+def calibration(right: np.ndarray, confidence: np.ndarray, bins: int) -> tuple[np.ndarray, float]:
+    """Answers in `bins` equally large groups by confidence.
+
+    Returns:
+        Rows of (mean confidence, share right, number of images), and the expected calibration error: the mean distance
+        of the first two over all images (arXiv:1904.01685).
+    """
+    groups = [group for group in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(group)]
+    rows = np.array([(confidence[group].mean(), right[group].mean(), len(group)) for group in groups])
+    return rows, float((np.abs(rows[:, 0] - rows[:, 1]) * rows[:, 2]).sum() / len(confidence))
 
 
 def reliability(view: View) -> Figure | str:
@@ -267,7 +276,7 @@ def reliability(view: View) -> Figure | str:
     if not view.tested:
         return "the test was not scored on a closed set of answers"
     figure, row = new_figure(3.9, len(view.tested), 2)
-    for axes, (title, probabilities) in zip(row, view.tested.items(), strict=True):
+    for axes, (who, probabilities) in zip(row, view.tested.items(), strict=True):
         right = probabilities.argmax(1) == view.truth
         rows, error = calibration(right, probabilities.max(1), min(10, max(2, len(right) // 10)))
         confidence, share, count = rows.T
@@ -277,7 +286,8 @@ def reliability(view: View) -> Figure | str:
         axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
         axes.vlines(confidence, middle - half, middle + half, color="#0072B2", linewidth=1.5)
         axes.scatter(confidence, share, 50, color="#0072B2", zorder=3)
-        axes.set(title=f"{title}: ECE {error:.3f}", xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="confidence in the answer")
+        title = f"{view.summary.title(who)}: ECE {error:.3f}"
+        axes.set(title=title, xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="confidence in the answer")
         axes.set_aspect("equal")
     row[0].set_ylabel("share of right answers")
     return figure
@@ -287,7 +297,11 @@ PICTURES = (confusions, reliability, history, curves, importances, slices, paral
 
 
 def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
-    """All pictures: by name a data URI, or the reason why there is none; and their paths."""
+    """Draw all pictures.
+
+    Returns:
+        By name, a picture's data URI or the reason why it is not drawn; and the paths of the PNGs.
+    """
     import matplotlib
     from PIL import Image
 
@@ -302,12 +316,12 @@ def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
             handles, labels = figure.axes[0].get_legend_handles_labels()
             if labels:
                 figure.legend(handles, labels, loc="outside upper center", ncols=5)
-            raw = io.BytesIO()
+            png = io.BytesIO()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels in a small picture
                 warnings.filterwarnings("ignore", "Glyph .* missing from")  # an answer in a script that the font lacks
-                figure.savefig(raw, format="png", dpi=120)
-        Image.open(raw).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+                figure.savefig(png, format="png", dpi=120)
+        Image.open(png).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
         shown[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         paths.append(path)
     return shown, paths

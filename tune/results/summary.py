@@ -1,153 +1,230 @@
-"""A study's outcome in a terminal."""
+"""What a study found, as one object: the console, MLflow's note and report.html only lay it out."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train_fn.support.text import plain
-from tune.records.ranking import front
-from tune.records.trials import END_STATES, TrialRecord
-from tune.results.intervals import verdict
-from tune.results.outcome import Outcome, next_step
+from train_fn.scoring.metrics import MODES
+from tune.config.uris import default_uri
+from tune.records.end_state import EndState
+from tune.records.goals import Goal, sign
+from tune.records.ranking import ranked
+from tune.records.trials import TrialRecord
+
+Score = dict[str, Any]  # "value" and "interval" (low, high) of a test metric; None where undefined
 
 
-def number_text(value: Any) -> str:
-    """A setting or score, short."""
+@dataclass(frozen=True)
+class Summary:
+    """What a study found. Its texts are plain: no markup, nothing escaped."""
+
+    study: Mapping[str, Any]
+    """The content of study.json, or what `Outcome.to_dict` returns."""
+    directory: Path
+    """The study's folder."""
+
+    @cached_property
+    def goals(self) -> list[Goal]:
+        return [(name, mode) for name, mode in self.study["goals"]]
+
+    @property
+    def metric(self) -> str:
+        """The first goal's name."""
+        return self.goals[0][0]
+
+    @cached_property
+    def records(self) -> list[TrialRecord]:
+        """All trials, by number."""
+        return [read_record(trial) for trial in self.study["trials"]]
+
+    @cached_property
+    def ranked(self) -> list[TrialRecord]:
+        """Completed trials with a score, best first."""
+        return ranked(self.records, self.goals, self.study.get("require", ()))
+
+    @cached_property
+    def order(self) -> list[TrialRecord]:
+        """All trials: `ranked`, then the others with a score, best first, then the rest."""
+        ranks = {record.number: rank for rank, record in enumerate(self.ranked)}
+
+        def key(record: TrialRecord) -> tuple[int, float]:
+            score = sign(self.goals[0][1]) * record.value(self.metric)
+            if record.number in ranks:
+                return 0, ranks[record.number]
+            return (1, score) if math.isfinite(score) else (2, 0.0)
+
+        return sorted(self.records, key=key)
+
+    @cached_property
+    def winner(self) -> TrialRecord | None:
+        return next((record for record in self.records if record.number == self.study["winner"]), None)
+
+    @cached_property
+    def guide(self) -> TrialRecord | None:
+        """Trial 0: the fine-tuning guide's defaults."""
+        return next((record for record in self.records if record.number == 0), None)
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """Names of the searched parameters."""
+        return list(dict.fromkeys(name for record in self.records for name in record.searched))
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Columns of a table of trials: the goals, and some metrics beside them that any trial has."""
+        names = dict.fromkeys([*(name for name, _ in self.goals), "macro_f1", "auroc", "loss"])
+        return [name for name in names if any(math.isfinite(record.value(name)) for record in self.records)]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Number of trials by state, without zeros."""
+        counts = Counter(record.state for record in self.records)
+        return {state: counts[state] for state in EndState if counts[state]}
+
+    @property
+    def counts_text(self) -> str:
+        return ", ".join(f"{count} {state.lower()}" for state, count in self.counts.items())
+
+    @cached_property
+    def errors(self) -> dict[str, int]:
+        """First lines of the failed trials' errors, and how many trials ended with each."""
+        errors = [record.error.strip() or "unknown error" for record in self.records if record.state == "FAILED"]
+        return Counter(error.splitlines()[0] for error in errors)
+
+    @cached_property
+    def confirmations(self) -> dict[int, list[float]]:
+        """Values of the first goal over fresh seeds or folds, by trial (`--confirm`)."""
+        stored = self.study["confirmations"].items()
+        return {int(number): [math.nan if v is None else v for v in values] for number, values in stored}
+
+    def test_score(self, who: str) -> Score | None:
+        """The first goal's test score of "winner" or "guide", or their "difference", if it has an interval."""
+        score = self.study["test"].get(who, {}).get(self.metric)
+        return score if score and score["interval"] and is_number(score["value"]) else None
+
+    @property
+    def headline(self) -> str:
+        """The outcome in one sentence, without its full stop."""
+        interrupted = self.study["state"] == "INTERRUPTED"
+        if not self.winner and self.ranked:
+            return "No adapter: those of the completed trials cannot be used"
+        if not self.winner:
+            return f"No adapter: {'interrupted before a trial was completed' if interrupted else 'no trial completed'}"
+        found = "so far" if interrupted else "found"
+        if self.winner is self.guide:
+            return f"The guide's defaults (trial 0) are the best {found}"
+        return f"Trial {self.winner.number} is the best adapter {found}"
+
+    @property
+    def explanation(self) -> str:
+        """How the winner compares with the guide's defaults on the test, or why that is unknown."""
+        optimistic = "what is shown are validation scores, and they are optimistic"
+        if gain := self.test_score("difference"):
+            return comparison_sentence(gain, self.metric)
+        if self.study["state"] == "INTERRUPTED" and not self.study["test"]:
+            return f"The study was interrupted, so the test images were not looked at: {optimistic}."
+        if self.winner is self.guide:
+            return "No trial of the search did better on the validation images than the guide's own settings."
+        if not self.study["test"]:
+            return f"The test images were not scored: {optimistic}."
+        reason = f"{self.metric} is undefined on these test images"
+        if self.guide and self.guide.state != "COMPLETE":
+            reason = f"trial 0 ended as {self.guide.state.lower()}"
+        return f"There is no comparison with the guide's defaults: {reason}."
+
+    @cached_property
+    def commands(self) -> dict[str, str]:
+        """Shell commands to type next, by what they are for. The last one goes on with the study."""
+        commands = {"Compare trials": mlflow_command(self.study["tracking_uri"])}
+        if adapter := self.study["adapter"]:
+            predict = shlex.join(["python", "-m", "train_fn.predict", "--adapter", adapter])
+            commands |= {"Use it": f"{predict} IMAGE_OR_FOLDER", "Merge it": f"{predict} --merge-into NEW_FOLDER"}
+        if self.winner:
+            replay = ["--replay", self.study["name"], "--trial", str(self.winner.number)]
+            run = ["python", "tune/run.py", "--results", str(self.directory.parent)]
+            commands["Reproduce it"] = shlex.join([*run, *replay])
+        return commands | {self.study.get("next_step", "Go on"): self.study["next_command"]}
+
+    def title(self, who: str) -> str:
+        """The name for people of "winner", "guide", "difference" and other test scores."""
+        number = self.study["winner"]
+        winner = "winner = the guide's defaults" if number == 0 else f"winner (trial {number})"
+        return {"winner": winner, "guide": "guide's defaults", "difference": "winner minus guide, paired"}.get(who, who)
+
+
+def read_record(trial: Mapping[str, Any]) -> TrialRecord:
+    """A trial of study.json. JSON has no NaN: a missing metric becomes one again."""
+    fields = {field.name for field in dataclasses.fields(TrialRecord)}
+    record = TrialRecord(**{name: trial[name] for name in fields & trial.keys()})
+    record.epochs = [{m: math.nan if v is None else v for m, v in epoch.items()} for epoch in record.epochs]
+    return record
+
+
+def comparison_sentence(gain: Score, metric: str) -> str:
+    """Whether the winner beats the guide's defaults on the test.
+
+    Args:
+        gain: the paired difference, winner minus guide, with its interval.
+        metric: its metric.
+    """
+    low, high = gain["interval"]
+    better = (gain["value"] < 0) == (MODES[metric] == "min")
+    significant = low > 0 or high < 0
+    text = ("better than" if better else "worse than") if significant else "not distinguishable from"
+    return (
+        f"On the test images the winner is {text} the guide's defaults: {metric} {gain['value']:+.3f} "
+        f"(95 % interval {low:+.3f} to {high:+.3f}, paired bootstrap)."
+    )
+
+
+def is_number(value: float | None) -> bool:
+    """Whether a value is a finite number."""
+    return value is not None and math.isfinite(value)
+
+
+def format_score(score: Score) -> str:
+    """A test score and its 95 % interval."""
+    if not is_number(score["value"]):
+        return "undefined"
+    interval = " ({:.3f} to {:.3f})".format(*score["interval"]) if score["interval"] else ""
+    return f"{score['value']:.3f}{interval}"
+
+
+def format_metric(value: float | None) -> str:
+    """A metric or cost in a table."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def format_spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    deviation = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
+
+
+def format_value(value: Any) -> str:
+    """A setting, short."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def score_text(value: float) -> str:
-    """A score or cost in a table."""
-    return "-" if not math.isfinite(value) else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Settings in one line."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in settings.items())
 
 
-def defined(score: dict[str, Any] | None) -> bool:
-    """Whether a test score is a number with an interval."""
-    return bool(score and score["interval"] and score["value"] is not None and math.isfinite(score["value"]))
-
-
-def with_interval(score: dict[str, Any]) -> str:
-    """A test score and its 95 % interval."""
-    if score["value"] is None or not math.isfinite(score["value"]):
-        return "undefined"
-    if score["interval"] is None:
-        return f"{score['value']:.3f}"
-    low, high = score["interval"]
-    return f"{score['value']:.3f} ({low:.3f} to {high:.3f})"
-
-
-def print_summary(outcome: Outcome, most: int = 10) -> None:
-    """Print the table of trials, the test scores, where everything is, and what to type next."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def tell(text: str) -> None:
-        print(plain(text))
-
-    # Names, values and answers are the user's: no markup, and nothing that commands the terminal.
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console.width = 160
-    best = outcome.best()
-    shown = best[:most]
-    guide = next((r for r in outcome.records if r.number == 0), None)
-    if guide and guide not in shown:
-        shown.append(guide)
-    counts = Counter(record.state.lower() for record in outcome.records)
-    counted = ", ".join(
-        f"{counts[state]} {state}" for state in map(str.lower, (*END_STATES, "RUNNING")) if counts[state]
-    )
-    names = list(dict.fromkeys(name for r in outcome.records for name in r.searched))
-    scores = list(dict.fromkeys([*(name for name, _ in outcome.goals), "macro_f1", "auroc", "loss"]))
-    scores = [m for m in scores if any(math.isfinite(r.value(m)) for r in outcome.records)]
-    title = f"Study {outcome.name}: {counted}. Validation scores, best first by {outcome.metric}"
-    table = Table(title=plain(title))
-    table.add_column("trial", justify="right")
-    for name in (*names, *scores, "train s", "state"):
-        table.add_column(plain(name), justify="right", overflow="fold")
-    for record in shown:
-        label = f"{record.number}" + (" (guide)" if record.number == 0 else "")
-        cells = [number_text(record.searched[name]) if name in record.searched else "-" for name in names]
-        cells += [score_text(record.value(m)) for m in scores]
-        cells += [f"{record.seconds.get('train', 0):.1f}", record.state.lower()]
-        table.add_row(label, *map(plain, cells))
-    everything = "study.json" if (outcome.directory / "study.json").is_file() else "journal.jsonl"
-    if shown:
-        console.print(table)
-        if len(outcome.goals) > 1:
-            numbers = ", ".join(str(r.number) for r in front(outcome.records, outcome.goals))
-            tell(f"Pareto front of {', '.join(f'{name} ({mode})' for name, mode in outcome.goals)}: trials {numbers}")
-        if len(best) > most:
-            tell(f"(the best {most} of {len(best)}; all of them are in {everything} and MLflow)")
-    if len(best) > 1:
-        low, high = (f(r.value(outcome.metric) for r in best) for f in (min, max))
-        tell(f"Spread of {outcome.metric} over the completed trials: {low:.3f} to {high:.3f}")
-    for error, count in failures(outcome.records).items():
-        tell(f"{count} failed: {error}")
-    for number, values in outcome.confirmations.items():
-        label = f"trial {number}" + (" (guide)" if number == 0 else "")
-        spread = f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-        tell(f"Confirmed {len(values)} times: {label}: validation {outcome.metric} {spread}")
-    if outcome.tests:
-        table = Table(title="Test scores (95 % bootstrap interval), computed once, after the search")
-        table.add_column("metric")
-        winner = f"winner (trial {outcome.winner.number})" if outcome.winner else "winner"
-        if outcome.winner and outcome.winner.number == 0:
-            winner = "winner = the guide's defaults"
-        titles = {"winner": winner, "guide": "guide", "difference": "winner less guide, paired"}
-        for who in outcome.tests:
-            table.add_column(plain(titles.get(who, who)))
-        for name in next(iter(outcome.tests.values())):
-            table.add_row(plain(name), *(with_interval(scores[name]) for scores in outcome.tests.values()))
-        console.print(table)
-        gain = outcome.tests.get("difference", {}).get(outcome.metric)
-        if gain and defined(gain):
-            tell(verdict(gain, outcome.metric))
-    if outcome.error:
-        tell(f"Ended by an error: {outcome.error}.")
-    if outcome.ended_by:
-        tell(f"Ended because {outcome.ended_by}.")
-    for note in outcome.notes:
-        tell(f"Note: {note}")
-    if outcome.running and outcome.winner:
-        tell(f"Best so far: trial {outcome.winner.number}")
-    tell(
-        f"Wall time {outcome.seconds.get('wall', 0):.0f} s, {outcome.busy_share:.0%} of it training and evaluation "
-        f"on {outcome.lanes} lane{'s' if outcome.lanes != 1 else ''}."
-    )
-    if outcome.profile:
-        tell(f"Profile: {', '.join(f'{name} {share:.1%}' for name, share in outcome.profile.items())}.")
-    tell(f"Results        {outcome.directory / everything}")
-    if outcome.adapter:
-        tell(f"Adapter        {outcome.adapter}")
-    tell("Compare trials " + next_mlflow(outcome.tracking_uri))
-    if outcome.adapter:
-        predict = shlex.join(["python", "-m", "train_fn.predict", "--adapter", str(outcome.adapter)])
-        tell(f"Use it         {predict} IMAGE_OR_FOLDER")
-        tell(f"Merge it       {predict} --merge-into NEW_FOLDER")
-    label, command = next_step(outcome)
-    tell(f"{label:15}{command}")
-    if not outcome.winner and not outcome.unfinished:
-        reason = "No trial completed" if not best else "No adapter can be used"
-        tell(f"{reason}, so there is no winner. The first error is above; all are in {everything}.")
-
-
-def next_mlflow(uri: str) -> str:
-    """The command that shows the trials."""
-    from tune.config.uris import default_uri
-
+def mlflow_command(uri: str) -> str:
+    """The command that shows the trials in MLflow."""
     return "mlflow ui" if uri == default_uri() else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
-
-
-def failures(records: Sequence[TrialRecord]) -> dict[str, int]:
-    """First lines of the errors, with how many trials ended by each."""
-    errors = [record.error.strip() or "unknown error" for record in records if record.state == "FAILED"]
-    return Counter(error.splitlines()[0] for error in errors)

@@ -1,8 +1,7 @@
-"""A study as its pictures and its page need it."""
+"""A study as its pictures need it: its summary, its search, its test, and the range of the score axis."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ import numpy as np
 
 from train_fn.data.splitting import load_splits
 from tune.records.optuna_study import as_optuna
-from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
+from tune.results.summary import Summary
 
 if TYPE_CHECKING:
     pass
-
 
 # Okabe and Ito's colours, which every kind of colour blindness tells apart; each state has a marker of its own as well.
 STATES = {
@@ -29,57 +27,46 @@ WINNER, GUIDE = "#009E73", "#000000"
 
 
 class View:
-    """A study as its pictures and its page need it."""
+    """A study as its pictures need it.
+
+    Args:
+        study: the content of study.json.
+        directory: the study's folder, with splits.json.
+    """
 
     def __init__(self, study: dict[str, Any], directory: Path) -> None:
-        self.study, self.metric = study, study["metric"]
-        fields = {field.name for field in dataclasses.fields(TrialRecord)}
-        self.records = [TrialRecord(**{name: t[name] for name in fields & t.keys()}) for t in study["trials"]]
-        for record in self.records:  # JSON has no NaN
-            record.epochs = [{m: math.nan if v is None else v for m, v in epoch.items()} for epoch in record.epochs]
-        by_number = {record.number: record for record in self.records}
-        self.winner, self.guide = by_number.get(study["winner"]), by_number.get(0)
-        self.names = list(dict.fromkeys(name for record in self.records for name in record.searched))
+        self.summary = summary = Summary(study, directory)
+        self.search = as_optuna({record.number: record for record in summary.records}, summary.goals)
+        self.metric, self.records, self.parameters = summary.metric, summary.records, summary.parameters
+        self.candidates: list[str] = study["candidates"]
         splits = directory / "splits.json"
-        self.search = as_optuna(by_number, [(name, mode) for name, mode in study["goals"]])
         self.splits = load_splits(splits) if splits.exists() else None
-        self.better = -1 if study["mode"] == "min" else 1
-        best = ranked(self.records, study["goals"], study["settings"]["study"]["require"])
-        self.scored = scored = [record for record in self.records if math.isfinite(self.score(record))]
-        others = sorted(scored, key=lambda record: -self.better * self.score(record))
-        self.order = best + [record for record in others if record.state != "COMPLETE"]
-        self.order += [record for record in self.records if not math.isfinite(self.score(record))]
-        # What lies far beyond the worst completed trial is drawn on the edge, so that the completed can be told apart.
-        ends = [self.score(record) for record in (best if len(best) > 2 else scored)] or [0.0, 1.0]
+        # Probabilities [N, C] of the test images' answers, by "winner" and "guide"; empty: unknown.
+        predictions = study.get("predictions") or {}
+        self.tested = {who: np.array(part["probabilities"], dtype=float) for who, part in predictions.items()}
+        self.truth = np.array(predictions["winner"]["answers"] if predictions else [])  # [N], class indices
+        self.better = -1 if summary.goals[0][1] == "min" else 1
+        self.scored = [record for record in self.records if math.isfinite(self.score(record))]
+        # A score far below the worst completed trial is drawn on the edge, so that the completed trials stay apart.
+        completed = summary.ranked if len(summary.ranked) > 2 else self.scored
+        ends = [self.score(record) for record in completed] or [0.0, 1.0]
         self.worst, self.best = (max(ends), min(ends)) if self.better < 0 else (min(ends), max(ends))
         edge = self.worst - 1.5 * (self.best - self.worst)
-        seen = [self.score(record) for record in scored if (self.score(record) - edge) * self.better >= 0] or ends
-        pad = 0.08 * (max(seen) - min(seen)) or 0.01
-        self.low, self.high = min(seen) - pad, max(seen) + pad
+        inside = [s for record in self.scored if ((s := self.score(record)) - edge) * self.better >= 0] or ends
+        pad = 0.08 * (max(inside) - min(inside)) or 0.01
+        self.low, self.high = min(inside) - pad, max(inside) + pad
 
     def score(self, record: TrialRecord) -> float:
         """The trial's last validation score; NaN: none."""
         return record.value(self.metric)
 
     def height(self, score: float) -> float:
-        """Where a score is drawn; none is drawn on the worse edge."""
+        """Where a score is drawn; NaN is drawn on the worse edge."""
         edge = self.low if self.better > 0 else self.high
         return min(max(score, self.low), self.high) if math.isfinite(score) else edge
 
-    def marked(self, record: TrialRecord) -> tuple[str, str] | None:
-        """Name and colour of the two trials that every picture points out."""
-        if record is self.winner:
+    def highlight(self, record: TrialRecord) -> tuple[str, str] | None:
+        """Label and colour of winner and guide, which every picture highlights; None for other trials."""
+        if record is self.summary.winner:
             return f"winner (trial {record.number})", WINNER
-        return ("guide's defaults (trial 0)", GUIDE) if record is self.guide else None
-
-    @property
-    def tested(self) -> dict[str, np.ndarray]:
-        """Probabilities [N, C] that winner and guide gave the test images' answers, by title; empty: none are known."""
-        titles = {"winner": f"winner (trial {self.study['winner']})", "guide": "guide's defaults"}
-        found = self.study.get("predictions") or {}
-        return {titles[who]: np.array(part["probabilities"], dtype=float) for who, part in found.items()}
-
-    @property
-    def truth(self) -> np.ndarray:
-        """The test images' true answers [N], as indices."""
-        return np.array(self.study["predictions"]["winner"]["answers"])
+        return ("guide's defaults (trial 0)", GUIDE) if record is self.summary.guide else None

@@ -16,7 +16,7 @@ from tune.records.end_state import DONE_STATES, EndState
 from tune.records.goals import sign
 from tune.records.optuna_study import DatabaseExport
 from tune.records.trials import TrialRecord, trial_records
-from tune.results.summary import number_text
+from tune.results.summary import format_settings
 from tune.search.early_stopping import should_stop
 from tune.tracking.delivery import Tracking
 
@@ -108,7 +108,6 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
                 # Tune kills the trial's process while that waits for a report, so the process cannot do this itself.
                 self.dispatcher.stop.remote(record.number)
                 self.end(record.number, EndState.INTERRUPTED)
-        self._export(ended_only=False)
         return [self.records[number] for number in sorted(self.records)]
 
     def end(self, number: int, state: str, error: str = "", device_s: float = 0.0) -> None:
@@ -130,7 +129,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
                 self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
             self._export()
         score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
-        values = ", ".join(f"{key} {number_text(value)}" for key, value in record.searched.items())
+        values = format_settings(record.searched)
         values += "; " + "; ".join(record.notes) if record.notes else ""
         reason = ": " + error.splitlines()[0] if error else ""
         total = self.study.settings.study.trials
@@ -150,9 +149,9 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         names = ("searched", "distributions", "settings", "params")
         return {name: earlier[name] for name in names if name in earlier}
 
-    def _export(self, ended_only: bool = True) -> None:
+    def _export(self) -> None:
         try:
-            self.export.write(self.records, ended_only)
+            self.export.write(self.records)
         except OSError as error:
             self.say(f"optuna.db could not be written ({error}); the search does not need it")
 

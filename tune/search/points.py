@@ -25,7 +25,7 @@ from tune.config.space import SpaceError, first_points, load_space, searched_set
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
 from tune.records.journal import read_events
-from tune.records.optuna_study import as_optuna
+from tune.records.optuna_study import as_optuna, distributions_json
 from tune.records.trials import TrialRecord, trial_records
 
 
@@ -71,12 +71,7 @@ def propose(
     trial = optuna_study.ask()
     with time_limit(TIMEOUT_S):
         chosen, decided = searched_settings(study.settings, space, trial, number)
-    return Point(trial.params, to_json(trial.distributions), TrialSettings.from_dict(chosen), tuple(decided))
-
-
-def to_json(distributions: Mapping[str, optuna.distributions.BaseDistribution]) -> dict[str, str]:
-    """Distributions as the journal keeps them."""
-    return {name: optuna.distributions.distribution_to_json(range_) for name, range_ in distributions.items()}
+    return Point(trial.params, distributions_json(trial.distributions), TrialSettings.from_dict(chosen), tuple(decided))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`python -m tune.tracking sync STUDY`: deliver what the stores have not received."""
+"""`python -m tune.tracking sync STUDY`: deliver the records that a study's stores lack."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tune.tracking.target import inside, target_of
 
 
 def main(argv: list[str]) -> int:
-    """`sync STUDY [--mlflow-uri URI]`: deliver what the stores have not received.
+    """`sync STUDY [--mlflow-uri URI]`: deliver the records that the study's stores lack.
 
-    Returns 0 when the stores hold all records, 1 while any is missing, 2 when the study or the command is at fault.
+    Returns 0 if the stores hold all records, 1 if any is missing, 2 if the study or the command is at fault.
     """
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m tune.tracking", description="Deliver a study's records.")
     parser.add_argument("command", choices=["sync"])
     parser.add_argument("study", type=Path, help="the study's folder")
-    parser.add_argument("--mlflow-uri", default="", help="MLflow's store. Not given: the study's, if it is your own")
+    parser.add_argument("--mlflow-uri", default="", help="MLflow's store. Default: the study's, if it is your own")
     options = parser.parse_args(argv)
     try:
         return sync(options.study.resolve(), options.mlflow_uri)
@@ -34,16 +34,23 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def sync(directory: Path, given: str) -> int:
-    """Deliver what the stores have not received. Raises OSError and ValueError when the study cannot be read."""
+def sync(directory: Path, mlflow_uri: str) -> int:
+    """Deliver the records that the stores of a study lack.
+
+    Args:
+        directory: the study's folder.
+        mlflow_uri: another MLflow store than the study's; empty: the study's.
+
+    Returns: the exit code. Raises OSError and ValueError if the study cannot be read.
+    """
     if not (directory / "plan.json").exists():
         raise ValueError(f"STUDY must be the folder of a study, but {directory} holds no plan.json: check the path")
-    if strip_credentials(given) != given:
+    if strip_credentials(mlflow_uri) != mlflow_uri:
         raise ValueError(
             "--mlflow-uri must hold no key or password: give the whole address as MLFLOW_TRACKING_URI, too"
         )
-    target = target_of(directory, read_plan(directory), tracking_uri(given) if given else "")
-    if not given and "mlflow" in target.report_to and not is_own(target.study_uri, directory):
+    target = target_of(directory, read_plan(directory), tracking_uri(mlflow_uri) if mlflow_uri else "")
+    if not mlflow_uri and "mlflow" in target.report_to and not is_own(target.study_uri, directory):
         raise ValueError(
             f"a store that is not your own must be named, but {directory.name} wants its records sent to "
             f"{target.study_uri}: if you trust it, give {shlex.join(['--mlflow-uri', target.study_uri])}, or set "
@@ -58,10 +65,10 @@ def sync(directory: Path, given: str) -> int:
     journal = read_journal(inside(directory, "journal.jsonl"))
     tracking = Tracking(target, journal.events, 1.0)
     left = tracking.close(timeout_s=24 * 3600)  # as long as the stores answer
-    for sentence in (*journal.notes(), *([tracking.damage] if tracking.damage else []), *tracking.left_out):
+    for sentence in (*journal.notes(), *([tracking.damage] if tracking.damage else []), *tracking.missing_files):
         print(sentence, file=sys.stderr)
     for name in target.report_to:
-        waits = f"{left[name]} records wait, {tracking.reason(name)}" if name in left else "all records told"
+        waits = f"{left[name]} records wait, {tracking.reason(name)}" if name in left else "all records delivered"
         print(f"{name}: {waits}")
     lease.release()
     return 1 if left else 0

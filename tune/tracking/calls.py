@@ -1,4 +1,4 @@
-"""Calls to a store: bounded in time, and what a refusal means."""
+"""Calls to a tracking store: time limits, refusals, and what an event looks like there."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from typing import Any
 from tune.config.uris import scrub
 from tune.records.journal import Event
 
-REQUEST_S = 20  # MLFLOW_HTTP_REQUEST_TIMEOUT where the user sets none
-CALL_S = 30.0  # longest time for a call without a file; a server may also send its answer byte by byte
-SLOW_S = 1.0  # a file that is refused later than that has waited for something
-UPLOAD_BYTES_PER_S = 250_000  # slowest upload that is waited for
-# Codes of MLflow that do not blame the request. Any other code refuses it.
+REQUEST_S = 20  # MLFLOW_HTTP_REQUEST_TIMEOUT if the user sets none
+CALL_S = 30.0  # time limit of a call without a file; a server may send its answer byte by byte
+SLOW_S = 1.0  # a refusal of a file that takes longer has waited for something
+UPLOAD_BYTES_PER_S = 250_000  # the slowest upload that is not given up
+# MLflow's error codes that are not the request's fault. Any other code is a refusal.
 NOT_THE_REQUEST = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED",
                    "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")  # fmt: skip
 
 
 class StoreUnavailable(Exception):
-    """A store cannot be reached now, or does not answer. A later try may succeed."""
+    """A store cannot be reached now, or does not answer. A retry may succeed."""
 
 
 class StoreLost(StoreUnavailable):
     """The file of a store was removed or replaced while it was in use."""
 
 
-Refusal = tuple[str, str]
+Refusal = tuple[str, str]  # a call of an event that a store has refused, and the reason
 
 
 def reason_of(error: BaseException) -> str:
     """An error in one line, without credentials."""
     lines = scrub(str(error)).strip().splitlines()
-    known = isinstance(error, StoreUnavailable | ValueError | OSError)
+    clear = isinstance(error, StoreUnavailable | ValueError | OSError)
     text = lines[0] if lines else ""
-    return (text if known and text else f"{type(error).__name__}: {text}")[:500]
+    return (text if clear and text else f"{type(error).__name__}: {text}")[:500]
 
 
 def bounded(call: Callable[[], Any], limit_s: float) -> Any:
-    """Run a call to a server, and give it up after a time.
+    """Run a call to a server with a time limit.
 
-    A timeout of requests counts from byte to byte, so a server that sends one now and then would hold it for ever. The
-    call that is given up goes on in its own thread; if it still succeeds, a later try finds what it has done.
+    The timeout of `requests` restarts at every byte, so a server that sends one now and then would block it for ever. A
+    call that is given up goes on in its own thread; if it still succeeds, a retry finds its result in the store.
 
-    Raises StoreUnavailable after `limit_s` seconds, or what the call raises.
+    Raises:
+        StoreUnavailable: after `limit_s` seconds.
+        Exception: what the call raises.
     """
     answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
@@ -67,7 +69,7 @@ def bounded(call: Callable[[], Any], limit_s: float) -> Any:
 
 
 def refuses(error: BaseException) -> bool:
-    """Whether an error blames the request, so that a second try would fail, too. False: that cannot be known."""
+    """Whether an error is the request's fault, so that a retry would fail as well. False: unknown."""
     from mlflow.exceptions import InvalidUrlException, MlflowException
     from requests import RequestException
 
@@ -82,24 +84,24 @@ def refuses(error: BaseException) -> bool:
 
 
 def prepare_mlflow() -> None:
-    """What MLflow reads from the environment, where the user has set nothing else, and silence for its loggers."""
+    """Set MLflow's environment variables that the user has not set, and silence its loggers."""
     os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # Waiting is the thread's own business, and a request that is sent again unasked may make a second run.
+    # The delivery thread retries itself; a request that MLflow repeats may create a second run.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_S))
-    # A redirect would send the records, and credentials of the same host's name, to a place that nobody has named.
+    # A redirect would send the records, and the host's credentials, to an address that the user has not given.
     os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")
     import mlflow  # noqa: F401  # its import sets the level of its loggers
 
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised as well
 
 
 def log_entries(event: Event) -> list[tuple[int, dict[str, float]]]:
-    """A report's metrics by optimizer step: training loss and learning rate on the way, then the epoch's."""
+    """A report's metrics by optimizer step: training loss and learning rate of each logged step, then the epoch's."""
     steps = [
         (int(entry["step"]), {f"train/{name}": entry[name] for name in ("loss", "learning_rate")})
         for entry in event["log"]
@@ -110,9 +112,10 @@ def log_entries(event: Event) -> list[tuple[int, dict[str, float]]]:
 
 
 def final_metrics(event: Event) -> dict[str, float]:
-    """What a trial is compared by, at its end."""
-    found = {f"{phase}_s": value for phase, value in event["seconds"].items()} | {"device_s": event["device_s"]}
-    if event["seconds"]:
-        overhead = event["seconds"]["wall"] - event["seconds"]["train"] - event["seconds"]["evaluation"]
-        found |= {"overhead_s": overhead, "trainable_params": event["applied"]["trainable_params"]}
-    return found
+    """A trial's costs, from its "ended" event."""
+    seconds = event["seconds"]
+    costs = {f"{phase}_s": value for phase, value in seconds.items()} | {"device_s": event["device_s"]}
+    if seconds:
+        costs["overhead_s"] = seconds["wall"] - seconds["train"] - seconds["evaluation"]
+        costs["trainable_params"] = event["applied"]["trainable_params"]
+    return costs

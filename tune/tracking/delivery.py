@@ -1,12 +1,11 @@
-"""MLflow, TensorBoard and W&B: threads of the driver deliver the journal's events to them, in order.
+"""Delivery of the journal's events to MLflow, TensorBoard, W&B and object storage, in order, by threads of the driver.
 
-Workers never talk to a tracking store, and the search never waits for one. What each store has received, and what it
-has refused, is kept beside the journal in tracking.json. The rest is delivered later by the same study, by `--resume`,
-or by
+Workers never talk to a tracking store, and the search never waits for one. tracking.json, beside the journal, records
+what each store has received and refused. The rest is delivered later by the same study, by `--resume`, or by
 
     python -m tune.tracking sync STUDY
 
-Delivering an event twice changes nothing, so a kill between delivering and noting it loses and doubles nothing.
+Delivering an event twice changes nothing, so a kill between a delivery and its record loses and duplicates nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from tune.tracking.sinks import Sink, StorageSink, TensorBoardSink, WandbSink
 from tune.tracking.target import Target, sync_command
 
 FORMAT = 2  # of tracking.json
-CLOSE_S = 60.0  # longest time that a study's end waits for its stores
+CLOSE_S = 60.0  # time limit of a study's end for its stores
 
 
 @dataclass
@@ -42,26 +41,35 @@ class Delivery:
     key: str
     """Its key in tracking.json: a URI without credentials, or the name."""
     position: int = 0
-    """Index of the first event that was not delivered yet."""
+    """Index of the first event that is not delivered yet."""
     again: list[int] = field(default_factory=list)
-    """Indices of events that are delivered once more: the store has lost them, or has refused some of them."""
+    """Indices of events to deliver again: the store has lost them, or refused some of their calls."""
     refused: dict[int, list[Refusal]] = field(default_factory=dict)
     """The refused calls, by the event's index."""
     sink: Sink | None = None
     unavailable: str = ""
-    """Why the store could not be used at the last try, if it could not."""
+    """Why the last attempt could not use the store; empty: it could."""
+
+    @property
+    def reasons(self) -> list[str]:
+        """The refused calls, each reason once; reasons may differ in an id that is part of a path."""
+        first: dict[str, str] = {}
+        for calls in list(self.refused.values()):
+            for call, reason in calls:
+                first.setdefault(re.sub("[0-9a-f]{32}", "", reason), f"{call}: {reason}")
+        return list(first.values())
 
 
-def number(events: Sequence[Event], index: int) -> int:
-    """The number under which tracking.json knows an event: its `seq`, or else its index."""
+def seq_of(events: Sequence[Event], index: int) -> int:
+    """The number that identifies an event in tracking.json: its `seq`, or its index in an old journal."""
     event = events[index]
     seq = event.get("seq") if isinstance(event, dict) else None
     return seq if isinstance(seq, int) and not isinstance(seq, bool) else index
 
 
 def index_of(events: Sequence[Event], seq: int) -> int:
-    """Index of the first event whose number is at least `seq`."""
-    return bisect.bisect_left(range(len(events)), seq, key=lambda index: number(events, index))
+    """Index of the first event whose `seq_of` is at least `seq`."""
+    return bisect.bisect_left(range(len(events)), seq, key=lambda index: seq_of(events, index))
 
 
 class Tracking:
@@ -73,14 +81,14 @@ class Tracking:
         self._target = target
         self._retry_s = retry_s
         self._path = target.directory / "tracking.json"
-        self._stored: dict[str, Any] = {}  # of all stores, those that this process does not reach included
+        self._stored: dict[str, Any] = {}  # of all stores, including those that this process does not use
         try:
             self._stored = read_deliveries(self._path, target)
         except (OSError, DamagedFile) as error:
             self.damage = f"{error}: every record is delivered again"
-        self._deliveries = [self._begin(name) for name in target.report_to]
+        self._deliveries = [self._read(name) for name in target.report_to]
         self._changed = threading.Condition()
-        self._writing = threading.Lock()  # apart: `notify` must not wait for a disk
+        self._writing = threading.Lock()  # not `_changed`: `notify` must not wait for a disk
         self._closing = False
         self._threads = [
             threading.Thread(target=self._run, args=(delivery,), daemon=True) for delivery in self._deliveries
@@ -88,19 +96,19 @@ class Tracking:
         for thread in self._threads:
             thread.start()
 
-    def _begin(self, name: str) -> Delivery:
-        """What tracking.json says of a store."""
+    def _read(self, name: str) -> Delivery:
+        """A store's delivery as tracking.json records it."""
         uris = {"mlflow": strip_credentials(self._target.uri), "storage": strip_credentials(self._target.storage_uri)}
         delivery = Delivery(name, uris.get(name, name))
         stored = self._stored.get(delivery.key, {"next": 0, "again": [], "refused": []})
-        last = number(self._events, len(self._events) - 1) if self._events else -1
+        last = seq_of(self._events, len(self._events) - 1) if self._events else -1
         if stored["next"] > last + 1:
             self.damage = (
                 f"{self._path} counts {stored['next']} records, but the journal has fewer: all are delivered again"
             )
             return delivery
         delivery.position = index_of(self._events, stored["next"])
-        seqs = {number(self._events, index): index for index in range(delivery.position)}
+        seqs = {seq_of(self._events, index): index for index in range(delivery.position)}
         delivery.again = sorted(seqs[seq] for seq in stored["again"] if seq in seqs)
         for entry in stored["refused"]:
             if entry["seq"] in seqs:
@@ -108,19 +116,19 @@ class Tracking:
         return delivery
 
     def notify(self) -> None:
-        """The journal has grown."""
+        """Wake the threads: the journal has new events."""
         with self._changed:
             self._changed.notify_all()
 
     @property
     def errors(self) -> list[str]:
-        """What stores have refused: one line for each reason."""
-        return [f"{delivery.name}: {reason}" for delivery in self._deliveries for reason in refusals(delivery)]
+        """The refused calls of all stores: one line for each reason."""
+        return [f"{delivery.name}: {reason}" for delivery in self._deliveries for reason in delivery.reasons]
 
     def close(self, timeout_s: float = CLOSE_S) -> dict[str, int]:
-        """Wait until all is delivered, or a store fails once more, at most so long.
+        """Wait until each store has received everything or has failed once more, at most `timeout_s` seconds.
 
-        Returns the number of events that each store still waits for, in whole or in part.
+        Returns the number of events that each store still lacks, in whole or in part.
         """
         with self._changed:
             self._closing = True
@@ -133,7 +141,7 @@ class Tracking:
     def reason(self, name: str) -> str:
         """Why a store's records wait."""
         delivery = next(delivery for delivery in self._deliveries if delivery.name == name)
-        refused = refusals(delivery)
+        refused = delivery.reasons
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         texts = [delivery.unavailable] if delivery.unavailable else []
         texts += [f"refused: {'; '.join(refused[:3])}{more}"] if refused else []
@@ -141,21 +149,21 @@ class Tracking:
 
     def notes(self, timeout_s: float = CLOSE_S) -> list[str]:
         """`close`, and a sentence for each store that still waits for records."""
-        found = [self.damage] if self.damage else []
+        notes = [self.damage] if self.damage else []
         for name, count in self.close(timeout_s).items():
-            found.append(
+            notes.append(
                 f"{name}: {count} records wait, {self.reason(name)} (waited {timeout_s:g} s at most). "
                 f"Deliver them with {sync_command(self._target)}"
             )
-        return found + self.left_out
+        return notes + self.missing_files
 
     @property
-    def left_out(self) -> list[str]:
-        """A sentence for each store that misses files which the study's folder no longer holds."""
+    def missing_files(self) -> list[str]:
+        """A sentence for each store about files that the study's folder no longer holds."""
         return [
             f"{delivery.name} was not sent {', '.join(names)}: the study's folder does not hold it"
             for delivery in self._deliveries
-            if (names := sorted(getattr(delivery.sink, "left_out", ())))
+            if (names := sorted(getattr(delivery.sink, "missing_files", ())))
         ]
 
     def _waiting(self, delivery: Delivery) -> int:
@@ -176,7 +184,7 @@ class Tracking:
                     self._changed.wait_for(lambda: self._closing, self._retry_s)
 
     def _deliver(self, delivery: Delivery) -> bool:
-        """Deliver all that a store has not received. Returns False if it cannot be used now."""
+        """Deliver everything that a store lacks. Returns False if the store cannot be used now."""
         try:
             if delivery.sink is None:
                 self._open(delivery)
@@ -187,11 +195,11 @@ class Tracking:
                     refused = delivery.sink.deliver(self._events[index])
                 except StoreUnavailable:
                     raise
-                except Exception as error:  # a store, or a damaged event, must not end a study; it stays on record
+                except Exception as error:  # a store, or a damaged event, must not end a study; it is recorded
                     refused = [("event", reason_of(error))]
-                self._note(delivery, index, refused)
+                self._record(delivery, index, refused)
             if isinstance(delivery.sink, MLflowSink):
-                delivery.sink.check_file()
+                delivery.sink.store.check_file()
         except StoreLost as error:
             with self._changed:
                 delivery.again = list(range(delivery.position))
@@ -200,24 +208,24 @@ class Tracking:
         except StoreUnavailable as error:
             delivery.unavailable = f"it cannot be reached: {reason_of(error)}"
             return False
-        except Exception as error:  # it refuses to be opened, for whatever reason; all of its records wait
+        except Exception as error:  # it cannot be opened, for whatever reason; all of its records wait
             delivery.unavailable = f"it cannot be used: {reason_of(error)}"
             return False
         delivery.unavailable = ""
         return True
 
     def _open(self, delivery: Delivery) -> None:
-        """Open a store, and find out what it must receive once more."""
+        """Open a store, and reconcile it with what was delivered."""
         sink = SINKS[delivery.name](self._target)
         again = set(delivery.again) | set(delivery.refused)
         if isinstance(sink, MLflowSink):
-            again = sink.missing(self._events[: delivery.position], again)
+            again = sink.store.missing(self._events[: delivery.position], again)
         with self._changed:
             delivery.again = sorted(again)
         delivery.sink = sink
 
-    def _note(self, delivery: Delivery, index: int, refused: list[Refusal]) -> None:
-        """Note that an event was delivered, but for what was refused of it."""
+    def _record(self, delivery: Delivery, index: int, refused: list[Refusal]) -> None:
+        """Record in tracking.json that an event was delivered, and which of its calls were refused."""
         with self._changed:
             delivery.refused.pop(index, None)
             if refused:
@@ -226,45 +234,35 @@ class Tracking:
                 delivery.again.pop(0)
             else:
                 delivery.position = index + 1
-        # A full disk costs no record: after a kill, some are delivered again.
+        # If the disk is full, events are delivered again after a kill.
         with self._writing, contextlib.suppress(OSError):
-            self._stored[delivery.key] = self._record(delivery)
+            self._stored[delivery.key] = self._to_dict(delivery)
             write_json(self._path, {"format": FORMAT, "study_id": self._target.study_id, "stores": self._stored})
 
-    def _record(self, delivery: Delivery) -> dict[str, Any]:
-        """What tracking.json keeps of a store."""
+    def _to_dict(self, delivery: Delivery) -> dict[str, Any]:
+        """A store's entry in tracking.json."""
         position = delivery.position
         return {
-            "next": number(self._events, position - 1) + 1 if position else 0,
-            "again": [number(self._events, index) for index in delivery.again],
+            "next": seq_of(self._events, position - 1) + 1 if position else 0,
+            "again": [seq_of(self._events, index) for index in delivery.again],
             "refused": [
-                {"seq": number(self._events, index), "call": call, "reason": reason}
+                {"seq": seq_of(self._events, index), "call": call, "reason": reason}
                 for index, calls in delivery.refused.items()
                 for call, reason in calls
             ],
         }
 
 
-def refusals(delivery: Delivery) -> list[str]:
-    """The calls that a store has refused, each reason once; it may differ from run to run by an id in a path."""
-    first: dict[str, str] = {}
-    for calls in list(delivery.refused.values()):
-        for call, reason in calls:
-            first.setdefault(re.sub("[0-9a-f]{32}", "", reason), f"{call}: {reason}")
-    return list(first.values())
-
-
 def read_deliveries(path: Path, target: Target) -> dict[str, Any]:
-    """The stores of tracking.json by their keys; none if there is no such file.
+    """The stores in tracking.json by their keys; empty if there is no such file.
 
-    Raises OSError, or DamagedFile when it holds something else, or belongs to another study.
+    Raises OSError, or DamagedFile if its content is wrong or belongs to another study.
     """
     if not path.exists():
         return {}
     content = read_json(path, dict, "remove it")
-    count = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0  # noqa: E731
     if "format" not in content:  # of the first version: counts by the store's name
-        if not all(count(value) for value in content.values()):
+        if not all(map(is_count, content.values())):
             raise DamagedFile(f"{path} must hold counts, but does not: remove it")
         keys = {"mlflow": target.study_uri, "storage": strip_credentials(target.storage_uri)}
         return {keys.get(name, name): {"next": value, "again": [], "refused": []} for name, value in content.items()}
@@ -275,22 +273,24 @@ def read_deliveries(path: Path, target: Target) -> dict[str, Any]:
     if content.get("study_id") != target.study_id:
         raise DamagedFile(f"{path} must be of this study, but is of {content.get('study_id')!r}: remove it")
     stores = content.get("stores")
-    sound = isinstance(stores, dict) and all(
-        isinstance(store, dict)
-        and count(store.get("next"))
-        and isinstance(store.get("again"), list)
-        and all(map(count, store["again"]))
-        and isinstance(store.get("refused"), list)
-        and all(
-            isinstance(entry, dict) and count(entry.get("seq")) and isinstance(entry.get("call"), str)
-            and isinstance(entry.get("reason"), str) for entry in store["refused"]
-        )
-        for store in stores.values()
-    )  # fmt: skip
-    if not sound:
+    if not isinstance(stores, dict) or not all(map(is_store, stores.values())):
         raise DamagedFile(f"{path} must hold next, again and refused for each store, but does not: remove it")
-    assert isinstance(stores, dict)
     return stores
+
+
+def is_count(value: object) -> bool:
+    """Whether a value read from JSON is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_store(entry: Any) -> bool:
+    """Whether a value read from JSON is a store's entry in tracking.json."""
+    try:
+        texts = [text for refusal in entry["refused"] for text in (refusal["call"], refusal["reason"])]
+        counts = [entry["next"], *entry["again"], *(refusal["seq"] for refusal in entry["refused"])]
+    except (TypeError, LookupError):
+        return False
+    return all(map(is_count, counts)) and all(isinstance(text, str) for text in texts)
 
 
 SINKS: dict[str, Callable[[Target], Sink]] = {

@@ -1,6 +1,6 @@
-"""The winner's adapter as an MLflow model and, by name, as a version in the model registry.
+"""The winner's adapter as an MLflow model and, given a name, as a version in the model registry.
 
-All goes through the client: MLflow's fluent calls act on the run and the store of the whole process.
+All calls go through the client: MLflow's fluent API acts on the run and the store of the whole process.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scipy", "
 def log_model(client: MlflowClient, run_id: str, adapter: Path, *, register: str = "", tags: dict[str, str]) -> str:
     """Log an adapter as the run's model and, with a name to `register`, as a version of that registered model.
 
-    The model is complete but for the frozen base: `train_fn` travels with it, the packages it needs are pinned, and
-    how it is used is told in `train_fn/pyfunc_model.py`. A second call for the same run and adapter changes nothing.
+    The model is complete except for the frozen base: it contains `train_fn` and pins the packages it needs.
+    `train_fn/pyfunc_model.py` says how to use it. A second call for the same run and adapter changes nothing.
 
-    adapter: a folder as `train_fn.loop` writes it, with its task.json.
-    tags: of the model and of the version.
+    Args:
+        adapter: an adapter's folder with its task.json.
+        tags: set on the model and on the version.
 
-    Returns the model's URI, `models:/NAME/VERSION` or `models:/ID`. Raises MlflowException when the store refuses.
+    Returns the model's URI, `models:/NAME/VERSION` or `models:/ID`. Raises MlflowException if the store refuses.
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
     digest = file_hash(adapter / "adapter_model.safetensors")
     tags = {**tags, "adapter_sha256": digest}
     experiment = client.get_run(run_id).info.experiment_id
-    # A study that goes on may find another winner: the same run then has two models.
+    # A resumed study may find another winner: its run then has two models.
     same = f"source_run_id = '{run_id}' AND tags.adapter_sha256 = '{digest}'"
     model = next(iter(client.search_logged_models([experiment], filter_string=same)), None)
     if model is None:
         model = client.create_logged_model(experiment, "adapter", run_id, tags, model_type="vlm-adapter")
-    if model.status != LoggedModelStatus.READY:  # new, or of a call that was cut off
+    if model.status != LoggedModelStatus.READY:  # new, or its upload was interrupted
         with tempfile.TemporaryDirectory() as folder:
-            # MLflow takes no path with a space or a `#` in it.
+            # MLflow accepts no path with a space or a `#` in it.
             copy = shutil.copytree(adapter, Path(folder) / "adapter")
             save_model(model, run_id, copy, Path(folder) / "model")
             client.log_model_artifacts(model.model_id, f"{folder}/model")
@@ -57,13 +57,13 @@ def log_model(client: MlflowClient, run_id: str, adapter: Path, *, register: str
     try:
         client.create_registered_model(register)
     except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = model.artifact_location  # a SQL store would look `models:/ID` up in the process's own store
+    source = model.artifact_location  # a SQL store would look up `models:/ID` in the process's own store
     versions = client.search_model_versions(f"run_id = '{run_id}'")
-    found = next((one for one in versions if (one.name, one.source) == (register, source)), None)
-    found = found or client.create_model_version(register, source, run_id, tags, model_id=model.model_id)
-    return f"models:/{register}/{found.version}"
+    registered = next((v for v in versions if (v.name, v.source) == (register, source)), None)
+    registered = registered or client.create_model_version(register, source, run_id, tags, model_id=model.model_id)
+    return f"models:/{register}/{registered.version}"
 
 
 def save_model(model: LoggedModel, run_id: str, adapter: Path, directory: Path) -> None:

@@ -1,7 +1,7 @@
-"""Where events of a study go: MLflow, TensorBoard, W&B, object storage.
+"""Sinks for a study's events beside MLflow: TensorBoard, W&B, object storage.
 
-An event is several calls to a store. A call that the store refuses costs that call only: `deliver` returns it with its
-reason, and `tune.tracking` keeps it on record. The end state of a run is always the first call.
+An event makes several calls to a store. A refused call costs that call only: `deliver` returns it with its reason, and
+`tune.tracking.delivery` records it. The end state of a run is always the first call.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from tune.records.journal import Event
 from tune.tracking.calls import Refusal, StoreUnavailable, log_entries, reason_of
 from tune.tracking.target import Target, inside
 
-"""A call of an event that a store has refused, and the reason."""
-
 
 class Sink(Protocol):
-    """A place where events go. All calls come from one thread; `StoreUnavailable` is raised where a later try may
-    succeed."""
+    """A store that receives events, all from one thread."""
 
     def deliver(self, event: Event) -> list[Refusal]:
-        """Take in one event; a second time changes nothing. Returns the calls that were refused."""
+        """Write one event; a second delivery changes nothing.
+
+        Returns the refused calls. Raises StoreUnavailable if a retry may succeed.
+        """
 
 
 class TensorBoardSink:
-    """Event files under `trials/0007/runs/`, as the guide's monitoring reads them."""
+    """Writes TensorBoard event files to `trials/0007/runs/`, where the fine-tuning guide's monitoring reads them."""
 
     def __init__(self, target: Target) -> None:
         self.directory = target.directory
@@ -56,7 +56,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run per trial, grouped by study. WANDB_MODE=offline keeps them on disk."""
+    """Writes a W&B run per trial, grouped by study. WANDB_MODE=offline keeps them on disk."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -79,14 +79,14 @@ class WandbSink:
         import wandb
 
         if number not in self.runs:
-            # W&B would write to the system's temporary folder instead, and only log a warning.
+            # Without this folder W&B would write to the system's temporary one and only log a warning.
             inside(self.target.directory, "wandb", content=False).mkdir(exist_ok=True)
             self.runs[number] = wandb.init(
                 project=self.target.experiment,
                 group=self.target.study,
                 dir=str(self.target.directory),
                 name=f"trial {number}",
-                id=f"{self.target.study_id}-{number}",  # found again when the study goes on
+                id=f"{self.target.study_id}-{number}",  # so that a resumed study finds it
                 resume="allow",
                 reinit="create_new",
                 settings=wandb.Settings(silent=True),
@@ -95,7 +95,7 @@ class WandbSink:
 
 
 class StorageSink:
-    """The study's files on object storage (`--storage`). Trials copy theirs themselves, from where they run."""
+    """Copies the study's files to object storage (`--storage`). Each trial copies its own from its node."""
 
     def __init__(self, target: Target) -> None:
         self.storage = Storage(target.directory, target.storage_uri)
@@ -104,7 +104,7 @@ class StorageSink:
     def deliver(self, event: Event) -> list[Refusal]:
         names = {
             "session": ["splits.json", "journal.jsonl", "plan.json"],
-            "report": [],  # its trial tells it again from its state, if the journal is needed before the next end
+            "report": [],  # a lost report is reported again from the trial's saved state
             "study_ended": ["journal.jsonl", "study.json", "report.html", "pictures", "best_adapter"],
         }.get(event["event"], ["journal.jsonl"])
         refused: list[Refusal] = []

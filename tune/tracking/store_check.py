@@ -1,4 +1,4 @@
-"""Before a study: whether its tracking stores can take its records."""
+"""Checks before a study that its tracking stores can take its records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from train_fn.support.files import unwritable
 from tune.config.uris import local_path, scrub, with_credentials
 from tune.tracking.calls import StoreUnavailable, bounded, prepare_mlflow, reason_of, refuses
-from tune.tracking.mlflow_sink import deleted_experiment
+from tune.tracking.mlflow_store import deleted_experiment
 
 if TYPE_CHECKING:
     from tune.config.settings import Settings
@@ -22,15 +22,15 @@ CHECK_S = 10.0  # longest time for a call of the check before a study
 
 
 def check_store(settings: Settings, directory: Path, uri: str, say: Callable[[str], None]) -> list[str]:
-    """Why the stores of a study would refuse its records.
+    """Check the stores of a study.
 
     Args:
         directory: the study's folder, which need not exist yet.
         uri: MLflow's store, without credentials.
-        say: gets a sentence about each store that cannot be reached now. The study can begin without it.
+        say: called with a sentence about each store that cannot be reached now; the study can start without it.
 
     Returns:
-        One sentence (rule, value, fix) per problem.
+        One sentence (rule, value, fix) for each reason why a store would refuse the study's records.
     """
     report_to, problems = settings.study.report_to, []
     for name, folder in (("tensorboard", directory / "trials"), ("wandb", directory / "wandb")):
@@ -42,7 +42,7 @@ def check_store(settings: Settings, directory: Path, uri: str, say: Callable[[st
 
 
 def check_mlflow(experiment: str, register: str, uri: str, say: Callable[[str], None]) -> list[str]:
-    """Why an MLflow store would refuse a study. Writes nothing that stays."""
+    """Why an MLflow store would refuse a study. Leaves nothing behind in the store."""
     what = "`--mlflow-uri` (or MLFLOW_TRACKING_URI)"
     path = local_path(uri)
     try:
@@ -52,15 +52,15 @@ def check_mlflow(experiment: str, register: str, uri: str, say: Callable[[str], 
         from mlflow import MlflowClient
 
         client = bounded(lambda: MlflowClient(with_credentials(uri)), CHECK_S)
-        found = bounded(lambda: client.get_experiment_by_name(experiment), CHECK_S)
-        if found and found.lifecycle_stage != "active":
-            return [deleted_experiment(experiment, found.experiment_id)]
-        if found:
-            return check_artifacts(found.artifact_location, with_credentials(uri), say)
+        stored = bounded(lambda: client.get_experiment_by_name(experiment), CHECK_S)
+        if stored and stored.lifecycle_stage != "active":
+            return [deleted_experiment(experiment, stored.experiment_id)]
+        if stored:
+            return check_artifacts(stored.artifact_location, with_credentials(uri), say)
         if register:
             bounded(lambda: client.search_registered_models(max_results=1), CHECK_S)
         return []
-    except Exception as error:  # whatever a store raises is why it cannot be used
+    except Exception as error:  # whatever a store raises is the reason why it cannot be used
         why = reason_of(error)
         if path and "MLFLOW_ALLOW_FILE_STORE" in str(error):
             return [
@@ -68,7 +68,10 @@ def check_mlflow(experiment: str, register: str, uri: str, say: Callable[[str], 
                 f"its runs with `mlflow migrate-filestore` to a sqlite:/// URI, or set MLFLOW_ALLOW_FILE_STORE=true"
             ]
         if re.search(r"error code 30\d", why):
-            return [f"{what} must be the address of the server itself, but {uri} redirects: give the address it names"]
+            return [
+                f"{what} must be the address of the server itself, but {uri} redirects: give the address that it "
+                f"redirects to"
+            ]
         if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"):
             return [
                 f"{what} {uri} must let you in, but {why}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
@@ -80,7 +83,7 @@ def check_mlflow(experiment: str, register: str, uri: str, say: Callable[[str], 
 
 
 def check_sqlite(experiment: str, uri: str, path: Path, say: Callable[[str], None]) -> list[str]:
-    """Why a database file, and the folder of its artifacts, cannot be used. Asks SQLite, which is there at once."""
+    """Why a database file, or the folder of its artifacts, cannot be used. Asks SQLite, which answers at once."""
     import sqlite3
 
     what, artifacts, row = f"`--mlflow-uri` {path}", Path.cwd() / "mlruns", None
@@ -92,12 +95,12 @@ def check_sqlite(experiment: str, uri: str, path: Path, say: Callable[[str], Non
             with contextlib.closing(sqlite3.connect(path, timeout=2, isolation_level=None)) as database:
                 database.execute("BEGIN IMMEDIATE")
                 tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-                wanted = "SELECT experiment_id, lifecycle_stage, artifact_location FROM experiments WHERE name = ?"
-                row = database.execute(wanted, (experiment,)).fetchone() if "experiments" in tables else None
+                query = "SELECT experiment_id, lifecycle_stage, artifact_location FROM experiments WHERE name = ?"
+                row = database.execute(query, (experiment,)).fetchone() if "experiments" in tables else None
                 database.execute("ROLLBACK")
         except sqlite3.Error as error:
             if "locked" in str(error):
-                return []  # by another process, which is busy with it now
+                return []  # by another process that is using it now
             return [f"{what} must be an MLflow database that can be written, but {error}: give another --mlflow-uri"]
     if row and row[1] != "active":
         return [deleted_experiment(experiment, str(row[0]))]
@@ -108,39 +111,41 @@ def check_sqlite(experiment: str, uri: str, path: Path, say: Callable[[str], Non
             return check_artifacts(location, uri, say)
         artifacts = folder
     if why := not_writable(artifacts):
-        return [f"the artifacts of MLflow's experiment {experiment!r} lie in {artifacts}, but {why}: mend that folder"]
+        return [
+            f"the artifacts of MLflow's experiment {experiment!r} lie in {artifacts}, but {why}: repair that folder"
+        ]
     return []
 
 
 def check_artifacts(location: str, uri: str, say: Callable[[str], None]) -> list[str]:
-    """Why the place of an experiment's artifacts cannot be written: a small file is written there, and removed."""
+    """Why an experiment's artifacts cannot be written. Writes a small file to their location and removes it."""
     folder = local_path(location)
     if folder:
         why = not_writable(folder)
-        return [f"MLflow's artifacts lie in {folder}, but {why}: mend that folder"] if why else []
+        return [f"MLflow's artifacts lie in {folder}, but {why}: repair that folder"] if why else []
     prepare_mlflow()
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"vlm-tune-check-{time.time_ns()}.txt"
-        file.write_text("Written to see whether artifacts can be stored; it may be removed.\n")
+        file.write_text("Written to test whether artifacts can be stored; you may remove it.\n")
         try:
-            place = get_artifact_repository(location, tracking_uri=uri)
-            bounded(lambda: place.log_artifact(str(file)), CHECK_S)
+            repository = get_artifact_repository(location, tracking_uri=uri)
+            bounded(lambda: repository.log_artifact(str(file)), CHECK_S)
         except StoreUnavailable as error:
             say(f"MLflow's artifacts cannot be reached at {scrub(location)}: {error}")
             return []
         except Exception as error:  # of whatever library writes there
-            fix = "mend its credentials, or give another --experiment"
+            fix = "correct its credentials, or give another --experiment"
             return [f"MLflow's artifacts must be writable, but {scrub(location)}: {reason_of(error)}: {fix}"]
         try:
-            bounded(lambda: place.delete_artifacts(file.name), CHECK_S)
-        except Exception as error:  # a store may keep what it has
+            bounded(lambda: repository.delete_artifacts(file.name), CHECK_S)
+        except Exception as error:  # a store may forbid removal
             say(f"MLflow keeps the file {file.name} of this check: {reason_of(error)}")
     return []
 
 
 def not_writable(folder: Path) -> str:
-    """Why no file can be made in a folder, or the folder itself; empty: it can."""
-    found = unwritable(folder)
-    return f"{found[0]}: {found[1]}" if found else ""
+    """Why a folder, or a file in it, cannot be created; empty: it can."""
+    problem = unwritable(folder)
+    return f"{problem[0]}: {problem[1]}" if problem else ""

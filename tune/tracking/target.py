@@ -1,4 +1,4 @@
-"""Which study is recorded, and where."""
+"""The study whose records are delivered, and its stores."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ def sync_command(target: Target) -> str:
 
 
 def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target:
-    """The target of a study that was begun. uri: another MLflow store than the study's own.
+    """The target of an existing study.
 
-    Raises DamagedFile when plan.json does not hold what it must.
+    Args:
+        plan: the content of plan.json.
+        uri: an MLflow store other than the study's own.
+
+    Raises DamagedFile if plan.json lacks a value, or one has the wrong type.
     """
     try:
         study = plan["settings"]["study"]
@@ -51,11 +55,11 @@ def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target
 
 @dataclass(frozen=True)
 class Target:
-    """Which study is recorded, and where."""
+    """The study whose records are delivered, and its stores."""
 
     study: str
     study_id: str
-    """Unique, so that a run is found again and never mistaken for one of another study of the same name."""
+    """Unique: identifies the study's runs even if another study has the same name."""
     directory: Path
     experiment: str
     metric: str
@@ -63,17 +67,20 @@ class Target:
     uri: str
     report_to: tuple[str, ...]
     storage_uri: str = ""
-    """The study's own place on object storage, or nothing."""
+    """The study's folder on object storage; empty: none."""
     study_uri: str = ""
-    """The MLflow store that the study was begun with, without credentials; `uri` may be another one."""
+    """The MLflow store in plan.json, without credentials; `uri` may be another one."""
     may_write: Callable[[], bool] = lambda: True
     """Whether this process may write the study's files on object storage. Raises OSError."""
 
 
 def inside(directory: Path, name: object, content: bool = True) -> Path:
-    """The path of a file or folder of a study. Raises ValueError if it leads out of the study's folder, links followed.
+    """The path of a file or folder of a study.
 
-    content: whether all that a folder holds must lie inside, too, because it is sent.
+    Args:
+        content: also check everything that a folder holds, because it will be sent.
+
+    Raises ValueError if the path, with links followed, leads out of the study's folder.
     """
     path, root = directory / str(name), directory.resolve()
     for part in (path, *(path.rglob("*") if content and path.is_dir() else ())):

@@ -1,0 +1,107 @@
+"""A study's summary in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from train_fn.support.text import plain
+from tune.results.outcome import EXTEND, LOOK_AGAIN, Outcome
+from tune.results.summary import Summary, format_metric, format_score, format_spread, format_value
+
+MOST_TRIALS = 10  # rows of the table, winner and guide apart
+
+
+def print_summary(outcome: Outcome) -> None:
+    """Print the table of trials, the test scores, where the results are, and what to type next."""
+    summary = Summary(outcome.to_dict(), outcome.directory)
+    winner, guide, tests = summary.winner, summary.guide, summary.study["test"]
+    trials = {record.number: record for record in (*summary.ranked[:MOST_TRIALS], winner, guide) if record}
+    rows = []
+    for record in trials.values():
+        role = " (winner)" if record is winner else " (guide)" if record is guide else ""
+        row = [f"{record.number}{role}", *(format_value(record.searched.get(name, "-")) for name in summary.parameters)]
+        row += [format_metric(record.value(name)) for name in summary.metrics]
+        rows.append([*row, f"{record.seconds.get('train', 0):.1f}", record.state.lower()])
+    title = f"Study {summary.study['name']}: {summary.counts_text}. Validation scores, best first by {summary.metric}"
+    print_table(title, ["trial", *summary.parameters, *summary.metrics, "train s", "state"], rows, justify="right")
+    print_lines(search_lines(summary))
+    if tests:
+        title = f"Test scores (95 % bootstrap interval), {summary.study['test_note']}"
+        rows = [
+            [name, *(format_score(scores[name]) for scores in tests.values())] for name in next(iter(tests.values()))
+        ]
+        print_table(title, ["metric", *map(summary.title, tests)], rows)
+    print_lines(result_lines(summary))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines of text, without characters that control the terminal."""
+    for line in lines:
+        print(plain(line))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]], **column_options: Any) -> None:
+    """Print a table that has rows. All texts may be the user's: no markup, nothing that controls the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=plain(title))
+    for column in columns:
+        table.add_column(plain(column), overflow="fold", **column_options)
+    for row in rows:
+        table.add_row(*map(plain, row))
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = 160
+    if rows:
+        console.print(table)
+
+
+def search_lines(summary: Summary) -> list[str]:
+    """What the table of trials does not show."""
+    lines, metric, completed = [], summary.metric, summary.ranked
+    if front := summary.study["front"]:
+        goals = ", ".join(f"{name} ({mode})" for name, mode in summary.goals)
+        lines.append(f"Pareto front of {goals}: trials {', '.join(map(str, front))}")
+    if len(completed) > MOST_TRIALS:
+        lines.append(
+            f"(the best {MOST_TRIALS} of {len(completed)}; all of them are in {all_trials(summary)} and MLflow)"
+        )
+    if len(completed) > 1:
+        scores = [record.value(metric) for record in completed]
+        lines.append(f"Spread of {metric} over the completed trials: {min(scores):.3f} to {max(scores):.3f}")
+    lines += [f"{count} failed: {error}" for error, count in summary.errors.items()]
+    for number, values in summary.confirmations.items():
+        trial = f"trial {number}" + (" (guide)" if number == 0 else "")
+        lines.append(f"Confirmed {len(values)} times: {trial}: validation {metric} {format_spread(values)}")
+    return lines
+
+
+def result_lines(summary: Summary) -> list[str]:
+    """How the study ended, where its results are, and commands to type next."""
+    study, next_step = summary.study, list(summary.commands)[-1]
+    lines = [summary.explanation] if summary.winner else []
+    lines += [f"Ended by an error: {study['error']}."] if study["error"] else []
+    lines += [f"Ended because {study['ended_by']}."] if study["ended_by"] else []
+    lines += [f"Note: {note}" for note in study["notes"]]
+    if summary.winner and next_step == LOOK_AGAIN:
+        lines.append(f"Best so far: trial {summary.winner.number}")
+    lines.append(
+        f"Wall time {study['seconds'].get('wall', 0):.0f} s, {study['share_training_and_evaluation']:.0%} of it "
+        f"training and evaluation on {study['lanes']} lane{'' if study['lanes'] == 1 else 's'}."
+    )
+    if study["profile"]:
+        lines.append(f"Profile: {', '.join(f'{name} {share:.1%}' for name, share in study['profile'].items())}.")
+    places = {"Results": str(summary.directory / all_trials(summary))}
+    places |= {"Adapter": study["adapter"]} if study["adapter"] else {}
+    lines += [f"{label:15}{text}" for label, text in (places | summary.commands).items()]
+    if not summary.winner and next_step == EXTEND:
+        reason = "No adapter can be used" if summary.ranked else "No trial completed"
+        lines.append(f"{reason}, so there is no winner. The first error is above; all are in {all_trials(summary)}.")
+    return lines
+
+
+def all_trials(summary: Summary) -> str:
+    """The name of the file with all trials."""
+    return "study.json" if (summary.directory / "study.json").is_file() else "journal.jsonl"
