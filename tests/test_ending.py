@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import pytest
 from studies import LAYOUT, ROOT, SMALL, finish, start, wait_for, write_adapter, write_trial
+from tune.results.summary import print_summary
 
 from tune.config.cli import parse
 from tune.records.journal import Journal
-from tune.results.summary import print_summary
 
 NUM_TEST = 12
 
@@ -83,7 +83,9 @@ def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     from train_fn.scoring.metrics import bootstrap_intervals
 
     monkeypatch.setattr("tune.study.Tracking", Stores)
-    monkeypatch.setattr("tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
+    monkeypatch.setattr(
+        "tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9)
+    )
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial import engine as engine_module
 from train_fn.trial.applied import TrialFailed, check_applied, read_applied
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine
-from train_fn.trial.loop import Leaving, run_trial
+from train_fn.trial.loop import Preempted, run_trial
 from train_fn.trial.lora import adapted, adapter_layers
 from train_fn.trial.scoring import score_adapter
 
@@ -247,7 +247,9 @@ import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 from pathlib import Path
-from train_fn.model import load_processor, read_image, resolve_model
+from train_fn.data.images import read_image
+from train_fn.model.checkpoint import resolve_model
+from train_fn.model.processors import load_processor
 base = AutoModelForImageTextToText.from_pretrained(resolve_model("nano"), dtype=torch.float32)
 model = PeftModel.from_pretrained(base, {str(adapter)!r}).eval()
 processor = load_processor(Path({str(adapter)!r}))
@@ -340,9 +342,9 @@ def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tm
 
 def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) -> None:
     whole, asked = train(base, splits, LONG), iter([False] * 3 + [True])
-    with pytest.raises(Leaving, match="left at step 4"):
+    with pytest.raises(Preempted, match="left at step 4"):
         run_trial(base, splits, LONG, lambda report: False, positive="Malignant", output=tmp_path,
-                  leaving=lambda: next(asked))  # fmt: skip
+                  preempted=lambda: next(asked))  # fmt: skip
     again = train(base, splits, LONG, tmp_path)
     assert [report["metrics"] for report in again] == [report["metrics"] for report in whole]
     assert [entry for report in again for entry in report["log"]] == [e for report in whole for e in report["log"]]

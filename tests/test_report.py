@@ -15,6 +15,8 @@ import numpy as np
 import optuna
 import pytest
 from PIL import Image
+from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
+from tune.results.view import View, load_search
 
 from train_fn.data.samples import Sample, Splits
 from train_fn.data.splitting import DataReport, save_splits
@@ -23,9 +25,7 @@ from tune.config.settings import DataSettings, StudySettings
 from tune.records.goals import Goal
 from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
-from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
 from tune.results.report import write_report
-from tune.results.view import View, load_search
 
 HOSTILE = "<img src=x onerror=alert('$x$')>"
 ANSWERS = ("Normal", "Malignant")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tune.results.intervals import difference, make_scorer, verdict, with_intervals
+from tune.results.summary import print_summary
 
 from train_fn.data.samples import Sample, Splits
 from tune.config.settings import StudySettings
@@ -15,9 +17,7 @@ from tune.config.uris import default_uri
 from tune.records.budgets import spent, wall_seconds
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, fold
-from tune.results.intervals import difference, make_scorer, verdict, with_intervals
 from tune.results.outcome import Outcome
-from tune.results.summary import print_summary
 
 AUROC = (("auroc", "max"),)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from studies import LAYOUT, write_adapter, write_plan, write_trial
+from tune.results.summary import print_summary
 
 from tune.config.paths import SettingsError
 from tune.records.journal import Journal, StudyLock, encode
 from tune.results.outcome import Outcome
-from tune.results.summary import print_summary
 from tune.show import show
 
 HOSTILE = "[/red]\x1b[2J\udcff\x00<img src=x>"

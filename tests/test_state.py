@@ -18,7 +18,7 @@ from train_fn.settings import TrialSettings
 from train_fn.support import storage
 from train_fn.support.files import write_checked
 from train_fn.support.storage import Storage
-from train_fn.trial.loop import Leaving, run_trial
+from train_fn.trial.loop import Preempted, run_trial
 from train_fn.trial.resume_state import ResumeState
 
 SETTINGS = TrialSettings(num_train_epochs=2, max_steps=4, lora_r=4, lora_alpha=8, learning_rate=1e-3, save_steps=1)
@@ -29,7 +29,7 @@ def train(base, splits, output: Path | None = None, leave_after: int = 99) -> li
     reports: list[dict] = []
     steps = iter(range(1, 99))
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant",
-              output=output, leaving=lambda: next(steps) == leave_after)  # fmt: skip
+              output=output, preempted=lambda: next(steps) == leave_after)  # fmt: skip
     return reports
 
 
@@ -85,7 +85,7 @@ KINDS = ["cut", "empty", "zeros", "one bit", "a pickle", "a pickle with a checks
 def interrupted(base, splits, tmp_path_factory) -> Path:
     """The folder of a trial that left after three steps of four."""
     folder = tmp_path_factory.mktemp("interrupted")
-    with pytest.raises(Leaving):
+    with pytest.raises(Preempted):
         train(base, splits, folder, leave_after=3)
     return folder
 
@@ -128,7 +128,7 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
 
     from train_fn.trial import loop
 
-    write = loop.patiently
+    write = loop.retry_on_os_error
 
     def with_a_full_disk(action: Any, tell: Any) -> None:
         if not refused:
@@ -139,7 +139,7 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(storage.time, "sleep", lift)
-    monkeypatch.setattr(loop, "patiently", with_a_full_disk)
+    monkeypatch.setattr(loop, "retry_on_os_error", with_a_full_disk)
     base.processor_files = {}
     reports = train(base, splits, tmp_path)
     assert numbers(reports) == undisturbed

@@ -257,7 +257,7 @@ import importlib.abc, importlib.util, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "train_fn.loop":
+        if name != "train_fn.trial.loop":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -12,7 +12,7 @@ from train_fn.model.base import load_base
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial import lora
 from train_fn.trial.loop import run_trial
-from train_fn.trial.lora import adapted, attached, lora_config
+from train_fn.trial.lora import adapted, attached, is_compiled, lora_config
 from train_fn.trial.pristine import BaseChanged, changes, pristine
 
 SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
@@ -79,7 +79,7 @@ def test_a_trial_that_could_not_attach_leaves_nothing(fresh, splits, monkeypatch
         assert dict(fresh.model.named_modules()) == modules, fault
         assert not changes(fresh, pristine(fresh)), fault
         assert not fresh.model.is_gradient_checkpointing, fault
-        assert not any(layer._compiled_call_impl for layer in fresh.model.modules()), fault
+        assert not any(map(is_compiled, fresh.model.modules())), fault
     assert metrics(fresh, splits) == before
     assert metrics(load_base(fresh.settings, fresh.device), splits) == before
 

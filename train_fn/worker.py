@@ -118,7 +118,7 @@ def lane_loop(config: dict[str, Any]) -> None:
     try:
         from train_fn.model.base import base_gib, load_base
 
-        importlib.import_module("train_fn.loop")  # with DeepSpeed: seconds that belong to no trial
+        importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that belong to no trial
         device = ray.train.torch.get_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else collectives of several workers on a node would all take its first GPU
@@ -209,7 +209,7 @@ def work(
         positive=job.positive,
         output=Path(assignment["output"]),
         storage=job.storage,
-        leaving=lambda: pulse.leaving,
+        preempted=lambda: pulse.leaving,
         profile=job.profile,
         trace=job.trace,
         progress=functools.partial(job.dispatcher.progress.remote, number, group),  # nobody waits for its answer
@@ -230,7 +230,7 @@ def goes_on(job: LaneJob, error: Exception, number: int, group: str) -> bool:
     from train_fn.model.memory import is_out_of_memory
     from train_fn.trial.applied import TrialFailed
     from train_fn.trial.engine import MicroBatchTooLarge
-    from train_fn.trial.loop import Leaving
+    from train_fn.trial.loop import Preempted
     from train_fn.trial.pristine import BaseChanged
 
     told = "".join(traceback.format_exception_only(error)).strip()
@@ -248,9 +248,9 @@ def goes_on(job: LaneJob, error: Exception, number: int, group: str) -> bool:
         ray.get(job.dispatcher.study_fault.remote(job.lane, group, str(error), True))
     elif isinstance(error, BatchFailed):
         ray.get(job.dispatcher.study_fault.remote(job.lane, group, str(error)))
-    elif isinstance(error, (Leaving, OSError, torch.AcceleratorError, BaseChanged)):
+    elif isinstance(error, (Preempted, OSError, torch.AcceleratorError, BaseChanged)):
         # No fault of the trial's: it goes on from its last checkpoint, on another group.
-        free = isinstance(error, Leaving)
+        free = isinstance(error, Preempted)
         ray.get(job.dispatcher.interrupted.remote(job.lane, group, str(error), free))
     elif not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         # A broken collective only says that another rank is gone; if that one had a fault to tell, it has.
@@ -279,7 +279,9 @@ class Pulse(threading.Thread):
 
         while not self.leaving:
             try:
-                self.leaving = ray.get(self.dispatcher.pulse.remote(*self.told, self.profile.beats)) or node_leaves()
+                self.leaving = (
+                    ray.get(self.dispatcher.pulse.remote(*self.told, self.profile.work_count)) or node_leaves()
+                )
             except ray.exceptions.RayError:
                 return  # the study is gone, and soon this process
             time.sleep(1)

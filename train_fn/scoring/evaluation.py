@@ -18,7 +18,7 @@ from train_fn.model.base import Base
 from train_fn.model.batches import answer_losses, collate, forward_hidden, prompt_length
 from train_fn.model.memory import is_out_of_memory
 from train_fn.model.prompts import answer_ids
-from train_fn.support.profile import beat
+from train_fn.support.profile import count_work
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def predict(
     found: list[tuple[int, float, list[float]]] = []
     left = prompt_length_batches(base, samples, range(rank, len(samples), world_size), batch_size)
     while left:
-        beat()
+        count_work()
         chosen = [samples[index] for index in left[0]]
         try:
             if candidates:

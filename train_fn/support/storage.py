@@ -14,7 +14,7 @@ from typing import Any
 PATIENCE_S = 300.0  # how long storage may fail before what waits for it fails too
 
 
-def patiently(write: Callable[[], None], tell: Callable[[str], None], wait_s: float = 2.0) -> None:
+def retry_on_os_error(write: Callable[[], None], tell: Callable[[str], None], wait_s: float = 2.0) -> None:
     """Write to storage, again and again while it fails: a full disk or a lost mount then costs time, not the trial.
 
     `write` must do its work aside and put it in place at the end. Raises the OSError that still comes after PATIENCE_S.
