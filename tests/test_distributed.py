@@ -57,10 +57,10 @@ def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
     """The steps from which a trial of two points goes on: once the second rank's newest file is damaged, and once the
     ranks' files of the older point have changed places as well."""
     from train_fn.support.storage import Storage
-    from train_fn.trial import loop
+    from train_fn.trial import resume_state
 
-    loop.engine_state = lambda engine: {}  # type: ignore[assignment]
-    state = loop.ResumeState(folder, Storage(folder), SETTINGS)
+    resume_state.engine_state = lambda engine: {}  # type: ignore[assignment]
+    state = resume_state.ResumeState(folder, Storage(folder), SETTINGS)
     for step in (1, 2):
         state.save({"step": step, "losses": [0.0]}, None)
     if rank == 1:

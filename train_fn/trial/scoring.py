@@ -1,4 +1,7 @@
-"""Scoring a part of the data with the adapted base, or with a saved adapter."""
+"""Scores of a part of the data, with the adapted base or with a saved adapter.
+
+Shapes: N images, C candidate answers.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,17 @@ def score_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapte
 
 
 def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, Any]:
-    """Losses and scores as `score_adapter`, or {"error": ...} on every rank when a rank cannot load the adapter."""
+    """The result of `score_adapter`, or {"error": ...} on every rank when a rank cannot load the adapter."""
     with contextlib.ExitStack() as stack:
         error = ""
         try:
             stack.enter_context(load_adapter(base, adapter))
         except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as failure:
             if isinstance(failure, (torch.OutOfMemoryError, torch.AcceleratorError)):
-                raise  # the device's fault, not the adapter's
+                raise  # a fault of the device, not of the adapter
             error = f"{type(failure).__name__}: {failure}".splitlines()[0]
         errors = [error]
-        if world()[1] > 1:  # all ranks predict together, or none does
+        if world()[1] > 1:  # all ranks predict, or none
             errors = [""] * world()[1]
             dist.all_gather_object(errors, error)
         if any(errors):
