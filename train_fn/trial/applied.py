@@ -92,24 +92,25 @@ def check_applied(applied: dict[str, Any], settings: TrialSettings, closed_set: 
     Raises:
         TrialFailed: a setting did not reach the engine; the message has all of them, each with both values.
     """
-    wanted = {name: getattr(settings, name) for name in applied if hasattr(settings, name)}
-    wanted["optimizer_class"] = OPTIMIZER_CLASSES[settings.optim]
-    wanted["class_balanced_loss"] = settings.class_balanced_loss and closed_set
-    if settings.use_lora:
-        root = settings.lora_r**0.5 if settings.use_rslora else settings.lora_r
-        wanted["lora_scaling"] = settings.lora_alpha / root
-    if settings.train_projector:
-        wanted["projector_learning_rate"] = settings.projector_learning_rate or settings.learning_rate
+    wanted = {name: getattr(settings, name) for name in applied if hasattr(settings, name)} | {
+        "optimizer_class": OPTIMIZER_CLASSES[settings.optim],
+        "class_balanced_loss": settings.class_balanced_loss and closed_set,
+        "lora_scaling": settings.lora_alpha / (settings.lora_r**0.5 if settings.use_rslora else settings.lora_r),
+        "projector_learning_rate": settings.projector_learning_rate or settings.learning_rate,
+    }
 
     def same(got: Any, value: Any) -> bool:
         """Computed numbers may differ in their last digits."""
         return got == value or (isinstance(got, float) and math.isclose(got, value, rel_tol=1e-9))
 
-    wrong = {name: (value, applied[name]) for name, value in wanted.items() if not same(applied[name], value)}
+    # Without an adapter or a projector, `applied` has none of its values; `use_lora` and `train_projector` show that.
+    wrong = [
+        f"{name} should be {value!r} but is {applied[name]!r}"
+        for name, value in wanted.items()
+        if name in applied and not same(applied[name], value)
+    ]
     if wrong:
-        raise TrialFailed(
-            NOT_APPLIED + "; ".join(f"{name} should be {want!r} but is {got!r}" for name, (want, got) in wrong.items())
-        )
+        raise TrialFailed(NOT_APPLIED + "; ".join(wrong))
 
 
 # ------------------------------------------------------------------------------------------------ learning rate
