@@ -309,7 +309,7 @@ def test_what_the_system_says_of_a_path_is_a_sentence(monkeypatch, capsys) -> No
 
 
 def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None:
-    from train_fn.data.copies import cache_folder
+    from train_fn.support.cache import cache_folder
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)

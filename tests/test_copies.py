@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageEnhance
 from train_fn.data.copies import (
     copy_groups,
     copy_pairs,
-    hash_images,
     leaking_samples,
     near_pairs,
     perceptual_hashes,
@@ -33,6 +32,10 @@ def image() -> Image.Image:
 
 def perceptual_hash(image: Image.Image) -> int:
     return int(perceptual_hashes(thumbnail(image)[None])[0])
+
+
+def hash_images(paths: list[str], cache: Path) -> np.ndarray:
+    return perceptual_hashes(read_thumbnails(paths, cache)[0])
 
 
 def marked(image: Image.Image) -> Image.Image:
