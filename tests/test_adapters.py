@@ -123,8 +123,8 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a candidate twice": (task(candidates=["no", "no"]), "`candidates` must differ"),
     "no model": (task(model="nano"), "`model` must be an object"),
     "a setting that is not there": (task(model=NANO | {"trust_remote_code": True}), "no setting 'trust_remote_code'"),
-    "a setting of another type": (task(model=NANO | {"use_qlora": "no"}), "`model.use_qlora` must be bool"),
-    "a model that is a number": (task(model={"model": 3}), "`model.model` must be str"),
+    "a setting of another type": (task(model=NANO | {"use_qlora": "no"}), "`model.use_qlora` must be true or false"),
+    "a model that is a number": (task(model={"model": 3}), "`model.model` must be text"),
     "a format that torch has not": (task(model=NANO | {"dtype": "Tensor"}), "`model.dtype` must be one of"),
 }
 

@@ -187,8 +187,8 @@ def test_the_path_never_reaches_the_model(base, splits, tmp_path) -> None:
     moved = Sample(str(copy), sample.text, sample.answer, sample.label)
     one, two = collate(base, [sample], True), collate(base, [moved], True)
     assert one.keys() == two.keys()
-    places, same = one.pop("places"), two.pop("places")
-    assert all(map(torch.equal, places, same)) and all(torch.equal(one[key], two[key]) for key in one)
+    positions, same = one.pop("positions"), two.pop("positions")
+    assert all(map(torch.equal, positions, same)) and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_the_batch_gives_the_models_own_logits(base, splits) -> None:

@@ -214,7 +214,7 @@ def test_images_that_the_processor_refuses_are_found_among_those_it_takes(tmp_pa
     problems = problems_of(replace(splits, test=(*splits.test, *strips)))
     names = {Path(problem.split()[1]).name for problem in problems}
     assert names == {"strip0.png", "strip1.png", "strip3.png"} and len(problems) == 3
-    assert all("processor takes" in problem and "aspect ratio" in problem for problem in problems)
+    assert all("accepted by the model's processor" in problem and "aspect ratio" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which modules of the base an adapter may change."""
+"""The modules of the base that get an adapter."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from train_fn.settings import TrialSettings
 
 
 def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns: Sequence[str]) -> str:
-    """One regular expression (matched in full, as PEFT does) for the modules that get an adapter: all of the language
-    model's that have one of these names, for the tower and the projector may use the same."""
-    spared = [*map(re.escape, exclude_patterns), inside(base, base.vision_tower), inside(base, base.projector)]
+    """A regular expression, matched in full, for the modules that get an adapter.
+
+    These are modules of the language model with one of the target names. The vision tower and the projector may use the
+    same names.
+    """
+    excluded = [*map(re.escape, exclude_patterns), inside(base, base.vision_tower), inside(base, base.projector)]
     names = "|".join(map(re.escape, target_modules))
-    return rf"(?!.*(?:{'|'.join(spared)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
+    return rf"(?!.*(?:{'|'.join(excluded)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
 
 
 def target_problems(base: Base, settings: TrialSettings) -> list[str]:
     """Every name in `lora_target_modules` that matches no linear layer of the language model.
 
-    PEFT adapts what matches and drops the rest in silence.
+    PEFT would ignore such a name without a message.
     """
     layers = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
     begins = re.compile(inside(base, base.language_model))
@@ -52,7 +55,7 @@ def target_problems(base: Base, settings: TrialSettings) -> list[str]:
 
 
 def inside(base: Base, part: str) -> str:
-    """A regular expression for how the names of a part's modules begin. For a Hulu-Med base also in the original
-    implementation, for which its adapters are written."""
+    """A regular expression for the beginning of the names of a part's modules. For a Hulu-Med base it also matches the
+    original implementation's names, which its adapters have on disk."""
     begins = [part + "."] + [hulumed.original_name(part + ".")] * base.hulumed
     return rf"(?:{'|'.join(map(re.escape, begins))})"

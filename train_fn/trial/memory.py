@@ -126,11 +126,9 @@ def skeleton(settings: ModelSettings, dtype: Any) -> Any:
     return bases.Base(
         model=model.requires_grad_(False),
         processor=bases.load_processor(directory, settings),
-        vision_tower=bases.find_part(model, bases.VISION_TOWERS, "vision tower", settings.vision_tower),
-        projector=bases.find_part(model, bases.PROJECTORS, "projector", settings.projector),
-        language_model=bases.find_part(model, bases.LANGUAGE_MODELS, "language model", settings.language_model),
         device=torch.device("meta"),
         settings=settings,
+        **bases.find_parts(model, settings),
     )
 
 
