@@ -175,14 +175,14 @@ def test_after_a_while_only_headers_are_read(tmp_path, monkeypatch) -> None:
     good, cut = (str(save(tmp_path / name, 1)) for name in ("good.png", "cut.png"))
     Path(cut).write_bytes(Path(cut).read_bytes()[:-500])
     big = str(png(9000, 6000, tmp_path / "big.png"))
-    said: list[str] = []
-    assert set(image_problems([good, cut, big], say=said.append)) == {cut, big} and not said
-    assert set(image_problems([good, cut, big], say=said.append, most_seconds=-1)) == {big}
-    assert said == ["Checked 2 of 3 images by their headers only, after -1 s"]
+    logged: list[str] = []
+    assert set(image_problems([good, cut, big], log=logged.append)) == {cut, big} and not logged
+    assert set(image_problems([good, cut, big], log=logged.append, max_seconds=-1)) == {big}
+    assert logged == ["Checked 2 of 3 images by their headers only, after -1 s"]
     now = iter(range(0, 1000, 20))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    image_problems([good, cut, big], say=said.append)
-    assert "Checked 1 of 3 images" in said
+    image_problems([good, cut, big], log=logged.append)
+    assert "Checked 1 of 3 images" in logged
 
 
 def test_a_study_takes_the_limit_from_its_settings(tmp_path) -> None:
