@@ -29,7 +29,7 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
 
     base = load_base(ModelSettings(), torch.device("cpu"))
     odd = splits.validation[:7]
-    predicted = predict(base, odd, splits.candidates, 4, rank, world_size)
+    predicted = predict(base, odd, splits.candidates, 4)
     with adapted(base, SETTINGS) as model:
         engine = build_engine(base, model, SETTINGS, torch.ones(3), 10, world_size)
         optimizer = engine.optimizer
@@ -99,7 +99,7 @@ def test_zero_2_partitions_optimizer_state_and_gradients(found) -> None:
 def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
     from train_fn.scoring.evaluation import predict
 
-    alone = predict(base, splits.validation[:7], splits.candidates, 4, 0, 1)
+    alone = predict(base, splits.validation[:7], splits.candidates, 4)
     for result in found:
         for name, values in alone.items():
             assert result["predicted"][name].shape == values.shape

@@ -399,14 +399,14 @@ def test_evaluation_that_does_not_fit_is_cut_into_smaller_batches(base, splits, 
         sizes.append(len(samples))
         return score(base, samples, candidates)
 
-    plain = predict(base, splits.validation, splits.candidates, 16, 0, 1)
+    plain = predict(base, splits.validation, splits.candidates, 16)
     monkeypatch.setattr(evaluation, "score_candidates", small)
-    found = predict(base, splits.validation, splits.candidates, 16, 0, 1)
+    found = predict(base, splits.validation, splits.candidates, 16)
     assert max(sizes) <= 3 and sum(sizes) == len(splits.validation)
     np.testing.assert_allclose(found["scores"], plain["scores"], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(evaluation, "score_candidates", lambda *args: small(base, [0] * 4, ()))
     with pytest.raises(torch.OutOfMemoryError):
-        predict(base, splits.validation, splits.candidates, 16, 0, 1)
+        predict(base, splits.validation, splits.candidates, 16)
 
 
 def test_right_padding_without_a_mask_touches_nothing(base, splits) -> None:

@@ -65,11 +65,11 @@ def damage(path: Path, kind: str, mark: Path) -> None:
     elif kind == "a pickle":
         path.write_bytes(pickle.dumps(Evil(mark)))
     elif kind == "a pickle with a checksum":
-        write_checked(path, lambda file: file.write(pickle.dumps(Evil(mark))))
+        write_checked(path, pickle.dumps(Evil(mark)))
     elif kind == "a torch file with a checksum":
         content = io.BytesIO()
         torch.save({"progress": Evil(mark)}, content)
-        write_checked(path, lambda file: file.write(content.getvalue()))
+        write_checked(path, content.getbuffer())
     elif kind == "an older point":
         shutil.copy(sorted(path.parent.glob("*-0.state"))[0], path)
     else:

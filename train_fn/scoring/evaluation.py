@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from train_fn.data.samples import Sample
 from train_fn.model.base import Base
@@ -19,12 +18,11 @@ from train_fn.model.batches import answer_losses, collate, forward_hidden, promp
 from train_fn.model.memory import is_out_of_memory
 from train_fn.model.prompts import answer_ids
 from train_fn.support.profile import count_work
+from train_fn.support.ranks import gather, world
 
 
 @torch.no_grad()
-def predict(
-    base: Base, samples: Sequence[Sample], candidates: Sequence[str], batch_size: int, rank: int, world_size: int
-) -> dict[str, np.ndarray]:
+def predict(base: Base, samples: Sequence[Sample], candidates: Sequence[str], batch_size: int) -> dict[str, np.ndarray]:
     """Score all samples, divided among the workers.
 
     Each worker scores every world_size-th sample. Results carry their index, so uneven shares neither repeat nor drop a
@@ -35,6 +33,7 @@ def predict(
         log-likelihoods of the candidates.
     """
     base.model.eval()
+    rank, world_size = world()
     results: list[tuple[int, float, list[float]]] = []  # index, loss, scores
     batches = prompt_length_batches(base, samples, range(rank, len(samples), world_size), batch_size)
     while batches:
@@ -55,11 +54,7 @@ def predict(
             batches = in_parts(batches, (len(chosen) + 1) // 2)
             continue
         results += zip(batches.pop(0), losses, rows, strict=True)
-    if world_size > 1:
-        shares: list[Any] = [None] * world_size
-        dist.all_gather_object(shares, results)
-        results = [result for share in shares for result in share]
-    results.sort()
+    results = sorted(result for share in gather(results) for result in share)
     assert [index for index, _, _ in results] == list(range(len(samples)))
     return {"losses": np.array([loss for _, loss, _ in results]), "scores": np.array([row for _, _, row in results])}
 

@@ -13,9 +13,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 Json = TypeVar("Json", dict, list)
 
@@ -29,12 +28,12 @@ class DamagedFile(ValueError):
     """A file does not have the content that it must have; the message has rule, value and fix."""
 
 
-def write_file(path: Path, write: bytes | str | Callable[[IO[bytes]], object]) -> None:
+def write_file(path: Path, *parts: bytes | memoryview | str) -> None:
     """Write a file completely or not at all.
 
     Args:
         path: the file; its folder must exist.
-        write: the content, or a function that writes it to an open file.
+        parts: the content.
 
     Raises:
         OSError: the disk is full or cannot be written; an old file stays as it was.
@@ -42,10 +41,8 @@ def write_file(path: Path, write: bytes | str | Callable[[IO[bytes]], object]) -
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(partial, "wb") as file:
-            if callable(write):
-                write(file)
-            else:
-                file.write(write.encode() if isinstance(write, str) else write)
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -80,22 +77,9 @@ def read_json(path: Path, kind: type[Json], fix: str = "put it back from a copy"
     return value
 
 
-def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_checked(path: Path, content: bytes | memoryview) -> None:
     """Write a file that begins with its own checksum. Raises OSError, as `write_file`."""
-
-    def with_checksum(file: IO[bytes]) -> None:
-        file.write(b" " * HEADER)
-        hashing = HashingFile(file)
-        try:
-            write(hashing)  # type: ignore[arg-type]  # torch.save and the like only call write()
-        except RuntimeError as error:
-            if hashing.error:  # torch.save still finishes its archive, and raises RuntimeError for that
-                raise hashing.error from error
-            raise
-        file.seek(0)
-        file.write(MAGIC + hashing.digest.hexdigest().encode() + b"\n")
-
-    write_file(path, with_checksum)
+    write_file(path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n", content)
 
 
 def read_checked(path: Path) -> bytes:
@@ -131,28 +115,6 @@ def file_hash(path: str | Path) -> str:
     """sha256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class HashingFile:
-    """A file that hashes what is written to it, and keeps the error when the disk is full."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        """Write to the file and to the hash."""
-        self.digest.update(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self.file.flush()
 
 
 def unwritable(folder: Path) -> tuple[Path, str] | None:

@@ -24,6 +24,7 @@ from train_fn.model.batches import collate, prompt_size, to_device
 from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import TrialSettings
 from train_fn.support.profile import Clock, count_work, phase, profiled, traced
+from train_fn.support.ranks import mean_over_ranks, seed_everything, world
 from train_fn.support.storage import Storage, retry_on_os_error
 from train_fn.trial.applied import (
     TrialFailed,
@@ -36,7 +37,6 @@ from train_fn.trial.applied import (
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine, load_engine_state
 from train_fn.trial.lora import adapted
 from train_fn.trial.outputs import History, checkpoints, save_checkpoint, save_final
-from train_fn.trial.ranks import mean_over_ranks, seed_everything, world
 from train_fn.trial.resume_state import ResumeState
 from train_fn.trial.scoring import evaluate
 

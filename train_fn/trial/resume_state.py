@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from train_fn.settings import TrialSettings
 from train_fn.support.files import DamagedFile, read_checked, write_checked
+from train_fn.support.ranks import gather, world
 from train_fn.support.storage import Storage
 from train_fn.trial.engine import engine_state
-from train_fn.trial.ranks import world
 
 STATE_SUFFIX = ".state"
 
@@ -61,10 +60,10 @@ class ResumeState:
         if torch.cuda.is_available():
             random_state["cuda"] = torch.cuda.get_rng_state()
         content = {"progress": text, "engine": engine_state(engine), "random": random_state}
-        path = self.file(point)
-        # To an open file: torch writes to a path by itself, and then a full disk is no OSError.
-        write_checked(path, lambda file: torch.save(content, file))
-        self.storage.push(path)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_checked(self.file(point), buffer.getbuffer())
+        self.storage.push(self.file(point))
         for old in self.own_files()[:-2]:
             self.storage.remove(old)
 
@@ -84,24 +83,17 @@ class ResumeState:
 
         Every rank gets the same point. Damaged points and all later ones are removed, and `notes` has them.
         """
-        points = [self.points() if self.rank == 0 else []]
-        if self.world_size > 1:
-            dist.broadcast_object_list(points, src=0)
+        points = gather(self.points() if self.rank == 0 else [])[0]  # rank 0 decides for all
         if self.directory is None:
             return None
         self.directory.mkdir(parents=True, exist_ok=True)
-        for point in reversed(points[0]):
+        for point in reversed(points):
             content = self.read(point)
             if content is None and self.storage.uri:  # the copy on object storage may be sound
                 path = self.file(point)
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 content = self.read(point)
-            readable = [content is not None]
-            if self.world_size > 1:
-                all_readable: list[Any] = [None] * self.world_size
-                dist.all_gather_object(all_readable, readable[0])
-                readable = all_readable
-            if all(readable):
+            if all(gather(content is not None)):
                 return content if content and content["settings"] == self.settings else None
             self.notes.append(f"the saved state at point {int(point)} was damaged: an older one was taken, if any")
             self.storage.remove(self.file(point))

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from train_fn.data.samples import Splits
 from train_fn.model.base import Base
 from train_fn.scoring.evaluation import predict
 from train_fn.scoring.scores import metrics_of
+from train_fn.support.ranks import gather
 from train_fn.trial.adapter_files import load_adapter
-from train_fn.trial.ranks import world
 
 
 def evaluate(
@@ -27,14 +26,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of the adapted base on one part of the data."""
     samples = getattr(splits, part)
-    predicted = predict(base, samples, splits.candidates, batch_size, *world())
+    predicted = predict(base, samples, splits.candidates, batch_size)
     return metrics_of(predicted, samples, splits, class_balanced, positive)
 
 
 def score_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, np.ndarray]:
     """Losses [N] and scores [N, C] of a saved adapter on one part of the data."""
     with load_adapter(base, adapter):
-        return predict(base, getattr(splits, part), splits.candidates, batch_size, *world())
+        return predict(base, getattr(splits, part), splits.candidates, batch_size)
 
 
 def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, Any]:
@@ -47,10 +46,6 @@ def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter:
             if isinstance(failure, (torch.OutOfMemoryError, torch.AcceleratorError)):
                 raise  # a fault of the device, not of the adapter
             error = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        errors = [error]
-        if world()[1] > 1:  # all ranks predict, or none
-            errors = [""] * world()[1]
-            dist.all_gather_object(errors, error)
-        if any(errors):
-            return {"error": next(filter(None, errors))}
-        return predict(base, getattr(splits, part), splits.candidates, batch_size, *world())
+        if errors := list(filter(None, gather(error))):  # all ranks predict, or none
+            return {"error": errors[0]}
+        return predict(base, getattr(splits, part), splits.candidates, batch_size)

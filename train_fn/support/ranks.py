@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed + 100_003 * rank)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of each rank, on every rank. Values are pickled."""
+    values = [value] * world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
