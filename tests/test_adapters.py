@@ -130,7 +130,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "words"), STRANGE.values(), ids=STRANGE)
-def test_a_strange_adapter_is_refused_before_the_base_is_loaded(adapter, capsys, monkeypatch, spoil, words) -> None:
+def test_an_unsafe_adapter_is_refused_before_the_base_is_loaded(adapter, capsys, monkeypatch, spoil, words) -> None:
     spoil(adapter)
     monkeypatch.setattr("train_fn.model.base.load_base", lambda *given: pytest.fail("the base was loaded"))
     assert main(["--adapter", str(adapter), __file__]) == 2

@@ -273,5 +273,5 @@ def test_one_value_that_differs_fails_the_trial(base, name, damage) -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_out_of_memory_is_told_from_other_errors(error, expected) -> None:
+def test_out_of_memory_is_distinguished_from_other_errors(error, expected) -> None:
     assert is_out_of_memory(error) is expected

@@ -242,7 +242,7 @@ def test_copies_are_found_in_any_small_set_and_among_frames_of_one_film(tmp_path
     assert np.bincount(copy_groups(60, pairs)).tolist() == [30] + [1] * 30
 
 
-def test_the_distance_is_the_callers(tmp_path, image) -> None:
+def test_the_caller_sets_the_distance(tmp_path, image) -> None:
     paths = saved(tmp_path, [image, image, marked(image)])
     assert len(copy_pairs(paths)) == 3 and len(copy_pairs(paths, -1)) == 0
     assert copy_pairs(paths, 0).tolist()[0] == [0, 1]
@@ -275,7 +275,7 @@ def test_two_questions_about_an_image_are_no_contradiction(tmp_path) -> None:
     assert len(make_splits(unlike, None, None, **options)[1].contradictions) == 1
 
 
-def test_a_group_that_holds_much_of_the_set_is_told(tmp_path, image) -> None:
+def test_a_large_group_is_reported(tmp_path, image) -> None:
     others = [Image.fromarray(phantom(np.random.default_rng(number), number % 3)[0]) for number in range(12)]
     paths = saved(tmp_path, [*others, *[image.rotate(0.1 * step) for step in range(12)]])
     entries = [{"image": path, "text": "?", "answer": "yn"[n % 2], "label": n % 2} for n, path in enumerate(paths)]

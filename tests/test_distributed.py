@@ -77,7 +77,7 @@ def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
     return [*steps, found["step"] if (found := state.load()) else None]
 
 
-def test_all_ranks_go_on_from_the_same_sound_point(found) -> None:
+def test_all_ranks_resume_from_the_same_sound_point(found) -> None:
     assert [result["points"] for result in found] == [[1, None], [1, None]]
 
 

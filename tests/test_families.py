@@ -519,7 +519,7 @@ def test_answer_losses_are_the_models_own(base, family, unlike) -> None:
 
 
 @torch.no_grad()
-def test_a_padded_batch_is_its_samples(base, unlike) -> None:
+def test_a_padded_batch_equals_its_samples(base, unlike) -> None:
     together = answer_losses(base, collate(base, unlike, with_answers=True))
     backwards = answer_losses(base, collate(base, unlike[::-1], with_answers=True))
     for row, sample in enumerate(unlike):
@@ -564,7 +564,7 @@ def unusual(tmp_path_factory) -> Path:
     return directory
 
 
-def test_an_unknown_structure_names_its_modules_and_the_setting(unusual) -> None:
+def test_an_unknown_structure_is_refused_with_its_modules_and_the_setting(unusual) -> None:
     with pytest.raises(ValueError) as caught:
         load_base(ModelSettings(model=str(unusual)), torch.device("cpu"))
     told = str(caught.value)
@@ -584,7 +584,7 @@ def test_a_part_that_does_not_exist_is_refused(unusual, part) -> None:
     assert f"give --{part.replace('_', '-')} the full name" in told
 
 
-def test_parts_that_are_named_are_taken(unusual) -> None:
+def test_named_parts_are_used(unusual) -> None:
     names = ("model.vision_model.encoder", "model.aligner", "model.language_model.layers.1")
     parts = dict(zip(("vision_tower", "projector", "language_model"), names, strict=True))
     base = load_base(ModelSettings(model=str(unusual), **parts), torch.device("cpu"))

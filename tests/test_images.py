@@ -152,7 +152,7 @@ def test_accepted_and_read_as_rgb(tmp_path, make) -> None:
     assert read_image(str(path)).mode == "RGB" and read_image(str(path)).size == (50, 30)
 
 
-def test_the_limit_is_the_callers(tmp_path) -> None:
+def test_the_caller_sets_the_limit(tmp_path) -> None:
     path = str(png(100, 100, tmp_path / "a.png"))
     assert image_problems([path], 10_000) == {}
     (problem,) = image_problems([path], 9_999).values()

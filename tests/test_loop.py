@@ -135,14 +135,14 @@ def test_micro_batches_do_not_change_the_step(base, splits) -> None:
     assert by_two["train_loss"] == pytest.approx(by_eight["metrics"]["train_loss"], abs=1e-4)
 
 
-def test_no_module_to_adapt_is_the_trials_fault(base, splits) -> None:
+def test_no_module_to_adapt_fails_the_trial(base, splits) -> None:
     before = [name for name, _ in base.model.named_modules()]
     with pytest.raises(TrialFailed, match="nowhere"):
         train(base, splits, replace(SHORT, lora_target_modules=("nowhere",)))
     assert before == [name for name, _ in base.model.named_modules()]
 
 
-def test_a_loss_that_is_not_finite_is_the_trials_fault(base, splits) -> None:
+def test_a_loss_that_is_not_finite_fails_the_trial(base, splits) -> None:
     with pytest.raises(TrialFailed, match="lower the learning rate"):
         large = {"lora_alpha": 1e6, "learning_rate": 10.0, "loraplus_lr_ratio": 1e6, "max_grad_norm": 0.0}
         train(base, splits, replace(SHORT, num_train_epochs=4, **large))
@@ -295,7 +295,7 @@ EIGHT_BIT = replace(LONG, optim="adamw_8bit")
     [(LONG, 2), (LONG, 4), (LONG, 5), (ZERO_0, 4), (ZERO_1, 5), (EIGHT_BIT, 4)],
     ids=["zero 2, step 2", "zero 2, step 4", "zero 2, step 5", "zero 0", "zero 1", "8 bit"],
 )
-def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monkeypatch, settings, killed_in) -> None:
+def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monkeypatch, settings, killed_in) -> None:
     whole = train(base, splits, settings, tmp_path / "whole")
     from train_fn.trial import loop
 
@@ -327,7 +327,7 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monk
     assert not (tmp_path / "killed" / "state").exists()
 
 
-def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tmp_path) -> None:
+def test_a_trial_killed_in_its_last_report_repeats_it(base, splits, tmp_path) -> None:
     def dies(report: dict) -> bool:
         if report["done"]:
             raise Killed
@@ -340,7 +340,7 @@ def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tm
     assert [report["metrics"] for report in again] == [report["metrics"] for report in train(base, splits, LONG)]
 
 
-def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) -> None:
+def test_a_preempted_trial_resumes_from_that_step(base, splits, tmp_path) -> None:
     whole, asked = train(base, splits, LONG), iter([False] * 3 + [True])
     with pytest.raises(Preempted, match="left at step 4"):
         run_trial(base, splits, LONG, lambda report: False, positive="Malignant", output=tmp_path,
@@ -366,7 +366,7 @@ def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch
 
 
 @pytest.mark.parametrize("place", ["train_fn.trial.engine.answer_losses", "train_fn.trial.scoring.predict"])
-def test_out_of_memory_in_a_step_is_told_apart(base, splits, monkeypatch, place) -> None:
+def test_out_of_memory_in_a_step_has_its_own_error(base, splits, monkeypatch, place) -> None:
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -420,7 +420,7 @@ def test_right_padding_without_a_mask_touches_nothing(base, splits) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_state_of_other_settings_is_not_continued(base, splits, tmp_path) -> None:
+def test_the_state_of_other_settings_is_not_resumed(base, splits, tmp_path) -> None:
     with pytest.raises(Killed):
         run_trial(base, splits, LONG, lambda report: (_ for _ in ()).throw(Killed()), output=tmp_path)
     other = replace(LONG, learning_rate=2e-3)

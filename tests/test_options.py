@@ -101,7 +101,7 @@ def test_a_bfloat16_base_trains_scores_and_generates(base, splits, tmp_path, qlo
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_paged_state_is_taken_over_from_the_optimizer_before(monkeypatch) -> None:
+def test_paged_memory_of_a_finished_optimizer_is_reused(monkeypatch) -> None:
     """The bookkeeping alone: a CPU has no paged memory."""
     import bitsandbytes.functional
     import bitsandbytes.optim

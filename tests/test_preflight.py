@@ -34,7 +34,7 @@ def problems_of(splits: Splits, model: str = "nano", trial: dict[str, Any] | Non
     return base_problems(ModelSettings(model=model, **parts), TrialSettings(**trial or {}), splits)  # type: ignore[arg-type]
 
 
-def test_nothing_is_wrong_with_what_is_shipped(tmp_path) -> None:
+def test_the_shipped_base_passes(tmp_path) -> None:
     assert problems_of(splits_of(tmp_path)) == []
     two = splits_of(tmp_path, ("Is a mass visible?", "Is it malignant?"), ("no", "yes"))
     assert problems_of(two) == []
@@ -190,7 +190,7 @@ def test_a_damaged_model_is_named_in_one_sentence(tmp_path, model, spoil, words)
     assert words in problem and "\n" not in problem
 
 
-def test_shards_that_are_whole_are_taken(model) -> None:
+def test_complete_shards_pass(model) -> None:
     shard(model)
     assert file_problems(model) == []
 
@@ -225,12 +225,12 @@ def test_images_that_the_processor_refuses_are_found_among_those_it_takes(tmp_pa
         ({"vision_tower": "a", "projector": "b", "language_model": "c"}, ["vision", "projector", "language model"]),
     ],
 )
-def test_parts_that_the_model_has_not(tmp_path, parts, words) -> None:
+def test_parts_that_the_model_lacks(tmp_path, parts, words) -> None:
     problems = problems_of(splits_of(tmp_path), **parts)
     assert len(problems) == len(words) and all(word in text for word, text in zip(words, problems, strict=True))
 
 
-def test_faults_of_several_kinds_are_told_together(tmp_path) -> None:
+def test_faults_of_several_kinds_are_reported_together(tmp_path) -> None:
     names = {"lora_target_modules": ("q_proj", "v_porj")}
     words, modules = problems_of(splits_of(tmp_path, answers=("Benign", "良性")), trial=names)
     assert "良性" in words and "'v_porj'" in modules

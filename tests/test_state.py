@@ -103,7 +103,7 @@ def test_a_damaged_point_costs_that_point_only(interrupted, tmp_path, kind) -> N
 
 
 @pytest.mark.parametrize("num_damaged", [1, 2])
-def test_a_trial_goes_on_past_damage_to_the_same_numbers(
+def test_a_trial_resumes_past_damage_to_the_same_numbers(
     base, splits, interrupted, tmp_path, undisturbed, num_damaged
 ) -> None:
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)

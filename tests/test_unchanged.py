@@ -131,7 +131,7 @@ def test_a_changed_base_is_named_before_it_is_loaded(study, tmp_path, change) ->
         (MemoryError(), MemoryError),
     ],
 )
-def test_a_batch_that_cannot_be_made_is_nobodys_hyperparameter(base, splits, monkeypatch, error, raised) -> None:
+def test_a_batch_that_cannot_be_made_is_no_fault_of_the_trial(base, splits, monkeypatch, error, raised) -> None:
     def refuse(*_) -> None:
         raise error
 

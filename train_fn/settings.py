@@ -250,9 +250,9 @@ class TrialSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialSettings:
         """The settings with these values, and defaults for all others. Raises ValueError for an unknown name."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known), key=str):
-            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}: a trial is made of {', '.join(known)}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(names), key=str):
+            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}: a trial has {', '.join(names)}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**values)
 
@@ -272,8 +272,8 @@ class ModelSettings:
     fp16: bool = False
     """The guide's name for --dtype float16."""
     dtype: Annotated[str, one_of(DTYPES)] = "auto"
-    """Number format of the frozen base: float32, bfloat16 or float16. auto: bfloat16 on a GPU that has it, float16 on
-    one that has not, float32 on a CPU. What is trained is always float32."""
+    """Number format of the frozen base: float32, bfloat16 or float16. auto: bfloat16 on a GPU that supports it, float16
+    on other GPUs, float32 on a CPU. Trained weights are always float32."""
     vision_tower: Annotated[str, MODULE_NAME] = ""
     """Full module name of the vision tower. Not given: found by the usual names."""
     projector: Annotated[str, MODULE_NAME] = ""

@@ -117,7 +117,7 @@ def header_problem(image: Image.Image, max_pixels: int) -> str:
         return f"must have 8 bits a channel, but has Pillow's mode {image.mode}: convert it"
     # A phone's JPEG ("MPO") holds depth or brightness after the picture.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        return "must hold one picture, but holds several frames or pages: write the one that counts to a file"
+        return "must hold one picture, but holds several frames or pages: save the right one as a file"
     return ""
 
 

@@ -42,7 +42,7 @@ def read_manifest(path: Path, image_root: Path) -> tuple[list[dict[str, Any]], l
     except UnicodeDecodeError as error:
         return [], [f"manifest {path} must be UTF-8 text, but byte {error.start} is not: save it as UTF-8"]
     except (ValueError, RecursionError) as error:
-        return [], [f"manifest {path} must be JSON: {error}; mend it at that place"]
+        return [], [f"manifest {path} must be JSON: {error}; correct it there"]
     if not isinstance(content, list) or not content:
         kind = "an empty list" if content == [] else f"a {type(content).__name__}"
         return [], [f"manifest {path} must be a JSON list of at least one entry, but holds {kind}"]

@@ -26,26 +26,26 @@ class Clock:
     """Seconds of a trial by phase. Phases follow each other and do not overlap."""
 
     def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
+        self.by_phase: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """Add the time since the last lap to a phase."""
         now = time.perf_counter()
-        self.spent[phase] = self.spent.get(phase, 0.0) + now - self.last
+        self.by_phase[phase] = self.by_phase.get(phase, 0.0) + now - self.last
         self.last = now
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
-        return dict(self.spent)
+        return dict(self.by_phase)
 
 
 class Profile:
     """Seconds by phase, where phases nest: time in an inner phase counts for that one only."""
 
-    def __init__(self, spent: dict[str, float], device: torch.device) -> None:
-        """spent: seconds by phase so far; this profile adds to them."""
-        self.spent, self.device = spent, device
+    def __init__(self, by_phase: dict[str, float], device: torch.device) -> None:
+        """by_phase: seconds by phase so far; this profile adds to them."""
+        self.by_phase, self.device = by_phase, device
         self.open: list[str] = []
         self.last = 0.0
 
@@ -56,7 +56,7 @@ class Profile:
         now = time.perf_counter()
         if self.open:
             key = PROFILE_PREFIX + self.open[-1]
-            self.spent[key] = self.spent.get(key, 0.0) + now - self.last
+            self.by_phase[key] = self.by_phase.get(key, 0.0) + now - self.last
         self.last = now
 
     @contextlib.contextmanager
@@ -89,7 +89,7 @@ def phase(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def profiled(spent: dict[str, float], device: torch.device) -> Iterator[None]:
+def profiled(by_phase: dict[str, float], device: torch.device) -> Iterator[None]:
     """Profile the phases in this context.
 
     A collective counts as communication while its caller waits; if it overlaps with other work on a GPU, that time
@@ -105,7 +105,7 @@ def profiled(spent: dict[str, float], device: torch.device) -> Iterator[None]:
 
         return collective
 
-    active = Profile(spent, device)
+    active = Profile(by_phase, device)
     try:
         for name, call in plain.items():
             setattr(dist, name, timed(call))

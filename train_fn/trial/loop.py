@@ -121,7 +121,7 @@ def run_trial(
                 storage.remove(old)  # of an attempt that cannot be continued
         clock.lap("setup")
         if profile:
-            stack.enter_context(profiled(clock.spent, base.device))
+            stack.enter_context(profiled(clock.by_phase, base.device))
         log, troubles, stop = run.log, run.notes, False
         for earlier in run.reports:
             stop = stop or report(earlier)
@@ -214,7 +214,7 @@ class Run:
             torch.cuda.set_rng_state(saved["random"]["cuda"])
         self.log = History(saved["step"], saved["entries"], saved["told"], saved.get("recent", []))
         self.losses, self.epoch, self.reports = saved["losses"], saved["epoch"], saved["reports"]
-        self.clock.spent = saved["seconds"]
+        self.clock.by_phase = saved["seconds"]
         return True
 
     def save(self) -> None:
