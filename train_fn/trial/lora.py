@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train_fn.model.base import Base
-from train_fn.model.targets import adapter_pattern, target_problems
+from train_fn.model.targets import adapter_pattern, target_problems, wanted_modules
 from train_fn.settings import TrialSettings
 from train_fn.trial.pristine import BaseChanged, changes, pristine, restore
 
@@ -50,15 +50,6 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         if settings.torch_compile:
             stack.enter_context(compiled(base))
         yield model
-
-
-def wanted_modules(base: Base, settings: TrialSettings) -> set[str]:
-    """Full names of the linear layers that the settings name, computed without PEFT."""
-    linear = {name for name, (module, _) in pristine(base).modules.items()
-              if isinstance(module, torch.nn.Linear) and name.startswith(base.language_model + ".")}  # fmt: skip
-    allowed = {name for name in linear if not any(part in name for part in settings.lora_exclude_patterns)}
-    ends = tuple(f".{target}" for target in settings.lora_target_modules)
-    return {name for name in allowed if f".{name}".endswith(ends)}
 
 
 def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:
