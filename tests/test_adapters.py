@@ -1,4 +1,4 @@
-"""An adapter's folder as a stranger's: what is taken from it, and that everything else is refused in one sentence."""
+"""An untrusted adapter's folder: the values that are used, and the refusal of all others in one sentence."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_leave_the_base_as_it_was(base, adapter, spoil, 
 
 
 def test_no_regular_expression_of_the_folder_is_run(base, adapter) -> None:
-    """This one would take longer than the universe; what is adapted is what the tensors name."""
+    """This one would not end in a lifetime; the names of the tensors decide what is adapted."""
     config(target_modules=r"(.*)*(.*)*(.*)*(.*)*\1(a+)+$")(adapter)
     with load_adapter(base, adapter) as model:
         names = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
@@ -184,7 +184,7 @@ def test_the_hub_is_never_asked(base, adapter, monkeypatch) -> None:
 
 
 def test_older_and_newer_folders_are_read(adapter) -> None:
-    """Fewer settings, and keys that a later PEFT adds and leaves off."""
+    """Fewer settings, and keys that a later PEFT adds and switches off."""
     stored = json.loads((adapter / "adapter_config.json").read_text())
     few = {name: stored[name] for name in ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")}
     (adapter / "adapter_config.json").write_text(json.dumps(few | {"tomorrow": None, "later": {}, "base": False}))
@@ -213,7 +213,7 @@ def test_scores_that_are_not_finite_are_no_answer(base, splits) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two good images, and with them what a folder on a foreign disk holds."""
+    """Two good images, and other files as on a foreign disk."""
     from PIL import Image
 
     folder = tmp_path / "images"

@@ -139,8 +139,8 @@ def test_steps_and_epochs_are_counted() -> None:
 
 # ------------------------------------------------------------------------------------------------ every setting
 
-# Field -> (another value, how the trial notices that the engine has the first one). A space may search every field, so
-# every field needs an entry.
+# Field -> (another value, the check that fails when the engine has the value of ENGINE instead, and its message).
+# A space may search every field, so every field needs an entry.
 READ_BACK: dict[str, tuple[Any, str]] = {
     "num_train_epochs": (2, "check_trained: optimizer steps should be"),
     "max_steps": (3, "check_trained: optimizer steps should be 3 but are 2"),
@@ -169,7 +169,7 @@ READ_BACK: dict[str, tuple[Any, str]] = {
     "zero_stage": (1, "check_applied: zero_stage should be 1 but is 2"),
     "offload_optimizer": (True, "check_applied: offload_optimizer should be True but is False"),
     "seed": (7, "check_applied: seed should be 7 but is 0"),
-    # These three reach no engine: the trial's loop reads them, and tests/test_loop.py sees the files and entries.
+    # These three reach no engine. The loop itself uses them; test_options.py checks the files and entries.
     "logging_steps": (1, "loop"),
     "save_steps": (1, "loop"),
     "save_total_limit": (1, "loop"),

@@ -1,4 +1,4 @@
-"""Near-copies: what counts as one, and that none stands on two sides of a split."""
+"""Near-copies: which pairs count, and that no group is divided by a split."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
         for of, into in ((2, [0, 1]), (1, [0, 2])):
             assert not len(leaking_samples(number, np.arange(len(images)), pairs, of, into))
         assert [splits.class_counts(name) for name in ("validation", "test")] == [[21, 71, 34]] * 2
-    assert report.num_pairs == 135  # as many as the hash alone proposes
+    assert report.num_pairs == 135  # equal to the number of pairs with near hashes
     assert report.num_grouped > 150 and report.leaked_if_random > 0.25 and len(report.contradictions) >= 5
 
 
@@ -211,7 +211,7 @@ def test_eyes_are_alike_but_their_copies_are_found(tmp_path) -> None:
 
 
 def test_tiny_images_are_copies_only_when_they_are_equal(tmp_path) -> None:
-    """Eight pixels of a written seven tell little: those of two hands are alike."""
+    """Eight pixels show little of a written seven: two people's look alike."""
     rng = np.random.default_rng(0)
     seven = np.zeros((8, 8))
     seven[1, 1:7], seven[range(2, 8), [6, 5, 5, 4, 4, 3]] = 200, 200
@@ -260,7 +260,7 @@ def test_two_questions_about_an_image_are_no_contradiction(tmp_path) -> None:
         for number, path in enumerate(paths)
         for text, holds in asked
     ]
-    entries[-1] |= {"answer": "yes", "label": True}  # of the copy, which is no image of a cancer
+    entries[-1] |= {"answer": "yes", "label": True}  # the copy is no image of a cancer
     options = {"val_fraction": 0.2, "test_fraction": 0.2, "seed": 0, "hash_cache": tmp_path / "cache.json"}
     _, sound, _ = make_splits(entries[:48], None, None, contradictions="drop", **options)
     assert (sound.contradictions, sound.num_left_out, sound.num_images, sound.num_grouped) == ((), 0, 24, 0)

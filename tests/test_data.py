@@ -212,7 +212,7 @@ NO_SUCH_IMAGE = st.text(min_size=1).filter(lambda text: text.strip() and text !=
 
 @st.composite
 def faulty_entries(draw: st.DrawFn) -> tuple[object, list[str]]:
-    """An entry with one fault or several, and what its problems must name."""
+    """An entry with one or several faults, and the words that its problems must contain."""
     kind = draw(st.sampled_from(["no object", "fields"]))
     if kind == "no object":
         return draw(
@@ -292,8 +292,7 @@ def different_images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_splits_are_disjoint_and_covering_and_keep_copies_together(different_images, data) -> None:
-    """Entries are numbered by the spaces behind their question, which is one; those of one image are copies of each
-    other."""
+    """All entries have one question, and the spaces after it are their number. Entries of one image are copies."""
     numbers = itertools.count()
     drawn = st.lists(st.tuples(st.integers(0, 11), st.sampled_from(["no", "yes"])), min_size=1, max_size=40)
     parts = {"data": data.draw(drawn)}

@@ -1,4 +1,4 @@
-"""Two worker processes with gloo: ZeRO-2 partitions, evaluation gathers exactly, and the trial stays the same trial."""
+"""Two worker processes with gloo: ZeRO-2 partitions, evaluation gathers exactly, and the trial has the same numbers."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
 
 
 def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
-    """The steps from which a trial of two points goes on: once the second rank's newest file is damaged, and once the
-    ranks' files of the older point have changed places as well."""
+    """The steps from which a trial with two saved points resumes: first with the second rank's newest file damaged,
+    then also with the two ranks' files of the older point exchanged."""
     from train_fn.support.storage import Storage
     from train_fn.trial import resume_state
 

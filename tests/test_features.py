@@ -1,4 +1,4 @@
-"""Vision features on disk: the same numbers whoever filled the store, nothing stale or half written, within bounds."""
+"""Vision features on disk: equal numbers from any cache, no stale or incomplete entries, within the size limit."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_changed_tower_bypasses_the_cache(splits) -> None:
     assert torch.allclose(losses, wanted, atol=1e-5)
     weight.requires_grad_(False)
     assert base.takes_features
-    weight.data, loaded = weight.data.clone(), weight.data  # as when trained weights are put in place
+    weight.data, loaded = weight.data.clone(), weight.data  # as when trained weights replace them
     assert not base.takes_features
     weight.data = loaded
     config = lora_config(base, TRIAL)
@@ -214,7 +214,7 @@ def test_the_size_limit_holds_and_the_least_recently_used_goes_first(images, cac
     assert {file.name for file in cache.glob("old/*")} == {names[images[0]], names[images[3]]}
     new.keep(images[2], features)
     assert {file.name for file in cache.glob("old/*")} == {names[images[3]]}
-    new.keep(images[3], features)  # all that is left is in use
+    new.keep(images[3], features)  # all remaining files are in use
     assert sorted(file.name for file in cache.glob("new/*")) == sorted(names[image] for image in images[:3])
     assert new.find(images[3], (50, 128)) is None
     assert sum(file.stat().st_size for file in cache.glob("*/*")) <= 4 * written

@@ -1,4 +1,4 @@
-"""Pixels as transformers reads them, and images that cost too much or hold something else."""
+"""Pixels equal to those of transformers, and images that are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_pixels_are_those_of_transformers(tmp_path, kind, orientation) -> None:
 
 
 def with_exif_at_its_end(path: Path) -> Path:
-    """A PNG whose orientation stands behind its pixels, as some cameras' programs write it."""
+    """A PNG with its orientation after its pixels, as some cameras' programs write it."""
     Image.fromarray(PIXELS).save(path)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""`python -m train_fn.inspect`: what it shows, what it says is wrong, and the manifest it makes of BUSI."""
+"""`python -m train_fn.inspect`: its tables, the problems that it reports, and its manifest of BUSI."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def busi_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as BUSI is downloaded: 12 images of each class, masks beside them, and one image in two classes."""
+    """A folder like the downloaded BUSI: 12 images of each class, masks beside them, and one image in two classes."""
     folder = tmp_path_factory.mktemp("busi")
     for label, name in enumerate(["normal", "benign", "malignant"]):
         (folder / name).mkdir()
@@ -47,7 +47,7 @@ def manifest(busi_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str]:
-    """Exit code and output, cells parted by a single |."""
+    """Exit code and output, with cells separated by a single |."""
     code = main([str(word) for word in argv])
     out = capsys.readouterr().out
     assert max(map(len, (line for line in out.splitlines() if "│" in line)), default=0) <= 100

@@ -1,4 +1,4 @@
-"""The training loop on the nano base with a real DeepSpeed engine: what moves, what stays, and what comes out."""
+"""The training loop on the nano base with a real DeepSpeed engine: trained weights, frozen weights and reports."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_importing_the_engine_switches_the_compiled_op_off() -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """In place of the end of the process."""
 
 
 LONG = replace(PROJECTOR, num_train_epochs=3, save_steps=3, logging_steps=1, lora_dropout=0.2)
@@ -410,7 +410,7 @@ def test_evaluation_that_does_not_fit_is_cut_into_smaller_batches(base, splits, 
 
 
 def test_right_padding_without_a_mask_touches_nothing(base, splits) -> None:
-    """A batch of prompts of several lengths has the losses that each of them has alone."""
+    """In a batch of several prompt lengths, each prompt has the same loss as alone."""
     samples = list(splits.train[:4])
     samples[1] = replace(samples[1], text=samples[1].text + " Look at the margin and at the shadow behind it.")
     samples[2] = replace(samples[2], text="Which?")
@@ -434,7 +434,7 @@ def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, 
 
     def report(message: dict) -> bool:
         told.append(message)
-        time.sleep(0.2)  # the study's time, not the trial's
+        time.sleep(0.2)  # time of the study, not of the trial
         return False
 
     run_trial(base, splits, settings, report, positive="Malignant", output=tmp_path, profile=True, trace=True)
@@ -458,7 +458,7 @@ def test_a_loss_that_is_not_finite_fails_before_the_step(base, splits, monkeypat
 
 
 def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) -> None:
-    """Two sizes in turn: no micro-batch mixes them, and the step is the one of the order as given."""
+    """With two alternating sizes no micro-batch mixes them, and the step equals that of unsorted images."""
     from PIL import Image
 
     from train_fn.trial import loop

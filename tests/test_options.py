@@ -85,7 +85,7 @@ def test_a_bfloat16_base_trains_scores_and_generates(base, splits, tmp_path, qlo
     kept: set[torch.dtype] = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape[-1:] == (8,):  # what an adapter's A makes
+        if tensor.shape[-1:] == (8,):  # the output of an adapter's A
             kept.add(tensor.dtype)
         return tensor
 
@@ -175,7 +175,7 @@ def test_max_steps_checkpoints_and_history(base, splits, tmp_path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"} <= names
     last = score_adapter(base, splits, "validation", 16, tmp_path / "checkpoint-5")
     assert last["losses"].mean() == pytest.approx(report["metrics"]["loss"], abs=1e-6)
-    train(base, splits, settings, tmp_path)  # a second attempt clears what the first has left
+    train(base, splits, settings, tmp_path)  # a second attempt removes the files of the first
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
 
@@ -193,7 +193,7 @@ def test_a_wrong_optimizer_fails_the_trial(base) -> None:
 
 @pytest.fixture(scope="module")
 def quantised(base):
-    """The nano base in 4 bit; `base` only for the process group that it opens."""
+    """The nano base in 4 bit. `base` is only needed for its process group."""
     return load_base(ModelSettings(use_qlora=True), torch.device("cpu"))
 
 
@@ -207,7 +207,7 @@ def test_only_the_language_model_is_in_4_bit(quantised) -> None:
     held, whole = base_gib(quantised.model)
     linear = 4 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 384)
     assert whole == pytest.approx(1_722_368 * 2 / 2**30)
-    # float32 for what is not in 4 bit, half a byte and the quantisation constants for what is.
+    # Weights in 4 bit take half a byte and the quantisation constants, all others are float32.
     assert held == pytest.approx(((1_722_368 - linear) * 4 + linear / 2) / 2**30, rel=0.01)
 
 

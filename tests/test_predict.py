@@ -103,7 +103,7 @@ def test_qlora_merges_onto_the_unquantised_base(base, splits, tmp_path) -> None:
     merged = predict(whole, splits.test, splits.candidates, 16)["scores"]
     plain = score_adapter(base, splits, "test", 16, adapter)["scores"]
     assert np.allclose(merged, plain, atol=1e-4)  # exactly the adapter on the unquantised base,
-    assert not np.allclose(merged, scores, atol=1e-4)  # which is not quite what it was trained on
+    assert not np.allclose(merged, scores, atol=1e-4)  # whose weights differ from those of the training
     assert np.abs(probabilities(merged) - probabilities(scores)).max() < 0.2
 
 

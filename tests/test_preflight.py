@@ -1,4 +1,4 @@
-"""What no hyperparameter can mend is found before Ray, once: files, template, words, images and modules of the base."""
+"""Faults that would fail every trial are found before Ray: files, template, words, images and modules of the base."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def shard(model: Path) -> None:
-    """Its weights in two files, of which the second is gone."""
+    """Its weights in two files, without the second."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(model / "model.safetensors")
@@ -196,7 +196,7 @@ def test_complete_shards_pass(model) -> None:
 
 
 def test_the_cases_own_models(tmp_path) -> None:
-    """The published layout of Hulu-Med, where its fixtures lie."""
+    """The published layout of Hulu-Med, if its fixtures are there."""
     if not (fixtures := os.environ.get("HULUMED_FIXTURES")):
         pytest.skip("no HULUMED_FIXTURES")
     assert problems_of(splits_of(tmp_path), f"{fixtures}/checkpoint") == []
@@ -297,4 +297,4 @@ def test_weights_are_read_once_while_nothing_touches_them(model, monkeypatch) ->
         "train_fn.model.checkpoint.file_hash",
         lambda path: pytest.fail("read again") if path.suffix == ".safetensors" else "x",
     )
-    assert base_hash(model) != before  # of the small files, which are read each time
+    assert base_hash(model) != before  # small files are read each time

@@ -1,5 +1,7 @@
-"""What an unfinished trial goes on from: damage is noticed, the older point is taken, nothing is executed, and a disk
-that is full for a while costs time and no number."""
+"""The saved state of an unfinished trial: damage is noticed, the older point is used, nothing in a file is executed.
+
+A disk that is full for a while changes no number.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ SETTINGS = TrialSettings(num_train_epochs=2, max_steps=4, lora_r=4, lora_alpha=8
 
 
 def train(base, splits, output: Path | None = None, leave_after: int = 99) -> list[dict]:
-    """The reports of a trial; with `leave_after`, one that left after so many steps."""
+    """The reports of a trial. With `leave_after` it is preempted after so many steps."""
     reports: list[dict] = []
     steps = iter(range(1, 99))
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant",
@@ -43,7 +45,7 @@ def undisturbed(base, splits) -> list[Any]:
 
 
 class Evil:
-    """A pickle that makes a file when it is read."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -83,7 +85,7 @@ KINDS = ["cut", "empty", "zeros", "one bit", "a pickle", "a pickle with a checks
 
 @pytest.fixture(scope="module")
 def interrupted(base, splits, tmp_path_factory) -> Path:
-    """The folder of a trial that left after three steps of four."""
+    """The folder of a trial that was preempted after three steps of four."""
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(Preempted):
         train(base, splits, folder, leave_after=3)
@@ -116,7 +118,7 @@ def test_a_trial_resumes_past_damage_to_the_same_numbers(
 
 @pytest.mark.parametrize("limit", [3_000, 300_000])
 def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatch, undisturbed, limit) -> None:
-    """The system takes a part of a file and refuses the rest, until the write is tried again."""
+    """The system writes a part of a file and refuses the rest, until the first retry."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     refused: list[float] = []
 

@@ -1,4 +1,4 @@
-"""Nothing of a trial is left on the base for the next one, whatever the trial ran into."""
+"""A trial leaves nothing on the base for the next one, also when it fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def metrics(base, splits, settings: TrialSettings = SHORT) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def fresh(base):
-    """A base of its own whose adapters autocast; `base` only for the process group that it opens."""
+    """A base of its own whose adapters autocast. `base` is only needed for its process group."""
     return load_base(ModelSettings(dtype="bfloat16"), torch.device("cpu"))
 
 

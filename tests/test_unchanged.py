@@ -1,4 +1,4 @@
-"""What a study rests on is compared with what the driver saw, and a difference is told with the file's name."""
+"""Images and base files are compared with those that the driver saw, and a message names the file that differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REMEDY = "must stay as the study was begun with, but has changed: put it back"
 
 @pytest.fixture
 def study(tmp_path: Path, splits) -> tuple[Path, Splits, Inputs]:
-    """A base and six images that a driver has looked at."""
+    """A base and six images, with their state on the driver."""
     model = tmp_path / "model"
     shutil.copytree(CHECKPOINT, model)
     samples = []
