@@ -46,7 +46,7 @@ class Base:
     patches: dict[str, int] = field(default_factory=dict)  # image path -> P
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image path -> width and height
     processor_files: dict[str, bytes] = field(default_factory=dict)  # see `train_fn.trial.adapter_files`
-    # Set by trials.
+    # Changed by trials.
     autocasts: bool = field(init=False)  # whether the language model's float32 adapters multiply in bfloat16
     as_loaded: Any = None  # `train_fn.trial.pristine.Snapshot` of the base before its first adapter
 

@@ -114,8 +114,8 @@ def run_trial(
         storage = storage or Storage(output or Path())
         tracer = traced(output / "trace.json.gz") if trace and output and rank == 0 else None
         end_traced_step = stack.enter_context(tracer or contextlib.nullcontext(lambda: None))
-        run = Run(engine=engine, state=ResumeState(output, storage, settings), clock=clock, progress=progress)
-        run.totals = {"num_epochs": num_epochs, "num_steps": num_steps}
+        totals = {"num_epochs": num_epochs, "num_steps": num_steps}
+        run = Run(engine, ResumeState(output, storage, settings), clock, progress, totals)
         if not run.resume() and output is not None and rank == 0:
             for old in checkpoints(output, storage):
                 storage.remove(old)  # of an attempt that cannot be continued
@@ -184,7 +184,7 @@ def run_trial(
             run.write(run.state.remove)  # a stopped trial keeps it: a study that continues may train it further
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run:
     """How far a trial has come, and how that is saved."""
 
@@ -192,12 +192,12 @@ class Run:
     state: ResumeState
     clock: Clock
     progress: Progress | None
-    totals: dict[str, int] = field(default_factory=dict)
+    totals: dict[str, int]
     """`num_epochs` and `num_steps` of the whole trial."""
     log: History = field(default_factory=History)
     epoch: int = 1
     losses: list[float] = field(default_factory=list)
-    """Of this epoch's steps so far."""
+    """Losses of this epoch's steps so far."""
     reports: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Storage errors that were retried, and damaged states; part of every report."""
@@ -220,6 +220,7 @@ class Run:
     def save(self) -> None:
         """Write the trial's state."""
         log = self.log
+        # States of earlier versions have the number of reported entries under "told".
         position = {"step": log.step, "entries": log.entries, "told": log.num_reported, "recent": log.recent}
         position |= {"losses": self.losses, "epoch": self.epoch, "reports": self.reports}
         position["seconds"] = self.clock.seconds()
