@@ -1,4 +1,4 @@
-"""An adapter's folder as a stranger's: what is taken from it, and that everything else is refused in one sentence."""
+"""An untrusted adapter's folder: the values that are used, and the refusal of all others in one sentence."""
 
 from __future__ import annotations
 
@@ -123,14 +123,14 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a candidate twice": (task(candidates=["no", "no"]), "`candidates` must differ"),
     "no model": (task(model="nano"), "`model` must be an object"),
     "a setting that is not there": (task(model=NANO | {"trust_remote_code": True}), "no setting 'trust_remote_code'"),
-    "a setting of another type": (task(model=NANO | {"use_qlora": "no"}), "`model.use_qlora` must be bool"),
-    "a model that is a number": (task(model={"model": 3}), "`model.model` must be str"),
+    "a setting of another type": (task(model=NANO | {"use_qlora": "no"}), "`model.use_qlora` must be true or false"),
+    "a model that is a number": (task(model={"model": 3}), "`model.model` must be text"),
     "a format that torch has not": (task(model=NANO | {"dtype": "Tensor"}), "`model.dtype` must be one of"),
 }
 
 
 @pytest.mark.parametrize(("spoil", "words"), STRANGE.values(), ids=STRANGE)
-def test_a_strange_adapter_is_refused_before_the_base_is_loaded(adapter, capsys, monkeypatch, spoil, words) -> None:
+def test_an_unsafe_adapter_is_refused_before_the_base_is_loaded(adapter, capsys, monkeypatch, spoil, words) -> None:
     spoil(adapter)
     monkeypatch.setattr("train_fn.model.base.load_base", lambda *given: pytest.fail("the base was loaded"))
     assert main(["--adapter", str(adapter), __file__]) == 2
@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_leave_the_base_as_it_was(base, adapter, spoil, 
 
 
 def test_no_regular_expression_of_the_folder_is_run(base, adapter) -> None:
-    """This one would take longer than the universe; what is adapted is what the tensors name."""
+    """This one would not end in a lifetime; the names of the tensors decide what is adapted."""
     config(target_modules=r"(.*)*(.*)*(.*)*(.*)*\1(a+)+$")(adapter)
     with load_adapter(base, adapter) as model:
         names = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
@@ -184,7 +184,7 @@ def test_the_hub_is_never_asked(base, adapter, monkeypatch) -> None:
 
 
 def test_older_and_newer_folders_are_read(adapter) -> None:
-    """Fewer settings, and keys that a later PEFT adds and leaves off."""
+    """Fewer settings, and keys that a later PEFT adds and switches off."""
     stored = json.loads((adapter / "adapter_config.json").read_text())
     few = {name: stored[name] for name in ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")}
     (adapter / "adapter_config.json").write_text(json.dumps(few | {"tomorrow": None, "later": {}, "base": False}))
@@ -213,7 +213,7 @@ def test_scores_that_are_not_finite_are_no_answer(base, splits) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two good images, and with them what a folder on a foreign disk holds."""
+    """Two good images, and other files as on a foreign disk."""
     from PIL import Image
 
     folder = tmp_path / "images"

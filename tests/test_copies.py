@@ -1,4 +1,4 @@
-"""Near-copies: what counts as one, and that none stands on two sides of a split."""
+"""Near-copies: which pairs count, and that no group is divided by a split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageEnhance
 from train_fn.data.copies import (
     copy_groups,
     copy_pairs,
-    hash_images,
     leaking_samples,
     near_pairs,
     perceptual_hashes,
@@ -33,6 +32,10 @@ def image() -> Image.Image:
 
 def perceptual_hash(image: Image.Image) -> int:
     return int(perceptual_hashes(thumbnail(image)[None])[0])
+
+
+def hash_images(paths: list[str], cache: Path) -> np.ndarray:
+    return perceptual_hashes(read_thumbnails(paths, cache)[0])
 
 
 def marked(image: Image.Image) -> Image.Image:
@@ -152,7 +155,7 @@ def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
         for of, into in ((2, [0, 1]), (1, [0, 2])):
             assert not len(leaking_samples(number, np.arange(len(images)), pairs, of, into))
         assert [splits.class_counts(name) for name in ("validation", "test")] == [[21, 71, 34]] * 2
-    assert report.num_pairs == 135  # as many as the hash alone proposes
+    assert report.num_pairs == 135  # equal to the number of pairs with near hashes
     assert report.num_grouped > 150 and report.leaked_if_random > 0.25 and len(report.contradictions) >= 5
 
 
@@ -208,7 +211,7 @@ def test_eyes_are_alike_but_their_copies_are_found(tmp_path) -> None:
 
 
 def test_tiny_images_are_copies_only_when_they_are_equal(tmp_path) -> None:
-    """Eight pixels of a written seven tell little: those of two hands are alike."""
+    """Eight pixels show little of a written seven: two people's look alike."""
     rng = np.random.default_rng(0)
     seven = np.zeros((8, 8))
     seven[1, 1:7], seven[range(2, 8), [6, 5, 5, 4, 4, 3]] = 200, 200
@@ -239,7 +242,7 @@ def test_copies_are_found_in_any_small_set_and_among_frames_of_one_film(tmp_path
     assert np.bincount(copy_groups(60, pairs)).tolist() == [30] + [1] * 30
 
 
-def test_the_distance_is_the_callers(tmp_path, image) -> None:
+def test_the_caller_sets_the_distance(tmp_path, image) -> None:
     paths = saved(tmp_path, [image, image, marked(image)])
     assert len(copy_pairs(paths)) == 3 and len(copy_pairs(paths, -1)) == 0
     assert copy_pairs(paths, 0).tolist()[0] == [0, 1]
@@ -257,7 +260,7 @@ def test_two_questions_about_an_image_are_no_contradiction(tmp_path) -> None:
         for number, path in enumerate(paths)
         for text, holds in asked
     ]
-    entries[-1] |= {"answer": "yes", "label": True}  # of the copy, which is no image of a cancer
+    entries[-1] |= {"answer": "yes", "label": True}  # the copy is no image of a cancer
     options = {"val_fraction": 0.2, "test_fraction": 0.2, "seed": 0, "hash_cache": tmp_path / "cache.json"}
     _, sound, _ = make_splits(entries[:48], None, None, contradictions="drop", **options)
     assert (sound.contradictions, sound.num_left_out, sound.num_images, sound.num_grouped) == ((), 0, 24, 0)
@@ -272,7 +275,7 @@ def test_two_questions_about_an_image_are_no_contradiction(tmp_path) -> None:
     assert len(make_splits(unlike, None, None, **options)[1].contradictions) == 1
 
 
-def test_a_group_that_holds_much_of_the_set_is_told(tmp_path, image) -> None:
+def test_a_large_group_is_reported(tmp_path, image) -> None:
     others = [Image.fromarray(phantom(np.random.default_rng(number), number % 3)[0]) for number in range(12)]
     paths = saved(tmp_path, [*others, *[image.rotate(0.1 * step) for step in range(12)]])
     entries = [{"image": path, "text": "?", "answer": "yn"[n % 2], "label": n % 2} for n, path in enumerate(paths)]

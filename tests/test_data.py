@@ -118,14 +118,14 @@ def test_many_variants_of_few_answers_are_not_an_open_set() -> None:
     assert len(answer_set([entry(answer=answer, label=answer) for answer in answers])[1]) == 2
 
 
-def test_free_answers_may_be_written_as_one_likes() -> None:
+def test_open_answers_may_differ_in_case_and_spaces() -> None:
     answers = [f"text {number}" for number in range(30)] + ["Text 1", "text 2 "]
     assert answer_set([entry(answer=answer, label=answer) for answer in answers]) == ((), [])
 
 
 @pytest.mark.parametrize("text", ["a\0b", "half \ud83d"])
 @pytest.mark.parametrize("key", ["text", "answer", "label"])
-def test_characters_that_no_tokenizer_takes(folder, key, text) -> None:
+def test_characters_that_no_tokenizer_accepts(folder, key, text) -> None:
     (problem,) = read(folder, [entry() | {key: text}])
     assert f"must hold Unicode text, but {key}=" in problem
 
@@ -156,7 +156,7 @@ def noise(folder: Path, name: str, seed: int) -> str:
     return str(path)
 
 
-def test_given_parts_are_kept_whole(tmp_path: Path) -> None:
+def test_parts_of_the_user_stay_as_they_are(tmp_path: Path) -> None:
     entries = [entry(noise(tmp_path, f"{n}.png", n), a, a) for n, a in enumerate(["no", "yes"] * 30)]
     test = [entry(noise(tmp_path, f"t{n}.png", 100 + n), a, a) for n, a in enumerate(["no", "yes"] * 5)]
     test[0]["image"] = entries[0]["image"]
@@ -193,7 +193,7 @@ def test_epoch_order_covers_all_images_in_full_batches() -> None:
     assert (order == epoch_order(50, 16, 3, 1)).all() and (order != epoch_order(50, 16, 3, 2)).any()
 
 
-def test_micro_batches_share_out_each_step() -> None:
+def test_micro_batches_divide_each_step() -> None:
     step = np.arange(16)
     shares = [np.concatenate(list(micro_batches(step, 2, rank, 2))) for rank in range(2)]
     assert sorted(np.concatenate(shares)) == list(range(16))
@@ -212,7 +212,7 @@ NO_SUCH_IMAGE = st.text(min_size=1).filter(lambda text: text.strip() and text !=
 
 @st.composite
 def faulty_entries(draw: st.DrawFn) -> tuple[object, list[str]]:
-    """An entry with one fault or several, and what its problems must name."""
+    """An entry with one or several faults, and the words that its problems must contain."""
     kind = draw(st.sampled_from(["no object", "fields"]))
     if kind == "no object":
         return draw(
@@ -259,7 +259,7 @@ def test_every_fault_of_any_manifest_is_named(folder: Path, places: dict[int, tu
         lambda value: json.dumps(value).encode()),
     st.sampled_from(["utf-16", "utf-32"]).map(json.dumps(VALID).encode),
 ))  # fmt: skip
-def test_what_is_no_manifest_is_told_by_its_name(folder: Path, content: bytes) -> None:
+def test_a_file_that_is_no_manifest_is_named(folder: Path, content: bytes) -> None:
     (folder / "m.json").write_bytes(content)
     valid, problems = read_manifest(folder / "m.json", folder)
     assert not valid and problems and all("m.json" in problem for problem in problems)
@@ -292,8 +292,7 @@ def different_images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_splits_are_disjoint_and_covering_and_keep_copies_together(different_images, data) -> None:
-    """Entries are numbered by the spaces behind their question, which is one; those of one image are copies of each
-    other."""
+    """All entries have one question, and the spaces after it are their number. Entries of one image are copies."""
     numbers = itertools.count()
     drawn = st.lists(st.tuples(st.integers(0, 11), st.sampled_from(["no", "yes"])), min_size=1, max_size=40)
     parts = {"data": data.draw(drawn)}

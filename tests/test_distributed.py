@@ -1,4 +1,4 @@
-"""Two worker processes with gloo: ZeRO-2 partitions, evaluation gathers exactly, and the trial stays the same trial."""
+"""Two worker processes with gloo: ZeRO-2 partitions, evaluation gathers exactly, and the trial has the same numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
 
     base = load_base(ModelSettings(), torch.device("cpu"))
     odd = splits.validation[:7]
-    predicted = predict(base, odd, splits.candidates, 4, rank, world_size)
+    predicted = predict(base, odd, splits.candidates, 4)
     with adapted(base, SETTINGS) as model:
         engine = build_engine(base, model, SETTINGS, torch.ones(3), 10, world_size)
         optimizer = engine.optimizer
@@ -57,13 +57,13 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
 
 
 def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
-    """The steps from which a trial of two points goes on: once the second rank's newest file is damaged, and once the
-    ranks' files of the older point have changed places as well."""
+    """The steps from which a trial with two saved points resumes: first with the second rank's newest file damaged,
+    then also with the two ranks' files of the older point exchanged."""
     from train_fn.support.storage import Storage
-    from train_fn.trial import loop
+    from train_fn.trial import resume_state
 
-    loop.engine_state = lambda engine: {}  # type: ignore[assignment]
-    state = loop.ResumeState(folder, Storage(folder), SETTINGS)
+    resume_state.engine_state = lambda engine: {}  # type: ignore[assignment]
+    state = resume_state.ResumeState(folder, Storage(folder), SETTINGS)
     for step in (1, 2):
         state.save({"step": step, "losses": [0.0]}, None)
     if rank == 1:
@@ -80,7 +80,7 @@ def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
     return [*steps, found["step"] if (found := state.load()) else None]
 
 
-def test_all_ranks_go_on_from_the_same_sound_point(found) -> None:
+def test_all_ranks_resume_from_the_same_sound_point(found) -> None:
     assert [result["points"] for result in found] == [[1, None], [1, None]]
 
 
@@ -102,7 +102,7 @@ def test_zero_2_partitions_optimizer_state_and_gradients(found) -> None:
 def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
     from train_fn.scoring.evaluation import predict
 
-    alone = predict(base, splits.validation[:7], splits.candidates, 4, 0, 1)
+    alone = predict(base, splits.validation[:7], splits.candidates, 4)
     for result in found:
         for name, values in alone.items():
             assert result["predicted"][name].shape == values.shape

@@ -54,7 +54,7 @@ TEXT = {
 }
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-# The published chat templates, as far as one question with one image needs them.
+# The published chat templates, reduced to one question with one image.
 EACH_TURN = "{%- for message in messages -%}"
 EACH_PART = "{%- for part in message['content'] -%}"
 PARTS = (
@@ -331,7 +331,7 @@ FAMILIES = {
 
 
 def save_family(family: Family, directory: Path) -> None:
-    """Write a tiny random model and its processor as `from_pretrained` reads them."""
+    """Write a tiny random model and its processor in the format of `from_pretrained`."""
     tokenizer = make_tokenizer(family.named, family.others, family.eos, family.begins, family.spaced)
     options = dict(family.processor_options)
     if family.processor == "SmolVLMProcessor":
@@ -349,7 +349,7 @@ def save_family(family: Family, directory: Path) -> None:
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**config))
     with torch.no_grad():
-        for parameter in model.parameters():  # some begin as zeros, through which no gradient flows
+        for parameter in model.parameters():  # some are initially zero, and no gradient flows through zeros
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
@@ -363,7 +363,7 @@ def family(request) -> Family:
 @pytest.fixture(scope="module")
 def base(family, tmp_path_factory) -> Base:
     """A family's tiny model, loaded as any other base."""
-    if not dist.is_initialized():  # DeepSpeed wants a group
+    if not dist.is_initialized():  # DeepSpeed needs a group
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     directory = tmp_path_factory.mktemp(family.model)
@@ -439,7 +439,7 @@ def own_logits(base: Base, sample: Sample, tail: str) -> tuple[torch.Tensor, tor
 
 
 def tail_text(base: Base, family: Family, answer: str) -> str:
-    """What the published template has behind the prompt, up to the end of the answer's turn."""
+    """The published template's text after the prompt, up to the end of the answer's turn."""
     ends = {LLAVA: "</s>", GEMMA: "<end_of_turn>", IDEFICS: "<end_of_utterance>", CHATML: "<|im_end|>"}
     return (" " if family.template in (LLAVA, IDEFICS) else "") + answer + ends[family.template]
 
@@ -519,7 +519,7 @@ def test_answer_losses_are_the_models_own(base, family, unlike) -> None:
 
 
 @torch.no_grad()
-def test_a_padded_batch_is_its_samples(base, unlike) -> None:
+def test_a_padded_batch_equals_its_samples(base, unlike) -> None:
     together = answer_losses(base, collate(base, unlike, with_answers=True))
     backwards = answer_losses(base, collate(base, unlike[::-1], with_answers=True))
     for row, sample in enumerate(unlike):
@@ -564,7 +564,7 @@ def unusual(tmp_path_factory) -> Path:
     return directory
 
 
-def test_an_unknown_structure_names_its_modules_and_the_setting(unusual) -> None:
+def test_an_unknown_structure_is_refused_with_its_modules_and_the_setting(unusual) -> None:
     with pytest.raises(ValueError) as caught:
         load_base(ModelSettings(model=str(unusual)), torch.device("cpu"))
     told = str(caught.value)
@@ -584,7 +584,7 @@ def test_a_part_that_does_not_exist_is_refused(unusual, part) -> None:
     assert f"give --{part.replace('_', '-')} the full name" in told
 
 
-def test_parts_that_are_named_are_taken(unusual) -> None:
+def test_named_parts_are_used(unusual) -> None:
     names = ("model.vision_model.encoder", "model.aligner", "model.language_model.layers.1")
     parts = dict(zip(("vision_tower", "projector", "language_model"), names, strict=True))
     base = load_base(ModelSettings(model=str(unusual), **parts), torch.device("cpu"))

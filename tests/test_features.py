@@ -1,4 +1,4 @@
-"""Vision features on disk: the same numbers whoever filled the store, nothing stale or half written, within bounds."""
+"""Vision features on disk: equal numbers from any cache, no stale or incomplete entries, within the size limit."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_changed_content_under_the_same_path_is_noticed(images) -> None:
     assert torch.equal(image_features(base, images[0]), image_features(base, images[1]))
 
 
-def test_a_changed_tower_is_asked_itself(splits) -> None:
+def test_a_changed_tower_bypasses_the_cache(splits) -> None:
     base = load_base(NANO, CPU)
     samples = splits.train[:2]
     wanted = answer_losses(base, collate(base, samples, with_answers=True))
@@ -168,7 +168,7 @@ def test_a_changed_tower_is_asked_itself(splits) -> None:
     assert torch.allclose(losses, wanted, atol=1e-5)
     weight.requires_grad_(False)
     assert base.takes_features
-    weight.data, loaded = weight.data.clone(), weight.data  # as when trained weights are put in place
+    weight.data, loaded = weight.data.clone(), weight.data  # as when trained weights replace them
     assert not base.takes_features
     weight.data = loaded
     config = lora_config(base, TRIAL)
@@ -182,7 +182,7 @@ def test_a_changed_tower_is_asked_itself(splits) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "not safetensors", "another shape", "another name"])
-def test_a_damaged_entry_is_written_anew(base, images, cache, damage) -> None:
+def test_a_damaged_entry_is_written_again(base, images, cache, damage) -> None:
     wanted = image_features(load_base(NANO, CPU), images[0])
     (file,) = cache.glob("*/*")
     if damage == "another shape":
@@ -195,7 +195,7 @@ def test_a_damaged_entry_is_written_anew(base, images, cache, damage) -> None:
     assert torch.equal(load_file(file)["features"], wanted)
 
 
-def test_the_bound_holds_and_the_longest_unused_goes_first(images, cache, monkeypatch) -> None:
+def test_the_size_limit_holds_and_the_least_recently_used_goes_first(images, cache, monkeypatch) -> None:
     features = torch.zeros(50, 128)
     written = features.nbytes + 100  # with the header
     monkeypatch.setattr("train_fn.model.features.WRITES_PER_COUNT", 1)
@@ -214,13 +214,13 @@ def test_the_bound_holds_and_the_longest_unused_goes_first(images, cache, monkey
     assert {file.name for file in cache.glob("old/*")} == {names[images[0]], names[images[3]]}
     new.keep(images[2], features)
     assert {file.name for file in cache.glob("old/*")} == {names[images[3]]}
-    new.keep(images[3], features)  # all that is left is in use
+    new.keep(images[3], features)  # all remaining files are in use
     assert sorted(file.name for file in cache.glob("new/*")) == sorted(names[image] for image in images[:3])
     assert new.find(images[3], (50, 128)) is None
     assert sum(file.stat().st_size for file in cache.glob("*/*")) <= 4 * written
 
 
-def test_a_cache_that_cannot_be_written_is_memory_and_said_once(images, monkeypatch, tmp_path) -> None:
+def test_a_cache_that_cannot_be_written_becomes_memory_with_one_warning(images, monkeypatch, tmp_path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     base = load_base(NANO, CPU)

@@ -77,7 +77,7 @@ def test_features_logits_and_loss(tiny) -> None:
 
 @needs_fixtures
 @torch.no_grad()
-def test_a_padded_batch_is_its_samples(tiny) -> None:
+def test_a_padded_batch_equals_its_samples(tiny) -> None:
     samples = [sample for _, _, sample in references()]
     reference = dict(np.load(ROOT / "reference" / "batch3.npz"))
     batch = collate(tiny, samples, with_answers=True)

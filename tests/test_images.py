@@ -1,4 +1,4 @@
-"""Pixels as transformers reads them, and images that cost too much or hold something else."""
+"""Pixels equal to those of transformers, and images that are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_pixels_are_those_of_transformers(tmp_path, kind, orientation) -> None:
 
 
 def with_exif_at_its_end(path: Path) -> Path:
-    """A PNG whose orientation stands behind its pixels, as some cameras' programs write it."""
+    """A PNG with its orientation after its pixels, as some cameras' programs write it."""
     Image.fromarray(PIXELS).save(path)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -152,7 +152,7 @@ def test_accepted_and_read_as_rgb(tmp_path, make) -> None:
     assert read_image(str(path)).mode == "RGB" and read_image(str(path)).size == (50, 30)
 
 
-def test_the_limit_is_the_callers(tmp_path) -> None:
+def test_the_caller_sets_the_limit(tmp_path) -> None:
     path = str(png(100, 100, tmp_path / "a.png"))
     assert image_problems([path], 10_000) == {}
     (problem,) = image_problems([path], 9_999).values()
@@ -175,14 +175,14 @@ def test_after_a_while_only_headers_are_read(tmp_path, monkeypatch) -> None:
     good, cut = (str(save(tmp_path / name, 1)) for name in ("good.png", "cut.png"))
     Path(cut).write_bytes(Path(cut).read_bytes()[:-500])
     big = str(png(9000, 6000, tmp_path / "big.png"))
-    said: list[str] = []
-    assert set(image_problems([good, cut, big], say=said.append)) == {cut, big} and not said
-    assert set(image_problems([good, cut, big], say=said.append, most_seconds=-1)) == {big}
-    assert said == ["Checked 2 of 3 images by their headers only, after -1 s"]
+    logged: list[str] = []
+    assert set(image_problems([good, cut, big], log=logged.append)) == {cut, big} and not logged
+    assert set(image_problems([good, cut, big], log=logged.append, max_seconds=-1)) == {big}
+    assert logged == ["Checked 2 of 3 images by their headers only, after -1 s"]
     now = iter(range(0, 1000, 20))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    image_problems([good, cut, big], say=said.append)
-    assert "Checked 1 of 3 images" in said
+    image_problems([good, cut, big], log=logged.append)
+    assert "Checked 1 of 3 images" in logged
 
 
 def test_a_study_takes_the_limit_from_its_settings(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m train_fn.inspect`: what it shows, what it says is wrong, and the manifest it makes of BUSI."""
+"""`python -m train_fn.inspect`: its tables, the problems that it reports, and its manifest of BUSI."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def busi_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as BUSI is downloaded: 12 images of each class, masks beside them, and one image in two classes."""
+    """A folder like the downloaded BUSI: 12 images of each class, masks beside them, and one image in two classes."""
     folder = tmp_path_factory.mktemp("busi")
     for label, name in enumerate(["normal", "benign", "malignant"]):
         (folder / name).mkdir()
@@ -47,7 +47,7 @@ def manifest(busi_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str]:
-    """Exit code and output, cells parted by a single |."""
+    """Exit code and output, with cells separated by a single |."""
     code = main([str(word) for word in argv])
     out = capsys.readouterr().out
     assert max(map(len, (line for line in out.splitlines() if "│" in line)), default=0) <= 100
@@ -89,7 +89,7 @@ def test_a_folder_that_is_not_busi(tmp_path, capsys) -> None:
     assert not (tmp_path / "m.json").exists()
 
 
-def test_the_tables_tell_what_a_study_would_find(manifest, busi_like, capsys, tmp_path) -> None:
+def test_the_tables_show_a_studys_numbers(manifest, busi_like, capsys, tmp_path) -> None:
     code, out = shown(capsys, "--data", manifest, "--image-root", busi_like, "--val-fraction", 0.25)
     study = prepare(
         parse(["--data", str(manifest), "--image-root", str(busi_like), "--val-fraction", "0.25",
@@ -109,13 +109,13 @@ def test_the_tables_tell_what_a_study_would_find(manifest, busi_like, capsys, tm
     assert "| images left out for a contradiction | 2 |" in out
 
 
-def test_leaks_between_given_parts_are_counted(manifest, busi_like, capsys) -> None:
+def test_leaks_between_parts_of_the_user_are_counted(manifest, busi_like, capsys) -> None:
     _, out = shown(capsys, "--data", manifest, "--image-root", busi_like, "--test-data", manifest)
     assert "| test images with one in train or validation | 36 |" in out
     assert "| 3 different answers | 72 |" in out
 
 
-def test_every_problem_is_shown_and_what_is_left_still_counted(manifest, busi_like, capsys, tmp_path) -> None:
+def test_every_problem_is_shown_and_the_rest_is_counted(manifest, busi_like, capsys, tmp_path) -> None:
     busi_like = Path(shutil.copytree(busi_like, tmp_path / "copy"))
     (busi_like / "normal" / "[red]\x1b[2J.png").write_bytes(b"no image")
     bad = change(manifest, {"image": "normal/[red]\x1b[2J.png"}, {"image": "none.png"}, {"answer": 3}, {"label": 2})
@@ -129,7 +129,7 @@ def test_every_problem_is_shown_and_what_is_left_still_counted(manifest, busi_li
     assert code == 2 and "each answer must go with one of the labels, but answer 'Normal' goes with" in out
 
 
-def test_the_problems_are_the_studys(manifest, busi_like, capsys) -> None:
+def test_the_problems_are_those_of_a_study(manifest, busi_like, capsys) -> None:
     bad = change(manifest, {"answer": "Bening", "label": 5})
     argv = ["--data", str(bad), "--image-root", str(busi_like)]
     with pytest.raises(SettingsError) as caught:

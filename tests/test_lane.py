@@ -19,7 +19,7 @@ from train_fn.settings import ModelSettings
 from train_fn.support.storage import Storage
 from train_fn.trial.applied import TrialFailed
 from train_fn.trial.engine import MicroBatchTooLarge
-from train_fn.trial.loop import Leaving
+from train_fn.trial.loop import Preempted
 from train_fn.trial.pristine import BaseChanged
 from train_fn.worker import InputsChanged, LaneConfig, check_node, report_error, versions
 from tune.lanes.dispatcher import Dispatcher
@@ -519,7 +519,7 @@ TORCH = torch.OutOfMemoryError("CUDA out of memory")
         (CUBLAS, ("out_of_memory", 7, "g", str(CUBLAS), False), False),
         (InputsChanged("a.png has changed"), ("study_fault", 0, "g", "a.png has changed", True), False),
         (BatchFailed("not a.png"), ("study_fault", 0, "g", "not a.png"), False),
-        (Leaving("left"), ("interrupted", 0, "g", "left", True), False),
+        (Preempted("left"), ("interrupted", 0, "g", "left", True), False),
         (OSError("disk"), ("interrupted", 0, "g", "disk", False), False),
         (BaseChanged("differs in q_proj"), ("interrupted", 0, "g", "differs in q_proj", False), False),
         (torch.AcceleratorError("CUDA error"), ("interrupted", 0, "g", "CUDA error", False), False),

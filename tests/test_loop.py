@@ -1,4 +1,4 @@
-"""The training loop on the nano base with a real DeepSpeed engine: what moves, what stays, and what comes out."""
+"""The training loop on the nano base with a real DeepSpeed engine: trained weights, frozen weights and reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial import engine as engine_module
 from train_fn.trial.applied import TrialFailed, check_applied, read_applied
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine
-from train_fn.trial.loop import Leaving, run_trial
+from train_fn.trial.loop import Preempted, run_trial
 from train_fn.trial.lora import adapted, adapter_layers
 from train_fn.trial.scoring import score_adapter
 
@@ -136,14 +136,14 @@ def test_micro_batches_do_not_change_the_step(base, splits) -> None:
     assert by_two["train_loss"] == pytest.approx(by_eight["metrics"]["train_loss"], abs=1e-4)
 
 
-def test_no_module_to_adapt_is_the_trials_fault(base, splits) -> None:
+def test_no_module_to_adapt_fails_the_trial(base, splits) -> None:
     before = [name for name, _ in base.model.named_modules()]
     with pytest.raises(TrialFailed, match="nowhere"):
         train(base, splits, replace(SHORT, lora_target_modules=("nowhere",)))
     assert before == [name for name, _ in base.model.named_modules()]
 
 
-def test_a_loss_that_is_not_finite_is_the_trials_fault(base, splits) -> None:
+def test_a_loss_that_is_not_finite_fails_the_trial(base, splits) -> None:
     with pytest.raises(TrialFailed, match="lower the learning rate"):
         large = {"lora_alpha": 1e6, "learning_rate": 10.0, "loraplus_lr_ratio": 1e6, "max_grad_norm": 0.0}
         train(base, splits, replace(SHORT, num_train_epochs=4, **large))
@@ -188,8 +188,8 @@ def test_the_path_never_reaches_the_model(base, splits, tmp_path) -> None:
     moved = Sample(str(copy), sample.text, sample.answer, sample.label)
     one, two = collate(base, [sample], True), collate(base, [moved], True)
     assert one.keys() == two.keys()
-    places, same = one.pop("places"), two.pop("places")
-    assert all(map(torch.equal, places, same)) and all(torch.equal(one[key], two[key]) for key in one)
+    positions, same = one.pop("positions"), two.pop("positions")
+    assert all(map(torch.equal, positions, same)) and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_the_batch_gives_the_models_own_logits(base, splits) -> None:
@@ -280,7 +280,7 @@ def test_importing_the_engine_switches_the_compiled_op_off() -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """In place of the end of the process."""
 
 
 LONG = replace(PROJECTOR, num_train_epochs=3, save_steps=3, logging_steps=1, lora_dropout=0.2)
@@ -296,7 +296,7 @@ EIGHT_BIT = replace(LONG, optim="adamw_8bit")
     [(LONG, 2), (LONG, 4), (LONG, 5), (ZERO_0, 4), (ZERO_1, 5), (EIGHT_BIT, 4)],
     ids=["zero 2, step 2", "zero 2, step 4", "zero 2, step 5", "zero 0", "zero 1", "8 bit"],
 )
-def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monkeypatch, settings, killed_in) -> None:
+def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monkeypatch, settings, killed_in) -> None:
     whole = train(base, splits, settings, tmp_path / "whole")
     from train_fn.trial import loop
 
@@ -328,7 +328,7 @@ def test_a_killed_trial_goes_on_to_the_same_numbers(base, splits, tmp_path, monk
     assert not (tmp_path / "killed" / "state").exists()
 
 
-def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tmp_path) -> None:
+def test_a_trial_killed_in_its_last_report_repeats_it(base, splits, tmp_path) -> None:
     def dies(report: EpochReport) -> bool:
         if report.finished:
             raise Killed
@@ -341,11 +341,11 @@ def test_a_trial_killed_before_its_end_was_heard_tells_it_again(base, splits, tm
     assert [report.metrics for report in again] == [report.metrics for report in train(base, splits, LONG)]
 
 
-def test_a_trial_that_must_leave_goes_on_from_that_step(base, splits, tmp_path) -> None:
+def test_a_preempted_trial_resumes_from_that_step(base, splits, tmp_path) -> None:
     whole, asked = train(base, splits, LONG), iter([False] * 3 + [True])
-    with pytest.raises(Leaving, match="left at step 4"):
+    with pytest.raises(Preempted, match="left at step 4"):
         run_trial(base, splits, LONG, lambda report: False, positive="Malignant", output=tmp_path,
-                  leaving=lambda: next(asked))  # fmt: skip
+                  preempted=lambda: next(asked))  # fmt: skip
     again = train(base, splits, LONG, tmp_path)
     assert [report.metrics for report in again] == [report.metrics for report in whole]
     assert [entry for report in again for entry in report.log] == [e for report in whole for e in report.log]
@@ -367,7 +367,7 @@ def test_a_gradient_that_is_not_finite_fails_the_trial(base, splits, monkeypatch
 
 
 @pytest.mark.parametrize("place", ["train_fn.trial.engine.answer_losses", "train_fn.trial.scoring.predict"])
-def test_out_of_memory_in_a_step_is_told_apart(base, splits, monkeypatch, place) -> None:
+def test_out_of_memory_in_a_step_has_its_own_error(base, splits, monkeypatch, place) -> None:
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -400,18 +400,18 @@ def test_evaluation_that_does_not_fit_is_cut_into_smaller_batches(base, splits, 
         sizes.append(len(samples))
         return score(base, samples, candidates)
 
-    plain = predict(base, splits.validation, splits.candidates, 16, 0, 1)
+    plain = predict(base, splits.validation, splits.candidates, 16)
     monkeypatch.setattr(evaluation, "score_candidates", small)
-    found = predict(base, splits.validation, splits.candidates, 16, 0, 1)
+    found = predict(base, splits.validation, splits.candidates, 16)
     assert max(sizes) <= 3 and sum(sizes) == len(splits.validation)
     np.testing.assert_allclose(found["scores"], plain["scores"], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(evaluation, "score_candidates", lambda *args: small(base, [0] * 4, ()))
     with pytest.raises(torch.OutOfMemoryError):
-        predict(base, splits.validation, splits.candidates, 16, 0, 1)
+        predict(base, splits.validation, splits.candidates, 16)
 
 
 def test_right_padding_without_a_mask_touches_nothing(base, splits) -> None:
-    """A batch of prompts of several lengths has the losses that each of them has alone."""
+    """In a batch of several prompt lengths, each prompt has the same loss as alone."""
     samples = list(splits.train[:4])
     samples[1] = replace(samples[1], text=samples[1].text + " Look at the margin and at the shadow behind it.")
     samples[2] = replace(samples[2], text="Which?")
@@ -421,7 +421,7 @@ def test_right_padding_without_a_mask_touches_nothing(base, splits) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_state_of_other_settings_is_not_continued(base, splits, tmp_path) -> None:
+def test_the_state_of_other_settings_is_not_resumed(base, splits, tmp_path) -> None:
     with pytest.raises(Killed):
         run_trial(base, splits, LONG, lambda report: (_ for _ in ()).throw(Killed()), output=tmp_path)
     other = replace(LONG, learning_rate=2e-3)
@@ -435,7 +435,7 @@ def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, 
 
     def report(message: EpochReport) -> bool:
         told.append(message)
-        time.sleep(0.2)  # the study's time, not the trial's
+        time.sleep(0.2)  # time of the study, not of the trial
         return False
 
     run_trial(base, splits, settings, report, positive="Malignant", output=tmp_path, profile=True, trace=True)
@@ -459,7 +459,7 @@ def test_a_loss_that_is_not_finite_fails_before_the_step(base, splits, monkeypat
 
 
 def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) -> None:
-    """Two sizes in turn: no micro-batch mixes them, and the step is the one of the order as given."""
+    """With two alternating sizes no micro-batch mixes them, and the step equals that of unsorted images."""
     from PIL import Image
 
     from train_fn.trial import loop

@@ -20,7 +20,7 @@ model.model.layers[0].requires_grad_(True)
 ids = torch.randint(0, 151936, (1, 1500))
 labels = torch.full_like(ids, -100)
 labels[0, -3:] = ids[0, -3:]
-# Begins the peak anew: a child process inherits its parent's, which in a long test run is large.
+# Resets the peak: a child process inherits its parent's, which is large in a long test run.
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 if sys.argv[1] == "full":

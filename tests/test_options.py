@@ -15,9 +15,10 @@ from train_fn.predict import generated_answer
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.adapter_files import load_adapter
 from train_fn.trial.applied import TrialFailed, check_applied, read_applied
-from train_fn.trial.engine import build_engine, recycling
+from train_fn.trial.compat_bitsandbytes import recycling
+from train_fn.trial.engine import build_engine
 from train_fn.trial.loop import run_trial
-from train_fn.trial.lora import adapted
+from train_fn.trial.lora import adapted, is_compiled
 from train_fn.trial.scoring import score_adapter
 
 SHORT = TrialSettings(num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=1e-3)
@@ -74,7 +75,7 @@ def test_compiled_layers_train_the_same(base, splits, monkeypatch) -> None:
     assert compiled["applied"]["torch_compile"] and not plain["applied"]["torch_compile"]
     assert 1 <= counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
     assert compiled["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-4)
-    assert not any(module._compiled_call_impl for module in base.model.modules())
+    assert not any(map(is_compiled, base.model.modules()))
 
 
 @pytest.mark.parametrize("qlora", [False, True])
@@ -85,7 +86,7 @@ def test_a_bfloat16_base_trains_scores_and_generates(base, splits, tmp_path, qlo
     kept: set[torch.dtype] = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape[-1:] == (8,):  # what an adapter's A makes
+        if tensor.shape[-1:] == (8,):  # the output of an adapter's A
             kept.add(tensor.dtype)
         return tensor
 
@@ -101,7 +102,7 @@ def test_a_bfloat16_base_trains_scores_and_generates(base, splits, tmp_path, qlo
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_paged_state_is_taken_over_from_the_optimizer_before(monkeypatch) -> None:
+def test_paged_memory_of_a_finished_optimizer_is_reused(monkeypatch) -> None:
     """The bookkeeping alone: a CPU has no paged memory."""
     import bitsandbytes.functional
     import bitsandbytes.optim
@@ -175,7 +176,7 @@ def test_max_steps_checkpoints_and_history_are_as_asked(base, splits, tmp_path) 
     assert {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"} <= names
     last = score_adapter(base, splits, "validation", 16, tmp_path / "checkpoint-5")
     assert last["losses"].mean() == pytest.approx(report.metrics["loss"], abs=1e-6)
-    train(base, splits, settings, tmp_path)  # a second attempt clears what the first has left
+    train(base, splits, settings, tmp_path)  # a second attempt removes the files of the first
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
 
@@ -193,7 +194,7 @@ def test_a_wrong_optimizer_fails_the_trial(base) -> None:
 
 @pytest.fixture(scope="module")
 def quantised(base):
-    """The nano base in 4 bit; `base` only for the process group that it opens."""
+    """The nano base in 4 bit. `base` is only needed for its process group."""
     return load_base(ModelSettings(use_qlora=True), torch.device("cpu"))
 
 
@@ -207,7 +208,7 @@ def test_only_the_language_model_is_in_4_bit(quantised) -> None:
     held, whole = base_gib(quantised.model)
     linear = 4 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 384)
     assert whole == pytest.approx(1_722_368 * 2 / 2**30)
-    # float32 for what is not in 4 bit, half a byte and the quantisation constants for what is.
+    # Weights in 4 bit take half a byte and the quantisation constants, all others are float32.
     assert held == pytest.approx(((1_722_368 - linear) * 4 + linear / 2) / 2**30, rel=0.01)
 
 

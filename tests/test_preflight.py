@@ -1,4 +1,4 @@
-"""What no hyperparameter can mend is found before Ray, once: files, template, words, images and modules of the base."""
+"""Faults that would fail every trial are found before Ray: files, template, words, images and modules of the base."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def problems_of(splits: Splits, model: str = "nano", trial: dict[str, Any] | Non
     return base_problems(ModelSettings(model=model, **parts), TrialSettings(**trial or {}), splits)  # type: ignore[arg-type]
 
 
-def test_nothing_is_wrong_with_what_is_shipped(tmp_path) -> None:
+def test_the_shipped_base_passes(tmp_path) -> None:
     assert problems_of(splits_of(tmp_path)) == []
     two = splits_of(tmp_path, ("Is a mass visible?", "Is it malignant?"), ("no", "yes"))
     assert problems_of(two) == []
@@ -96,7 +96,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def shard(model: Path) -> None:
-    """Its weights in two files, of which the second is gone."""
+    """Its weights in two files, without the second."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(model / "model.safetensors")
@@ -190,13 +190,13 @@ def test_a_damaged_model_is_named_in_one_sentence(tmp_path, model, spoil, words)
     assert words in problem and "\n" not in problem
 
 
-def test_shards_that_are_whole_are_taken(model) -> None:
+def test_complete_shards_pass(model) -> None:
     shard(model)
     assert file_problems(model) == []
 
 
 def test_the_cases_own_models(tmp_path) -> None:
-    """The published layout of Hulu-Med, where its fixtures lie."""
+    """The published layout of Hulu-Med, if its fixtures are there."""
     if not (fixtures := os.environ.get("HULUMED_FIXTURES")):
         pytest.skip("no HULUMED_FIXTURES")
     assert problems_of(splits_of(tmp_path), f"{fixtures}/checkpoint") == []
@@ -214,7 +214,7 @@ def test_images_that_the_processor_refuses_are_found_among_those_it_takes(tmp_pa
     problems = problems_of(replace(splits, test=(*splits.test, *strips)))
     names = {Path(problem.split()[1]).name for problem in problems}
     assert names == {"strip0.png", "strip1.png", "strip3.png"} and len(problems) == 3
-    assert all("processor takes" in problem and "aspect ratio" in problem for problem in problems)
+    assert all("accepted by the model's processor" in problem and "aspect ratio" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_images_that_the_processor_refuses_are_found_among_those_it_takes(tmp_pa
         ({"vision_tower": "a", "projector": "b", "language_model": "c"}, ["vision", "projector", "language model"]),
     ],
 )
-def test_parts_that_the_model_has_not(tmp_path, parts, words) -> None:
+def test_parts_that_the_model_lacks(tmp_path, parts, words) -> None:
     problems = problems_of(splits_of(tmp_path), **parts)
     assert len(problems) == len(words) and all(word in text for word, text in zip(words, problems, strict=True))
 
 
-def test_faults_of_several_kinds_are_told_together(tmp_path) -> None:
+def test_faults_of_several_kinds_are_reported_together(tmp_path) -> None:
     names = {"lora_target_modules": ("q_proj", "v_porj")}
     words, modules = problems_of(splits_of(tmp_path, answers=("Benign", "良性")), trial=names)
     assert "良性" in words and "'v_porj'" in modules
@@ -297,4 +297,4 @@ def test_weights_are_read_once_while_nothing_touches_them(model, monkeypatch) ->
         "train_fn.model.checkpoint.file_hash",
         lambda path: pytest.fail("read again") if path.suffix == ".safetensors" else "x",
     )
-    assert base_hash(model) != before  # of the small files, which are read each time
+    assert base_hash(model) != before  # small files are read each time

@@ -1,5 +1,7 @@
-"""What an unfinished trial goes on from: damage is noticed, the older point is taken, nothing is executed, and a disk
-that is full for a while costs time and no number."""
+"""The saved state of an unfinished trial: damage is noticed, the older point is used, nothing in a file is executed.
+
+A disk that is full for a while changes no number.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,18 @@ from train_fn.settings import TrialSettings
 from train_fn.support import storage
 from train_fn.support.files import write_checked
 from train_fn.support.storage import Storage
-from train_fn.trial.loop import Leaving, run_trial
+from train_fn.trial.loop import Preempted, run_trial
 from train_fn.trial.resume_state import ResumeState
 
 SETTINGS = TrialSettings(num_train_epochs=2, max_steps=4, lora_r=4, lora_alpha=8, learning_rate=1e-3, save_steps=1)
 
 
 def train(base, splits, output: Path | None = None, leave_after: int = 99) -> list[EpochReport]:
-    """The reports of a trial; with `leave_after`, one that left after so many steps."""
+    """The reports of a trial. With `leave_after` it is preempted after so many steps."""
     reports: list[EpochReport] = []
     steps = iter(range(1, 99))
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant",
-              output=output, leaving=lambda: next(steps) == leave_after)  # fmt: skip
+              output=output, preempted=lambda: next(steps) == leave_after)  # fmt: skip
     return reports
 
 
@@ -44,7 +46,7 @@ def undisturbed(base, splits) -> list[Any]:
 
 
 class Evil:
-    """A pickle that makes a file when it is read."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -66,11 +68,11 @@ def damage(path: Path, kind: str, mark: Path) -> None:
     elif kind == "a pickle":
         path.write_bytes(pickle.dumps(Evil(mark)))
     elif kind == "a pickle with a checksum":
-        write_checked(path, lambda file: file.write(pickle.dumps(Evil(mark))))
+        write_checked(path, pickle.dumps(Evil(mark)))
     elif kind == "a torch file with a checksum":
         content = io.BytesIO()
         torch.save({"progress": Evil(mark)}, content)
-        write_checked(path, lambda file: file.write(content.getvalue()))
+        write_checked(path, content.getbuffer())
     elif kind == "an older point":
         shutil.copy(sorted(path.parent.glob("*-0.state"))[0], path)
     else:
@@ -84,9 +86,9 @@ KINDS = ["cut", "empty", "zeros", "one bit", "a pickle", "a pickle with a checks
 
 @pytest.fixture(scope="module")
 def interrupted(base, splits, tmp_path_factory) -> Path:
-    """The folder of a trial that left after three steps of four."""
+    """The folder of a trial that was preempted after three steps of four."""
     folder = tmp_path_factory.mktemp("interrupted")
-    with pytest.raises(Leaving):
+    with pytest.raises(Preempted):
         train(base, splits, folder, leave_after=3)
     return folder
 
@@ -104,7 +106,7 @@ def test_a_damaged_point_costs_that_point_only(interrupted, tmp_path, kind) -> N
 
 
 @pytest.mark.parametrize("num_damaged", [1, 2])
-def test_a_trial_goes_on_past_damage_to_the_same_numbers(
+def test_a_trial_resumes_past_damage_to_the_same_numbers(
     base, splits, interrupted, tmp_path, undisturbed, num_damaged
 ) -> None:
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
@@ -117,7 +119,7 @@ def test_a_trial_goes_on_past_damage_to_the_same_numbers(
 
 @pytest.mark.parametrize("limit", [3_000, 300_000])
 def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatch, undisturbed, limit) -> None:
-    """The system takes a part of a file and refuses the rest, until the write is tried again."""
+    """The system writes a part of a file and refuses the rest, until the first retry."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     refused: list[float] = []
 
@@ -129,7 +131,7 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
 
     from train_fn.trial import loop
 
-    write = loop.patiently
+    write = loop.retry_on_os_error
 
     def with_a_full_disk(action: Any, tell: Any) -> None:
         if not refused:
@@ -140,7 +142,7 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(storage.time, "sleep", lift)
-    monkeypatch.setattr(loop, "patiently", with_a_full_disk)
+    monkeypatch.setattr(loop, "retry_on_os_error", with_a_full_disk)
     base.processor_files = {}
     reports = train(base, splits, tmp_path)
     assert numbers(reports) == undisturbed

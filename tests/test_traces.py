@@ -1,4 +1,4 @@
-"""Nothing of a trial is left on the base for the next one, whatever the trial ran into."""
+"""A trial leaves nothing on the base for the next one, also when it fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train_fn.model.base import load_base
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial import lora
 from train_fn.trial.loop import run_trial
-from train_fn.trial.lora import adapted, attached, lora_config
+from train_fn.trial.lora import adapted, attached, is_compiled, lora_config
 from train_fn.trial.pristine import BaseChanged, changes, pristine
 
 SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
@@ -27,7 +27,7 @@ def metrics(base, splits, settings: TrialSettings = SHORT) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def fresh(base):
-    """A base of its own whose adapters autocast; `base` only for the process group that it opens."""
+    """A base of its own whose adapters autocast. `base` is only needed for its process group."""
     return load_base(ModelSettings(dtype="bfloat16"), torch.device("cpu"))
 
 
@@ -80,7 +80,7 @@ def test_a_trial_that_could_not_attach_leaves_nothing(fresh, splits, monkeypatch
         assert dict(fresh.model.named_modules()) == modules, fault
         assert not changes(fresh, pristine(fresh)), fault
         assert not fresh.model.is_gradient_checkpointing, fault
-        assert not any(layer._compiled_call_impl for layer in fresh.model.modules()), fault
+        assert not any(map(is_compiled, fresh.model.modules())), fault
     assert metrics(fresh, splits) == before
     assert metrics(load_base(fresh.settings, fresh.device), splits) == before
 

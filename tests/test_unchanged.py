@@ -1,4 +1,4 @@
-"""What a study rests on is compared with what the driver saw, and a difference is told with the file's name."""
+"""Images and base files are compared with those that the driver saw, and a message names the file that differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REMEDY = "must stay as the study was begun with, but has changed: put it back"
 
 @pytest.fixture
 def study(tmp_path: Path, splits) -> tuple[Path, Splits, Inputs]:
-    """A base and six images that a driver has looked at."""
+    """A base and six images, with their state on the driver."""
     model = tmp_path / "model"
     shutil.copytree(CHECKPOINT, model)
     samples = []
@@ -131,7 +131,7 @@ def test_a_changed_base_is_named_before_it_is_loaded(study, tmp_path, change) ->
         (MemoryError(), MemoryError),
     ],
 )
-def test_a_batch_that_cannot_be_made_is_nobodys_hyperparameter(base, splits, monkeypatch, error, raised) -> None:
+def test_a_batch_that_cannot_be_made_is_no_fault_of_the_trial(base, splits, monkeypatch, error, raised) -> None:
     def refuse(*_) -> None:
         raise error
 

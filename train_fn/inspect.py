@@ -1,7 +1,7 @@
-"""What is in the data: `python -m train_fn.inspect --data MANIFEST` shows it and tells whether a study could start.
+"""A look at the data: `python -m train_fn.inspect --data MANIFEST` shows it, and whether a study can start with it.
 
-`--busi FOLDER --write MANIFEST` first makes the manifest of the BUSI images as they are downloaded: subfolders normal,
-benign and malignant, with masks that are left out.
+`--busi FOLDER --write MANIFEST` first makes a manifest of the BUSI images as downloaded: subfolders normal, benign and
+malignant; masks are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train_fn.support.text import plain
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show the data. Returns the exit code: 0 a study could start with it, 2 it could not."""
+    """Show the data. Returns the exit code: 0 if a study can start with it, else 2."""
     parser = argparse.ArgumentParser(prog="python -m train_fn.inspect", description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="manifest of a study")
@@ -64,16 +64,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_busi(folder: Path, manifest: Path, question: str) -> list[str]:
-    """Write the manifest of a BUSI folder, image paths relative to it; every reason why that cannot be done."""
-    found = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
+    """Write the manifest of a BUSI folder, with image paths relative to it. Returns every reason why that failed."""
+    folders = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
     entries, problems = [], []
     for label, answer in enumerate(CLASSES):
         name = answer.lower()
-        paths = sorted(path for path in found[name].glob("*.png") if "_mask" not in path.stem) if name in found else []
-        images = [path.relative_to(folder).as_posix() for path in paths]
+        files = folders[name].glob("*.png") if name in folders else ()
+        images = sorted(path.relative_to(folder).as_posix() for path in files if "_mask" not in path.stem)
         entries += [{"image": image, "text": question, "answer": answer, "label": label} for image in images]
         if not images:
-            lack = "it has no *.png" if name in found else "there is no such folder"
+            lack = "it has no *.png" if name in folders else "there is no such folder"
             problems.append(f"`--busi` {folder} must have images in {name}/, but {lack}: check the path")
     if not problems:
         try:
@@ -85,7 +85,7 @@ def write_busi(folder: Path, manifest: Path, question: str) -> list[str]:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Print every table that the data allows, then what keeps a study from starting."""
+    """Print the tables that the data allows, then every reason why a study cannot start. Returns the exit code."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 """One trial without Ray: `torchrun --nproc-per-node N -m train_fn.main TRIAL.json`, or `python -m` for one process.
 
 TRIAL.json holds {"splits": path of a study's splits.json, "output": folder, "trial": {...}, "model": {...},
-"positive": answer}; `trial` and `model` take the fields of `train_fn.settings`, as they stand in a study.json.
+"positive": answer}; `trial` and `model` have the fields of `train_fn.settings`, as in a study.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from train_fn.settings import ModelSettings, TrialSettings, broken_rules
 
 
 def main(argv: list[str]) -> int:
-    """Train the trial that a JSON file describes; rank 0 prints a line an epoch. Exit code 2 for bad settings."""
+    """Train the trial that a JSON file describes. Rank 0 prints a line after each epoch. Returns the exit code: 0, or 2
+    for bad settings."""
     if len(argv) != 1:
         print(f"one settings file is needed, but got {len(argv)}: {(__doc__ or '').splitlines()[0]}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Use an adapter: `python -m train_fn.predict --adapter DIR IMAGE|FOLDER|MANIFEST ...`, one JSON line an image.
 
-Base model, question and candidate answers come from the adapter's task.json unless they are given. With
-`--merge-into DIR` the adapter is merged into a full checkpoint in the base's own layout instead.
+Base model, question and candidate answers come from the adapter's task.json unless options replace them. With
+`--merge-into DIR` the adapter is instead merged into a full checkpoint in the base's own layout.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class InputError(Exception):
-    """The command line or what it names is wrong."""
+    """The command line is wrong, or a file that it names cannot be used."""
 
 
 class NotFinite(ValueError):
-    """The model's scores of an image are not finite, so they mean nothing."""
+    """The model's scores of an image are not finite."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """See `main`. Raises InputError, BadAdapter or DamagedFile for bad input."""
+    """Predict or merge. Returns the exit code. Raises InputError, BadAdapter or DamagedFile for bad input."""
     task = read_task(options.adapter)
     read_shapes(options.adapter, read_config(options.adapter))  # before the base is loaded, which takes minutes
     check_files(options.adapter)
@@ -82,8 +82,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not options.inputs:
         raise InputError("nothing to predict: name an image, a folder or a manifest")
-    given = tuple(filter(None, map(str.strip, options.candidates.split(","))))
-    if len(set(given)) < len(given):
+    candidates = tuple(filter(None, map(str.strip, options.candidates.split(","))))
+    if len(set(candidates)) < len(candidates):
         raise InputError(f"`--candidates` must differ from each other, but got {options.candidates!r}: name each once")
     if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
         raise InputError(f"`--max-image-pixels` must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
@@ -93,8 +93,8 @@ def run(options: argparse.Namespace) -> int:
     if len(faults) == len({sample.image for sample in samples}):
         raise InputError("; ".join(shorten(list(faults.values()))))
     failed = 0
-    lines = predict_lines(settings, options.adapter, samples, given or task.candidates, not options.no_generate, faults)
-    for line in lines:
+    answers = candidates or task.candidates
+    for line in predict_lines(settings, options.adapter, samples, answers, not options.no_generate, faults):
         if "error" in line:
             failed += 1
             print(f"Cannot answer {line['image']}: {line['error']}", file=sys.stderr)
@@ -103,11 +103,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sample]:
-    """The images that a path names: itself, all of a folder, or those of a manifest with their own questions."""
+    """The images of a path: one image, all images of a folder, or those of a manifest with their own questions."""
     if path.is_dir():
-        # macOS puts its notes on `x.png` beside it on foreign disks, as `._x.png`.
-        found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("._"))
-        images = sorted(found)
+        # For `x.png` on a foreign disk, macOS writes a file `._x.png` with its notes.
+        files = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("._"))
+        images = sorted(files)
         if not images:
             raise InputError(f"folder {path} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none")
         return [Sample(str(image), question, "", -1) for image in images]
@@ -116,7 +116,7 @@ def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sam
         if problems:
             raise InputError("; ".join(problems))
         return [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]
-    if not path.is_file():  # a pipe or a device would be waited for
+    if not path.is_file():  # reading a pipe or a device could block for ever
         raise InputError(f"{path} must be an image, a folder or a manifest, but is none")
     return [Sample(str(path), question, "", -1)]
 
@@ -129,14 +129,18 @@ def predict_lines(
     generate: bool,
     faults: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """For each image its path and, with candidates, their probabilities and the likeliest; the generated answer. For an
-    image that cannot be answered, its path and the `error`.
+    """Answer each image.
 
     Args:
-        faults: errors that are known before, by image path.
+        generate: whether the model also generates an answer of its own.
+        faults: errors of images that cannot be read, by path.
+
+    Yields:
+        For each image its path (`image`) and, with candidates, their `probabilities` and the likeliest as `label`; with
+        `generate`, the answer as `generated`. For an image that cannot be answered, its path and the `error`.
 
     Raises:
-        InputError: the base cannot be loaded, or a question or candidate cannot be put to it.
+        InputError: the base cannot be loaded, or cannot read a question or candidate.
         BadAdapter: the adapter is damaged or does not fit the base.
     """
     find_base(settings)
@@ -146,7 +150,7 @@ def predict_lines(
         raise InputError(str(error)) from error
     if problems := text_problems(processor, [sample.text for sample in samples], candidates):
         raise InputError("; ".join(problems))
-    # Images that are looked at once need not be kept in the store of features.
+    # Each image is used once, so its features need no cache.
     with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:
         for sample in samples:
             line: dict[str, Any] = {"image": sample.image}
@@ -157,16 +161,18 @@ def predict_lines(
                     line |= label_probabilities(base, sample, candidates)
                 if generate:
                     line["generated"] = generated_answer(base, sample)
-            except (ValueError, MemoryError) as error:  # BatchFailed too: the processor does not take this image
+            except (ValueError, MemoryError) as error:  # among them BatchFailed: the processor refuses this image
                 line = {"image": sample.image, "error": str(error) or type(error).__name__}
             yield line
 
 
 @contextlib.contextmanager
 def adapted_base(settings: ModelSettings, adapter: Path) -> Iterator[Base]:
-    """The base, on a GPU where there is one, with a saved adapter on it.
+    """The base, on a GPU if there is one, with a saved adapter on it.
 
-    Raises InputError where there is no sound base, BadAdapter where the adapter is damaged or does not fit.
+    Raises:
+        InputError: the base cannot be loaded.
+        BadAdapter: the adapter is damaged or does not fit.
     """
     find_base(settings)
     import torch
@@ -176,14 +182,14 @@ def adapted_base(settings: ModelSettings, adapter: Path) -> Iterator[Base]:
 
     try:
         base = load_base(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except (ValueError, OSError) as error:  # what transformers raises for a folder that is not a model's
+    except (ValueError, OSError) as error:  # from transformers, for a folder that holds no model
         raise InputError(f"the base model {settings.model} must load, but does not: {error}") from error
     with load_adapter(base, adapter):
         yield base
 
 
 def find_base(settings: ModelSettings) -> Path:
-    """The folder of the base. Raises InputError where there is none, or where its files are not whole."""
+    """The folder of the base. Raises InputError if there is none, or if its files are damaged."""
     directory = resolve_model(settings.model)
     if not (directory / "config.json").is_file():
         raise InputError(
@@ -211,7 +217,7 @@ def label_probabilities(base: Base, sample: Sample, candidates: Sequence[str]) -
 
 
 def generated_answer(base: Base, sample: Sample, most_tokens: int = 64) -> str:
-    """The model's own words, greedy."""
+    """The model's own answer, decoded greedily."""
     import torch
 
     from train_fn.model.batches import process
@@ -231,9 +237,13 @@ def generated_answer(base: Base, sample: Sample, most_tokens: int = 64) -> str:
 def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
     """Write base and adapter as one checkpoint that loads wherever the base does.
 
-    Merged in float32 and written in the format of `--dtype`, else in the base's own. A base that was held in 4 bit is
-    merged unquantised: the adapter was trained on weights rounded to 4 bit, so the merged model answers a little
-    differently.
+    The weights are merged in float32 and written in the format of `--dtype`, by default in the base's own. A base in
+    4 bit is merged unquantised: the adapter was trained on weights rounded to 4 bit, so the merged model answers a
+    little differently.
+
+    Raises:
+        InputError: the base cannot be used, or `directory` is not new or empty.
+        BadAdapter: the adapter is damaged or does not fit.
     """
     source, directory = find_base(settings), directory.resolve()
     partial = directory.with_name(f".{directory.name}.partial")
@@ -255,7 +265,7 @@ def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
 
 
 def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory: Path) -> None:
-    """See `merge`; `source` is the base's folder."""
+    """Write the merged checkpoint of `merge`; `source` is the base's folder."""
     import torch
     from safetensors.torch import save_file
 
@@ -263,14 +273,13 @@ def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory
     from train_fn.model.hulumed import original_name
     from train_fn.trial.adapter_files import merged_adapter
 
-    wanted = settings.base_dtype
     plain = replace(settings, use_qlora=False, dtype="float32", bf16=False, fp16=False)
     base = load_base(plain, torch.device("cpu"))
     stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
     own = stored.get("dtype") or stored.get("torch_dtype") or "float32"
     if own not in DTYPES:
         raise InputError(f"`dtype` in {source / 'config.json'} must be one of {', '.join(DTYPES)}, but is {own!r}")
-    dtype = choose_dtype(own if wanted == "auto" else wanted, torch.device("cpu"))
+    dtype = choose_dtype(own if settings.base_dtype == "auto" else settings.base_dtype, torch.device("cpu"))
     merged_adapter(base, adapter)
     for file in source.iterdir():  # tokenizer, processor, configuration: everything but the weights
         if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):

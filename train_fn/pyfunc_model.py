@@ -1,14 +1,14 @@
 """An adapter as an MLflow model. MLflow copies this file into the model and runs it wherever the model is loaded.
 
-In: a table with the column `image`, a path (with its suffix) or the base64 of an image file, also as a data URL; and if
-wanted `text`, the question. Without it, or where it is empty, the question is that of the training images. Out: for
-each row the probability of every candidate answer, in a column of that name, and `answer`, the likeliest; for an
-adapter without candidates only `answer`, generated.
+Input: a table with the column `image`, which holds a path (with its suffix) or the base64 of an image file, also as a
+data URL; and optionally the column `text`, the question. An empty or missing question is that of the training images.
+Output: for each row the probability of every candidate answer, in a column of that name, and `answer`, the likeliest.
+An adapter without candidates gives only `answer`, which it generates.
 
-The frozen base is no part of the model: it is loaded from where it was trained, or from VLM_TUNE_BASE.
+The frozen base is no part of the model: it is loaded from the folder of the training, or from VLM_TUNE_BASE.
 
-A path makes the process read its own files. In a program of one's own any path is read; a server takes base64 only,
-unless VLM_TUNE_IMAGE_ROOT names a folder: paths then start there and must stay inside it, links included, everywhere.
+A path lets the process read its own files. Outside a server any path is read. A server takes base64 only, unless
+VLM_TUNE_IMAGE_ROOT names a folder: then, in a server or not, paths start there and must stay inside it, links included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
@@ -37,6 +36,9 @@ from train_fn.model.preflight import text_problems
 from train_fn.predict import BASE_VARIABLE, adapted_base, generated_answer, label_probabilities
 
 ROOT_VARIABLE = "VLM_TUNE_IMAGE_ROOT"
+# MLflow sets it to "true" in its own server. Its constant for the name is private, and a served model whose import
+# fails would not load.
+SERVING_VARIABLE = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
 
 
 class AdapterModel(PythonModel):
@@ -47,14 +49,18 @@ class AdapterModel(PythonModel):
         adapter = Path(context.artifacts["adapter"])
         self.task = read_task(adapter)
         settings = self.task.model
-        # What a server is sent must not stay on its disk, so features are not kept.
+        # Images sent to a server must leave nothing on its disk, so features are not kept.
         settings = replace(settings, model=os.environ.get(BASE_VARIABLE) or settings.model, feature_cache_gib=0)
         self.held = contextlib.ExitStack()  # the adapter stays on for as long as the model is held
         self.base = self.held.enter_context(adapted_base(settings, adapter))
         self.lock = threading.Lock()  # a server predicts in threads, and tokenizers are not made for that
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """See the module. Raises MlflowException, with every problem found, when an image cannot be read."""
+        """Answer every row; the module's docstring describes both tables.
+
+        Raises:
+            MlflowException: an image or a question cannot be used; the message has every problem.
+        """
         candidates = self.task.candidates
         samples: list[Sample] = []
         problems: list[str] = []
@@ -71,23 +77,27 @@ class AdapterModel(PythonModel):
             problems += text_problems(self.base.processor, [sample.text for sample in samples], candidates)
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))
-            # Kept by question and by path: a server is asked without end, and a file may change between two calls.
+            # These grow with every question and path, a server runs without end, and a file may change between calls.
             self.base.tokens.clear()
             self.base.patches.clear()
             try:
                 if not candidates:
                     return pd.DataFrame({"answer": [generated_answer(self.base, sample) for sample in samples]})
                 found = [label_probabilities(self.base, sample, candidates) for sample in samples]
-            except ValueError as error:  # what processors raise for an image that they do not take; NotFinite
+            except ValueError as error:  # NotFinite, or from a processor that refuses an image
                 raise MlflowException.invalid_parameter_value(str(error).replace(f"{folder}/", "")) from error
         rows = [[*line["probabilities"].values(), line["label"]] for line in found]
         return pd.DataFrame(rows, columns=[*candidates, "answer"])
 
 
 def image_file(value: str, target: str) -> str:
-    """The file that a path names, or `target` with the bytes of a base64 text, which never has a dot in it.
+    """A file with the image: the one that a path names, or `target` with the decoded bytes of a base64 text.
 
-    Raises ValueError with the reason when the path may not be read or the text is not base64.
+    Args:
+        value: a path or base64; base64 never contains a dot.
+
+    Raises:
+        ValueError: the path may not be read, or the text is not base64.
     """
     inline = value.startswith("data:")
     if inline or "." not in value:
@@ -95,8 +105,9 @@ def image_file(value: str, target: str) -> str:
         Path(target).write_bytes(base64.b64decode(encoded, validate=True))
         return target
     root = os.environ.get(ROOT_VARIABLE)
-    # MLflow's own server tells that it is one; MLServer, which MLflow also starts, does not.
-    if not root and (_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get() or "mlserver" in sys.modules):
+    # MLServer, which MLflow also starts, does not set the variable.
+    is_server = os.environ.get(SERVING_VARIABLE, "").lower() in ("true", "1") or "mlserver" in sys.modules
+    if not root and is_server:
         raise ValueError(f"a server reads no paths unless its {ROOT_VARIABLE} names the folder that they start from")
     if not root:
         return value

@@ -1,6 +1,6 @@
-"""What one trial is trained with, and what all trials of a study share: the typed contract between `tune/` and here.
+"""Settings of a trial and of the base, each with its rule: the typed contract between `tune/` and `train_fn/`.
 
-Nothing heavy is imported: every check in this file answers before Ray or torch is loaded.
+Imports nothing heavy, so that every check here runs before Ray or torch is loaded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Annotated, Any
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial")
 GUIDE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PROFILE_PREFIX = "profile_"  # of the seconds that `--profile` adds to those of a trial
+PROFILE_PREFIX = "profile_"  # of the phases that `--profile` adds to a trial's seconds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Stage 3 would split up the frozen base itself; and bitsandbytes' 4-bit weights cannot be split (bitsandbytes#1249).
+# Stage 3 would partition the frozen base itself, and bitsandbytes' 4-bit weights cannot be split (bitsandbytes#1249).
 WHY_NO_STAGE_3 = "3 would split up the frozen base, which a lane keeps from trial to trial"
+BUCKET = 50_000_000  # largest communication buffer of DeepSpeed, in elements
 MAX_TEXT = 4096  # bytes of one text setting
-MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and what is added to a seed (a repeat's number) must fit, too
+MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and a seed plus the number of a repeat must fit, too
 
-SHOWN = reprlib.Repr()  # a value in a message: a line of it is enough
+SHOWN = reprlib.Repr()  # shortens values in messages to one line
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 120
 
 
@@ -46,7 +47,7 @@ class Range:
 
     @property
     def words(self) -> str:
-        """The rule, as it follows "must be a number"."""
+        """The rule as text, to follow "must be a number"."""
         if not self.above and not self.below:
             ends = f"from {self.least:,.15g} to {self.most:,.15g}"
         else:
@@ -62,7 +63,7 @@ class Range:
 
 @dataclass(frozen=True)
 class TextRule:
-    """A text, or each text of a list, must be `words`."""
+    """A rule for a text, or for each text of a list: it must be `words`."""
 
     words: str
     holds: Callable[[str], bool]
@@ -80,7 +81,7 @@ def matching(pattern: str, words: str) -> TextRule:
 
 MODULE_NAME = matching(r"\w+(\.\w+)*", "a module name, such as q_proj or model.vision_tower")
 NAME_PART = matching(r"[\w.-]+", "a part of module names (letters, digits, `.`, `_` and `-`; no regular expression)")
-# Linux takes 4,096 bytes in all, and a study adds its own names.
+# Linux allows 4,096 bytes in all, and a study adds its own names.
 PATH = TextRule(
     "a path of at most 3,000 bytes, each part of at most 255",
     lambda text: len(text.encode()) <= 3000 and all(len(part.encode()) <= 255 for part in text.split("/")),
@@ -89,14 +90,14 @@ PATH = TextRule(
 
 @functools.cache
 def rules(group: type) -> dict[str, tuple[Any, Any]]:
-    """By field of a settings class: its type, and the rule that stands beside the type, or None."""
+    """Type and rule (or None) of each field of a settings class."""
     hints = typing.get_type_hints(group, include_extras=True)
     pairs = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
     return {name: (*pairs[name][:2],) if name in pairs else (hint, None) for name, hint in hints.items()}  # type: ignore[misc]
 
 
 def broken_rule(value: Any, kind: Any, rule: Any, may_be_empty: bool = True) -> str:
-    """The rule of type, range or form that a value breaks, as "must be ..."; nothing when it breaks none."""
+    """The rule of type, range or form that a value breaks, as "must be ..."; "" if it breaks none."""
     if kind is bool:
         return "" if isinstance(value, bool) else "must be true or false"
     if kind in (int, float, float | None):
@@ -122,20 +123,20 @@ def broken_rule(value: Any, kind: Any, rule: Any, may_be_empty: bool = True) -> 
 
 
 def broken_rules(settings: Any, label: Callable[[str], str] = str, fix: str = "") -> dict[str, str]:
-    """By field of a settings dataclass whose value has the wrong type or breaks the rule beside its type: a sentence.
+    """A message for each field of a settings dataclass whose value has the wrong type or breaks its rule, by field.
 
     Args:
-        label: how a message names a field.
-        fix: what the user can do; "" advises the field's default.
+        label: returns the name of a field in messages.
+        fix: advice for the user; "" advises the field's default.
     """
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for field in dataclasses.fields(settings):
         value, (kind, rule) = getattr(settings, field.name), rules(settings.__class__)[field.name]
         if text := broken_rule(value, kind, rule, may_be_empty=not field.default):
             default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             advice = fix or ("leave it out, or mend it" if default in ("", None) else f"the default is {default}")
-            found[field.name] = f"`{label(field.name)}` {text}, but got {SHOWN.repr(value)}: {advice}"
-    return found
+            problems[field.name] = f"`{label(field.name)}` {text}, but got {SHOWN.repr(value)}: {advice}"
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -170,10 +171,10 @@ class TrialSettings:
     """Optimizer: adamw_torch, or bitsandbytes' adamw_8bit (a quarter of the state) or paged_adamw_8bit (the state also
     moves to the CPU when the GPU is full)."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
+    """Keep only each layer's input for the backward pass and recompute the rest: less memory, a third more time."""
     torch_compile: bool = False
     """Compile the language model's layers with torch.compile: fewer and larger GPU kernels, after a wait for the
-    compiler at the begin of every trial. Changes numbers in their last digits."""
+    compiler at the beginning of every trial. Changes numbers in their last digits."""
     use_lora: bool = True
     """Train an adapter. Without it only the projector is trained (--train-projector)."""
     lora_r: Annotated[int, Range(1, 16_384)] = 64
@@ -185,10 +186,10 @@ class TrialSettings:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_r) instead (rsLoRA, arXiv:2312.03732): large ranks then learn as fast."""
     use_dora: bool = False
-    """Learn direction and magnitude apart (DoRA, arXiv:2402.09353): slower, sometimes better at low rank."""
+    """Learn direction and magnitude separately (DoRA, arXiv:2402.09353): slower, sometimes better at low rank."""
     loraplus_lr_ratio: Annotated[float, Range(0, 10**6, above=True)] = 1.0
-    """The rate of an adapter's B matrix as a multiple of its A matrix's (LoRA+, arXiv:2402.12354, advises 16). 1: the
-    same."""
+    """Learning rate of an adapter's B matrix as a multiple of the A matrix's (LoRA+, arXiv:2402.12354, advises 16).
+    1: the same."""
     lora_target_modules: Annotated[tuple[str, ...], MODULE_NAME] = GUIDE_MODULES
     """Linear layers that get an adapter, by the last part of their name."""
     lora_exclude_patterns: Annotated[tuple[str, ...], NAME_PART] = ("vision", "visual")
@@ -223,13 +224,13 @@ class TrialSettings:
         return accumulation
 
     def problems(self, world_size: int = 1, label: Callable[[str], str] = str) -> list[str]:
-        """Every broken rule as one sentence: rule, value, fix. Empty when the settings can be trained.
+        """Every broken rule as one message; empty if the settings can be trained.
 
         Args:
-            label: how a message names a setting.
+            label: returns the name of a setting in messages.
         """
         broken = broken_rules(self, label)
-        found = list(broken.values())
+        problems = list(broken.values())
 
         workers = f"must be a multiple of the {world_size} workers per trial, so that the global batch stays"
         together: list[tuple[tuple[str, ...], Callable[[], bool], str, str]] = [
@@ -243,20 +244,17 @@ class TrialSettings:
         ]  # fmt: skip
         for names, holds, text, fix in together:
             if not broken.keys() & set(names) and not holds():
-                found.append(f"`{label(names[0])}` {text}, but got {SHOWN.repr(getattr(self, names[0]))}: {fix}")
-        return found
+                problems.append(f"`{label(names[0])}` {text}, but got {SHOWN.repr(getattr(self, names[0]))}: {fix}")
+        return problems
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialSettings:
-        """The settings with `values` put over the defaults. Raises ValueError for an unknown name."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known), key=str):
-            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}: a trial is made of {', '.join(known)}")
+        """The settings with these values, and defaults for all others. Raises ValueError for an unknown name."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(names), key=str):
+            raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}: a trial has {', '.join(names)}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**values)
-
-
-BUCKET = 50_000_000  # elements of DeepSpeed's communication buffers at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +272,8 @@ class ModelSettings:
     fp16: bool = False
     """The guide's name for --dtype float16."""
     dtype: Annotated[str, one_of(DTYPES)] = "auto"
-    """Number format of the frozen base: float32, bfloat16 or float16. auto: bfloat16 on a GPU that has it, float16 on
-    one that has not, float32 on a CPU. What is trained is always float32."""
+    """Number format of the frozen base: float32, bfloat16 or float16. auto: bfloat16 on a GPU that supports it, float16
+    on other GPUs, float32 on a CPU. Trained weights are always float32."""
     vision_tower: Annotated[str, MODULE_NAME] = ""
     """Full module name of the vision tower. Not given: found by the usual names."""
     projector: Annotated[str, MODULE_NAME] = ""
@@ -285,16 +283,16 @@ class ModelSettings:
     per_device_eval_batch_size: Annotated[int, Range(1, 4096)] = 16
     """Images in one forward pass of an evaluation."""
     max_image_tokens: Annotated[int, Range(0, 10**6)] = 0
-    """Most tokens that one image may become; larger images are scaled down. 0: the model's own limit."""
+    """Maximum tokens of one image; larger images are scaled down. 0: the model's own limit."""
     upright_images: bool = False
     """Hulu-Med only: keep an image's shape. Its weights were trained on images whose height and width the original
     implementation swaps when it resizes, which is the default here."""
     feature_cache_gib: Annotated[float, Range(0, 10**6)] = 4.0
-    """Disk space in GiB for what frozen vision towers made of images, kept for all workers and studies of a machine
-    (VideoLLaMA3 and Hulu-Med, in ~/.cache/vlm-tune/features). When room is needed, the files longest unused go first;
-    what is used since a worker's start stays, and what no longer fits is computed each time. 0: keep none."""
+    """Disk space in GiB for cached features of frozen vision towers, shared by all workers and studies of a machine
+    (VideoLLaMA3 and Hulu-Med, in ~/.cache/vlm-tune/features). When space is needed, the least recently used files go
+    first. Files used since a worker's start stay, and features that do not fit are computed each time. 0: no cache."""
 
     @property
     def base_dtype(self) -> str:
-        """The number format that was asked for, by either name."""
+        """The number format, from `dtype` or the guide's names for it."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype

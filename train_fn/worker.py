@@ -221,7 +221,7 @@ def run_job(
         positive=config.positive,
         output=job.output,
         storage=config.storage,
-        leaving=lambda: heartbeats.must_stop,
+        preempted=lambda: heartbeats.must_stop,
         profile=config.profile,
         trace=config.trace,
         progress=functools.partial(config.dispatcher.progress.remote, job.number, group),  # not waited for
@@ -281,7 +281,7 @@ def report_error(config: LaneConfig, error: Exception, number: int, group: str) 
     from train_fn.model.memory import is_out_of_memory
     from train_fn.trial.applied import TrialFailed
     from train_fn.trial.engine import MicroBatchTooLarge
-    from train_fn.trial.loop import Leaving
+    from train_fn.trial.loop import Preempted
     from train_fn.trial.pristine import BaseChanged
 
     dispatcher, lane = config.dispatcher, config.lane
@@ -299,9 +299,9 @@ def report_error(config: LaneConfig, error: Exception, number: int, group: str) 
         ray.get(dispatcher.study_fault.remote(lane, group, str(error), True))
     elif isinstance(error, BatchFailed):
         ray.get(dispatcher.study_fault.remote(lane, group, str(error)))
-    elif isinstance(error, (Leaving, OSError, torch.AcceleratorError, BaseChanged)):
+    elif isinstance(error, (Preempted, OSError, torch.AcceleratorError, BaseChanged)):
         # The trial is not to blame: another group continues it from its last checkpoint.
-        ray.get(dispatcher.interrupted.remote(lane, group, str(error), isinstance(error, Leaving)))
+        ray.get(dispatcher.interrupted.remote(lane, group, str(error), isinstance(error, Preempted)))
     elif not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         # A broken collective only means that another rank is gone, which has reported its own error if it had one.
         trace = "".join(traceback.format_exception(error))
@@ -331,7 +331,7 @@ class Heartbeats(threading.Thread):
 
         while not self.must_stop:
             try:
-                answer = ray.get(self.dispatcher.heartbeat.remote(*self.sender, self.profile.beats))
+                answer = ray.get(self.dispatcher.heartbeat.remote(*self.sender, self.profile.work_count))
             except ray.exceptions.RayError:
                 return  # the study is gone, and soon this process
             self.must_stop = answer or is_preempted()

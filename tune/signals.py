@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from train_fn.support.storage import patiently
+from train_fn.support.storage import retry_on_os_error
 from tune.records.journal import Journal
 from tune.results.terminal import give_back_terminal
 
@@ -78,7 +78,7 @@ class StopSignals:
 
 def writes_event(frame: FrameType | None) -> bool:
     """Whether a frame is in `Journal.write`, other than waiting there for a failing disk."""
-    if frame is None or frame.f_code is patiently.__code__:
+    if frame is None or frame.f_code is retry_on_os_error.__code__:
         return False
     while frame is not None:
         if frame.f_code is Journal.write.__code__:

@@ -1,7 +1,7 @@
-"""Images on disk: which are accepted, and their pixels as the rest of the ecosystem reads them.
+"""Images on disk: which are accepted, and how their pixels are read.
 
-A camera writes an image as its sensor lies, and notes in EXIF how to turn it. transformers, datasets and all viewers
-turn it, so it is turned here, too.
+A camera stores an image in the orientation of its sensor, and in EXIF how to turn it. transformers, datasets and all
+viewers turn it, and so does this module.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow hands some others, such as EPS, to outside programs
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # for some others, such as EPS, Pillow runs other programs
 MAX_PIXELS = 50_000_000  # decoded 0.2 GiB; mammograms and camera pictures have fewer
-PILLOWS_LIMIT = 178_956_970  # from here on Pillow refuses by itself
-MAX_SIDE = 65_535  # a JPEG's longest
-LARGE = 10_000_000  # pixels from which images are decoded one at a time
-MAX_CHECK_S = 600.0  # seconds after which the images that are left are checked by their headers only
+PILLOWS_LIMIT = 178_956_970  # Pillow opens no image with more
+MAX_SIDE = 65_535  # of a JPEG
+LARGE = 10_000_000  # images with more pixels are decoded one at a time
+MAX_CHECK_S = 600.0  # after this time the remaining images are checked by their headers only
 PROGRESS_S = 10.0  # between two lines of progress
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # what a PNG can hold an orientation in
+PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # a PNG with an orientation holds one of these
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image, decoded and turned as its EXIF orientation says, as `transformers.image_utils.load_image` does."""
+    """The image, decoded and turned by its EXIF orientation, as in `transformers.image_utils.load_image`."""
     return ImageOps.exif_transpose(image)
 
 
@@ -42,9 +42,9 @@ def image_size(path: str) -> tuple[int, int]:
     """Width and height in pixels of the upright image, from the file's header."""
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
-        if image.format == "TIFF":  # Pillow turns these by itself
+        if image.format == "TIFF":  # Pillow has turned it already
             return width, height
-        # Pillow looks for a PNG's EXIF behind its pixels, and decodes them for it.
+        # In a PNG, EXIF may come after the pixels, and Pillow would decode those first.
         if image.format == "PNG" and not any(mark in Path(path).read_bytes() for mark in PNG_MARKS):
             return width, height
         turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
@@ -54,29 +54,29 @@ def image_size(path: str) -> tuple[int, int]:
 def image_problems(
     paths: Iterable[str],
     max_pixels: int = MAX_PIXELS,
-    say: Callable[[str], None] = lambda text: None,
-    most_seconds: float = MAX_CHECK_S,
+    log: Callable[[str], None] = lambda text: None,
+    max_seconds: float = MAX_CHECK_S,
 ) -> dict[str, str]:
     """The problem of every image that cannot be used, by path.
 
-    An image is decoded to the last row only when its header promises few enough pixels.
+    Every image is decoded to the last row, unless its header shows too many pixels.
 
     Args:
         max_pixels: the most pixels an image may have; at most `PILLOWS_LIMIT`.
-        say: is given a line of progress every 10 s.
-        most_seconds: time after which the images that are left are checked by their headers only.
+        log: called with a line of progress every 10 s.
+        max_seconds: time after which the remaining images are checked by their headers only.
     """
     different = sorted(set(paths))
     started, one_large, by_header = time.monotonic(), threading.Lock(), [0]
 
     def check(path: str) -> str:
-        if not os.path.isfile(path):  # a pipe or a device would be waited for
+        if not os.path.isfile(path):  # reading a pipe or a device could block for ever
             return f"image {path} must be an existing file: check the path"
         try:
             with Image.open(path, formats=FORMATS) as image:
                 if problem := header_problem(image, max_pixels):
                     return f"image {path} {problem}"
-                if time.monotonic() - started > most_seconds:
+                if time.monotonic() - started > max_seconds:
                     by_header[0] += 1
                 elif image.width * image.height < LARGE:
                     decode(image)
@@ -89,23 +89,23 @@ def image_problems(
             return f"image {path} must be decodable: {error}; replace it or take its entry out"
         return ""
 
-    found: dict[str, str] = {}
-    said = started
+    problems: dict[str, str] = {}
+    logged = started
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
-        warnings.simplefilter("ignore")  # `header_problem` says it better than Pillow's warnings
+        warnings.simplefilter("ignore")  # `header_problem` is clearer than Pillow's warnings
         for number, (path, problem) in enumerate(zip(different, pool.map(check, different), strict=True), 1):
             if problem:
-                found[path] = problem
-            if time.monotonic() - said > PROGRESS_S:
-                said = time.monotonic()
-                say(f"Checked {number:,} of {len(different):,} images")
+                problems[path] = problem
+            if time.monotonic() - logged > PROGRESS_S:
+                logged = time.monotonic()
+                log(f"Checked {number:,} of {len(different):,} images")
     if by_header[0]:
-        say(f"Checked {by_header[0]:,} of {len(different):,} images by their headers only, after {most_seconds:.0f} s")
-    return found
+        log(f"Checked {by_header[0]:,} of {len(different):,} images by their headers only, after {max_seconds:.0f} s")
+    return problems
 
 
 def header_problem(image: Image.Image, max_pixels: int) -> str:
-    """What an image's header tells against it; empty: nothing."""
+    """Why an image cannot be used, by its header; "" if it can."""
     if image.width * image.height > max_pixels:
         return (
             f"must have at most {max_pixels:,} pixels, but has {image.width} x {image.height}: scale it down, or give "
@@ -113,11 +113,11 @@ def header_problem(image: Image.Image, max_pixels: int) -> str:
         )
     if max(image.size) > MAX_SIDE:
         return f"must have sides of at most {MAX_SIDE:,} pixels, but has {image.width} x {image.height}: cut it up"
-    if image.mode[0] in "IF":  # Pillow cuts such pixels off at 255: most images would turn white
+    if image.mode[0] in "IF":  # Pillow clips such pixels at 255: most images would turn white
         return f"must have 8 bits a channel, but has Pillow's mode {image.mode}: convert it"
-    # A phone's JPEG ("MPO") holds depth or brightness behind the picture.
+    # A phone's JPEG ("MPO") holds depth or brightness after the picture.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        return "must hold one picture, but holds several frames or pages: write the one that counts to a file"
+        return "must hold one picture, but holds several frames or pages: save the right one as a file"
     return ""
 
 

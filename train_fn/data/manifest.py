@@ -1,10 +1,8 @@
-"""Manifests, splits and batches.
+"""Manifests: their entries, their faults, and the set of answers.
 
 A manifest is a JSON list of {"image", "text", "answer", "label"}: an image path under the image root, the question, the
-answer to learn, and the class. Only the pixels and the question ever reach the model; the path never does (in BUSI
-the class can be read off it).
-
-Shapes: B images in a batch, S tokens of the longest sequence, P vision patches.
+answer to learn, and the class. Only the pixels and the question reach the model. The path does not: in BUSI it contains
+the class.
 """
 
 from __future__ import annotations
@@ -21,28 +19,30 @@ from typing import Any
 from train_fn.data.images import MAX_PIXELS, image_problems
 from train_fn.settings import SHOWN
 
-Say = Callable[[str], None]
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
-MAX_CANDIDATES = 20  # more distinct answers than this are not a closed set: such data is tuned on the loss
-UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters, which no tokenizer takes
-MAX_ENTRIES = 1_000_000  # near-copies are looked for in all pairs of images
+MAX_CANDIDATES = 20  # more different answers are no closed set: such data is tuned on the loss
+UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters, which tokenizers reject
+MAX_ENTRIES = 1_000_000  # near-copies are searched among all pairs of images
 
 
 def read_manifest(path: Path, image_root: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The faultless entries of a manifest with absolute image paths, and every problem (at most 20 are spelled out).
+    """Read a manifest.
 
-    Images are looked up but not decoded: see `image_problems`.
+    Image files must exist, but are not decoded; `image_problems` does that.
+
+    Returns:
+        The entries without faults, with absolute image paths; and every problem, at most 20 of them in full.
     """
-    if not os.path.isfile(path):  # a pipe or a device would be read for ever
+    if not os.path.isfile(path):  # reading a pipe or a device could go on for ever
         return [], [f"manifest {path} must be an existing file: check the path"]
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin a file with a mark
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark at the beginning
     except OSError as error:
         return [], [f"manifest {path} must be a readable file: {error.strerror}; check the path"]
     except UnicodeDecodeError as error:
         return [], [f"manifest {path} must be UTF-8 text, but byte {error.start} is not: save it as UTF-8"]
     except (ValueError, RecursionError) as error:
-        return [], [f"manifest {path} must be JSON: {error}; mend it at that place"]
+        return [], [f"manifest {path} must be JSON: {error}; correct it there"]
     if not isinstance(content, list) or not content:
         kind = "an empty list" if content == [] else f"a {type(content).__name__}"
         return [], [f"manifest {path} must be a JSON list of at least one entry, but holds {kind}"]
@@ -63,48 +63,50 @@ def read_manifest(path: Path, image_root: Path) -> tuple[list[dict[str, Any]], l
 
 
 def entry_problems(entry: Any, root: Path) -> Iterator[str]:
-    """Every problem of one entry of a manifest, to be put behind its name."""
+    """Every problem of one entry of a manifest, as the end of a sentence that begins with its name."""
     rule = f" must be an object with {', '.join(FIELDS)}, but"
     if not isinstance(entry, dict):
         yield f"{rule} is {SHOWN.repr(entry)}"
         return
     if missing := FIELDS.keys() - entry.keys():
         yield f"{rule} lacks {', '.join(sorted(missing))}"
-    given = {key: entry[key] for key in FIELDS if key in entry}
+    present = {key: entry[key] for key in FIELDS if key in entry}
     wrong = {
         key: value
-        for key, value in given.items()
+        for key, value in present.items()
         if not isinstance(value, FIELDS[key]) or isinstance(value, bool) or not str(value).strip()
     }
     if wrong:
         values = ", ".join(f"{key}={SHOWN.repr(value)}" for key, value in wrong.items())
         yield f" must hold non-empty text (label: a number or text), but got {values}"
-    for key in given.keys() & {"text", "answer", "label"} - wrong.keys():
-        if unprintable := UNPRINTABLE.search(str(given[key])):
+    for key in present.keys() & {"text", "answer", "label"} - wrong.keys():
+        if unprintable := UNPRINTABLE.search(str(present[key])):
             yield (
-                f" must hold Unicode text, but {key}={SHOWN.repr(given[key])} has the character "
+                f" must hold Unicode text, but {key}={SHOWN.repr(present[key])} has the character "
                 f"{unprintable[0]!a}: take it out"
             )
-    if "image" in given and "image" not in wrong:
-        file, shown = root / given["image"], SHOWN.repr(given["image"])
-        if not os.path.isfile(file):  # also says no to names that no file can have
+    if "image" in present and "image" not in wrong:
+        file, shown = root / present["image"], SHOWN.repr(present["image"])
+        if not os.path.isfile(file):  # False also for names that no file can have
             yield f": image {shown} must be an existing file under the image root {root}: check path and root"
         elif not Path(os.path.realpath(file)).is_relative_to(root):  # links are followed: none may lead out of the root
             yield f": image must lie under the image root, but got {shown}: move it there"
 
 
 def shorten(problems: list[str], most: int = 20) -> list[str]:
-    """The first problems and a count of the rest: a thousand lines of the same fault help nobody."""
+    """The first problems, and the number of the others."""
     return problems if len(problems) <= most else [*problems[:most], f"... and {len(problems) - most} more like these"]
 
 
-def unreadable_images(paths: Iterable[str], max_pixels: int = MAX_PIXELS, say: Say = lambda text: None) -> list[str]:
-    """What `image_problems` finds, for people. `say` is given lines of progress."""
-    return shorten(list(image_problems(paths, max_pixels, say).values()))
+def unreadable_images(
+    paths: Iterable[str], max_pixels: int = MAX_PIXELS, log: Callable[[str], None] = lambda text: None
+) -> list[str]:
+    """The `image_problems`, shortened. `log` is called with lines of progress."""
+    return shorten(list(image_problems(paths, max_pixels, log).values()))
 
 
 def plain_form(text: str) -> str:
-    """A text without what two people write differently: case, spaces, Unicode form, invisible characters."""
+    """A text without differences in case, spaces, Unicode form and invisible characters."""
     composed = unicodedata.normalize("NFKC", text).casefold()
     visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
     return " ".join(visible.split())
@@ -113,9 +115,9 @@ def plain_form(text: str) -> str:
 def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[str]]:
     """The candidate answers in the order of their labels, and every contradiction between answers and labels.
 
-    Answers form a closed set when there are at most 20 and each is given at least three times on average; otherwise
-    there are no candidates, and the data is tuned on the loss. Answers of a closed set that differ in case, spaces or
-    Unicode form only would be classes of their own, and are refused.
+    Answers form a closed set if there are at most 20 and each occurs at least three times on average. Otherwise there
+    are no candidates, and the data is tuned on the loss. In a closed set, answers that differ only in case, spaces or
+    Unicode form are a problem: they would count as different classes.
     """
     answers = Counter(entry["answer"] for entry in entries)
     variants: dict[str, list[str]] = {}
@@ -140,11 +142,11 @@ def answer_set(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list
         problems += [
             f"each {name} must go with one of the {its}, but {name} {SHOWN.repr(value)} goes with "
             + " and ".join(
-                f"{SHOWN.repr(partner)} ({count}x)" for partner, count in sorted(found, key=lambda pair: -pair[1])
+                f"{SHOWN.repr(partner)} ({count}x)" for partner, count in sorted(counts, key=lambda pair: -pair[1])
             )
-            + ": mend the rarer one"
-            for value, found in partners.items()
-            if len(found) > 1
+            + ": correct the rarer one"
+            for value, counts in partners.items()
+            if len(counts) > 1
         ]
     order = sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0]))
     return tuple(dict.fromkeys(answer for _, answer in order)), shorten(problems)

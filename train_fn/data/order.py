@@ -1,4 +1,4 @@
-"""The order of the training images, and their weights."""
+"""The order of the training images, and the weights of their classes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,5 @@ def epoch_order(num_images: int, global_batch_size: int, seed: int, epoch: int) 
 
 
 def micro_batches(step: np.ndarray, micro_batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """This worker's micro-batches of one step's [global_batch_size] indices."""
-    mine = step.reshape(-1, world_size, micro_batch_size)[:, rank]
-    yield from mine
+    """This worker's micro-batches [micro_batch_size] of one step's indices [global_batch_size]."""
+    yield from step.reshape(-1, world_size, micro_batch_size)[:, rank]

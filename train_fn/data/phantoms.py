@@ -61,10 +61,10 @@ MASS_CONTRAST_DB = {
 
 
 def draw_attributes(rng: np.random.Generator, label: int | None) -> dict[str, str]:
-    """Draw what an image shows: `{"lesion": "no"}`, or "yes" with one value per key of `MASS_ATTRIBUTES`.
+    """Draw the attributes of an image: `{"lesion": "no"}`, or "yes" with one value for each key of `MASS_ATTRIBUTES`.
 
     `label` is 0/1/2 = Normal/Benign/Malignant. None draws every attribute uniformly and independently (a mass in
-    three of four images), so that nothing about the classes can be learned from such images.
+    three of four images), so that such images teach nothing about the classes.
     """
     if label == 0 or (label is None and rng.random() < 0.25):
         return {"lesion": "no"}
@@ -98,13 +98,14 @@ def phantom(rng: np.random.Generator, label: int) -> tuple[np.ndarray, dict[str,
 
 
 def generate(directory: Path, num_images: int, seed: int) -> Path:
-    """Write `num_images` phantoms and their manifest `phantoms.json` to `directory`; returns the manifest's path.
+    """Write `num_images` phantoms and their manifest `phantoms.json` to `directory`. Returns the manifest's path.
 
-    The manifest is a list of `{"image", "text", "answer", "label"}`, `image` relative to `directory`. Classes come in
-    `CLASS_SHARES`, shuffled, so that neither name nor order tells the class. All is written to a sibling directory and
-    renamed at the end: a killed run leaves no half set. A set that is already there is returned as it is.
+    Image paths in the manifest are relative to `directory`. Classes occur in `CLASS_SHARES`, shuffled, so that neither
+    name nor order shows the class. Everything is written to a sibling directory and renamed at the end: a killed run
+    leaves no incomplete set. An existing set is kept.
 
-    Raises `ValueError` where `directory` holds a set made with other arguments.
+    Raises:
+        ValueError: `directory` holds a set made with other arguments.
     """
     directory = Path(directory)
     manifest, recipe_path = directory / "phantoms.json", directory / "recipe.json"
@@ -168,13 +169,13 @@ def _tissue_db(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[
         beyond = 1 / (1 + np.exp(-(y - depth - bend) / 0.008))
         fascia = np.exp(-(((y - depth - bend) / 0.012) ** 2))
         echo_db = echo_db * (1 - beyond) + texture * beyond + rng.uniform(0, 7) * fascia
-    # What gain compensation leaves of the attenuation, and the stripes that tissue above throws downwards.
+    # The attenuation that gain compensation leaves, and the stripes below dense tissue.
     stripes = gaussian_filter1d(rng.standard_normal(SIZE), 5) * rng.uniform(0, 12)
     return echo_db - rng.uniform(0, 22) * y + stripes * y, (depths[1] + 0.02, max(depths[2], depths[1] + 0.3) - 0.05)
 
 
 def _add_mass(rng, echo_db, attributes, y, x, top, bottom) -> tuple[np.ndarray, np.ndarray]:
-    """Put a mass and what it does to the tissue behind it into the echogenicity map; returns map and mask."""
+    """Add a mass and its effect on the tissue behind it to the echogenicity map. Returns map and mask."""
     radius = rng.uniform(*MASS_RADIUS[attributes["size"]])
     stretch = rng.uniform(1.2, 2.0)
     width_to_height = stretch if attributes["orientation"] == "parallel" else 1 / stretch

@@ -1,4 +1,4 @@
-"""Samples and their splits, as all of training sees them."""
+"""Samples, and the three parts of a study's data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image. `label` is the index of `answer` among the candidates, -1 without a closed set."""
+    """One question about one image. `label` is the index of `answer` in the candidates; -1 without a closed set."""
 
     image: str
     text: str
@@ -18,7 +18,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a study's data, fixed before its first trial, and the closed set of answers (or none)."""
+    """The three parts of a study's data, fixed before its first trial, and the closed set of answers, if any."""
 
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]

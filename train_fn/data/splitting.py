@@ -1,4 +1,7 @@
-"""Training, validation and test: split without leaks, stored, read again."""
+"""Training, validation and test parts: made without leaks, reported, stored and read again.
+
+Shapes: S samples, N different images, M pairs of near-copies.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,19 @@ from train_fn.data.samples import Sample, Splits
 from train_fn.settings import SHOWN
 from train_fn.support.files import DamagedFile, read_json, write_json
 
-LARGE_GROUP = 0.1  # share of the images from which a group of near-copies makes the parts uneven
+LARGE_GROUP = 0.1  # a group of near-copies with a larger share of the images makes the parts uneven
 
 
 def split_indices(
     labels: Sequence[int], fractions: dict[str, float], seed: int, groups: Sequence[int] | None = None
 ) -> dict[str, list[int]]:
-    """Disjoint index lists by part, together all indices, each label shared out in proportion to `fractions`.
+    """Divide all indices among the parts, each label in proportion to `fractions`.
 
-    fractions: by part, sum to 1; the first part (train) takes what rounding leaves over. A part with a positive
-        fraction is meant to get at least one image of every label.
-    groups: group number of each index; a group is never divided. Large groups are dealt first, each to the part that
-        lacks most of its labels, so that the single images can even out what groups have made uneven.
+    Args:
+        fractions: by part, with sum 1; the first part (train) also gets what rounding leaves. A part with a positive
+            fraction should get at least one image of every label.
+        groups: group number of each index; a group is never divided. Large groups come first, each into the part that
+            lacks most of its labels; single images then balance the parts.
     """
     labels_array = np.asarray(labels)
     kinds = sorted(set(labels))
@@ -44,7 +48,7 @@ def split_indices(
     parts: dict[str, list[int]] = {name: [] for name in fractions}
     for indices in sorted(members.values(), key=len, reverse=True):
         counts = np.array([sum(labels[index] == kind for index in indices) for kind in kinds])
-        # Overfilling a part costs more than leaving another short: squares of what would be lacking afterwards.
+        # The part with the smallest sum of squares of what it would lack: an overfull part costs more than a short one.
         after = ((lacking - counts) ** 2 - lacking**2).sum(1)
         row = int(after.argmin())
         lacking[row] -= counts
@@ -54,7 +58,7 @@ def split_indices(
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is to be known of the images' near-copies before a score is believed."""
+    """Facts about near-copies that decide how far a score can be trusted."""
 
     num_images: int
     num_pairs: int
@@ -66,32 +70,32 @@ class DataReport:
     num_left_out: int
     """Images left out for a contradiction (`--contradictions drop`)."""
     leaked: dict[str, int]
-    """Images of a part that have a near-copy in another part on which it must not depend."""
+    """Images of a part with a near-copy in a part that it must be independent of."""
     leaked_if_random: float
     """Share of the test images that would have a near-copy in train or validation in a random split: mean of 20."""
     test_clean: tuple[int, ...]
     """Indices of the test images without a near-copy in train or validation."""
     largest_group: int = 0
-    """Images in the largest group of near-copies, which stays in one part."""
+    """Images in the largest group of near-copies. A group stays in one part."""
 
     def sentences(self) -> list[str]:
-        """For people."""
-        told = [
+        """The facts as sentences."""
+        lines = [
             f"{self.num_grouped} of {self.num_images} images have a near-copy ({self.num_pairs} pairs); a random split "
             f"would leave {self.leaked_if_random:.0%} of the test images with a copy in train or validation"
         ]
         if self.largest_group > LARGE_GROUP * self.num_images:
-            told.append(
+            lines.append(
                 f"{self.largest_group} of {self.num_images} images are one group of near-copies and stay in one part, "
-                f"so the parts may have other sizes than were asked for: lower --copies-distance (-1: no copies)"
+                f"so the parts may have other sizes than requested: lower --copies-distance (-1: no copies)"
             )
-        told += [
+        lines += [
             f"{count} {name} images have a near-copy in another part" for name, count in self.leaked.items() if count
         ]
         if self.contradictions:
             left_out = f"; {self.num_left_out} images left out" if self.num_left_out else ""
-            told.append(f"{len(self.contradictions)} groups of near-copies have contradictory answers{left_out}")
-        return told
+            lines.append(f"{len(self.contradictions)} groups of near-copies have contradictory answers{left_out}")
+        return lines
 
 
 def make_splits(
@@ -106,16 +110,21 @@ def make_splits(
     copies_distance: int = MAX_DISTANCE,
     hash_cache: Path | None = None,
 ) -> tuple[Splits, DataReport, list[str]]:
-    """Train, validation and test without near-copies across them, what was found, and every reason why they cannot be
-    made. Parts that the user gives stay whole; copies between them are counted.
+    """Make the three parts, without near-copies across them.
 
-    contradictions: what becomes of near-copies with different answers to one question: keep, drop, or train (only
-        there).
-    copies_distance: see `copies.copy_pairs`.
-    hash_cache: file of known thumbnails. Not given: the user's cache.
+    Args:
+        val_entries: the validation part, if the user provides it; it stays as it is, as does `test_entries`. Copies
+            between such parts are counted.
+        contradictions: the treatment of near-copies with different answers to one question: "keep", "drop", or "train"
+            (only there).
+        copies_distance: see `copies.copy_pairs`.
+        hash_cache: file with cached thumbnails. Not given: the user's cache.
+
+    Returns:
+        The parts, the report on near-copies, and every reason why the parts cannot be used.
     """
-    given = [list(entries), list(val_entries or []), list(test_entries or [])]
-    everything = [entry for part in given for entry in part]
+    sources = [list(entries), list(val_entries or []), list(test_entries or [])]
+    everything = [entry for part in sources for entry in part]
     candidates, problems = answer_set(everything)
     index = {answer: number for number, answer in enumerate(candidates)}
     samples = [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in everything]
@@ -124,23 +133,23 @@ def make_splits(
     image_groups = copy_groups(len(paths), pairs)
     groups = image_groups[images]
     mixed = contradictory_groups(samples, images, pairs, image_groups)
-    pool = range(len(given[0]))
+    pool = range(len(sources[0]))
     left_out = [i for i in pool if contradictions == "drop" and groups[i] in mixed]
     pinned = [i for i in pool if contradictions == "train" and groups[i] in mixed]
-    dealt = sorted(set(pool) - set(left_out) - set(pinned))
+    divided = sorted(set(pool) - set(left_out) - set(pinned))
     fractions = {
         "train": 1.0,
         "validation": 0.0 if val_entries is not None else val_fraction,
         "test": 0.0 if test_entries is not None else test_fraction,
     }
     fractions["train"] -= fractions["validation"] + fractions["test"]
-    chosen = split_indices([samples[i].label for i in dealt], fractions, seed, [int(groups[i]) for i in dealt])
-    parts = {name: [dealt[number] for number in numbers] for name, numbers in chosen.items()}
+    chosen = split_indices([samples[i].label for i in divided], fractions, seed, [int(groups[i]) for i in divided])
+    parts = {name: [divided[number] for number in numbers] for name, numbers in chosen.items()}
     parts["train"] = sorted(parts["train"] + pinned)
     if val_entries is not None:
-        parts["validation"] = list(range(len(given[0]), len(given[0]) + len(given[1])))
+        parts["validation"] = list(range(len(sources[0]), len(sources[0]) + len(sources[1])))
     if test_entries is not None:
-        parts["test"] = list(range(len(samples) - len(given[2]), len(samples)))
+        parts["test"] = list(range(len(samples) - len(sources[2]), len(samples)))
     made = {name: tuple(samples[i] for i in numbers) for name, numbers in parts.items()}
     splits = Splits(made["train"], made["validation"], made["test"], candidates)
     for name in ("train", "validation", "test"):
@@ -157,7 +166,7 @@ def make_splits(
 
 
 def different_images(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
-    """The different images of samples, and each sample's image [S] as an index of them."""
+    """The different images of the samples, and each sample's image [S] as an index into them."""
     numbers: dict[str, int] = {}
     images = [numbers.setdefault(sample.image, len(numbers)) for sample in samples]
     return list(numbers), np.array(images, dtype=np.int64)
@@ -176,11 +185,11 @@ def contradictory_groups(
     answers: dict[int, dict[str, set[str]]] = {}  # by image and question
     for image, sample in zip(images.tolist(), samples, strict=True):
         answers.setdefault(image, {}).setdefault(plain_form(sample.text), set()).add(sample.answer)
-    found = {image for image, asked in answers.items() if any(len(given) > 1 for given in asked.values())}
+    mixed = {image for image, asked in answers.items() if any(len(several) > 1 for several in asked.values())}
     for one, two in pairs.tolist():
-        if any(len(given | answers[two].get(question, given)) > 1 for question, given in answers[one].items()):
-            found.add(one)
-    return {int(groups[image]) for image in found}
+        if any(len(several | answers[two].get(question, several)) > 1 for question, several in answers[one].items()):
+            mixed.add(one)
+    return {int(groups[image]) for image in mixed}
 
 
 def report_copies(
@@ -192,7 +201,7 @@ def report_copies(
     parts: dict[str, list[int]],
     num_left_out: int,
 ) -> DataReport:
-    """The report on what `make_splits` has found and made. images, pairs, groups: as in `contradictory_groups`."""
+    """The report on the parts that `make_splits` has made; images, pairs, groups: as in `contradictory_groups`."""
     part = np.full(len(samples), -1)
     for number, name in enumerate(("train", "validation", "test")):
         part[parts[name]] = number
@@ -220,14 +229,14 @@ def report_copies(
         num_left_out=num_left_out,
         leaked=leaked,
         leaked_if_random=float(np.mean(random_leaks)),
-        test_clean=tuple(place for place, i in enumerate(parts["test"]) if i not in dirty),
+        test_clean=tuple(index for index, i in enumerate(parts["test"]) if i not in dirty),
         largest_group=int(np.bincount(groups).max()),
     )
 
 
 def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int = MAX_DISTANCE) -> list[Splits]:
-    """Training and validation images dealt out again into folds, near-copies together: each fold is the validation part
-    once, the others train. The test part stays."""
+    """Splits for cross-validation: training and validation images are divided into folds, near-copies together, and
+    each fold is the validation part once. The test part stays."""
     samples = [*splits.train, *splits.validation]
     paths, images = different_images(samples)
     groups = copy_groups(len(paths), copy_pairs(paths, copies_distance))[images]
@@ -246,12 +255,12 @@ def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int 
 
 
 def save_splits(splits: Splits, path: Path) -> None:
-    """Write the splits to JSON, for people and for `load_splits`."""
+    """Write the splits to a JSON file."""
     write_json(path, asdict(splits))
 
 
 def load_splits(path: Path) -> Splits:
-    """Read what `save_splits` wrote. Raises OSError; DamagedFile when it holds something else."""
+    """Read a file of `save_splits`. Raises OSError, or DamagedFile if it holds anything else."""
     parts = read_json(path, dict)
     try:
         read = {name: tuple(Sample(**sample) for sample in parts[name]) for name in ("train", "validation", "test")}

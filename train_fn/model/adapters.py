@@ -1,8 +1,8 @@
-"""An adapter's folder, read as a stranger's: every value is checked by type and range before anything uses it.
+"""The files of an adapter's folder, which are not trusted: every value is checked for type and range before its use.
 
 PEFT would read more than is safe: regular expressions that run for minutes, initialisations that load other files, and
-a hub that it asks for what is missing. So `adapter_config.json` is read here, only the values named in `AdapterConfig`
-are used, all others must be switched off, and the modules that get an adapter are those that the tensors name.
+missing files from a hub. So `adapter_config.json` is read here: the values in `AdapterConfig` are used, and all others
+must be switched off. The modules that get an adapter follow from the names of the tensors.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.model.checkpoint import tensor_shapes
-from train_fn.settings import DTYPES, ModelSettings
+from train_fn.settings import ModelSettings, broken_rule, rules
 from train_fn.support.files import DamagedFile, check_sums, read_json
 
 MAX_RANK = 4096
 MAX_CANDIDATES = 1000
 WEIGHTS = "adapter_model.safetensors"
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
-# Keys of PEFT's that change nothing about an adapter of this project, and what they may hold.
+# Keys of PEFT's that change nothing about an adapter of this project, and the types that they may hold.
 IGNORED: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": (str, type(None)),
     "inference_mode": (bool,),
@@ -36,12 +36,12 @@ IGNORED: dict[str, tuple[type, ...]] = {
 
 
 class BadAdapter(ValueError):
-    """An adapter's folder is not what it must be; the message says rule, value and fix."""
+    """An adapter's folder cannot be used; the message has rule, value and fix."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """All that is used of an `adapter_config.json`."""
+    """The values of an `adapter_config.json` that are used."""
 
     r: int
     lora_alpha: float
@@ -52,7 +52,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What an adapter was trained for: `task.json`."""
+    """The base, question and candidate answers that an adapter was trained with: `task.json`."""
 
     model: ModelSettings
     question: str
@@ -73,7 +73,7 @@ def read_folder_json(adapter: Path, name: str) -> dict[str, Any]:
 
 
 def read_config(adapter: Path) -> AdapterConfig:
-    """The settings of a saved LoRA adapter. Raises BadAdapter, with every problem."""
+    """The settings of a saved LoRA adapter. Raises BadAdapter with every problem."""
     path = adapter / "adapter_config.json"
     stored = read_folder_json(adapter, path.name)
     problems: list[str] = []
@@ -124,16 +124,15 @@ def read_shapes(adapter: Path, config: AdapterConfig) -> dict[str, tuple[int, ..
         raise BadAdapter(str(error)) from error
     ranks = {shape[0] for name, shape in shapes.items() if TENSOR.fullmatch(name) and shape}
     if ranks != {config.r}:
-        found = ", ".join(map(str, sorted(ranks))) or "none"
         raise BadAdapter(
             f"{adapter / WEIGHTS} must hold LoRA matrices of rank {config.r}, as adapter_config.json says, but their "
-            f"ranks are {found}: train or fetch the adapter again"
+            f"ranks are {', '.join(map(str, sorted(ranks))) or 'none'}: train or fetch the adapter again"
         )
     return shapes
 
 
 def check_files(adapter: Path) -> None:
-    """Whether an adapter's files are as they were written, where that is known. Raises BadAdapter."""
+    """Compare an adapter's files with their checksums, if it has any. Raises BadAdapter."""
     try:
         check_sums(adapter)
     except (OSError, DamagedFile) as error:
@@ -141,7 +140,7 @@ def check_files(adapter: Path) -> None:
 
 
 def read_task(adapter: Path) -> Task:
-    """What an adapter was trained for. Raises BadAdapter."""
+    """The task of an adapter. Raises BadAdapter with every problem."""
     stored = read_folder_json(adapter, "task.json")
     path, fix = adapter / "task.json", "train or fetch the adapter again"
     problems = []
@@ -164,16 +163,11 @@ def read_task(adapter: Path) -> Task:
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:
-    """Every value that `ModelSettings` cannot hold."""
-    kinds = typing.get_type_hints(ModelSettings)
-    problems = [f"`model` has no setting {name!r:.100}" for name in values.keys() - kinds.keys()]
-    for field in dataclasses.fields(ModelSettings):
-        value, kind = values.get(field.name, field.default), kinds[field.name]
-        holds = is_number(value) and value >= 0 if kind is float else type(value) is kind
-        if kind is int and holds:
-            holds = value >= 0
-        if not holds or (kind is str and "\0" in value):
-            problems.append(f"`model.{field.name}` must be {kind.__name__}, but is {value!r:.100}")
-    if values.get("dtype", "auto") not in DTYPES:
-        problems.append(f"`model.dtype` must be one of {', '.join(DTYPES)}, but is {values['dtype']!r:.100}")
+    """Every value that breaks a rule of `ModelSettings`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelSettings)}
+    problems = [f"`model` has no setting {name!r:.100}" for name in values.keys() - defaults.keys()]
+    for name, default in defaults.items():
+        value = values.get(name, default)
+        if broken := broken_rule(value, *rules(ModelSettings)[name], may_be_empty=not default):
+            problems.append(f"`model.{name}` {broken}, but is {value!r:.100}")
     return problems

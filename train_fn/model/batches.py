@@ -1,4 +1,8 @@
-"""From samples to what the forward pass takes, and to the answers' losses."""
+"""From samples to batches, through the forward pass, to the answers' losses.
+
+Shapes: B images, S tokens of the longest sequence, P vision patches of one image, D width of the vision tower,
+H width of the language model, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from train_fn.support.profile import phase
 
 
 def num_patches(base: Base, image: str) -> int:
-    """P, from the size in the file's header: the rows of an image's features and its tokens in the prompt."""
+    """P, which is also the image's number of tokens in the prompt, from the size in the file's header."""
     if image not in base.patches:
         width, height = image_size(image)
         processor = base.processor.image_processor
@@ -26,8 +30,8 @@ def num_patches(base: Base, image: str) -> int:
 
 
 def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
-    """What decides how many tokens an image takes, and grows with them: its patches, or where those are not known its
-    pixels, width and height."""
+    """A measure that grows with the tokens of an image: its patches, or where they cannot be counted its pixels, width
+    and height."""
     if base.counts_patches:
         return (num_patches(base, sample.image),)
     if sample.image not in base.sizes:
@@ -38,15 +42,15 @@ def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
 
 @torch.no_grad()
 def image_features(base: Base, image: str) -> torch.Tensor:
-    """What the vision tower makes of an image: [P, D], before the projector; from the store, or newly computed.
+    """The vision tower's output for an image [P, D], before the projector; from the cache or computed.
 
-    One image at a time, stored or not: packed with others it comes out different in the last bits (on a CPU in float32
-    at Hulu-Med's shapes: all images, by up to 1e-6), and a metric would depend on who filled the store.
+    It is always computed for one image at a time. Packed with others, an image's features differ in the last bits (on a
+    CPU in float32 at Hulu-Med's shapes: all images, by up to 1e-6), and metrics would depend on who filled the cache.
     """
     shape = num_patches(base, image), base.model.config.vision_config.hidden_size
-    found = base.features.find(image, shape) if base.features else None
-    if found is not None:
-        return found
+    cached = base.features.find(image, shape) if base.features else None
+    if cached is not None:
+        return cached
     tower = base.model.get_submodule(base.vision_tower).eval()
     pixels = base.processor.image_processor([read_image(image)], return_tensors="pt").to(base.device)
     with phase("encoder"):
@@ -61,35 +65,38 @@ def image_features(base: Base, image: str) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device, through pinned memory: the copy then waits for nothing, and nothing for it."""
+    """The tensor on the device, copied from pinned memory: neither CPU nor GPU then waits for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 class BatchFailed(ValueError):
-    """A batch could not be made of its images and questions. No setting of a trial has a part in that."""
+    """A batch could not be made of its images and questions. The settings of a trial have no influence on that."""
 
 
 def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
-    """See `make_batch`. Raises BatchFailed for all but what the device may be to blame for."""
+    """A batch, see `make_batch`. Raises BatchFailed for every error that is not the device's."""
     try:
         return make_batch(base, samples, with_answers)
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
-        told = f"{type(error).__name__}: {error}"
         images = ", ".join(sample.image for sample in samples[:2]) + (" ..." if len(samples) > 2 else "")
-        raise BatchFailed(f"the processor must take every image and question, but not {images}: {told}") from error
+        raise BatchFailed(
+            f"the processor must take every image and question, but not {images}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
-    """One batch for `forward_hidden`: token tensors, `vision_features` or pixels, and, with answers, `labels` [B, S]
-    and their `places`.
+    """One batch for `forward_hidden`.
 
-    labels: -100 outside the answer and its end token. places: row and column of the others, in the labels [B, S-1] that
-    follow a position's token. Sequences are padded on the right, where causal attention keeps
-    padding from touching anything.
+    Sequences are padded on the right: with causal attention, padding there influences nothing.
+
+    Returns:
+        Token tensors [B, S], and `vision_features` or pixels. With answers also `labels` [B, S], -100 outside the
+        answer and its end token; and `positions`: row and column of all other labels, in labels[:, 1:] [B, S-1], which
+        aligns each label with the token before it.
     """
     batch: dict[str, Any] = {}
     if base.takes_features:
@@ -102,7 +109,7 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dic
             batch[key] = to_device(pad_and_join([one[key] for one in encoded]), base.device)
             if batch[key].is_floating_point():
                 batch[key] = batch[key].to(base.model.dtype)
-    # What is added behind each prompt: the answer, and what the template writes after it, which has no label.
+    # After each prompt come the answer and the template's text after the answer, which has no label.
     tails = [answer_tail(base, s.text, s.answer) if with_answers else ([], []) for s in samples]
     rows = [torch.tensor([[*answer, *after]], dtype=torch.long) for answer, after in tails]
     for key in TOKEN_KEYS:
@@ -120,23 +127,23 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dic
             for one, (answer, after) in zip(encoded, tails, strict=True)
         ]
         joined = pad_and_stack(labels, -100)
-        # Found on the CPU: a GPU would have to be waited for.
-        places = (joined[:, 1:] != -100).nonzero(as_tuple=True)
+        # Computed on the CPU: on a GPU, the program would wait for the result.
+        positions = (joined[:, 1:] != -100).nonzero(as_tuple=True)
         batch["labels"] = to_device(joined, base.device)
-        batch["places"] = tuple(to_device(place, base.device) for place in places)
+        batch["positions"] = tuple(to_device(index, base.device) for index in positions)
     return batch
 
 
 def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
-    """The inner model's output; `last_hidden_state` [B, S, H] is before the language-model head.
+    """The inner model's output. `last_hidden_state` [B, S, H] is the input of the language-model head.
 
     The projector runs here, on features or pixels, so that it can be trained. The head does not: with a vocabulary of
     152 k, logits at every position of a batch are gigabytes.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "places", "vision_features")}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "vision_features")}
     if "vision_features" in batch:
         projected = base.model.get_submodule(base.projector)(batch["vision_features"])
-        # The model joins a tuple of images; here they are joined already.
+        # The model concatenates a tuple of images; here they are concatenated already.
         encoded = BaseModelOutputWithPooling(pooler_output=(projected,))  # type: ignore[arg-type]
         inputs["mm_encoder_outputs"] = {"image": encoded}
         if base.needs_no_mask:
@@ -146,10 +153,10 @@ def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
 
 
 def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
-    """Mean cross-entropy over each answer's tokens: [B], logits computed at those positions only."""
+    """Mean cross-entropy over each answer's tokens [B]. Logits are computed at those positions only."""
     hidden = forward_hidden(base, batch, use_cache=False).last_hidden_state[:, :-1]
     targets = batch["labels"][:, 1:]
-    rows, columns = batch["places"]
+    rows, columns = batch["positions"]
     logits = base.model.get_output_embeddings()(hidden[rows, columns]).float()  # [answer tokens, V]
     losses = torch.nn.functional.cross_entropy(logits, targets[rows, columns], reduction="none")
     counts = (targets != -100).sum(1)
@@ -157,14 +164,14 @@ def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
-    """The processor's output for one prompt: input_ids [1, S], pixel_values, and whatever else the model takes."""
+    """The processor's output for one prompt: input_ids [1, S], pixel_values, and other inputs of the model."""
     text = prompt_text(base.processor, sample.text)
     begins = special_tokens(base.processor, text)
     return dict(base.processor(images=[read_image(sample.image)], text=[text], return_tensors="pt", **begins))
 
 
 def pad_and_join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors [N_i, ...] as one [N, ...]: where images differ in tiles or pixels, zeros fill up, as processors do."""
+    """Tensors [N_i, ...] as one [N, ...]. Images with fewer tiles or pixels are padded with zeros, as processors do."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
 
     def filled(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,8 +188,8 @@ def pad_and_stack(tensors: Sequence[torch.Tensor], value: float = 0) -> torch.Te
 
 
 def prompt_length(base: Base, sample: Sample) -> Any:
-    """Equal for prompts of equal length: their tokens where they can be counted, else the image's size and the
-    question."""
+    """A value that is equal for prompts of equal length: their number of tokens if it can be computed, else the image's
+    size and the question."""
     if base.counts_patches:
         return prompt_tokens(base, sample.text, num_patches(base, sample.image))["input_ids"].shape[1]
     return prompt_size(base, sample), sample.text

@@ -1,4 +1,4 @@
-"""A model's files on disk: whether they are whole, and their hash. Nothing here needs torch or transformers."""
+"""A model's files on disk: whether they are complete, and their hash. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from train_fn.data.copies import default_cache, read_known, write_known
 from train_fn.nano import CHECKPOINT as NANO
+from train_fn.support.cache import cache_folder, read_cache, write_cache
 from train_fn.support.files import DamagedFile, file_hash, read_json
 
 JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -21,13 +20,13 @@ JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json
               "vocab.json", "chat_template.json", "model.safetensors.index.json")  # fmt: skip
 INDEX = "model.safetensors.index.json"
 POINTERS = {b"version https://git-lfs": "Git LFS", b"/annex/objects": "git-annex", b"../": "git-annex"}
-# Neither the weights nor a prompt depend on these: documents, pictures, code (never run) and formats (never read).
+# Files without influence on weights and prompts: documents, pictures, code (never run) and formats that are never read.
 UNREAD = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".py", ".bin", ".pt", ".pth", ".ckpt", ".gguf",
           ".onnx", ".h5", ".msgpack", ".lock", ".metadata")  # fmt: skip
 
 
 def resolve_model(model: str) -> Path:
-    """The folder that `--model` names."""
+    """The folder of the model that `--model` names."""
     return NANO if model == "nano" else Path(model)
 
 
@@ -37,7 +36,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         DamagedFile: the file is missing, a pointer to its content, cut off, or no safetensors file.
     """
-    if not path.is_file():  # a pipe or a device would be waited for
+    if not path.is_file():  # reading a pipe or a device could block for ever
         what = "is no file" if path.exists() else "is a link to nowhere" if path.is_symlink() else "is missing"
         raise DamagedFile(f"{path} must hold weights, but {what}: fetch it (from git-annex: git annex get)")
     try:
@@ -61,8 +60,8 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def file_problems(directory: Path) -> list[str]:
-    """Every reason why the files of a model directory cannot be loaded: JSON that is none, weights that are missing,
-    cut off, or pointers."""
+    """Every reason why the files of a model directory cannot be loaded: damaged JSON, and weights that are missing, cut
+    off, or only pointers to their content."""
     problems = []
     for path in (directory / name for name in JSON_FILES if os.path.lexists(directory / name)):
         try:
@@ -80,13 +79,13 @@ def file_problems(directory: Path) -> list[str]:
         if not isinstance(wanted, dict) or not wanted:
             return [f"{directory / INDEX} must map tensors to files under `weight_map`: fetch the model again"]
         shards = [directory / str(name) for name in sorted(set(wanted.values()), key=str)]
-    found: dict[str, set[str]] = {}
+    tensors: dict[str, set[str]] = {}
     for path in shards:
         try:
-            found[path.name] = set(tensor_shapes(path))
+            tensors[path.name] = set(tensor_shapes(path))
         except DamagedFile as error:
             problems.append(str(error))
-    lacking = [name for name, file in wanted.items() if file in found and name not in found[file]]
+    lacking = [name for name, file in wanted.items() if file in tensors and name not in tensors[file]]
     if lacking:
         problems.append(
             f"{directory / INDEX} must agree with the weights, but {len(lacking)} tensors are not where it says, "
@@ -95,8 +94,8 @@ def file_problems(directory: Path) -> list[str]:
     return problems
 
 
-def files_that_count(directory: Path) -> Iterator[Path]:
-    """The files of a model directory that can decide weights or prompts, subfolders included, in order."""
+def hashed_files(directory: Path) -> Iterator[Path]:
+    """The files of a model directory that can change weights or prompts, subfolders included, in order."""
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -106,13 +105,13 @@ def files_that_count(directory: Path) -> Iterator[Path]:
 
 
 def base_files(directory: Path) -> dict[str, str]:
-    """sha256 of each file of a model directory that can decide its weights or its prompts, by name.
+    """sha256 of each of the `hashed_files` of a model directory, by name.
 
-    Small files are read each time. Hashes of weights are kept between studies by path, size, inode and the times of
-    change, of which a program can set all but ctime: 8 GB take some seconds once.
+    Hashes of weights are cached by path, size, inode and times of change, because 8 GB take some seconds. A program can
+    forge all of these but ctime. Small files are read each time.
     """
-    memory = default_cache().with_name("hashes.json")
-    known = read_known(memory)
+    cache = cache_folder() / "hashes.json"
+    cached = read_cache(cache)
 
     def one(path: Path) -> tuple[str, str, str]:
         name = path.relative_to(directory).as_posix()
@@ -120,18 +119,17 @@ def base_files(directory: Path) -> dict[str, str]:
             return name, "", file_hash(path)
         state = path.stat()
         key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
-        return name, key, known.get(key) or file_hash(path)
+        return name, key, cached.get(key) or file_hash(path)
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(one, files_that_count(directory)))
-    fresh: dict[str, Any] = {key: value for _, key, value in found if key and key not in known}
-    if fresh:
-        write_known(memory, known | fresh)
-    return {name: value for name, _, value in found}
+        files = list(pool.map(one, hashed_files(directory)))
+    if fresh := {key: value for _, key, value in files if key and key not in cached}:
+        write_cache(cache, cached | fresh)
+    return {name: value for name, _, value in files}
 
 
 def base_hash(directory: Path, version: int = 2) -> str:
-    """sha256 over `base_files`. Version 1, of plans of the first version, has the weights and *.json alone."""
+    """sha256 over `base_files`. Version 1, in plans of the first release, covers the weights and *.json only."""
     files = base_files(directory)
     if version == 1:
         files = {
@@ -143,5 +141,5 @@ def base_hash(directory: Path, version: int = 2) -> str:
 
 
 def hash_of(files: dict[str, str]) -> str:
-    """sha256 over names and hashes of files."""
+    """sha256 over the names and hashes of files."""
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Hulu-Med checkpoints (`hulumed_qwen3`, `hulumed_qwen2`) in transformers' own VideoLlama3 and Qwen classes.
 
-The published folders come with code of their own; none of it is run. Their tensors are renamed on loading, and images
-and prompts are prepared as the original implementation did (ZJUI-AI4H/Hulu-Med, src/hulumed_qwen3), quirks included.
+The published folders contain code, which is never run. Their tensors are renamed on loading, and images and prompts are
+prepared as in the original implementation (ZJUI-AI4H/Hulu-Med, src/hulumed_qwen3), quirks included.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import
 )
 
 PREFIX = "hulumed_"
-# Their names -> transformers' names. An older layout nests the vision encoder twice.
+# Hulu-Med's names -> transformers' names. An older layout nests the vision encoder twice.
 KEY_MAPPING = {
     r"^model\.vision_encoder\.(vision_encoder\.)?": "model.vision_model.",
     r"^model\.mm_projector\.": "model.projector.",
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
 }
-# The same the other way, as prefixes: for an adapter or a merged model that the original implementation can load.
+# The reverse, as prefixes, for adapters and merged models that the original implementation can load.
 ORIGINAL_NAMES = {
     "model.vision_model.": "model.vision_encoder.",
     "model.projector.": "model.mm_projector.",
     "model.language_model.": "model.",
 }
 IMAGE_TOKEN = "<image>"
-# Renders as the original's default template for a question with one image and its answer. The folder's own template may
-# be the text model's, which knows no images.
+# Renders a question with one image and its answer as the original's default template does. The folder's own template
+# may be that of the text model, which has no images.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
@@ -68,33 +68,33 @@ def native_config(original: dict[str, Any]) -> VideoLlama3Config:
         text_config=text | {"model_type": kind},
         vision_config=vision | {"model_type": "video_llama_3_vision"},
         image_token_id=original["image_token_index"],
-        video_token_id=-1,  # none of its tokens means a video here
+        video_token_id=-1,  # no token stands for a video
         tie_word_embeddings=original.get("tie_word_embeddings", False),
     )
 
 
 def load_model(directory: Path, **options: Any) -> PreTrainedModel:
-    """The model with its weights. Raises ValueError when a tensor is missing, left over or of another shape."""
+    """The model with its weights. Raises ValueError if a tensor is missing, left over or of another shape."""
     load: Any = VideoLlama3ForConditionalGeneration.from_pretrained
     options.pop("trust_remote_code", None)  # this class has no remote code to trust
-    model, told = load(
+    model, info = load(
         directory,
         config=native_config(read_config(directory)),
         key_mapping=KEY_MAPPING,
         output_loading_info=True,
         **options,
     )
-    wrong = {kind: sorted(map(str, names))[:5] for kind, names in told.items() if names}
+    wrong = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
     if wrong:
         raise ValueError(f"the tensors of {directory} must be Hulu-Med's, but {wrong}: fetch the checkpoint again")
     return model
 
 
 class HulumedImageProcessor(VideoLlama3ImageProcessorPil):
-    """VideoLlama3's image processor with the original's target size.
+    """VideoLlama3's image processor with the target size of the original implementation.
 
     The original reads Pillow's (width, height) as (height, width): an image of 562 x 471 pixels becomes 476 wide and
-    560 high. The published weights were trained on such images, so this is the default; `upright` keeps the shape.
+    560 high. The published weights were trained on such images, so this is the default. `upright` keeps the shape.
     """
 
     upright: bool = False
@@ -108,23 +108,23 @@ class HulumedImageProcessor(VideoLlama3ImageProcessorPil):
 
 
 def load_processor(directory: Path, processor_class: type, upright: bool = False) -> Any:
-    """Processor with the original's image preparation, prompt and image token.
+    """A processor with the original's image preparation, prompt and image token.
 
-    processor_class: VideoLlama3's processor, without its video part.
+    processor_class: VideoLlama3's processor class, without its video part.
     """
-    found = json.loads((directory / "preprocessor_config.json").read_text(encoding="utf-8"))
-    patch = found.get("patch_size", 14)
+    stored = json.loads((directory / "preprocessor_config.json").read_text(encoding="utf-8"))
+    patch = stored.get("patch_size", 14)
     pixels_per_token = patch * patch
     images = HulumedImageProcessor(
         patch_size=patch,
         merge_size=1,
         size={
-            "shortest_edge": found.get("min_tokens", 16) * pixels_per_token,
-            "longest_edge": found.get("max_tokens", 16384) * pixels_per_token,
+            "shortest_edge": stored.get("min_tokens", 16) * pixels_per_token,
+            "longest_edge": stored.get("max_tokens", 16384) * pixels_per_token,
         },
-        image_mean=found.get("image_mean", [0.5] * 3),
-        image_std=found.get("image_std", [0.5] * 3),
-        resample=found.get("resample", 3),
+        image_mean=stored.get("image_mean", [0.5] * 3),
+        image_std=stored.get("image_std", [0.5] * 3),
+        resample=stored.get("resample", 3),
     )
     images.upright = upright
     tokenizer = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True)
@@ -134,12 +134,9 @@ def load_processor(directory: Path, processor_class: type, upright: bool = False
 
 
 def original_name(name: str) -> str:
-    """A parameter's or module's name in the original implementation; a PEFT prefix before it stays."""
-    for native, original in ORIGINAL_NAMES.items():
-        head, found, tail = name.partition(native)
-        if found:
-            return head + original + tail
-    return name
+    """A parameter's or module's name in the original implementation. A PEFT prefix is kept."""
+    native = next((native for native in ORIGINAL_NAMES if native in name), None)
+    return name.replace(native, ORIGINAL_NAMES[native], 1) if native else name
 
 
 def native_name(name: str) -> str:
@@ -147,5 +144,5 @@ def native_name(name: str) -> str:
     for native, original in ORIGINAL_NAMES.items():
         if original != "model." and original in name:
             return name.replace(original, native, 1)
-    head, found, tail = name.partition("model.layers.")
-    return f"{head}model.language_model.layers.{tail}" if found and not head.endswith("language_") else name
+    head, layers, tail = name.partition("model.layers.")
+    return f"{head}model.language_model.layers.{tail}" if layers and not head.endswith("language_") else name

@@ -1,12 +1,12 @@
-"""Running out of memory, as every library says it."""
+"""Recognising errors of every library that mean: out of memory."""
 
 from __future__ import annotations
 
 import re
 
 GIB = 2**30
-# Errors of CUDA's libraries for memory that they could not take. cuBLAS also says NOT_INITIALIZED when its handle does
-# not fit, which is all that a later call says of it.
+# Messages of CUDA's libraries when they cannot allocate memory. When cuBLAS's handle did not fit, every later call
+# reports NOT_INITIALIZED.
 NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|ncclSystemError.*alloc"
     r"|CU(BLAS|SOLVER|SPARSE|DNN|FFT)_(STATUS_)?\w*(ALLOC|INSUFFICIENT_RESOURCES)\w*"
@@ -16,8 +16,7 @@ NO_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch's own, or that of CUDA, cuBLAS, cuDNN, NCCL, Triton or the
-    CPU's allocator."""
+    """Whether an error of torch, CUDA, cuBLAS, cuDNN, NCCL, Triton or the CPU's allocator means that memory ran out."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (

@@ -1,7 +1,7 @@
-"""What would fail every trial alike, found once and before Ray. No weights are loaded.
+"""Checks before Ray starts for faults that would fail every trial. Loads no weights.
 
-It looks at the base's files, its processor, what that processor makes of the study's words and images, and the modules
-that get an adapter.
+Checked are the base's files, its processor, the study's words and images in that processor, and the modules that get
+an adapter.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from train_fn.settings import SHOWN, ModelSettings, TrialSettings
 if TYPE_CHECKING:
     from train_fn.model.base import Base
 
-# Placeholders that formats of training data put where the image goes. The chat template of the model does that here.
+# Placeholders for the image in formats of training data. Here the chat template of the model inserts it.
 PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<img>", "</img>", "<|image|>", "<|image_pad|>", "<|video_pad|>",
                 "<|vision_start|>", "<|vision_end|>", "<image_soft_token>", "<start_of_image>", "<end_of_image>",
                 "<IMG_CONTEXT>", "<image_placeholder>", "<ImageHere>", "[IMG]", "<im_patch>")  # fmt: skip
-MAX_RENDERED = 1000  # different questions that are rendered, of what may be a million
+MAX_RENDERED = 1000  # different questions that are rendered; there may be a million
 
 
 def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits) -> list[str]:
-    """Every reason why no trial on this base could be trained with this data.
+    """Every reason why no trial on this base can be trained with this data.
 
-    Importing transformers takes 3 s of the 4 s that this takes; a fault found here saves the start of Ray and of every
-    lane, and a failed trial each.
+    It takes 4 s, 3 s of them for the import of transformers. A fault that is noticed here costs no start of Ray and of
+    every lane, and no failed trials.
     """
     if problems := file_problems(resolve_model(settings.model)):
         return [f"`--model` {settings.model!r}: {problem}" for problem in problems]
@@ -44,35 +44,35 @@ def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits)
     problems = text_problems(
         processor, [s.text for s in samples], [s.answer for s in samples], closed=bool(splits.candidates)
     )
-    images = [] if problems else processed_image_problems(processor, samples)  # they are processed with their question
+    images = [] if problems else processed_image_problems(processor, samples)  # images are processed with questions
     return [*problems, *images, *skeleton_problems(settings, trial, processor)]
 
 
 def checked_processor(settings: ModelSettings) -> Any:
-    """The base's processor. Raises ValueError, with rule, value and fix, when it does not load."""
+    """The base's processor. Raises ValueError if it does not load."""
     from train_fn.model.processors import load_processor
 
     try:
         return load_processor(resolve_model(settings.model), settings)
     except Exception as error:  # tokenizers and processors raise anything for files that they cannot use
         raise ValueError(
-            f"`--model` {settings.model!r} must have a tokenizer and a processor that load, but {told(error)}: fetch "
-            f"the model again"
+            f"`--model` {settings.model!r} must have a tokenizer and a processor that load, but {one_line(error)}: "
+            f"fetch the model again"
         ) from error
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def skeleton_problems(settings: ModelSettings, trial: TrialSettings, processor: Any) -> list[str]:
-    """Parts and target modules that the model does not have, found on torch's meta device."""
+    """Parts and target modules that the model lacks, checked on torch's meta device."""
     import torch
     from transformers.utils import logging
 
-    from train_fn.model.base import LANGUAGE_MODELS, PROJECTORS, VISION_TOWERS, Base, find_part, load_model
+    from train_fn.model.base import Base, find_parts, load_model
     from train_fn.model.targets import target_problems
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -80,25 +80,18 @@ def skeleton_problems(settings: ModelSettings, trial: TrialSettings, processor: 
     logging.disable_progress_bar()
     try:
         model = load_model(resolve_model(settings.model), device_map={"": "meta"})
-    except Exception as error:  # a configuration is a stranger's, and transformers raises anything for it
-        where = f"`--model` {settings.model!r}"
-        return [f"{where} must be a model that transformers can load, but {told(error)}: fetch the model again"]
+    except Exception as error:  # a configuration may hold anything, and transformers raises anything for it
+        name = f"`--model` {settings.model!r}"
+        return [f"{name} must be a model that transformers can load, but {one_line(error)}: fetch the model again"]
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    parts: dict[str, Any] = {}
-    problems = []
-    usual = {"vision_tower": VISION_TOWERS, "projector": PROJECTORS, "language_model": LANGUAGE_MODELS}
-    for field, names in usual.items():
-        try:
-            parts[field] = find_part(model, names, field.replace("_", " "), getattr(settings, field))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        return problems
-    device = torch.device("meta")
-    base = Base(model=model, processor=processor, device=device, settings=settings, **parts)  # type: ignore[arg-type]
+    try:
+        parts = find_parts(model, settings)
+    except ValueError as error:
+        return str(error).splitlines()
+    base = Base(model=model, processor=processor, device=torch.device("meta"), settings=settings, **parts)
     return target_problems(base, trial)
 
 
@@ -106,30 +99,36 @@ def skeleton_problems(settings: ModelSettings, trial: TrialSettings, processor: 
 
 
 def text_problems(processor: Any, questions: Iterable[str], answers: Iterable[str], closed: bool = True) -> list[str]:
-    """Every question and answer that this processor cannot put to the model, and, with `closed`, every two answers that
-    become the same to it. Both may hold a text several times."""
+    """Every question and answer that this processor cannot present to the model.
+
+    Args:
+        questions: may repeat a text, as may answers.
+        closed: whether the answers are candidates, between which the model chooses; then all must differ in tokens.
+    """
     asked, answered = Counter(questions), Counter(answers)
     problems = placeholder_problems(processor, asked, "question") + placeholder_problems(processor, answered, "answer")
     return shorten(problems) or rendering_problems(processor, list(asked), list(answered), closed)
 
 
 def placeholder_problems(processor: Any, texts: Counter[str], what: str) -> list[str]:
-    """Every text in which the model would see one of its own tokens, or that brings a placeholder for the image."""
+    """Every text with one of the model's special tokens, or with a placeholder for the image."""
     tokenizer = processor.tokenizer
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= {*tokenizer.all_special_tokens, *PLACEHOLDERS, getattr(processor, "image_token", None) or "<image>"}
     pattern = re.compile("|".join(sorted(map(re.escape, filter(str.strip, special)), key=len, reverse=True)))
     return [
-        f"each {what} must be plain text, but {SHOWN.repr(text)} ({count}x) holds {found[0]!r}: take it out (the "
+        f"each {what} must be plain text, but {SHOWN.repr(text)} ({count}x) holds {match[0]!r}: take it out (the "
         f"model's chat template puts the image)"
         for text, count in texts.items()
-        if (found := pattern.search(text))
+        if (match := pattern.search(text))
     ]
 
 
 def rendering_problems(processor: Any, questions: Sequence[str], answers: Sequence[str], closed: bool) -> list[str]:
-    """Whether the chat template renders, and what becomes of the words in the tokenizer. With `closed`, the answers are
-    candidates, between which the model chooses."""
+    """Faults of the chat template, and words that the tokenizer does not know or, with `closed`, does not distinguish.
+
+    `closed`: as in `text_problems`.
+    """
     from train_fn.model.prompts import prompt_text, tokenize_answer
 
     tokenizer = processor.tokenizer
@@ -141,19 +140,19 @@ def rendering_problems(processor: Any, questions: Sequence[str], answers: Sequen
                     f"the model's chat template must write the question, but leaves out {SHOWN.repr(question)}: give "
                     f"the folder a chat_template.jinja for questions with an image"
                 ]
-        # The tokens of each answer as they are scored, without the one that ends it.
+        # The tokens of each answer that are scored, without its end token.
         scored = {text: tuple(tokenize_answer(processor, asked[0], text)[0][:-1]) for text in answered}
         read = {text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in asked}
     except Exception as error:  # a template is a program, and raises anything
         return [
-            f"the model's chat template must render a question with an image, but {told(error)}: fetch the model "
-            f"again, or give its folder a chat_template.jinja"
+            f"the model's chat template must render a question with an image, but {one_line(error)}: fetch the "
+            f"model again, or give its folder a chat_template.jinja"
         ]
     problems = [
         f"each {what} must hold words that the model's tokenizer knows, but it knows none of {SHOWN.repr(text)}: write "
         f"it in a language of the model"
-        for what, found in (("answer", scored), ("question", read))
-        for text, ids in found.items()
+        for what, tokens in (("answer", scored), ("question", read))
+        for text, ids in tokens.items()
         if set(ids) <= {tokenizer.unk_token_id}
     ]
     alike: dict[tuple[int, ...], list[str]] = {}
@@ -173,13 +172,13 @@ def rendering_problems(processor: Any, questions: Sequence[str], answers: Sequen
 
 
 def processed_image_problems(processor: Any, samples: Sequence[Sample]) -> list[str]:
-    """Every image that the processor refuses, looked for among the largest, the smallest and the most elongated: from
-    each end until one is taken."""
+    """Images that the processor refuses. It gets the largest, the smallest and the most elongated, and after each that
+    it refuses the next in that order."""
     from types import SimpleNamespace
 
     from train_fn.model.batches import process
 
-    base: Base = SimpleNamespace(processor=processor)  # type: ignore[assignment]  # all that is wanted of it
+    base: Base = SimpleNamespace(processor=processor)  # type: ignore[assignment]  # `process` uses no other part
     first = {sample.image: sample for sample in samples}
     sizes = {image: image_size(image) for image in first}
     problems: dict[str, str] = {}
@@ -195,10 +194,10 @@ def processed_image_problems(processor: Any, samples: Sequence[Sample]) -> list[
             try:
                 process(base, first[image])
                 break
-            except Exception as error:  # processors raise anything for images that they do not take
+            except Exception as error:  # processors raise anything for images that they refuse
                 width, height = sizes[image]
                 problems[image] = (
-                    f"image {Path(image)} ({width} x {height}) must be one that the model's processor takes, but "
-                    f"{told(error)}: change it or take its entry out"
+                    f"image {Path(image)} ({width} x {height}) must be accepted by the model's processor, but that "
+                    f"raises {one_line(error)}: change it or take its entry out"
                 )
     return shorten(list(problems.values()))

@@ -1,4 +1,4 @@
-"""A base's processor."""
+"""Loading a base's processor (chat template, tokenizer, image processor), without its video part."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from train_fn.settings import ModelSettings
 
 
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The same processor class without its video part, which needs torchvision and which nothing here uses."""
+    """A processor class without its video part, which needs torchvision and is not used here."""
 
     class ImageOnly(processor_class):  # type: ignore[valid-type, misc]
-        # Some ask their video part for these two when they render any prompt.
+        # Some classes read these two from their video part whenever they render a prompt.
         video_processor = SimpleNamespace(num_frames=None, fps=None)
 
         @classmethod
@@ -29,7 +29,7 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
         @classmethod
         def from_args_and_dict(cls, args: Sequence[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-            # By name, because some take the video part by position and without a default.
+            # By name: some classes have the video part as a positional argument without a default.
             parts = dict(zip(cls.get_attributes(), args, strict=True)) | {"video_processor": None}
             return super().from_args_and_dict((), processor_dict, **parts, **kwargs)
 
@@ -38,9 +38,10 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
 
 def load_processor(directory: Path, settings: ModelSettings | None = None) -> ProcessorMixin:
-    """The model's own processor (chat template, tokenizer, image processor), for images and text.
+    """The model's own processor, for images and text.
 
-    Raises ValueError when `max_image_tokens` is set for a model whose images all have one size.
+    Raises:
+        ValueError: `max_image_tokens` is set, but all images of the model have one size.
     """
     settings = settings or ModelSettings()
     if (directory / "config.json").is_file() and hulumed.is_hulumed(directory):
@@ -53,7 +54,7 @@ def load_processor(directory: Path, settings: ModelSettings | None = None) -> Pr
 
 
 def limit_image_tokens(image_processor: Any, most: int) -> None:
-    """Bound the pixels of an image so that it becomes at most `most` tokens."""
+    """Limit the pixels of an image so that it becomes at most `most` tokens."""
     size = dict(image_processor.size)
     if "longest_edge" not in size or not hasattr(image_processor, "merge_size"):
         raise ValueError("`max_image_tokens` must be 0 for this model: all its images have one size; leave it out")
@@ -65,11 +66,11 @@ def limit_image_tokens(image_processor: Any, most: int) -> None:
 
 
 def load_native_processor(directory: Path) -> ProcessorMixin:
-    """The processor of a model that transformers knows by its own name."""
+    """The processor of a model in transformers' own format."""
     saved = directory / "processor_config.json"
     name = json.loads(saved.read_text(encoding="utf-8")).get("processor_class") if saved.is_file() else None
-    if name:  # all that the folder of an adapter tells
-        found = processor_class_from_name(name)
+    if name:  # an adapter's folder has no configuration of the model
+        processor_class = processor_class_from_name(name)
     else:
-        found = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(directory, trust_remote_code=False))]
-    return image_only(found).from_pretrained(directory, local_files_only=True)
+        processor_class = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(directory, trust_remote_code=False))]
+    return image_only(processor_class).from_pretrained(directory, local_files_only=True)

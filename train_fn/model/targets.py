@@ -1,4 +1,4 @@
-"""Which modules of the base an adapter may change."""
+"""The modules of the base that get an adapter."""
 
 from __future__ import annotations
 
@@ -13,46 +13,62 @@ from train_fn.settings import TrialSettings
 
 
 def adapter_pattern(base: Base, target_modules: Sequence[str], exclude_patterns: Sequence[str]) -> str:
-    """One regular expression (matched in full, as PEFT does) for the modules that get an adapter: all of the language
-    model's that have one of these names, for the tower and the projector may use the same."""
-    spared = [*map(re.escape, exclude_patterns), inside(base, base.vision_tower), inside(base, base.projector)]
+    """A regular expression, matched in full, for the modules that get an adapter.
+
+    These are modules of the language model with one of the target names. The vision tower and the projector may use the
+    same names.
+    """
+    excluded = [*map(re.escape, exclude_patterns), inside(base, base.vision_tower), inside(base, base.projector)]
     names = "|".join(map(re.escape, target_modules))
-    return rf"(?!.*(?:{'|'.join(spared)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
+    return rf"(?!.*(?:{'|'.join(excluded)})){inside(base, base.language_model)}(?:.*\.)?(?:{names})"
+
+
+def linear_layers(base: Base, target: str = "") -> set[str]:
+    """Full names of the language model's linear layers: all, or those with a target name."""
+    begin, end = base.language_model + ".", "." + target if target else ""
+    return {name for name, module in base.model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.startswith(begin) and name.endswith(end)}  # fmt: skip
+
+
+def is_excluded(name: str, settings: TrialSettings) -> bool:
+    """Whether a module's full name contains one of `lora_exclude_patterns`."""
+    return any(part in name for part in settings.lora_exclude_patterns)
+
+
+def wanted_modules(base: Base, settings: TrialSettings) -> set[str]:
+    """Full names of the linear layers that the settings name, computed without PEFT."""
+    layers = {name for target in settings.lora_target_modules for name in linear_layers(base, target)}
+    return {name for name in layers if not is_excluded(name, settings)}
 
 
 def target_problems(base: Base, settings: TrialSettings) -> list[str]:
     """Every name in `lora_target_modules` that matches no linear layer of the language model.
 
-    PEFT adapts what matches and drops the rest in silence.
+    PEFT would ignore such a name without a message.
     """
-    layers = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    begins = re.compile(inside(base, base.language_model))
-    there = sorted({name.rpartition(".")[2] for name in layers if begins.match(name)})
-    excluded: list[str] = []
-    unknown: list[str] = []
-    for target in dict.fromkeys(settings.lora_target_modules):
-        pattern = adapter_pattern(base, [target], settings.lora_exclude_patterns)
-        if not any(re.fullmatch(pattern, name) for name in layers):
-            ends = [name for name in layers if begins.match(name) and f".{name}".endswith(f".{target}")]
-            hit = any(part in name for part in settings.lora_exclude_patterns for name in ends)
-            (excluded if hit else unknown).append(target)
-    found = []
+    if not settings.use_lora:
+        return []
+    layers = {target: linear_layers(base, target) for target in settings.lora_target_modules}
+    unknown = [target for target, names in layers.items() if not names]
+    excluded = [t for t, names in layers.items() if names and all(is_excluded(name, settings) for name in names)]
+    problems = []
     if excluded:
-        found.append(
+        problems.append(
             f"`lora_exclude_patterns` must leave each target module a layer, but "
             f"{', '.join(settings.lora_exclude_patterns)} excludes every {', '.join(map(repr, excluded))}: change the "
             f"patterns"
         )
     if unknown:
-        found.append(
+        there = sorted({name.rpartition(".")[2] for name in linear_layers(base)})
+        problems.append(
             f"`lora_target_modules` must name linear layers of the language model, but got "
             f"{', '.join(map(repr, unknown))}: choose from {', '.join(there)}"
         )
-    return found if settings.use_lora else []
+    return problems
 
 
 def inside(base: Base, part: str) -> str:
-    """A regular expression for how the names of a part's modules begin. For a Hulu-Med base also in the original
-    implementation, for which its adapters are written."""
+    """A regular expression for the beginning of the names of a part's modules. For a Hulu-Med base it also matches the
+    original implementation's names, which its adapters have on disk."""
     begins = [part + "."] + [hulumed.original_name(part + ".")] * base.hulumed
     return rf"(?:{'|'.join(map(re.escape, begins))})"

@@ -1,6 +1,6 @@
-"""Whether what a study rests on, its images and the files of its base, is still what the driver saw.
+"""Whether the images and base files of a study have changed since it began.
 
-The content of all of it is hashed when a study begins. Later, a file whose size and time of change are the same counts
+The content of all of them is hashed when a study begins. Later, an image with the same size and time of change counts
 as unchanged; where only the time differs, the content decides.
 """
 
@@ -26,25 +26,25 @@ def data_hash(splits: Splits) -> str:
     samples = [*splits.train, *splits.validation, *splits.test]
     with ThreadPoolExecutor(8) as pool:
         contents = pool.map(lambda sample: file_hash(sample.image), samples)
-    told = [[content, sample.text, sample.answer] for content, sample in zip(contents, samples, strict=True)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    entries = [[content, sample.text, sample.answer] for content, sample in zip(contents, samples, strict=True)]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def image_stamps(images: Iterable[str]) -> Stamps:
-    """Size in bytes and time of change (ns) of each image; -1 and 0 where there is none that can be read."""
-    found: Stamps = {}
+    """Size in bytes and time of change in ns of each image; -1 and 0 for an image that cannot be read."""
+    stamps: Stamps = {}
     for image in images:
         try:
             state = os.stat(image)
-            found[image] = state.st_size, state.st_mtime_ns
+            stamps[image] = state.st_size, state.st_mtime_ns
         except OSError:
-            found[image] = -1, 0
-    return found
+            stamps[image] = -1, 0
+    return stamps
 
 
 @dataclass
 class Inputs:
-    """What the driver saw of images and base when the study began."""
+    """Images and base files on the driver when the study began."""
 
     data_hash: str
     base_hash: str
@@ -53,19 +53,21 @@ class Inputs:
 
     @classmethod
     def seen(cls, splits: Splits, directory: Path, data_hash: str, base_hash: str) -> Inputs:
-        """As they are now. The hashes are those of the study's plan."""
+        """Their present state; the two hashes come from the study's plan."""
         samples = (*splits.train, *splits.validation, *splits.test)
         return cls(data_hash, base_hash, base_files(directory), image_stamps(sample.image for sample in samples))
 
     def changed_base(self, directory: Path) -> str:
-        """Why the base is not the study's, with the file's name; empty if it is."""
+        """A message with the name of a base file that differs from the study's; "" if all are the same."""
         now = base_files(directory)
         other = sorted(name for name in now.keys() | self.base_files if now.get(name) != self.base_files.get(name))
         return changed(f"{directory / other[0]}", len(other), "files of the base") if other else ""
 
     def changed_images(self, splits: Splits) -> str:
-        """Why the images are not the study's, with a path; empty if they are. Reads only what a look at sizes and times
-        leaves open, and once."""
+        """A message with the path of an image that differs from the study's; "" if all are the same.
+
+        Reads contents only where sizes are equal and times differ, and then once.
+        """
         now = image_stamps(self.stamps)
         other = [image for image, stamp in now.items() if stamp != self.stamps[image]]
         resized = [image for image in other if now[image][0] != self.stamps[image][0]]
@@ -76,7 +78,7 @@ class Inputs:
 
 
 def changed(path: str, count: int, what: str) -> str:
-    """The message for files that have changed."""
+    """The message about changed files."""
     others = f" (and {count - 1} more {what})" if count > 1 else ""
     return (
         f"{path}{others} must stay as the study was begun with, but has changed: put it back and go on with --resume, "

@@ -1,6 +1,6 @@
 """The nano base: Hulu-Med's architecture (VideoLlama3 vision tower, Qwen3 text) small enough to ship with the package.
 
-benchmarks/nano.py trains it from phantoms and documents how; `CHECKPOINT` is the directory it wrote.
+benchmarks/nano.py trained it on phantoms and documents how; `CHECKPOINT` is the directory that it wrote.
 """
 
 from pathlib import Path

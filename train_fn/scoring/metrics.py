@@ -1,4 +1,4 @@
-"""Scores from class probabilities, in plain numpy: small enough for thousands of bootstrap resamples in a second.
+"""Metrics from class probabilities, in plain numpy: fast enough for thousands of bootstrap resamples in a second.
 
 Shapes: N images, C classes. `probabilities` [N, C] sum to 1 over C; `labels` [N] hold class indices.
 """
@@ -24,13 +24,16 @@ MODES = {
 
 
 def binary_auroc(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Probability that a positive [N] bool scores above a negative one, ties half (Mann-Whitney). NaN: one-sided."""
+    """Probability that a positive image scores above a negative one, ties half (Mann-Whitney). NaN if one kind lacks.
+
+    positive: [N] bool. scores: [N].
+    """
     num_positive = int(positive.sum())
     num_negative = len(positive) - num_positive
     if not num_positive or not num_negative:
         return float("nan")
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # equal scores share the mean of their ranks
+    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]  # equal scores share the mean of their ranks
     return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
@@ -50,10 +53,11 @@ def classification_metrics(
     probabilities: np.ndarray, labels: np.ndarray, prior: np.ndarray, positive: int | None = None
 ) -> dict[str, float]:
     """Accuracy, balanced accuracy, macro-F1 (plain and prior-corrected), macro one-vs-rest AUROC and, with a
-    `positive` class, its sensitivity and specificity. A score that the data cannot give (one class only) is NaN.
+    `positive` class, its sensitivity and specificity. A metric is NaN if the data lacks a class that it needs.
 
-    prior: [C], how often the classes weighed in the training loss; the corrected decision divides by it, so that a
-    model trained on imbalanced data does not lean to its majority class.
+    Args:
+        prior: weight of each class in the training loss [C]. The corrected decision divides by it, so that a model
+            trained on imbalanced data does not prefer its majority class.
     """
     num_classes = probabilities.shape[1]
     table = confusion(labels, probabilities.argmax(1), num_classes)
@@ -61,7 +65,7 @@ def classification_metrics(
     sizes = table.sum(1)
     recalls = np.diag(table)[sizes > 0] / sizes[sizes > 0]
     aurocs = np.array([binary_auroc(labels == c, probabilities[:, c]) for c in range(num_classes)])
-    found = {
+    metrics = {
         "accuracy": float(np.diag(table).sum() / table.sum()),
         "balanced_accuracy": float(recalls.mean()),
         "macro_f1": macro_f1(table),
@@ -70,9 +74,9 @@ def classification_metrics(
     }
     if positive is not None:
         is_positive, called = labels == positive, probabilities.argmax(1) == positive
-        found["sensitivity"] = float(called[is_positive].mean()) if is_positive.any() else float("nan")
-        found["specificity"] = float((~called[~is_positive]).mean()) if (~is_positive).any() else float("nan")
-    return found
+        metrics["sensitivity"] = float(called[is_positive].mean()) if is_positive.any() else float("nan")
+        metrics["specificity"] = float((~called[~is_positive]).mean()) if (~is_positive).any() else float("nan")
+    return metrics
 
 
 def bootstrap_intervals(
@@ -80,7 +84,7 @@ def bootstrap_intervals(
 ) -> dict[str, Any]:
     """95 % percentile intervals (Efron 1979) of every value that `score(indices [N])` returns.
 
-    Each resample draws `num_images` images with replacement; a resample in which a value is NaN is left out for it.
+    Each resample draws `num_images` images with replacement. A value's interval skips resamples in which it is NaN.
     """
     rng = np.random.default_rng(seed)
     draws = [score(rng.integers(0, num_images, num_images)) for _ in range(resamples)]

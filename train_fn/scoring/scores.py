@@ -1,4 +1,4 @@
-"""From predictions to a part's metrics. No torch: the study scores the test with the same code as a trial.
+"""From predictions to the metrics of a part. Without torch: the study scores the test with the same code as a trial.
 
 Shapes: N images, C candidate answers.
 """
@@ -21,7 +21,7 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
 
 
 def training_prior(splits: Splits, class_balanced: bool) -> np.ndarray:
-    """How much each class weighed in the training loss: [C], sums to 1. Uniform under a class-balanced loss."""
+    """Weight of each class in the training loss [C], with sum 1. Uniform for a class-balanced loss."""
     counts = np.array(splits.class_counts("train"), dtype=float)
     weights = np.array(class_weights(splits.class_counts("train"))) if class_balanced else np.ones(len(counts))
     return counts * weights / (counts * weights).sum()
@@ -31,13 +31,13 @@ def metrics_of(
     predicted: dict[str, np.ndarray], samples: Sequence[Sample], splits: Splits, class_balanced: bool, positive: str
 ) -> dict[str, float]:
     """All metrics of one part: the loss and, for a closed set of answers, those of `classification_metrics`."""
-    found = {"loss": float(predicted["losses"].mean())}
+    metrics = {"loss": float(predicted["losses"].mean())}
     if splits.candidates:
         labels = np.array([sample.label for sample in samples])
-        found |= classification_metrics(
+        metrics |= classification_metrics(
             probabilities(predicted["scores"]),
             labels,
             training_prior(splits, class_balanced),
             splits.candidates.index(positive) if positive in splits.candidates else None,
         )
-    return found
+    return metrics

@@ -1,7 +1,7 @@
-"""Files that survive a full disk and a power loss: written aside, flushed to the disk, then renamed into place.
+"""Files that survive a full disk and a power loss: written under another name, flushed to the disk, then renamed.
 
-A reader finds the old content or the new, never a part of it. What is read back is checked, and a file that is not what
-it must be is named in one sentence (`DamagedFile`).
+A reader sees the old content or the new, never a part of it. Content that is read is checked, and a damaged file is
+reported in one sentence (`DamagedFile`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 Json = TypeVar("Json", dict, list)
 
@@ -26,26 +25,24 @@ SUMS = "SHA256SUMS"
 
 
 class DamagedFile(ValueError):
-    """A file cannot be read as what it must be; the message says rule, value and fix."""
+    """A file does not have the content that it must have; the message has rule, value and fix."""
 
 
-def write_file(path: Path, write: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all.
+def write_file(path: Path, *parts: bytes | memoryview | str) -> None:
+    """Write a file completely or not at all.
 
     Args:
-        path: its place; the folder must exist.
-        write: the content, or a function that writes it to an open file.
+        path: the file; its folder must exist.
+        parts: the content.
 
     Raises:
-        OSError: the disk is full, or not to be written; the old file, if there is one, is untouched.
+        OSError: the disk is full or cannot be written; an old file stays as it was.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(partial, "wb") as file:
-            if callable(write):
-                write(file)
-            else:
-                file.write(write.encode() if isinstance(write, str) else write)
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -56,7 +53,7 @@ def write_file(path: Path, write: bytes | str | Callable[[IO[bytes]], object]) -
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all. Raises OSError."""
+    """Write a value as JSON, completely or not at all. Raises OSError."""
     write_file(path, json.dumps(value, indent=1))
 
 
@@ -64,12 +61,12 @@ def read_json(path: Path, kind: type[Json], fix: str = "put it back from a copy"
     """The value in a JSON file.
 
     Args:
-        kind: what it must be: dict or list.
-        fix: what the user can do about a damaged one.
+        kind: the type of the value: dict or list.
+        fix: advice for the user about a damaged file.
 
     Raises:
-        OSError: it is not there, or cannot be read.
-        DamagedFile: it holds something else.
+        OSError: the file is missing or cannot be read.
+        DamagedFile: it holds anything else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -80,26 +77,13 @@ def read_json(path: Path, kind: type[Json], fix: str = "put it back from a copy"
     return value
 
 
-def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file that carries its own checksum. Raises OSError, as `write_file`."""
-
-    def with_checksum(file: IO[bytes]) -> None:
-        file.write(b" " * HEADER)
-        hashing = HashingFile(file)
-        try:
-            write(hashing)  # type: ignore[arg-type]  # torch.save and the like only call write()
-        except RuntimeError as error:
-            if hashing.error:  # torch.save finishes its archive all the same, and complains of that
-                raise hashing.error from error
-            raise
-        file.seek(0)
-        file.write(MAGIC + hashing.digest.hexdigest().encode() + b"\n")
-
-    write_file(path, with_checksum)
+def write_checked(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that begins with its own checksum. Raises OSError, as `write_file`."""
+    write_file(path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n", content)
 
 
 def read_checked(path: Path) -> bytes:
-    """The content of a file that `write_checked` has written. Raises OSError, or DamagedFile when a byte differs."""
+    """The content of a file of `write_checked`. Raises OSError, or DamagedFile if a byte differs."""
     content = path.read_bytes()
     head, body = content[:HEADER], content[HEADER:]
     if head != MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n":
@@ -108,7 +92,7 @@ def read_checked(path: Path) -> bytes:
 
 
 def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS, as `sha256sum -c` reads it, over all files of a folder. Raises OSError."""
+    """Write SHA256SUMS, in the format of `sha256sum`, over all files of a folder. Raises OSError."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = [f"{file_hash(folder / name)}  {name}\n" for name in names if name != SUMS]
     write_file(folder / SUMS, "".join(lines))
@@ -119,11 +103,11 @@ def check_sums(folder: Path) -> None:
     if not (folder / SUMS).is_file():
         return
     for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
-        found = re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line)
-        name = found[2] if found and found[2].isprintable() else SUMS
-        # A name may not lead out of the folder, nor to what could be read for ever.
+        match = re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line)
+        name = match[2] if match and match[2].isprintable() else SUMS
+        # A name may not lead out of the folder, nor to a pipe or device, which could be read for ever.
         path = (folder / name).resolve()
-        if not found or not path.is_relative_to(folder.resolve()) or not path.is_file() or file_hash(path) != found[1]:
+        if not match or not path.is_relative_to(folder.resolve()) or not path.is_file() or file_hash(path) != match[1]:
             raise DamagedFile(f"{folder / name} must be as {SUMS} says, but is not: fetch it again (or remove {SUMS})")
 
 
@@ -133,37 +117,15 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class HashingFile:
-    """Passes on what is written, hashes it, and remembers the error of a disk that took no more."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        """Write to the file and to the hash."""
-        self.digest.update(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Pass on."""
-        self.file.flush()
-
-
 def unwritable(folder: Path) -> tuple[Path, str] | None:
-    """Why no file can be made in a folder, or the folder itself: the place that was tried and the system's words. None:
-    it can."""
-    place = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    """Why a file in a folder, or the folder itself, cannot be made: the folder that was tried and the system's message.
+    None if it can be made."""
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             return None
     except OSError as error:
-        return place, error.strerror or str(error)
+        return existing, error.strerror or str(error)
 
 
 def sync_folder(folder: Path) -> None:
@@ -187,7 +149,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Put a finished folder in place of another one, on the same disk. The old one goes last. Raises OSError."""
+    """Replace a folder with a finished one on the same disk. The old folder is deleted last. Raises OSError."""
     sync_tree(partial)
     old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     if folder.exists():
@@ -198,7 +160,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def copy_folder(source: Path, folder: Path) -> None:
-    """Copy a folder, whole or not at all, in place of the one that is there. Raises OSError; then that one stays."""
+    """Copy a folder completely or not at all, replacing an existing one. Raises OSError; then the old one stays."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         shutil.copytree(source, partial)

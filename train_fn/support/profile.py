@@ -1,7 +1,7 @@
-"""Where a trial's time goes: `--profile` measures its phases, `--trace` writes down what torch does in a few steps.
+"""Where a trial's time goes: seconds by phase, `--profile` in more detail, `--trace` for a few steps of torch.
 
-Off, a phase costs a function call. On, a GPU is waited for at every edge of a phase: the shares are true, and the whole
-takes longer than without.
+Without `--profile` a phase costs a function call. With it, every phase begins and ends by waiting for the GPU: the
+shares are true, and the trial takes longer.
 """
 
 from __future__ import annotations
@@ -22,58 +22,79 @@ COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_in
 TRACED = {"skip_first": 2, "wait": 0, "warmup": 1, "active": 3, "repeat": 1}  # optimizer steps
 
 
-class Profile:
-    """Books seconds by phase; within another phase, they count for the inner one only."""
+class Clock:
+    """Seconds of a trial by phase. Phases follow each other and do not overlap."""
 
-    def __init__(self, spent: dict[str, float], device: torch.device) -> None:
-        """spent: seconds by phase so far, to which this one's are added."""
-        self.spent, self.device = spent, device
+    def __init__(self) -> None:
+        self.by_phase: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to a phase."""
+        now = time.perf_counter()
+        self.by_phase[phase] = self.by_phase.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase so far."""
+        return dict(self.by_phase)
+
+
+class Profile:
+    """Seconds by phase, where phases nest: time in an inner phase counts for that one only."""
+
+    def __init__(self, by_phase: dict[str, float], device: torch.device) -> None:
+        """by_phase: seconds by phase so far; this profile adds to them."""
+        self.by_phase, self.device = by_phase, device
         self.open: list[str] = []
         self.last = 0.0
 
-    def book(self) -> None:
-        """The time since the last edge, for the phase that is open."""
+    def add_elapsed(self) -> None:
+        """Add the time since the last call to the innermost open phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self.open:
             key = PROFILE_PREFIX + self.open[-1]
-            self.spent[key] = self.spent.get(key, 0.0) + now - self.last
+            self.by_phase[key] = self.by_phase.get(key, 0.0) + now - self.last
         self.last = now
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What runs in this context belongs to a phase."""
-        self.book()
+        """Count the time in this context for a phase."""
+        self.add_elapsed()
         self.open.append(name)
         try:
             with torch.profiler.record_function(name):
                 yield
         finally:
-            self.book()
+            self.add_elapsed()
             self.open.pop()
 
 
 active: Profile | None = None  # of this process: one trial at a time
-beats = 0
+work_count = 0  # units of work that this process has begun; a heartbeat sends it, so that a hang shows
 
 
-def beat() -> None:
-    """Work goes on; `beats` is how often that was said. Whoever watches this process hears of it."""
-    global beats
-    beats += 1
+def count_work() -> None:
+    """Count one more unit of work."""
+    global work_count
+    work_count += 1
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
-    """See `Profile.phase`; a beat only unless a trial is profiled."""
-    beat()
+    """Count a unit of work and, if this trial is profiled, its time for the phase."""
+    count_work()
     return active.phase(name) if active else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def profiled(spent: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Measure the phases of what runs in this context. Collectives count where they are waited for; one that overlaps
-    with other work on a GPU counts as that work."""
+def profiled(by_phase: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Profile the phases in this context.
+
+    A collective counts as communication while its caller waits; if it overlaps with other work on a GPU, that time
+    counts as that work.
+    """
     global active
     plain = {name: getattr(dist, name) for name in COLLECTIVES}
 
@@ -84,7 +105,7 @@ def profiled(spent: dict[str, float], device: torch.device) -> Iterator[None]:
 
         return collective
 
-    active = Profile(spent, device)
+    active = Profile(by_phase, device)
     try:
         for name, call in plain.items():
             setattr(dist, name, timed(call))
@@ -97,8 +118,10 @@ def profiled(spent: dict[str, float], device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced(path: Path) -> Iterator[Callable[[], None]]:
-    """torch's profiler over optimizer steps 4 to 6, whose trace (for chrome://tracing or ui.perfetto.dev) it writes;
-    gives the function to call after each step. Fewer steps leave no trace."""
+    """Run torch's profiler over optimizer steps 4 to 6 and write a trace for chrome://tracing or ui.perfetto.dev.
+
+    Yields the function to call after each step. A trial with fewer steps leaves no trace.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(
         schedule=torch.profiler.schedule(**TRACED),

@@ -1,5 +1,7 @@
-"""A study's files on object storage (s3://, gs://): written locally first, copied there after every change, and fetched
-where a node has not got them."""
+"""A study's files on object storage (s3://, gs://), and retries where storage fails.
+
+A file is written locally first and copied after every change. A node fetches the files that it lacks.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +13,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 300.0  # how long storage may fail before what waits for it fails too
+MAX_RETRY_S = 300.0
 
 
-def patiently(write: Callable[[], None], tell: Callable[[str], None], wait_s: float = 2.0) -> None:
-    """Write to storage, again and again while it fails: a full disk or a lost mount then costs time, not the trial.
+def retry_on_os_error(write: Callable[[], None], log: Callable[[str], None], wait_s: float = 2.0) -> None:
+    """Write to storage, and retry while it fails: a full disk or a lost mount then costs time, not the trial.
 
-    `write` must do its work aside and put it in place at the end. Raises the OSError that still comes after PATIENCE_S.
+    Args:
+        write: must leave nothing half written when it fails.
+        log: called with the error before each retry.
+
+    Raises:
+        OSError: `write` still fails after `MAX_RETRY_S`.
     """
     began = time.monotonic()
     while True:
         try:
             return write()
         except OSError as error:
-            if time.monotonic() - began > PATIENCE_S:
+            if time.monotonic() - began > MAX_RETRY_S:
                 raise
-            tell(f"storage: {error}; tried again")
+            log(f"storage: {error}; tried again")
             time.sleep(wait_s)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a study's folder is kept. Without a `uri` it is a folder that all nodes share, and nothing is copied."""
+    """A study's folder, and its copy on object storage. Without a `uri` all nodes share the folder, and nothing is
+    copied."""
 
     directory: Path
     uri: str = ""
-    """The study's own place, such as s3://bucket/results/STUDY."""
+    """The URI of the copy, such as s3://bucket/results/STUDY."""
 
     @classmethod
-    def under(cls, place: str, directory: Path) -> Storage:
-        """That of a folder whose copy lies under `place` (s3://bucket/prefix) by its own name; "": nowhere."""
-        return cls(directory, f"{place.rstrip('/')}/{directory.name}" if place else "")
+    def under(cls, prefix: str, directory: Path) -> Storage:
+        """The storage of a folder whose copy is `prefix`/NAME, such as s3://bucket/results/STUDY; "": no copy."""
+        return cls(directory, f"{prefix.rstrip('/')}/{directory.name}" if prefix else "")
 
     def push(self, path: Path) -> None:
-        """Copy a file or folder of the study there. Raises OSError."""
+        """Copy a file or folder of the study to object storage. Raises OSError."""
         if self.uri:
             import pyarrow.fs
 
@@ -54,8 +62,10 @@ class Storage:
                                   destination_filesystem=remote)  # fmt: skip
 
     def pull(self, path: Path) -> None:
-        """Fetch a file or folder that is missing here, if it is there; several processes of a node may want it at once.
-        Raises OSError."""
+        """Fetch a file or folder from object storage, if it is there and missing here. Raises OSError.
+
+        Several processes of a node may do this at once.
+        """
         if not self.uri or path.exists():
             return
         import pyarrow.fs
@@ -64,7 +74,7 @@ class Storage:
         kind = remote.get_file_info(there).type
         if kind == pyarrow.fs.FileType.NotFound:
             return
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a half-fetched one must not look like one
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # an incomplete copy must not have its name
         (partial if kind == pyarrow.fs.FileType.Directory else partial.parent).mkdir(parents=True, exist_ok=True)
         pyarrow.fs.copy_files(there, str(partial), source_filesystem=remote,
                               destination_filesystem=pyarrow.fs.LocalFileSystem())  # fmt: skip
@@ -76,7 +86,7 @@ class Storage:
             shutil.rmtree(partial)
 
     def read(self, path: Path) -> bytes | None:
-        """A file's content there, whatever lies here; None when it is not there. Raises OSError."""
+        """The content of a file on object storage, whatever the local file holds; None if missing. Raises OSError."""
         import pyarrow.fs
 
         remote, there = self._there(path)
@@ -86,24 +96,27 @@ class Storage:
             return stream.read()
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file there alone. Raises OSError."""
+        """Write a file on object storage only. Raises OSError."""
         remote, there = self._there(path)
         remote.create_dir(there.rpartition("/")[0], recursive=True)
         with remote.open_output_stream(there) as stream:
             stream.write(content)
 
     def names(self, directory: Path) -> list[str]:
-        """What lies in a folder of the study, there if it is kept there. Raises OSError."""
+        """Names in a folder of the study: on object storage if the study has a copy there. Raises OSError."""
         if not self.uri:
             return [path.name for path in directory.glob("*")]
         import pyarrow.fs
 
         remote, there = self._there(directory)
-        found = remote.get_file_info(pyarrow.fs.FileSelector(there, allow_not_found=True))
-        return [one.base_name for one in found]
+        infos = remote.get_file_info(pyarrow.fs.FileSelector(there, allow_not_found=True))
+        return [info.base_name for info in infos]
 
     def remove(self, path: Path) -> None:
-        """Remove a file or folder of the study, here and there; another process may be at it, too. Raises OSError."""
+        """Remove a file or folder of the study and its copy. Raises OSError.
+
+        Several processes may do this at once.
+        """
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

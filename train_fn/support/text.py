@@ -1,4 +1,4 @@
-"""Text from elsewhere (names, answers, errors), made safe to print and to write."""
+"""Text from outside (names, answers, errors), made safe to print and to write."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any
 
 
 def plain(text: Any, keep: str = "") -> str:
-    """A text without what could command a terminal, forge a line or fail to be encoded.
+    """A text without characters that could control a terminal, forge a line or fail to be encoded.
 
     Args:
-        text: anything; what is no string is converted.
-        keep: characters that may stay though they cannot be printed, such as a line end.
+        text: a string, or a value that is converted to one.
+        keep: unprintable characters that stay, such as a line end.
 
-    Returns: the text with every other unprintable character (control characters, ESC, NUL, lone surrogates,
-        bidirectional marks) written as its escape sequence.
+    Returns:
+        The text, with every other unprintable character (control characters, ESC, NUL, lone surrogates, bidirectional
+        marks) written as its escape sequence.
     """
     text = str(text)
     if text.isprintable():
@@ -22,7 +23,7 @@ def plain(text: Any, keep: str = "") -> str:
 
 
 def plain_values(value: Any) -> Any:
-    """A value as JSON holds it, with every text in it plain; line ends stay."""
+    """A JSON value with every text in it made `plain`; line ends stay."""
     if isinstance(value, dict):
         return {plain(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

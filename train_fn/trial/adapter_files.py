@@ -1,4 +1,4 @@
-"""Adapters on disk: written, read again, merged."""
+"""Adapters on disk: written after training, loaded for scoring, merged into the base."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from train_fn.trial.lora import attached, replace_projector
 
 
 def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, directory: Path) -> None:
-    """Write what PEFT's `PeftModel.from_pretrained` needs, the trained projector included, and the processor.
+    """Write the files that PEFT's `PeftModel.from_pretrained` needs, the trained projector included, and the processor.
 
-    PEFT would save a trained projector only if it had wrapped it; here its tensors are written under the names, and
-    listed in the configuration as `modules_to_save`, as if it had. For a Hulu-Med base all names are the original
-    implementation's, so that the adapter fits that.
+    PEFT would save a trained projector only if PEFT itself had wrapped it. So its tensors are written under the names
+    that PEFT would use, and the configuration lists it in `modules_to_save`. For a Hulu-Med base all names are those of
+    the original implementation, so that the adapter fits it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)  # else PEFT may ask the hub
     config: Any = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     if settings.train_projector:
-        # A module counts as one to save when its name ends with the entry, so the last part alone names it.
+        # PEFT saves every module whose name ends with the entry, so the last part of the name is enough.
         config.modules_to_save = [renamed(base, base.projector + ".").rstrip(".").rpartition(".")[2]]
         projector = base.model.get_submodule(base.projector)
         state |= {f"base_model.model.{base.projector}.{name}": p for name, p in projector.named_parameters()}
@@ -48,9 +48,10 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
 
 
 def processor_files(base: Base) -> dict[str, bytes]:
-    """The processor's files by name, as `save_pretrained` writes them: alike for all trials, so it is asked once.
+    """The processor's files by name, as `save_pretrained` writes them. They are the same for all trials and made once.
 
-    Raises OSError, also where tokenizers raises a plain Exception: when the disk is full.
+    Raises:
+        OSError: the disk is full. tokenizers raises a plain Exception for that.
     """
     if not base.processor_files:
         with tempfile.TemporaryDirectory() as folder:
@@ -71,12 +72,13 @@ def renamed(base: Base, name: str) -> str:
 
 
 def read_adapter(base: Base, directory: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """A saved adapter's configuration and its tensors under the base's present names.
+    """A saved adapter's configuration, and its tensors under the base's names.
 
-    The configuration is made anew from checked values, and its target modules are those that the tensors name: no
-    regular expression of a file is run, and PEFT has nothing to ask the hub for.
+    The configuration is built from checked values, and its target modules come from the names of the tensors: no
+    regular expression from a file is run, and PEFT has no reason to download anything.
 
-    Raises BadAdapter when a file is missing, damaged or hostile, or holds a number that is not finite.
+    Raises:
+        BadAdapter: a file is missing, damaged or hostile, or holds a number that is not finite.
     """
     stored = read_config(directory)
     shapes = read_shapes(directory, stored)
@@ -89,8 +91,8 @@ def read_adapter(base: Base, directory: Path) -> tuple[LoraConfig, dict[str, tor
         )
     check_files(directory)
     tensors = {native_name(name) if base.hulumed else name: tensor for name, tensor in tensors.items()}
-    targets = sorted({found[1] for name in tensors if (found := TENSOR.fullmatch(name))})
-    assert targets, f"read_shapes has found LoRA matrices in {shapes.keys()}"
+    targets = sorted({match[1] for name in tensors if (match := TENSOR.fullmatch(name))})
+    assert targets, f"read_shapes has seen LoRA matrices in {shapes.keys()}"
     config = LoraConfig(
         r=stored.r,
         lora_alpha=stored.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int, computes with float
@@ -105,19 +107,19 @@ def read_adapter(base: Base, directory: Path) -> tuple[LoraConfig, dict[str, tor
 
 
 def check_fit(base: Base, config: LoraConfig, directory: Path) -> None:
-    """Raise BadAdapter when the base has no module of a name that the adapter's tensors carry."""
+    """Raise BadAdapter if the base lacks a module that the adapter adapts."""
     pattern = re.compile(str(config.target_modules))
     present = sum(bool(pattern.fullmatch(name)) for name, _ in base.model.named_modules())
     wanted = str(config.target_modules).count("|") + 1
     if present < wanted:
         raise BadAdapter(
-            f"the adapter {directory} must fit the base {base.settings.model}, but adapts {wanted} modules of which "
-            f"that has {present}: give the base that it was trained on"
+            f"the adapter {directory} must fit the base {base.settings.model}, but adapts {wanted} modules, of which "
+            f"the base has {present}: give the base that it was trained on"
         )
 
 
 def fill_adapter(base: Base, model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Put saved tensors on an attached adapter and the projector. Raises BadAdapter when they do not fit."""
+    """Copy saved tensors into an attached adapter and the projector. Raises BadAdapter if they do not fit."""
     prefix = f"base_model.model.{base.projector}."
     projector = {prefix + name: p for name, p in base.model.get_submodule(base.projector).named_parameters()}
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -136,9 +138,10 @@ def fill_adapter(base: Base, model: PeftModel, tensors: dict[str, torch.Tensor])
 
 @contextlib.contextmanager
 def load_adapter(base: Base, directory: Path) -> Iterator[PeftModel]:
-    """The base with a saved adapter (and projector) on it, for scoring; afterwards the base as it was.
+    """Put a saved adapter (and projector) on the base, for scoring; restore the base at the end.
 
-    Raises BadAdapter when the saved files are damaged or do not fit the base.
+    Raises:
+        BadAdapter: the saved files are damaged or do not fit the base.
     """
     config, tensors = read_adapter(base, directory)
     check_fit(base, config, directory)

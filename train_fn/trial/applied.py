@@ -1,35 +1,49 @@
-"""What the live engine trains with, read back and compared with what was asked for."""
+"""Settings read back from the live engine and compared with those that were asked for.
+
+A setting that does not arrive is the worst fault of a search: its scores then belong to other settings. So every field
+of `TrialSettings` that decides what is trained is read back; tests/test_applied.py lists where each one is.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from train_fn.settings import TrialSettings
-from train_fn.trial.lora import adapter_layers
+from train_fn.trial.lora import adapter_layers, is_compiled
 
 OPTIMIZER_CLASSES = {"adamw_torch": "AdamW", "adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+NOT_APPLIED = "the engine does not train what the search asked for: "
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of warm-up and of decay, at whose steps schedules are compared
 
 
 class TrialFailed(Exception):
-    """The trial cannot go on by its own fault, and every rank knows it: the worker group is sound and goes on."""
+    """The trial cannot continue, by its own fault, and every rank has raised this: the worker group stays sound."""
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
 
 
 def read_applied(engine: Any) -> dict[str, Any]:
-    """What the live engine trains with, read back from its objects and not from the settings."""
+    """The settings in effect, from the engine's live objects and not from `TrialSettings`.
+
+    Where layers or groups differ in a value, the value is the list of all that occur.
+    """
     model: PeftModel = engine.module.model
+    base_model = engine.module.base.model
     layers = adapter_layers(model).values()
     groups = {group["name"]: group for group in engine.optimizer.param_groups}
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config: Any = model.peft_config["default"]
 
     def only(values: Any) -> Any:
         values = sorted(set(values))
         return values[0] if len(values) == 1 else values
 
-    client = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+    optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
     applied = {
         "use_lora": "adapter" in groups,
         "train_projector": "projector" in groups,
@@ -37,14 +51,16 @@ def read_applied(engine: Any) -> dict[str, Any]:
         "max_grad_norm": engine.gradient_clipping(),
         "per_device_train_batch_size": engine.train_micro_batch_size_per_gpu(),
         "global_batch_size": engine.train_batch_size(),
+        "class_balanced_loss": len(engine.module.class_weights) > 0,
         "zero_stage": engine.zero_optimization_stage(),
-        "optimizer_class": type(client).__name__,
-        "gradient_checkpointing": engine.module.base.model.is_gradient_checkpointing,
+        "optimizer_class": type(optimizer).__name__,
+        "gradient_checkpointing": base_model.is_activation_checkpointing,
         "offload_optimizer": bool(getattr(engine.optimizer, "cpu_offload", False)),
-        "torch_compile": any(layer._compiled_call_impl for layer in engine.module.base.model.modules()),
-        "trainable_params": sum(p.numel() for p in trainable.values()),
-        "trainable_dtype": only(str(p.dtype).removeprefix("torch.") for p in trainable.values()),
-        "base_dtype": str(engine.module.base.model.dtype).removeprefix("torch."),
+        "torch_compile": any(map(is_compiled, base_model.modules())),
+        "seed": torch.initial_seed(),
+        "trainable_params": sum(parameter.numel() for parameter in trainable),
+        "trainable_dtype": only(str(parameter.dtype).removeprefix("torch.") for parameter in trainable),
+        "base_dtype": str(base_model.dtype).removeprefix("torch."),
         "engine": type(engine).__name__,
         "optimizer": type(engine.optimizer).__name__,
     }
@@ -67,14 +83,37 @@ def read_applied(engine: Any) -> dict[str, Any]:
     return applied
 
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of warm-up and of decay, at whose steps schedules are compared
+def check_applied(applied: dict[str, Any], settings: TrialSettings, closed_set: bool = True) -> None:
+    """Compare what `read_applied` returned with the settings.
+
+    Args:
+        closed_set: whether the data has a closed set of answers; without one no image is weighted.
+
+    Raises:
+        TrialFailed: a setting did not reach the engine; the message has all of them, each with both values.
+    """
+    wanted = {name: getattr(settings, name) for name in applied if hasattr(settings, name)} | {
+        "optimizer_class": OPTIMIZER_CLASSES[settings.optim],
+        "class_balanced_loss": settings.class_balanced_loss and closed_set,
+        "lora_scaling": settings.lora_alpha / (settings.lora_r**0.5 if settings.use_rslora else settings.lora_r),
+        "projector_learning_rate": settings.projector_learning_rate or settings.learning_rate,
+    }
+
+    def same(got: Any, value: Any) -> bool:
+        """Computed numbers may differ in their last digits."""
+        return got == value or (isinstance(got, float) and math.isclose(got, value, rel_tol=1e-9))
+
+    # Without an adapter or a projector, `applied` has none of its values; `use_lora` and `train_projector` show that.
+    wrong = [
+        f"{name} should be {value!r} but is {applied[name]!r}"
+        for name, value in wanted.items()
+        if name in applied and not same(applied[name], value)
+    ]
+    if wrong:
+        raise TrialFailed(NOT_APPLIED + "; ".join(wrong))
 
 
-def sampled_steps(warmup: int, num_steps: int) -> list[int]:
-    """Steps at which the kinds of schedules and lengths of warm-up differ, from the first to the last."""
-    steps = [round(warmup * share) for share in SHARES]
-    steps += [round(warmup + (num_steps - warmup) * share) for share in SHARES]
-    return sorted({min(step, num_steps - 1) for step in (*steps, max(0, warmup - 1))})
+# ------------------------------------------------------------------------------------------------ learning rate
 
 
 def read_schedule(engine: Any, settings: TrialSettings, num_steps: int) -> dict[str, float]:
@@ -84,8 +123,35 @@ def read_schedule(engine: Any, settings: TrialSettings, num_steps: int) -> dict[
     return {str(step): schedule.base_lrs[0] * schedule.lr_lambdas[0](step) for step in steps}
 
 
+def sampled_steps(warmup: int, num_steps: int) -> list[int]:
+    """Steps at which the kinds of schedules and lengths of warm-up differ, from the first to the last."""
+    steps = [round(warmup * share) for share in SHARES]
+    steps += [round(warmup + (num_steps - warmup) * share) for share in SHARES]
+    return sorted({min(step, num_steps - 1) for step in (*steps, max(0, warmup - 1))})
+
+
+def check_schedule(rates: dict[str, float], settings: TrialSettings, num_steps: int) -> None:
+    """Compare the live schedule with the settings.
+
+    Args:
+        rates: learning rates by step, from `read_schedule`.
+        num_steps: optimizer steps of the whole trial.
+
+    Raises:
+        TrialFailed: a rate is another one than the settings ask for.
+    """
+    peak = max(wanted_rate(settings, int(step), num_steps) for step in rates)
+    for step, rate in rates.items():
+        wanted = wanted_rate(settings, int(step), num_steps)
+        if not math.isclose(rate, wanted, rel_tol=1e-6, abs_tol=2e-4 * peak):  # a polynomial ends at 1e-4 of its peak
+            raise TrialFailed(
+                f"{NOT_APPLIED}the learning rate in step {step} of {num_steps} should be {wanted:g} but is {rate:g} "
+                f"(lr_scheduler_type {settings.lr_scheduler_type}, warmup_ratio {settings.warmup_ratio:g})"
+            )
+
+
 def wanted_rate(settings: TrialSettings, step: int, num_steps: int) -> float:
-    """The learning rate of one step as the settings ask for it, worked out without the scheduler's library."""
+    """The learning rate of one step by the settings, computed without the scheduler's library."""
     warmup = round(settings.warmup_ratio * num_steps)
     kind, peak = settings.lr_scheduler_type, settings.learning_rate
     if not settings.use_lora:
@@ -97,56 +163,23 @@ def wanted_rate(settings: TrialSettings, step: int, num_steps: int) -> float:
     return peak * decay.get(kind, 1.0)
 
 
-def check_schedule(rates: dict[str, float], settings: TrialSettings, num_steps: int) -> None:
-    """Raise TrialFailed when the live schedule's rates are not those of the settings.
-
-    Args:
-        rates: learning rates by step, from `read_schedule`.
-        num_steps: of the whole trial.
-    """
-    peak = max(wanted_rate(settings, int(step), num_steps) for step in rates)
-    for step, rate in rates.items():
-        wanted = wanted_rate(settings, int(step), num_steps)
-        if not math.isclose(rate, wanted, rel_tol=1e-6, abs_tol=2e-4 * peak):  # a polynomial ends at 1e-4 of its peak
-            raise TrialFailed(
-                f"the engine does not train what the search asked for: the learning rate in step {step} of {num_steps} "
-                f"should be {wanted:g} but is {rate:g} (lr_scheduler_type {settings.lr_scheduler_type}, warmup_ratio "
-                f"{settings.warmup_ratio:g})"
-            )
+# ------------------------------------------------------------------------------------------------ after the last step
 
 
 def check_trained(engine: Any, settings: TrialSettings, num_images: int, num_epochs: int) -> None:
-    """Raise TrialFailed when a finished trial has not taken the steps and epochs that its settings ask for.
+    """Compare the steps and epochs of a finished trial with its settings.
 
     Args:
-        num_images: of the training part.
-        num_epochs: epochs that the trial has reported.
+        num_images: images in the training part.
+        num_epochs: epochs that the trial has trained.
+
+    Raises:
+        TrialFailed: the trial has taken more or fewer.
     """
     per_epoch = math.ceil(num_images / settings.global_batch_size)
     steps = settings.max_steps or settings.num_train_epochs * per_epoch
     wanted = {"optimizer steps": steps, "epochs": math.ceil(steps / per_epoch)}
     got = {"optimizer steps": engine.lr_scheduler.last_epoch, "epochs": num_epochs}
-    wrong = {name: (want, got[name]) for name, want in wanted.items() if got[name] != want}
+    wrong = [f"{name} should be {want} but are {got[name]}" for name, want in wanted.items() if got[name] != want]
     if wrong:
-        told = "; ".join(f"{name} should be {want} but are {have}" for name, (want, have) in wrong.items())
-        raise TrialFailed(f"the engine did not train what the search asked for: {told}")
-
-
-def check_applied(applied: dict[str, Any], settings: TrialSettings) -> None:
-    """Raise TrialFailed, with both values, for every setting that did not reach the engine."""
-    wanted = {name: getattr(settings, name) for name in applied if hasattr(settings, name)}
-    wanted["optimizer_class"] = OPTIMIZER_CLASSES[settings.optim]
-    if settings.use_lora:
-        root = settings.lora_r**0.5 if settings.use_rslora else settings.lora_r
-        wanted["lora_scaling"] = settings.lora_alpha / root
-    if settings.train_projector:
-        wanted["projector_learning_rate"] = settings.projector_learning_rate or settings.learning_rate
-
-    def same(got: Any, value: Any) -> bool:
-        """Computed numbers may differ in their last digits."""
-        return got == value or (isinstance(got, float) and math.isclose(got, value, rel_tol=1e-9))
-
-    wrong = {name: (value, applied[name]) for name, value in wanted.items() if not same(applied[name], value)}
-    if wrong:
-        told = "; ".join(f"{name} should be {want!r} but is {got!r}" for name, (want, got) in wrong.items())
-        raise TrialFailed(f"the engine does not train what the search asked for: {told}")
+        raise TrialFailed(f"the engine did not train what the search asked for: {'; '.join(wrong)}")

@@ -1,6 +1,8 @@
-"""The DeepSpeed engine of one trial, and what it says of itself.
+"""The DeepSpeed engine of one trial: its configuration, optimizer and loss, and its state between two steps.
 
 Import this module only where training runs: importing DeepSpeed takes seconds.
+
+Shapes: B images of a micro-batch, C candidate answers.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from train_fn.trial.lora import parameter_groups
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # picks its accelerator at import
-import deepspeed.ops
+import deepspeed  # chooses its accelerator at import
 from transformers import get_scheduler
 
-# On a CPU, DeepSpeed would compile a shared-memory all-reduce at the first start: a minute, and a compiler that a
-# user's machine need not have. It serves inference only; gloo does the collectives of training either way.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from train_fn.trial.compat_bitsandbytes import recycling
+from train_fn.trial.compat_deepspeed import without_shared_memory_op
+
+without_shared_memory_op()
 FP16_LOSS_SCALE = 2.0**10  # keeps the gradients of long prompts above what fp16 can hold
 
 
@@ -34,7 +36,7 @@ class MicroBatchTooLarge(torch.OutOfMemoryError):
 
 
 class AnswerLoss(torch.nn.Module):
-    """What the engine trains: from a batch to one number, the weighted mean of the answers' losses."""
+    """The module that the engine trains: from a batch to one number, the weighted mean of the answers' losses."""
 
     def __init__(self, base: Base, model: PeftModel, class_weights: torch.Tensor) -> None:
         super().__init__()
@@ -43,8 +45,11 @@ class AnswerLoss(torch.nn.Module):
         self.class_weights = class_weights  # [C], mean 1 over the training images; empty without a closed set
 
     def forward(self, batch: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
-        """labels: class indices [B]. Divided by the images, not by their weights: over a full global batch the
-        accumulated sum is then the same however the batch is cut into micro-batches and workers."""
+        """The loss of a micro-batch; labels: class indices [B].
+
+        The sum is divided by the number of images, not by their weights: over a full global batch the accumulated loss
+        is then the same however the batch is cut into micro-batches and workers.
+        """
         losses = answer_losses(self.base, batch)
         if len(self.class_weights):
             losses = losses * self.class_weights[labels]
@@ -52,8 +57,11 @@ class AnswerLoss(torch.nn.Module):
 
 
 def deepspeed_config(settings: TrialSettings, world_size: int, num_trainable: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration of one trial. Neither bf16 nor fp16 is on: the frozen base already has its format, and
-    what is trained is float32, so there is no master copy to keep and nothing to cast."""
+    """DeepSpeed's configuration of one trial.
+
+    Neither bf16 nor fp16 is on: the frozen base already has its format, and trained weights are float32, so there is
+    no master copy to keep and nothing to cast.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.per_device_train_batch_size,
         "gradient_accumulation_steps": settings.accumulation_steps(world_size),
@@ -62,8 +70,8 @@ def deepspeed_config(settings: TrialSettings, world_size: int, num_trainable: in
             "stage": settings.zero_stage,
             "contiguous_gradients": True,
             "overlap_comm": on_gpu and world_size > 1,
-            # Buckets are allocated whole, per trial, and only one that is full before the backward pass ends overlaps
-            # with it: a tenth of the guide's 5e8 elements at most.
+            # Buckets are allocated whole, for each trial, and a bucket overlaps with the backward pass only if it is
+            # full before that ends: a tenth of the guide's 5e8 elements at most.
             "reduce_bucket_size": min(BUCKET, num_trainable),
             "allgather_bucket_size": min(BUCKET, num_trainable),
         },
@@ -89,30 +97,15 @@ def build_optimizer(model: PeftModel, settings: TrialSettings, on_gpu: bool) -> 
     return (recycling(chosen) if settings.optim.startswith("paged") else chosen)(groups, **options)
 
 
-def recycling(paged: type) -> type:
-    """A paged optimizer of bitsandbytes that takes the memory of those before it in this process, which have ended:
-    bitsandbytes keeps all that it ever took, a quarter of a GiB a trial at Hulu-Med-4B's size."""
-
-    def __init__(self: Any, *given: Any, **named: Any) -> None:
-        paged.__init__(self, *given, **named)  # type: ignore[misc]
-        self.free = sorted(self.page_mng.paged_tensors, key=torch.Tensor.numel)
-
-    def get_state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        found = next((one for one in self.free if one.dtype == dtype and one.numel() >= p.numel()), None)
-        if found is None or p.device.type == "cpu":
-            return paged.get_state_buffer(self, p, dtype)  # type: ignore[attr-defined]
-        self.free = [one for one in self.free if one is not found]
-        taken = found.view(-1)[: p.numel()].view(p.shape).zero_()
-        taken.is_paged, taken.page_deviceid = True, found.page_deviceid  # type: ignore[attr-defined]
-        return taken
-
-    return type(paged.__name__, (paged,), {"__init__": __init__, "get_state_buffer": get_state_buffer})
-
-
 def build_engine(
     base: Base, model: PeftModel, settings: TrialSettings, class_weights: torch.Tensor, num_steps: int, world_size: int
 ) -> Any:
-    """A DeepSpeed engine around the adapted base: AdamW, learning-rate schedule over `num_steps`, ZeRO."""
+    """A DeepSpeed engine around the adapted base: AdamW, learning-rate schedule over `num_steps`, ZeRO.
+
+    class_weights: weight of each class in the loss [C]; empty: none.
+
+    Raises TrialFailed for a float16 base without ZeRO.
+    """
     on_gpu = base.device.type == "cuda"
     if base.model.dtype == torch.float16 and not settings.zero_stage:
         raise TrialFailed("a float16 base needs the loss scale of ZeRO: give --zero-stage 1 or 2, or another --dtype")
@@ -134,13 +127,13 @@ def build_engine(
     return engine
 
 
-# What of ZeRO's state says how far training has come; the rest is made anew, and is no plain data.
+# The part of ZeRO's state that training changes. The rest is made again, and is no plain data.
 ZERO_STATE = ("base_optimizer_state", "group_paddings", "param_alignment_paddings", "clip_grad", "ds_version")
 
 
 def engine_state(engine: Any) -> dict[str, Any]:
-    """Everything of this rank's engine that training has changed, between two optimizer steps: tensors, numbers and
-    text only, so that it is read back without pickle's powers."""
+    """What training has changed in this rank's engine, between two optimizer steps. Only tensors, numbers and text, so
+    that reading it back executes nothing."""
     trainable = {name: p.detach() for name, p in engine.module.model.named_parameters() if p.requires_grad}
     optimizer = engine.optimizer.state_dict()
     if engine.zero_optimization_stage() > 0:
@@ -150,14 +143,14 @@ def engine_state(engine: Any) -> dict[str, Any]:
 
 
 def load_engine_state(engine: Any, state: dict[str, Any], rank: int) -> None:
-    """Put an `engine_state` on a fresh engine of the same settings and the same number of workers."""
+    """Restore an `engine_state` in a fresh engine of the same settings and the same number of workers."""
     parameters = dict(engine.module.model.named_parameters())
     with torch.no_grad():
         for name, saved in state["trainable"].items():
             parameters[name].copy_(saved)
     if engine.zero_optimization_stage() > 0:
-        # ZeRO asks for every rank's state and takes its own. Its copy of the weights it takes from the model, which is
-        # float32, too.
+        # ZeRO takes a list with every rank's state and reads its own. Its copy of the weights comes from the model,
+        # which is float32, too.
         states = [None] * rank + [state["optimizer"]]
         engine.optimizer.load_state_dict(states, load_optimizer_states=True, load_from_fp32_weights=False)
     else:

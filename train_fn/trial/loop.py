@@ -1,15 +1,17 @@
-"""One trial, from its settings to its adapter: the training loop. Knows nothing of Ray.
+"""One trial, from its settings to its adapter: the training loop. It does not know Ray.
 
-Runs in one process or in each of several that torch.distributed has joined. What it needs to go on after a kill lies in
-`state/`: the trial then ends with the same numbers, to the last bit.
+It runs in one process, or in each process of a torch.distributed group. A trial that is killed continues from `state/`
+and ends with the same numbers, to the last bit.
+
+Shapes: G images of the global batch, C candidate answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from train_fn.model.base import Base
 from train_fn.model.batches import collate, prompt_size, to_device
 from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import TrialSettings
-from train_fn.support.profile import beat, phase, profiled, traced
-from train_fn.support.storage import Storage, patiently
+from train_fn.support.profile import Clock, count_work, phase, profiled, traced
+from train_fn.support.ranks import mean_over_ranks, seed_everything, world
+from train_fn.support.storage import Storage, retry_on_os_error
 from train_fn.trial.applied import (
     TrialFailed,
     check_applied,
@@ -36,16 +39,16 @@ from train_fn.trial.applied import (
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine, load_engine_state
 from train_fn.trial.lora import adapted
 from train_fn.trial.outputs import History, checkpoints, save_checkpoint, save_final
-from train_fn.trial.ranks import mean_over_ranks, seed_everything, world
 from train_fn.trial.resume_state import ResumeState
 from train_fn.trial.scoring import evaluate
 
 Report = Callable[[EpochReport], bool]
 Progress = Callable[[dict[str, Any]], object]
+NOT_FINITE = "a gradient was not finite in step {}: lower the learning rate (or not --fp16)"
 
 
-class Leaving(Exception):
-    """This trial's process must leave; the trial can be continued elsewhere."""
+class Preempted(Exception):
+    """This trial's process must shut down; the trial can continue elsewhere."""
 
 
 def run_trial(
@@ -59,34 +62,38 @@ def run_trial(
     output: Path | None = None,
     storage: Storage | None = None,
     progress: Progress | None = None,
-    leaving: Callable[[], bool] = lambda: False,
+    preempted: Callable[[], bool] = lambda: False,
     profile: bool = False,
     trace: bool = False,
 ) -> None:
     """Train one adapter and report after each epoch.
 
-    report: called on every rank after each epoch; returns True to end the trial early. The report of the last epoch
-        has `finished`, and comes after the adapter is written. A trial that continues after a kill first repeats its
-        earlier reports, because whoever had them may be gone.
-    output: folder in which `final_model/` and trainer_state.json are written at the trial's end (not when it is stopped
-        early), `checkpoint-N/` on the way, and `state/` as long as the trial is unfinished.
-    progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training begins,
-        every `logging_steps` optimizer steps, and when an evaluation begins; it must not wait.
+    Args:
+        report: called on every rank after each epoch; if it returns True, the trial stops early. The last epoch's
+            report has `finished` and comes after the adapter is written. A trial that continues after a kill first
+            repeats its reports: the process that received them may be gone.
+        positive: the answer whose sensitivity and specificity are computed; "": none.
+        output: folder for `state/` while the trial is unfinished, for `checkpoint-N/`, and at the end of a trial that
+            is not stopped early for `final_model/` and trainer_state.json.
+        storage: where `output` is also kept. Not given: on this disk only.
+        progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training
+            begins, every `logging_steps` optimizer steps, and when an evaluation begins; it must not block.
+        preempted: whether this process must shut down soon; called in each optimizer step.
+        profile: measure phases (see `train_fn.support.profile`) and report their seconds with the others.
+        trace: write `trace.json.gz` of a few optimizer steps into `output`.
 
-    leaving: whether this process must leave soon; asked in each optimizer step.
-    profile: measure phases (see `train_fn.profile`) and report their seconds with the others.
-    trace: write `trace.json.gz` into `output`, of a few optimizer steps.
-
-    Raises Leaving, on all ranks alike and with `state/` just written, when one of them must leave.
-    Raises TrialFailed, on all ranks alike, for what the trial itself has done wrong: no module to adapt, a setting
-    that did not reach the engine, a loss that is not finite.
+    Raises:
+        Preempted: on all ranks, with `state/` just written, when one of them must shut down.
+        TrialFailed: on all ranks, when the trial itself is at fault: no module to adapt, a setting that did not reach
+            the engine, a loss that is not finite.
     """
-    rank, world_size = world()
     clock = Clock()
+    rank, world_size = world()
     if problems := settings.problems(world_size):
         raise TrialFailed("; ".join(problems))
-    seed_everything(settings.seed, 0)  # the adapter starts alike on every rank
     with contextlib.ExitStack() as stack:
+        # ---------------------------------------------------------------------------------------- adapter and engine
+        seed_everything(settings.seed, 0)  # the adapter starts alike on every rank
         try:
             model = stack.enter_context(adapted(base, settings))
         except ValueError as error:
@@ -95,87 +102,59 @@ def run_trial(
         num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
         num_epochs = -(-num_steps // steps_per_epoch)
         weights = class_weights(splits.class_counts("train")) if settings.class_balanced_loss else []
-        weights_tensor = torch.tensor(weights, device=base.device)
-        engine = build_engine(base, model, settings, weights_tensor, num_steps, world_size)
+        engine = build_engine(base, model, settings, torch.tensor(weights, device=base.device), num_steps, world_size)
         stack.callback(engine.destroy)
+
+        # ------------------------------------------------------------------------------- what the live engine applies
         rates = read_schedule(engine, settings, num_steps)
         applied = read_applied(engine) | {"learning_rate_at_step": rates}
-        check_applied(applied, settings)
+        check_applied(applied, settings, closed_set=bool(splits.candidates))
         check_schedule(rates, settings, num_steps)
-        seed_everything(settings.seed, rank)
 
-        log, epoch, stop = History(), 1, False
-        losses: list[float] = []
-        reports: list[dict[str, Any]] = []
+        # ---------------------------------------------------------------------------- where an earlier attempt stopped
+        seed_everything(settings.seed, rank)  # dropout differs by rank
         storage = storage or Storage(output or Path())
         tracer = traced(output / "trace.json.gz") if trace and output and rank == 0 else None
-        traced_step = stack.enter_context(tracer or contextlib.nullcontext(lambda: None))
-        state = ResumeState(output, storage, settings)
-        if found := state.load():
-            load_engine_state(engine, found["engine"], rank)
-            torch.set_rng_state(found["random"]["cpu"])
-            if "cuda" in found["random"]:
-                torch.cuda.set_rng_state(found["random"]["cuda"])
-            log.step, log.entries, log.told = (found[key] for key in ("step", "entries", "told"))
-            log.recent = found.get("recent", [])
-            losses, epoch, reports, clock.spent = (found[key] for key in ("losses", "epoch", "reports", "seconds"))
-        elif output is not None and rank == 0:
+        end_traced_step = stack.enter_context(tracer or contextlib.nullcontext(lambda: None))
+        totals = {"num_epochs": num_epochs, "num_steps": num_steps}
+        run = Run(engine, ResumeState(output, storage, settings), clock, progress, totals)
+        if not run.resume() and output is not None and rank == 0:
             for old in checkpoints(output, storage):
                 storage.remove(old)  # of an attempt that cannot be continued
         clock.lap("setup")
         if profile:
-            stack.enter_context(profiled(clock.spent, base.device))
+            stack.enter_context(profiled(clock.by_phase, base.device))
+        log, troubles, stop = run.log, run.notes, False
+        for earlier in run.reports:
+            stop = stop or report(EpochReport.from_dict(earlier))
 
-        troubles = list(state.notes)
-
-        def trouble(text: str) -> None:
-            beat()
-            if text not in troubles:
-                troubles.append(text)
-
-        def write(action: Callable[[], None]) -> None:
-            with phase("checkpoint"):
-                patiently(action, trouble)
-
-        def save_state() -> None:
-            place = {"step": log.step, "entries": log.entries, "told": log.told, "recent": log.recent}
-            place |= {"losses": losses, "epoch": epoch, "reports": reports, "seconds": clock.seconds()}
-            write(lambda: state.save(place, engine))
-            clock.lap("checkpoint")
-
-        def tell(phase: str, loss: float | None) -> None:
-            if progress is not None and rank == 0:
-                place = {"epoch": epoch, "num_epochs": num_epochs, "step": log.step, "num_steps": num_steps}
-                progress({"phase": phase, "loss": loss} | place)
-
-        for known in reports:
-            stop = stop or report(EpochReport.from_dict(known))
-        tell("train", None)
-        while not stop and epoch <= num_epochs:
-            done = (epoch - 1) * steps_per_epoch
+        # ------------------------------------------------------------------------------------------- epoch after epoch
+        run.announce("train", None)
+        while not stop and run.epoch <= num_epochs:
+            epoch = run.epoch
+            first = (epoch - 1) * steps_per_epoch
             order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
-            for indices in order[log.step - done : num_steps - done]:
-                loss, leave = train_step(base, splits, settings, engine, indices, log.step + 1, leaving())
-                losses.append(loss)
+            for indices in order[log.step - first : num_steps - first]:  # indices [G]
+                loss, leave = train_step(base, splits, settings, engine, indices, log.step + 1, preempted())
+                run.losses.append(loss)
                 log.recent.append(loss)
                 log.step += 1
-                traced_step()
+                end_traced_step()
                 if log.step % settings.logging_steps == 0:
-                    loss = sum(log.recent) / len(log.recent)
+                    loss = log.take_recent_loss()
                     log.add(epoch=log.step / steps_per_epoch, loss=loss, learning_rate=engine.get_lr()[0])
-                    log.recent = []
-                    tell("train", loss)
+                    run.announce("train", loss)
                 if settings.save_steps and log.step % settings.save_steps == 0 and output is not None:
                     clock.lap("train")
                     if rank == 0:
-                        write(lambda: save_checkpoint(base, model, settings, log, output, storage))
-                    save_state()
+                        run.write(lambda: save_checkpoint(base, model, settings, log, output, storage))
+                    run.save()
                 if leave:
                     clock.lap("train")
-                    save_state()
-                    raise Leaving(f"left at step {log.step}")
-            train_loss = sum(losses) / len(losses)
-            tell("evaluation", train_loss)
+                    run.save()
+                    raise Preempted(f"left at step {log.step}")
+            train_loss = sum(run.losses) / len(run.losses)
+            run.announce("evaluation", train_loss)
             clock.lap("train")
             with phase("evaluation"):
                 metrics = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss, positive)
@@ -185,7 +164,7 @@ def run_trial(
             if last:
                 check_trained(engine, settings, len(splits.train), epoch)
             if last and output is not None and rank == 0:
-                write(lambda: save_final(base, model, settings, splits, log, output, storage))
+                run.write(lambda: save_final(base, model, settings, splits, log, output, storage))
                 clock.lap("checkpoint")
             message = EpochReport(
                 epoch=epoch,
@@ -197,30 +176,81 @@ def run_trial(
                 notes=troubles,
                 finished=last,
             )
-            reports.append(dataclasses.asdict(message))
-            epoch, losses = epoch + 1, []
-            save_state()
+            run.reports.append(dataclasses.asdict(message))
+            run.epoch, run.losses = epoch + 1, []
+            run.save()
             with phase("idle"):
                 stop = report(message)
             clock.lap("report")
         if not stop:
-            write(state.remove)  # one that was told to stop may be asked to go on, by a study that goes on
+            run.write(run.state.remove)  # a stopped trial keeps it: a study that continues may train it further
 
 
-NOT_FINITE = "a gradient was not finite in step {}: lower the learning rate (or not --fp16)"
+@dataclass
+class Run:
+    """How far a trial has come, and how that is saved."""
 
+    engine: Any
+    state: ResumeState
+    clock: Clock
+    progress: Progress | None
+    totals: dict[str, int]
+    """`num_epochs` and `num_steps` of the whole trial."""
+    log: History = field(default_factory=History)
+    epoch: int = 1
+    losses: list[float] = field(default_factory=list)
+    """Losses of this epoch's steps so far."""
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Storage errors that were retried, and damaged states; part of every report."""
 
-def finite_gradient(engine: Any) -> bool:
-    """Whether the step may be taken. ZeRO looks by itself; without it, all ranks have the same mean gradient by now."""
-    if engine.zero_optimization_stage():
+    def resume(self) -> bool:
+        """Continue from the newest sound state. Returns whether there was one."""
+        saved = self.state.load()
+        self.notes = list(self.state.notes)
+        if saved is None:
+            return False
+        load_engine_state(self.engine, saved["engine"], self.state.rank)
+        torch.set_rng_state(saved["random"]["cpu"])
+        if "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"])
+        self.log = History(saved["step"], saved["entries"], saved["told"], saved.get("recent", []))
+        self.losses, self.epoch, self.reports = saved["losses"], saved["epoch"], saved["reports"]
+        self.clock.by_phase = saved["seconds"]
         return True
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+    def save(self) -> None:
+        """Write the trial's state."""
+        log = self.log
+        # States of earlier versions have the number of reported entries under "told".
+        position = {"step": log.step, "entries": log.entries, "told": log.num_reported, "recent": log.recent}
+        position |= {"losses": self.losses, "epoch": self.epoch, "reports": self.reports}
+        position["seconds"] = self.clock.seconds()
+        self.write(lambda: self.state.save(position, self.engine))
+        self.clock.lap("checkpoint")
+
+    def write(self, action: Callable[[], None]) -> None:
+        """Write to storage, and retry while it fails."""
+        with phase("checkpoint"):
+            retry_on_os_error(action, self.note)
+
+    def note(self, text: str) -> None:
+        """Add a note to the reports, once."""
+        count_work()  # waiting for a full disk is no hang
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def announce(self, phase: str, loss: float | None) -> None:
+        """Call `progress` on rank 0."""
+        if self.progress is not None and self.state.rank == 0:
+            position = {"epoch": self.epoch, "step": self.log.step, **self.totals}
+            self.progress({"phase": phase, "loss": loss} | position)
 
 
 @contextlib.contextmanager
-def out_of_memory_told_apart() -> Iterator[None]:
-    """Of what runs in here, for a step that does not fit is told otherwise than an evaluation that does not."""
+def out_of_memory_in_step() -> Iterator[None]:
+    """Raise MicroBatchTooLarge when memory runs out in this context. An evaluation that does not fit is another case:
+    a smaller micro-batch would not help it."""
     try:
         yield
     except Exception as error:
@@ -229,15 +259,23 @@ def out_of_memory_told_apart() -> Iterator[None]:
         raise
 
 
-@out_of_memory_told_apart()
+@out_of_memory_in_step()
 def train_step(
-    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int, leaving: bool
+    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int, preempted: bool
 ) -> tuple[float, bool]:
-    """Optimizer step number `step` on the images `indices` [global_batch_size]; their mean loss over all workers, and
-    whether any worker is `leaving`.
+    """One optimizer step.
 
-    Raises TrialFailed, on all ranks and before the weights are touched, when loss or gradient is not finite on one;
-    MicroBatchTooLarge, on those that have run out of memory.
+    Args:
+        indices: the images of the global batch [G].
+        step: number of this step, from 1.
+        preempted: whether this process must shut down.
+
+    Returns:
+        The mean loss over all workers, and whether any worker must shut down.
+
+    Raises:
+        TrialFailed: on all ranks and before the weights change, when loss or gradient is not finite on one.
+        MicroBatchTooLarge: on the ranks that ran out of memory.
     """
     rank, world_size = world()
     engine.train()
@@ -260,32 +298,22 @@ def train_step(
         if number == num_micro_batches:
             # Here the step waits for the device: all ranks agree on the loss before the weights move.
             with phase("communication"):
-                told = [total.item() / num_micro_batches, float(leaving)]
-                mean_loss, leave = mean_over_ranks(told, base.device)
+                values = [total.item() / num_micro_batches, float(preempted)]
+                mean_loss, any_preempted = mean_over_ranks(values, base.device)
             if not np.isfinite(mean_loss):
                 raise TrialFailed(f"the training loss became {mean_loss} in step {step}: lower the learning rate")
-            if not finite_gradient(engine):
+            if not has_finite_gradient(engine):
                 raise TrialFailed(NOT_FINITE.format(step))
         with phase("optimizer"):
             engine.step()
-    if engine.skipped_steps:  # ZeRO's answer to a gradient that is not finite, on all ranks alike
+    if engine.skipped_steps:  # ZeRO skips a step whose gradient is not finite, on all ranks alike
         raise TrialFailed(NOT_FINITE.format(step))
-    return mean_loss, leave > 0
+    return mean_loss, any_preempted > 0
 
 
-class Clock:
-    """Where a trial's seconds went, by phase."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Book the time since the last lap on a phase."""
-        now = time.perf_counter()
-        self.spent[phase] = self.spent.get(phase, 0.0) + now - self.last
-        self.last = now
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase so far."""
-        return dict(self.spent)
+def has_finite_gradient(engine: Any) -> bool:
+    """Whether the step may be taken. ZeRO checks this itself; without ZeRO, all ranks hold the mean gradient by now."""
+    if engine.zero_optimization_stage():
+        return True
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())

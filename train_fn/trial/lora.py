@@ -1,4 +1,4 @@
-"""Putting an adapter on the frozen base, taking it off again without a trace, and writing it to disk."""
+"""An adapter on the frozen base: attached, removed without a trace, and its parameters in the optimizer's groups."""
 
 from __future__ import annotations
 
@@ -13,46 +13,22 @@ from peft.tuners.lora import LoraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train_fn.model.base import Base
-from train_fn.model.targets import adapter_pattern, target_problems
+from train_fn.model.targets import adapter_pattern, target_problems, wanted_modules
 from train_fn.settings import TrialSettings
 from train_fn.trial.pristine import BaseChanged, changes, pristine, restore
 
-
-@contextlib.contextmanager
-def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
-    """The base with an adapter of this configuration; afterwards the base as it was loaded, projector included, also
-    when attaching fails.
-
-    Raises BaseChanged when an earlier trial has left something on the base.
-    """
-    before = pristine(base)
-    if found := changes(base, before):
-        raise BaseChanged(f"the base must be as it was loaded, but differs in {', '.join(found[:5])}")
-    try:
-        base.autocasts = base.autocasts and not config.use_dora  # whose norms need float32
-        # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
-        model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
-        for layer in adapter_layers(model).values():
-            layer.cast_input_dtype_enabled = not base.autocasts
-        yield model
-    finally:
-        restore(base, before)
-
-
-def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
-    """Put other weights in the projector's place; `attached` puts back those that it found."""
-    projector = base.model.get_submodule(base.projector)
-    for name, weight in weights.items():
-        module, _, last = name.rpartition(".")
-        projector.get_submodule(module)._parameters[last] = torch.nn.Parameter(weight.to(base.device))
+# ------------------------------------------------------------------------------------------------ a trial's adapter
 
 
 @contextlib.contextmanager
 def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
-    """The base with a fresh adapter and, if asked, a trainable float32 projector; afterwards the base as it was loaded.
+    """Put a fresh adapter on the base and, with `train_projector`, a trainable float32 projector; remove both at the
+    end.
 
-    Raises ValueError when a name in `lora_target_modules` matches no module, or the adapted modules are not those that
-    the settings name; BaseChanged as `attached` does.
+    Raises:
+        ValueError: a name in `lora_target_modules` matches no module, or PEFT adapts other modules than the settings
+            name.
+        BaseChanged: an earlier trial has left something on the base.
     """
     if problems := target_problems(base, settings):
         raise ValueError("; ".join(problems))
@@ -63,7 +39,7 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         adapted_modules = {name.removeprefix("base_model.model.") for name in adapter_layers(model)}
         if settings.use_lora and (other := wanted ^ adapted_modules):
             raise ValueError(f"the adapter must be on the modules that the settings name, but differs in {min(other)}")
-        if not settings.use_lora:  # the adapter stays what it begins as, without effect
+        if not settings.use_lora:  # the adapter keeps its initial value, which changes nothing
             model.requires_grad_(False)
         if settings.train_projector:
             weights = base.model.get_submodule(base.projector).named_parameters()
@@ -74,37 +50,6 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         if settings.torch_compile:
             stack.enter_context(compiled(base))
         yield model
-
-
-@contextlib.contextmanager
-def compiled(base: Base) -> Iterator[None]:
-    """The language model's layers compiled, for training only: an evaluation's cache of keys and values would be
-    compiled anew for every layer. All layers are alike and share what is compiled."""
-    layers = [layer for layer in base.model.get_submodule(base.language_model).modules()
-              if isinstance(layer, GradientCheckpointingLayer)]  # fmt: skip
-    try:
-        for layer in layers:
-            # What nn.Module.compile sets, and what nn.Module.__call__ looks for.
-            layer._compiled_call_impl = functools.partial(call, layer, torch.compile(layer._call_impl))
-        yield
-    finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
-        torch._dynamo.reset()  # it would keep up to eight ranks, and then give up
-
-
-def call(layer: torch.nn.Module, as_compiled: Callable, *given: Any, **named: Any) -> Any:
-    """A layer's output, compiled where gradients are wanted."""
-    return (as_compiled if torch.is_grad_enabled() else layer._call_impl)(*given, **named)
-
-
-def wanted_modules(base: Base, settings: TrialSettings) -> set[str]:
-    """Full names of the linear layers that the settings name, worked out without PEFT."""
-    linear = {name for name, (module, _) in pristine(base).modules.items()
-              if isinstance(module, torch.nn.Linear) and name.startswith(base.language_model + ".")}  # fmt: skip
-    allowed = {name for name in linear if not any(part in name for part in settings.lora_exclude_patterns)}
-    ends = tuple(f".{target}" for target in settings.lora_target_modules)
-    return {name for name in allowed if f".{name}".endswith(ends)}
 
 
 def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:
@@ -121,14 +66,76 @@ def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:
     )
 
 
+@contextlib.contextmanager
+def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
+    """Put an adapter of this configuration on the base; restore the base at the end, projector included, also when
+    attaching fails halfway.
+
+    Raises:
+        BaseChanged: an earlier trial has left something on the base.
+    """
+    before = pristine(base)
+    if different := changes(base, before):
+        raise BaseChanged(f"the base must be as it was loaded, but differs in {', '.join(different[:5])}")
+    try:
+        base.autocasts = base.autocasts and not config.use_dora  # whose norms need float32
+        # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
+        model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+        for layer in adapter_layers(model).values():
+            layer.cast_input_dtype_enabled = not base.autocasts
+        yield model
+    finally:
+        restore(base, before)
+
+
 def adapter_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     """The modules that carry an adapter, by full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
+    """Give the projector other weights, until `attached` restores the base."""
+    projector = base.model.get_submodule(base.projector)
+    for name, weight in weights.items():
+        module, _, last = name.rpartition(".")
+        setattr(projector.get_submodule(module), last, torch.nn.Parameter(weight.to(base.device)))
+
+
+# ------------------------------------------------------------------------------------------------ compiled layers
+
+
+@contextlib.contextmanager
+def compiled(base: Base) -> Iterator[None]:
+    """Compile the language model's layers, for training only: an evaluation's cache of keys and values would be
+    compiled again for every layer. All layers are alike and share what is compiled."""
+    layers = [layer for layer in base.model.get_submodule(base.language_model).modules()
+              if isinstance(layer, GradientCheckpointingLayer)]  # fmt: skip
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(compiled_in_training, torch.compile(layer.forward), layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        torch.compiler.reset()  # torch would keep the code of up to eight ranks, and then stop compiling
+
+
+def compiled_in_training(fast: Callable, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A layer's output, from the compiled forward pass where gradients are wanted."""
+    return (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module's forward pass is a compiled one of `compiled`."""
+    return getattr(vars(module).get("forward"), "func", None) is compiled_in_training
+
+
+# ------------------------------------------------------------------------------------------------ for the optimizer
+
+
 def parameter_groups(model: torch.nn.Module, settings: TrialSettings) -> list[dict]:
-    """AdamW's groups: adapter (its B matrices apart), projector weights, projector biases (not decayed). Named, so that
-    they can be read back."""
+    """AdamW's groups: adapter (its B matrices apart), projector weights, projector biases (without decay). Each has a
+    name, so that it can be read back."""
     projector_rate = settings.projector_learning_rate or settings.learning_rate
     rates = {
         "adapter": settings.learning_rate,

@@ -1,6 +1,6 @@
-"""Memory of a trial, told from the model's shapes before anything is loaded.
+"""An estimate of a trial's memory, from the model's shapes and before anything is loaded.
 
-The model is built on torch's meta device, where tensors have shapes and nothing is allocated.
+The model is built on torch's meta device, where tensors have shapes and take no memory.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ FOUR_BIT_BYTES = 4.127 / 8  # of a weight: nf4 with double quantisation (arXiv:2
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one trial: bytes of the base, number of trained weights, bytes that one image's forward pass leaves for the
-    backward pass, and bytes of the keys and values with which one image is evaluated."""
+    """Sizes of one trial, independent of batch sizes and workers."""
 
     base: float
+    """Bytes of the base's weights."""
     trained: int
+    """Number of trained weights."""
     activations: float
+    """Bytes that one image's forward pass keeps for the backward pass."""
     evaluation: float
+    """Bytes of keys and values in the evaluation of one image."""
 
 
 def memory_needed(
     sizes: Sizes, trial: TrialSettings, workers: int, on_gpu: bool, eval_batch_size: int
 ) -> dict[str, float]:
-    """GiB of one worker by what takes them.
+    """GiB that one worker needs, by purpose.
 
     A trained weight is float32: 4 bytes, 4 for its gradient, 8 for AdamW's moments (2 in 8 bit). ZeRO
-    (arXiv:1910.02054) shares moments out over the workers from stage 1 on, gradients in stage 2; DeepSpeed adds a copy
+    (arXiv:1910.02054) divides moments among the workers from stage 1 on, gradients in stage 2. DeepSpeed adds a copy
     of a worker's own weights and a bucket for the reduction (two where it overlaps the backward pass of a GPU).
     """
     trained, stage = sizes.trained, trial.zero_stage
@@ -50,7 +53,7 @@ def memory_needed(
         "trained": 4 * trained + (4 * trained / shared if stage else 0),
         "gradients": 4 * trained / (shared if stage == 2 else 1) + bucket,
         "AdamW": 0 if trial.offload_optimizer and on_gpu else trained * (2 if "8bit" in trial.optim else 8) / shared,
-        "activations": max(training, sizes.evaluation * eval_batch_size),  # never both at a time
+        "activations": max(training, sizes.evaluation * eval_batch_size),  # never both at once
     }
     return {part: size / GIB for part, size in taken.items()}
 
@@ -58,10 +61,13 @@ def memory_needed(
 def measure(
     settings: ModelSettings, trial: TrialSettings, on_gpu: bool, samples: Sequence[Sample], candidates: Sequence[str]
 ) -> Sizes:
-    """A trial's sizes from the model's shapes, on torch's meta device.
+    """A trial's sizes, from the model's shapes on torch's meta device.
 
     Activations are those of the language model over the longest prompt: the vision tower is frozen, and the head sees
-    the answer's tokens only. Raises ValueError where a part of the model or a module for the adapter is not found.
+    the answer's tokens only.
+
+    Raises:
+        ValueError: a part of the model or a module for the adapter does not exist.
     """
     import torch
 
@@ -101,7 +107,7 @@ def measure(
 
 
 def skeleton(settings: ModelSettings, dtype: Any) -> Any:
-    """The base (`train_fn.model.base.Base`) without weights. dtype: for settings that leave it to the device."""
+    """A `train_fn.model.base.Base` without weights. dtype: the number format where the settings say "auto"."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -120,29 +126,27 @@ def skeleton(settings: ModelSettings, dtype: Any) -> Any:
     return bases.Base(
         model=model.requires_grad_(False),
         processor=bases.load_processor(directory, settings),
-        vision_tower=bases.find_part(model, bases.VISION_TOWERS, "vision tower", settings.vision_tower),
-        projector=bases.find_part(model, bases.PROJECTORS, "projector", settings.projector),
-        language_model=bases.find_part(model, bases.LANGUAGE_MODELS, "language model", settings.language_model),
         device=torch.device("meta"),
         settings=settings,
+        **bases.find_parts(model, settings),
     )
 
 
 def saved_bytes(base: Any, tokens: int) -> int:
-    """Bytes that autograd keeps of one sequence in the adapted language model, weights apart."""
+    """Bytes that autograd keeps of one sequence in the adapted language model, without the weights."""
     import torch
 
-    weights = {parameter.untyped_storage()._cdata for parameter in base.model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
+    # All tensors of one memory return the same storage object while that object is held.
+    weights = {parameter.untyped_storage() for parameter in base.model.parameters()}
+    saved: set[torch.UntypedStorage] = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()  # kept, so that no other one gets its address
-        saved[storage._cdata] = storage
+        saved.add(tensor.untyped_storage())
         return tensor
 
     width = base.model.get_input_embeddings().weight.shape[1]
     embedded = torch.empty(1, tokens, width, dtype=base.model.dtype, device=base.device)
-    # Ready-made: transformers would look into one of its own, and on the meta device there is nothing to see.
+    # transformers would read the values of a mask that it makes itself, and on the meta device there are none.
     mask: Any = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=base.device)
     if base.needs_no_mask:
         mask = {"full_attention": None}
@@ -152,12 +156,12 @@ def saved_bytes(base: Any, tokens: int) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         language_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
-    return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
+    return sum(storage.nbytes() for storage in saved - weights)
 
 
 def fused_attention(query: Any, key: Any, value: Any, *others: Any, **options: Any) -> Any:
-    """What a fused attention keeps: its inputs and its output. On the meta device torch takes the plain one, which
-    keeps all probabilities."""
+    """Attention that keeps its inputs and its output for the backward pass, as a fused kernel does. On the meta device
+    torch would take the plain one, which keeps all probabilities."""
     import torch
 
     class Fused(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What a trial leaves on disk."""
+"""The files of a trial: checkpoints of the adapter, the final adapter, and the log of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint-N/` and remove the oldest beyond `save_total_limit`."""
     directory = output / f"checkpoint-{log.step}"
-    partial = output / f".checkpoint-{log.step}"  # a half-written one must not look like one
+    partial = output / f".checkpoint-{log.step}"  # an unfinished checkpoint must not look like one
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(base, model, settings, partial)
     log.save(partial)
@@ -33,15 +33,15 @@ def save_checkpoint(
 
 def checkpoints(output: Path, storage: Storage) -> list[Path]:
     """The folders `checkpoint-N/` of a trial, the oldest first."""
-    found = [name for name in storage.names(output) if name.startswith("checkpoint-")]
-    return [output / name for name in sorted(found, key=lambda name: int(name.rpartition("-")[2]))]
+    names = [name for name in storage.names(output) if name.startswith("checkpoint-")]
+    return [output / name for name in sorted(names, key=lambda name: int(name.rpartition("-")[2]))]
 
 
 def save_final(
     base: Base, model: Any, settings: TrialSettings, splits: Splits, log: History, output: Path, storage: Storage
 ) -> None:
-    """Write `final_model/`, with its task.json, and trainer_state.json; both are on the disk when this returns."""
-    partial = output / ".final_model"  # a half-written one must never become a winner's
+    """Write `final_model/` with its task.json, and trainer_state.json. Both are on the disk when this returns."""
+    partial = output / ".final_model"  # an unfinished adapter must never become a winner's
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(base, model, settings, partial)
     save_task(base, splits, partial)
@@ -53,7 +53,7 @@ def save_final(
 
 
 def save_task(base: Base, splits: Splits, directory: Path) -> None:
-    """Write task.json beside an adapter: base, question and candidates, so that `train_fn.predict` need not ask."""
+    """Write task.json beside an adapter: base, question and candidates, the defaults of `train_fn.predict`."""
     questions = Counter(sample.text for sample in splits.train)
     task = {
         "model": dataclasses.asdict(base.settings),
@@ -63,22 +63,29 @@ def save_task(base: Base, splits: Splits, directory: Path) -> None:
     write_json(directory / "task.json", task)
 
 
+@dataclasses.dataclass
 class History:
     """A trial's log, in the form of the Hugging Face Trainer's trainer_state.json."""
 
-    def __init__(self) -> None:
-        self.step = 0
-        self.entries: list[dict[str, float]] = []
-        self.told = 0
-        self.recent: list[float] = []  # losses of the steps since the last entry on training
+    step: int = 0
+    entries: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    num_reported: int = 0
+    """Entries that a report has carried."""
+    recent: list[float] = dataclasses.field(default_factory=list)
+    """Losses of the steps since the last entry on training."""
 
     def add(self, **values: float) -> None:
         """Append an entry for the present step."""
         self.entries.append({**values, "step": self.step})
 
+    def take_recent_loss(self) -> float:
+        """The mean training loss since the last call."""
+        loss, self.recent = sum(self.recent) / len(self.recent), []
+        return loss
+
     def take_new(self) -> list[dict[str, float]]:
         """Entries since the last call."""
-        fresh, self.told = self.entries[self.told :], len(self.entries)
+        fresh, self.num_reported = self.entries[self.num_reported :], len(self.entries)
         return fresh
 
     def save(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The base as it was loaded: noted, restored, compared."""
+"""The base as it was loaded: a snapshot, restored after each trial and compared before each trial."""
 
 from __future__ import annotations
 
@@ -10,27 +10,18 @@ import torch
 from train_fn.model.base import Base
 
 
+class BaseChanged(RuntimeError):
+    """The base is not as it was loaded: an earlier trial has left something on it. The worker must load it again."""
+
+
 class Snapshot(NamedTuple):
-    """What a base consisted of at one moment. Holds no copies of weights."""
+    """Modules, parameters, buffers, hooks and flags of a base at one moment. Holds no copies of weights."""
 
     modules: dict[str, tuple[torch.nn.Module, dict[str, Any]]]
-    """By full name: the module and its attributes."""
+    """The module and its attributes, by full name."""
     weights: dict[str, tuple]
-    """`weight_facts` of the model."""
+    """The model's `weight_facts`."""
     autocasts: bool
-
-
-class BaseChanged(RuntimeError):
-    """The base is not as it was loaded: an earlier trial has left something on it. The worker must load it anew."""
-
-
-def snapshot(base: Base) -> Snapshot:
-    """What the base consists of now: modules, parameters, buffers, hooks and flags. Copies no weights."""
-    modules = {
-        name: (module, {key: copy.copy(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
-        for name, module in base.model.named_modules()
-    }
-    return Snapshot(modules, weight_facts(base.model), base.autocasts)
 
 
 def pristine(base: Base) -> Snapshot:
@@ -39,15 +30,24 @@ def pristine(base: Base) -> Snapshot:
     return base.as_loaded
 
 
+def snapshot(base: Base) -> Snapshot:
+    """The base as it is now."""
+    modules = {
+        name: (module, {key: copy.copy(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
+        for name, module in base.model.named_modules()
+    }
+    return Snapshot(modules, weight_facts(base.model), base.autocasts)
+
+
 def weight_facts(model: torch.nn.Module) -> dict[str, tuple]:
-    """By parameter name: where its values lie, their format and shape, and whether it is trained."""
+    """Address, format and shape of each parameter, and whether it is trained, by name."""
     return {
         name: (p.data_ptr(), p.dtype, p.shape, p.requires_grad, p.grad is None) for name, p in model.named_parameters()
     }
 
 
 def restore(base: Base, before: Snapshot) -> None:
-    """Undo every change to the base's modules, parameters, buffers, hooks and flags since the snapshot."""
+    """Undo every change to the base since the snapshot."""
     base.autocasts = before.autocasts
     for module, attributes in before.modules.values():
         now = vars(module)
@@ -63,23 +63,29 @@ def restore(base: Base, before: Snapshot) -> None:
 
 
 def changes(base: Base, before: Snapshot) -> list[str]:
-    """The full names of modules and parameters that are not as they were: an adapter layer, a hook, another format."""
+    """Full names of the modules and parameters that differ from the snapshot: an adapter layer, a hook, another
+    format."""
     now = snapshot(base)
-    found = {name for name, (module, _) in now.modules.items() if before.modules.get(name, (None,))[0] is not module}
-    # What every module has: parameters, children, hooks. A forward pass may replace buffers.
-    compared = [key for key, value in vars(torch.nn.Module()).items() if isinstance(value, dict) and key != "_buffers"]
+    changed = {name for name, (module, _) in now.modules.items() if before.modules.get(name, (None,))[0] is not module}
+    # The dictionaries that every module has: parameters, children, hooks.
+    compared = [key for key, value in vars(torch.nn.Module()).items() if isinstance(value, dict)]
     for name, (module, then) in before.modules.items():
         if any(identities(then[key]) != identities(vars(module)[key]) for key in compared):
-            found.add(name)
-    found |= {name for name, facts in now.weights.items() if before.weights.get(name) != facts}
-    return sorted(found) + ["autocast"] * (now.autocasts != before.autocasts)
+            changed.add(name)
+    changed |= {name for name, facts in now.weights.items() if before.weights.get(name) != facts}
+    return sorted(changed) + ["autocast"] * (now.autocasts != before.autocasts)
 
 
 def identities(held: dict[Any, Any]) -> dict[Any, int]:
-    """Which objects a dictionary holds, without the hooks that transformers adds at the first forward pass."""
-    return {
-        key: id(value)
-        for key, value in held.items()
-        if isinstance(value, torch.nn.Module | torch.Tensor)
-        or not getattr(value, "__module__", "").startswith("transformers.")
-    }
+    """Identities of the modules, parameters and hooks in a dictionary.
+
+    Left out are buffers, which a forward pass may replace, and the hooks that transformers adds at the first one.
+    """
+
+    def compared(value: Any) -> bool:
+        if isinstance(value, torch.nn.Module | torch.nn.Parameter):
+            return True
+        is_buffer = value is None or isinstance(value, torch.Tensor)
+        return not (is_buffer or getattr(value, "__module__", "").startswith("transformers."))
+
+    return {key: id(value) for key, value in held.items() if compared(value)}

@@ -1,4 +1,4 @@
-"""What an unfinished trial goes on from."""
+"""The saved state of an unfinished trial: written at points of the training, read again after a kill."""
 
 from __future__ import annotations
 
@@ -12,51 +12,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from train_fn.settings import TrialSettings
 from train_fn.support.files import DamagedFile, read_checked, write_checked
+from train_fn.support.ranks import gather, world
 from train_fn.support.storage import Storage
 from train_fn.trial.engine import engine_state
-from train_fn.trial.ranks import world
 
 STATE_SUFFIX = ".state"
 
 
 class ResumeState:
-    """`state/` of an unfinished trial: one file per rank and point, the last two of which are kept: ranks may be killed
-    between their writes."""
+    """`state/` of an unfinished trial: one file for each rank and point.
+
+    The last two points are kept, because ranks may be killed between their writes.
+    """
 
     def __init__(self, output: Path | None, storage: Storage, settings: TrialSettings) -> None:
         self.directory = output / "state" if output else None
         self.storage = storage
         self.rank, self.world_size = world()
-        # A micro-batch that was halved for want of memory changes nothing that is kept here.
+        # A micro-batch that was halved because memory ran out changes nothing in the state.
         micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": settings.global_batch_size}
         self.settings = json.loads(json.dumps(dataclasses.asdict(settings) | micro))
         self.notes: list[str] = []
+        """Points that were damaged, after `load`."""
 
     def points(self) -> list[str]:
-        """Points of which every rank's file is there, in order."""
+        """Points with a file of every rank, in order."""
         names = self.storage.names(self.directory) if self.directory else []
         points = Counter(name.partition("-")[0] for name in names if name.endswith(STATE_SUFFIX))
         return sorted(point for point, count in points.items() if count == self.world_size)
 
     def save(self, progress: dict[str, Any], engine: Any) -> None:
-        """Write this rank's file, aside and then renamed, and remove this rank's from before the last."""
+        """Write this rank's file of a point, and remove its files of all points before the last two.
+
+        Args:
+            progress: how far training has come, as JSON values; "step" and "losses" decide the point.
+        """
         if self.directory is None:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         # An epoch's last step and its end, evaluation included, are two points.
         point = f"{2 * progress['step'] + (not progress['losses']):08d}"
-        told = json.dumps(progress | {"settings": self.settings, "point": point, "rank": self.rank})
-        drawn = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-        random_state = {"cpu": torch.get_rng_state(), **drawn}
-        content = {"progress": told, "engine": engine_state(engine), "random": random_state}
-        path = self.file(point)
-        # To an open file: given a path, torch writes it itself, and a full disk is no OSError.
-        write_checked(path, lambda file: torch.save(content, file))
-        self.storage.push(path)
+        text = json.dumps(progress | {"settings": self.settings, "point": point, "rank": self.rank})
+        random_state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random_state["cuda"] = torch.cuda.get_rng_state()
+        content = {"progress": text, "engine": engine_state(engine), "random": random_state}
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_checked(self.file(point), buffer.getbuffer())
+        self.storage.push(self.file(point))
         for old in self.own_files()[:-2]:
             self.storage.remove(old)
 
@@ -71,38 +78,32 @@ class ResumeState:
         return sorted(self.directory.glob(f"*-{self.rank}{STATE_SUFFIX}"))
 
     def load(self) -> dict[str, Any] | None:
-        """This rank's newest state that every rank can read, if its trial is the same; `notes` says what was damaged.
+        """This rank's part of the newest state that every rank can read; None if there is none, or it is of a trial
+        with other settings.
 
-        Every rank gets the same point. Damaged points, and those after the one that is taken, are removed.
+        Every rank gets the same point. Damaged points and all later ones are removed, and `notes` has them.
         """
-        points = [self.points() if self.rank == 0 else []]
-        if self.world_size > 1:
-            dist.broadcast_object_list(points, src=0)
+        points = gather(self.points() if self.rank == 0 else [])[0]  # rank 0 decides for all
         if self.directory is None:
             return None
         self.directory.mkdir(parents=True, exist_ok=True)
-        for point in reversed(points[0]):
+        for point in reversed(points):
             content = self.read(point)
             if content is None and self.storage.uri:  # the copy on object storage may be sound
                 path = self.file(point)
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 content = self.read(point)
-            readable = [content is not None]
-            if self.world_size > 1:
-                all_readable: list[Any] = [None] * self.world_size
-                dist.all_gather_object(all_readable, readable[0])
-                readable = all_readable
-            if all(readable):
+            if all(gather(content is not None)):
                 return content if content and content["settings"] == self.settings else None
             self.notes.append(f"the saved state at point {int(point)} was damaged: an older one was taken, if any")
             self.storage.remove(self.file(point))
         return None
 
     def read(self, point: str) -> dict[str, Any] | None:
-        """This rank's content of a point; None when it is damaged, or of another one. Nothing in it is executed."""
+        """This rank's content of a point; None if the file is damaged or of another point. Executes nothing in it."""
         path = self.file(point)
         try:
-            self.storage.pull(path)  # this node may have had other points, or none
+            self.storage.pull(path)  # this node may hold other points, or none
             content = torch.load(io.BytesIO(read_checked(path)), map_location="cpu", weights_only=True)
         except (DamagedFile, FileNotFoundError, IsADirectoryError, pickle.UnpicklingError, RuntimeError, ValueError):
             return None
@@ -110,6 +111,6 @@ class ResumeState:
         return content if (content["point"], content["rank"]) == (point, self.rank) else None
 
     def remove(self) -> None:
-        """The trial is over."""
+        """Remove the state of a finished trial."""
         if self.directory is not None and self.rank == 0:
             self.storage.remove(self.directory)

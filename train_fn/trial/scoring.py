@@ -1,4 +1,7 @@
-"""Scoring a part of the data with the adapted base, or with a saved adapter."""
+"""Scores of a part of the data, with the adapted base or with a saved adapter.
+
+Shapes: N images, C candidate answers.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from train_fn.data.samples import Splits
 from train_fn.model.base import Base
 from train_fn.scoring.evaluation import predict
 from train_fn.scoring.scores import metrics_of
+from train_fn.support.ranks import gather
 from train_fn.trial.adapter_files import load_adapter
-from train_fn.trial.ranks import world
 
 
 def evaluate(
@@ -24,30 +26,26 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of the adapted base on one part of the data."""
     samples = getattr(splits, part)
-    predicted = predict(base, samples, splits.candidates, batch_size, *world())
+    predicted = predict(base, samples, splits.candidates, batch_size)
     return metrics_of(predicted, samples, splits, class_balanced, positive)
 
 
 def score_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, np.ndarray]:
     """Losses [N] and scores [N, C] of a saved adapter on one part of the data."""
     with load_adapter(base, adapter):
-        return predict(base, getattr(splits, part), splits.candidates, batch_size, *world())
+        return predict(base, getattr(splits, part), splits.candidates, batch_size)
 
 
 def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, Any]:
-    """Losses and scores as `score_adapter`, or {"error": ...} on every rank when a rank cannot load the adapter."""
+    """The result of `score_adapter`, or {"error": ...} on every rank when a rank cannot load the adapter."""
     with contextlib.ExitStack() as stack:
         error = ""
         try:
             stack.enter_context(load_adapter(base, adapter))
         except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as failure:
             if isinstance(failure, (torch.OutOfMemoryError, torch.AcceleratorError)):
-                raise  # the device's fault, not the adapter's
+                raise  # a fault of the device, not of the adapter
             error = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        errors = [error]
-        if world()[1] > 1:  # all ranks predict together, or none does
-            errors = [""] * world()[1]
-            dist.all_gather_object(errors, error)
-        if any(errors):
-            return {"error": next(filter(None, errors))}
-        return predict(base, getattr(splits, part), splits.candidates, batch_size, *world())
+        if errors := list(filter(None, gather(error))):  # all ranks predict, or none
+            return {"error": errors[0]}
+        return predict(base, getattr(splits, part), splits.candidates, batch_size)

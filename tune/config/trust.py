@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.copies import cache_folder
 from train_fn.settings import SHOWN
+from train_fn.support.cache import cache_folder
 from train_fn.support.files import write_file
 from tune.config.space import SpaceError, is_own, space_hash
 

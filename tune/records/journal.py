@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.support.files import sync_folder
-from train_fn.support.storage import patiently
+from train_fn.support.storage import retry_on_os_error
 
 Event = dict[str, Any]
 
@@ -167,7 +167,7 @@ class Journal:
     def write(self, kind: str, **fields: Any) -> Event:
         """Append an event and flush it to the disk; retry while the disk fails. Returns the event as it reads back."""
         line = encode({"event": kind, "time": time.time(), **fields, "seq": self._next_seq})
-        patiently(lambda: self._append(line + b"\n"), lambda text: logging.getLogger(__name__).warning(text))
+        retry_on_os_error(lambda: self._append(line + b"\n"), lambda text: logging.getLogger(__name__).warning(text))
         event = decode(line)
         assert event is not None
         self._next_seq += 1

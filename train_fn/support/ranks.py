@@ -1,8 +1,9 @@
-"""The processes of a trial."""
+"""The processes of a trial: ranks, seeds and means over ranks."""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,22 @@ def world() -> tuple[int, int]:
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed every generator that training draws from; dropout differs by rank, as its images do."""
+    """Seed every generator that training uses. torch's, which draws dropout, differs by rank, as the images do."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed + 100_003 * rank)
 
 
+def gather(value: Any) -> list[Any]:
+    """The value of each rank, on every rank. Values are pickled."""
+    values = [value] * world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """The mean of each number over the ranks. Every rank gets the same answer, so all decide alike on it."""
+    """The mean of each number over the ranks. Every rank gets the same result, so all take the same decisions on it."""
     _, world_size = world()
     if world_size == 1:
         return values
