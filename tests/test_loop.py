@@ -99,7 +99,7 @@ def test_same_numbers_whatever_trial_came_before(base, splits) -> None:
 
 
 def test_applied_is_what_was_asked(base, splits) -> None:
-    one, two = train(base, splits, SHORT)[0]["applied"], train(base, splits, PROJECTOR)[0]["applied"]
+    one, two = train(base, splits, SHORT)[0].applied, train(base, splits, PROJECTOR)[0].applied
     assert (one["lora_r"], one["lora_alpha"], one["learning_rate"], one["train_projector"]) == (4, 8, 1e-3, False)
     assert (two["lora_r"], two["lora_alpha"], two["projector_learning_rate"], two["train_projector"]) == (
         8,
@@ -130,10 +130,10 @@ def test_a_setting_that_does_not_arrive_fails_the_trial(base) -> None:
 
 def test_micro_batches_do_not_change_the_step(base, splits) -> None:
     settings = replace(SHORT, lora_dropout=0.0)
-    by_two = train(base, splits, settings)[0]["metrics"]
+    by_two = train(base, splits, settings)[0].metrics
     by_eight = train(base, splits, replace(settings, per_device_train_batch_size=8, gradient_accumulation_steps=2))[0]
-    assert by_two["loss"] == pytest.approx(by_eight["metrics"]["loss"], abs=1e-4)
-    assert by_two["train_loss"] == pytest.approx(by_eight["metrics"]["train_loss"], abs=1e-4)
+    assert by_two["loss"] == pytest.approx(by_eight.metrics["loss"], abs=1e-4)
+    assert by_two["train_loss"] == pytest.approx(by_eight.metrics["train_loss"], abs=1e-4)
 
 
 def test_no_module_to_adapt_fails_the_trial(base, splits) -> None:
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_fails_the_trial(base, splits) -> None:
     with pytest.raises(TrialFailed, match="lower the learning rate"):
         large = {"lora_alpha": 1e6, "learning_rate": 10.0, "loraplus_lr_ratio": 1e6, "max_grad_norm": 0.0}
         train(base, splits, replace(SHORT, num_train_epochs=4, **large))
-    assert np.isfinite(train(base, splits, SHORT)[0]["metrics"]["loss"])
+    assert np.isfinite(train(base, splits, SHORT)[0].metrics["loss"])
 
 
 def test_open_answers_are_trained_and_scored_by_their_loss(base, splits, tmp_path) -> None:
@@ -228,7 +228,7 @@ def test_candidate_scores_equal_a_full_forward_pass(base, splits) -> None:
 
 @pytest.mark.parametrize("settings", [SHORT, PROJECTOR], ids=["adapter", "adapter and projector"])
 def test_saved_adapter_gives_the_trials_scores(base, splits, tmp_path, settings) -> None:
-    trained = train(base, splits, settings, tmp_path)[-1]["metrics"]
+    trained = train(base, splits, settings, tmp_path)[-1].metrics
     before = weights(base)
     predicted = score_adapter(base, splits, "validation", 16, tmp_path / "final_model")
     found = metrics_of(predicted, splits.validation, splits, True, "Malignant")
@@ -317,7 +317,7 @@ def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monk
     again = train(base, splits, settings, tmp_path / "killed")
     # From the last checkpoint: of every third step, or of the epoch's end (two steps).
     saved = max([s for s in range(killed_in) if s % 2 == 0 or s % 3 == 0])
-    assert steps_done == list(range(saved + 1, whole[-1]["step"] + 1))
+    assert steps_done == list(range(saved + 1, whole[-1].step + 1))
     told = {report.epoch: report for report in reports + again}
     assert [told[report.epoch].metrics for report in whole] == [report.metrics for report in whole]
     assert [told[report.epoch].log for report in whole] == [report.log for report in whole]
@@ -425,7 +425,7 @@ def test_the_state_of_other_settings_is_not_resumed(base, splits, tmp_path) -> N
     with pytest.raises(Killed):
         run_trial(base, splits, LONG, lambda report: (_ for _ in ()).throw(Killed()), output=tmp_path)
     other = replace(LONG, learning_rate=2e-3)
-    assert train(base, splits, other, tmp_path)[-1]["metrics"] == train(base, splits, other)[-1]["metrics"]
+    assert train(base, splits, other, tmp_path)[-1].metrics == train(base, splits, other)[-1].metrics
 
 
 def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, tmp_path) -> None:
@@ -439,7 +439,7 @@ def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, 
         return False
 
     run_trial(base, splits, settings, report, positive="Malignant", output=tmp_path, profile=True, trace=True)
-    assert [one["metrics"] for one in told] == [one["metrics"] for one in plain]
+    assert [one.metrics for one in told] == [one.metrics for one in plain]
     seconds = told[-1].seconds
     inside = sum(seconds[f"profile_{name}"] for name in ("data", "forward", "backward", "optimizer", "communication"))
     assert 0 < inside <= seconds["train"]
@@ -480,10 +480,10 @@ def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) ->
         return collate_plainly(base, chosen, with_answers)
 
     monkeypatch.setattr(loop, "collate", spy)
-    sorted_loss = train(base, splits, settings)[0]["metrics"]["train_loss"]
+    sorted_loss = train(base, splits, settings)[0].metrics["train_loss"]
     assert sorted(number for batch in batches for number in batch) == list(range(8))
     assert all(len({number % 2 for number in batch}) == 1 for batch in batches), batches
     monkeypatch.setattr(loop, "prompt_size", lambda base, sample: 0)
     batches.clear()
-    assert train(base, splits, settings)[0]["metrics"]["train_loss"] == pytest.approx(sorted_loss, rel=1e-5)
+    assert train(base, splits, settings)[0].metrics["train_loss"] == pytest.approx(sorted_loss, rel=1e-5)
     assert any(len({number % 2 for number in batch}) == 2 for batch in batches)

@@ -18,7 +18,7 @@ from studies import ROOT
 from tune.config.paths import SettingsError
 from tune.lanes import machine
 from tune.lanes.machine import LONGEST_FOLDER, allowed_cores, cgroup_limits, cluster_problem, private_folder
-from tune.lanes.ray_start import check_address
+from tune.lanes.ray_start import check_address, watch_control_service
 from tune.study import discard
 
 # ------------------------------------------------------------------------------------------------ RAY_ADDRESS
@@ -191,3 +191,20 @@ def test_a_folder_that_cannot_be_used_is_replaced(monkeypatch, tmp_path, name, p
     monkeypatch.setenv(name, str(given))
     folder = private_folder()
     assert folder.parent == Path("/tmp") and len(os.fsencode(folder)) <= LONGEST_FOLDER
+
+
+def test_a_study_ends_with_one_sentence_when_the_control_service_has_died(monkeypatch, tmp_path: Path) -> None:
+    import ray
+
+    lines: list[str] = []
+    codes: list[int] = []
+    ended = threading.Event()
+    monkeypatch.setattr(ray, "is_initialized", lambda: not codes)
+    monkeypatch.setattr("os._exit", lambda code: (codes.append(code), ended.set()))
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        address = f"127.0.0.1:{service.getsockname()[1]}"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+        watch_control_service(tmp_path / "my study", lines.append)
+        assert not ended.wait(0.5)
+    assert ended.wait(10) and codes == [130]
+    assert len(lines) == 1 and lines[0].endswith(f"--results {tmp_path} --resume 'my study'")

@@ -24,7 +24,7 @@ from train_fn.trial.scoring import score_adapter
 SHORT = TrialSettings(num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=1e-3)
 
 
-def train(base, splits, settings: TrialSettings, output=None) -> dict:
+def train(base, splits, settings: TrialSettings, output=None) -> EpochReport:
     reports: list[EpochReport] = []
     run_trial(base, splits, settings, lambda report: reports.append(report) or False, output=output)
     return reports[-1]
@@ -61,7 +61,7 @@ def test_option_reaches_the_engine_and_the_adapter_comes_back(base, splits, tmp_
 def test_gradient_checkpointing_does_not_change_the_numbers(base, splits) -> None:
     plain = train(base, splits, replace(SHORT, lora_dropout=0.0))
     saving = train(base, splits, replace(SHORT, lora_dropout=0.0, gradient_checkpointing=True))
-    assert saving["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-5)
+    assert saving.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-5)
 
 
 def test_compiled_layers_train_the_same(base, splits, monkeypatch) -> None:
@@ -72,9 +72,9 @@ def test_compiled_layers_train_the_same(base, splits, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters.clear()
     compiled = train(base, splits, replace(SHORT, lora_dropout=0.0, torch_compile=True, gradient_checkpointing=True))
-    assert compiled["applied"]["torch_compile"] and not plain["applied"]["torch_compile"]
+    assert compiled.applied["torch_compile"] and not plain.applied["torch_compile"]
     assert 1 <= counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
-    assert compiled["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-4)
+    assert compiled.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-4)
     assert not any(map(is_compiled, base.model.modules()))
 
 
@@ -136,7 +136,7 @@ def test_float16_without_zero_is_refused(base, splits) -> None:
 def test_offloading_does_not_change_the_numbers(base, splits) -> None:
     plain = train(base, splits, SHORT)
     offloaded = train(base, splits, replace(SHORT, offload_optimizer=True))
-    assert offloaded["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], abs=1e-5)
+    assert offloaded.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def trained(request, base, splits, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
     if request.param != "nano":
         base = load_base(ModelSettings(model=f"{FIXTURES}/checkpoint"), torch.device("cpu"))
-    reports: list[dict] = []
+    reports: list = []
     run_trial(base, splits, TRIAL, lambda report: reports.append(report) or False, output=output)
     adapter = output / "final_model"
     return request.param, base, adapter, score_adapter(base, splits, "test", 16, adapter)["scores"]

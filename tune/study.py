@@ -19,7 +19,7 @@ from tune.config.space import SpaceError, searched_settings
 from tune.confirm import confirm, confirmations_left
 from tune.final_test import choose_and_score, chosen_for_test, is_tested
 from tune.lanes.layout import Layout, joins_cluster, plan_layout
-from tune.lanes.ray_start import session_folder, start_ray
+from tune.lanes.ray_start import session_folder, start_ray, watch_control_service
 from tune.plan.prepare import Study
 from tune.records.budgets import exhausted_budget, last_time
 from tune.records.end_state import DONE_STATES
@@ -120,6 +120,7 @@ def set_up(study: Study, say: Callable[[str], None]) -> Layout:
     import ray
 
     if not joins_cluster():
+        watch_control_service(study.directory, say)
         with contextlib.suppress(PermissionError):  # another user's folder
             study.directory.chmod(0o700)  # on a cluster, nodes may work under other accounts
     try:

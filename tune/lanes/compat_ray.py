@@ -9,10 +9,10 @@ from typing import Any
 import ray._private.services
 import ray._private.worker
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.tune.execution import class_cache
 
 SESSIONS_FOLDER = "_temp_dir"
-"""Option of `ray.init`: where Ray puts its sessions. RAY_TMPDIR would also move the temporary files of the workers."""
+"""Option of `ray.init`: folder of Ray's sessions. RAY_TMPDIR would do the same, but it is the user's: a second start in
+the same process would take the value of the first for the user's."""
 
 needs_token = is_token_auth_enabled
 """Whether this Ray answers only to those who have its token: RAY_AUTH_MODE, a token's file and a default decide."""
@@ -42,6 +42,8 @@ def keep_keys_out_of_logs() -> None:
 
     Workers of this machine inherit the variables, those of others have their own.
     """
+    from ray.tune.execution import class_cache
+
     names = class_cache.ENV_VARS_TO_PROPAGATE
     names.difference_update([name for name in names if name.startswith("AWS_")])
 

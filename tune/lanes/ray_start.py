@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tune.config.paths import SettingsError
 from tune.config.settings import Settings
 from tune.lanes.layout import joins_cluster
-from tune.lanes.machine import allowed_cores, cluster_problem, private_folder
+from tune.lanes.machine import ANSWER_S, allowed_cores, cluster_problem, private_folder
+from tune.results.terminal import give_back_terminal
 
 
 def start_ray(settings: Settings) -> dict[str, float]:
@@ -83,6 +89,36 @@ def start_ray(settings: Settings) -> dict[str, float]:
         logging.getLogger("optuna").setLevel(logging.ERROR)
         compat_ray.log_raylet_errors()
     return ray.cluster_resources()
+
+
+def watch_control_service(directory: Path, say: Callable[[str], None]) -> None:
+    """End this process when the control service of this machine's Ray has died. Calls to Ray then hang, and after a
+    minute of them Ray would end the process with messages of its own.
+
+    Args:
+        directory: the study's folder.
+        say: prints a line of the study's output.
+    """
+    import ray
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def watch() -> None:
+        while ray.is_initialized():
+            refused = False
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+            except OSError as error:  # of a busy machine, unless nobody listens
+                refused = isinstance(error, ConnectionRefusedError)
+            time.sleep(1)
+            if refused and ray.is_initialized():  # not at Ray's own shutdown
+                command = ["python", "tune/run.py", "--results", str(directory.parent), "--resume", directory.name]
+                say(f"Ray's control service has died. Ended trials are safe. Do the rest: {shlex.join(command)}")
+                give_back_terminal(terminals)
+                os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_address(address: str) -> None:
