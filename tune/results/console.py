@@ -27,11 +27,10 @@ def print_summary(outcome: Outcome) -> None:
     print_table(title, ["trial", *summary.parameters, *summary.metrics, "train s", "state"], rows, justify="right")
     print_lines(search_lines(summary))
     if tests:
-        title = f"Test scores (95 % bootstrap interval), {summary.study['test_note']}"
         rows = [
             [name, *(format_score(scores[name]) for scores in tests.values())] for name in next(iter(tests.values()))
         ]
-        print_table(title, ["metric", *map(summary.title, tests)], rows)
+        print_table("Test scores (95 % bootstrap interval)", ["metric", *map(summary.title, tests)], rows)
     print_lines(result_lines(summary))
 
 
@@ -81,7 +80,8 @@ def search_lines(summary: Summary) -> list[str]:
 def result_lines(summary: Summary) -> list[str]:
     """How the study ended, where its results are, and commands to type next."""
     study, next_step = summary.study, list(summary.commands)[-1]
-    lines = [summary.explanation] if summary.winner else []
+    lines = [f"The test images were {study['test_note']}."] if study["test"] else []
+    lines += [summary.explanation] if summary.winner else []
     lines += [f"Ended by an error: {study['error']}."] if study["error"] else []
     lines += [f"Ended because {study['ended_by']}."] if study["ended_by"] else []
     lines += [f"Note: {note}" for note in study["notes"]]
