@@ -308,7 +308,7 @@ def test_errors_of_the_operating_system_become_sentences(monkeypatch, capsys) ->
             script.main([])
 
 
-def test_the_cache_folder_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None:
+def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None:
     from train_fn.data.copies import cache_folder
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))

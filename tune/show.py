@@ -54,13 +54,13 @@ def show(directory: Path) -> Outcome:
     for note in journal.notes():
         outcome.note(note)
     ended = bool(events) and events[-1]["event"] == "study_ended"
-    if running:
+    if outcome.running:
         outcome.note("the study is running")
     elif not ended:
         outcome.note("the study was interrupted" if events else f"{path} is missing or empty: there are no trials")
-        outcome.incomplete = True
         for record in outcome.records:
             record.state = "INTERRUPTED" if record.state == "RUNNING" else record.state
+    outcome.incomplete |= not outcome.running and not ended
     try:
         # Not `pick_winner`: a file that is missing here may lie on object storage.
         outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)

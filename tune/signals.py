@@ -77,7 +77,7 @@ class StopSignals:
 
 
 def writes_event(frame: FrameType | None) -> bool:
-    """Whether a frame is in `Journal.write`, other than waiting there for a failing disk."""
+    """Whether a frame is within `Journal.write`, but does not wait there for a disk that fails."""
     if frame is None or frame.f_code is patiently.__code__:
         return False
     while frame is not None:

@@ -135,9 +135,10 @@ def set_up(study: Study, say: Callable[[str], None]) -> Layout:
     for sentence in study.data_report.sentences():
         say(f"Data: {sentence}")
     say(f"Starting the lanes (logs in {session_logs()})")
-    present, needed = int(resources.get("GPU", 0)), math.ceil(layout.lanes * layout.devices_per_trial)
-    if layout.use_gpu and present < needed:
-        say(f"The cluster has {present} of {needed} GPUs: the lanes wait until its autoscaler has brought the rest")
+    there, wanted = int(resources.get("GPU", 0)), layout.lanes * layout.devices_per_trial
+    if layout.use_gpu and there < wanted:
+        awaited = f"the {math.ceil(wanted)} GPUs: the lanes wait until its autoscaler has brought the rest"
+        say(f"The cluster has {there} of {awaited}")
     return layout
 
 

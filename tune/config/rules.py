@@ -56,7 +56,6 @@ def rules_between(settings: Settings) -> list[Rule]:
         ("folds", study.folds != 1, "must be at least 2", "0 confirms over seeds"),
         ("folds", not study.folds or study.confirm > 0, "needs --confirm", "add --confirm 3"),
         ("metric", len(set(goals)) == len(goals), "must name each goal only once", "leave one out"),
-        ("sampler", len(goals) < 2 or study.sampler != "cmaes", "must take several goals", "use tpe or nsga2"),
         ("report_to", study.report_to, "must name a store", f"choose from {', '.join(REPORT_TO)}"),
         ("report_to", "wandb" not in study.report_to or importlib.util.find_spec("wandb"), "needs the package wandb",
          "pip install wandb"),

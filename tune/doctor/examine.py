@@ -114,7 +114,7 @@ def check_access(facts: dict[str, Facts]) -> Iterator[Finding]:
     closed = all(node["token"] for where, node in facts.items() if where != "driver" and "token" in node)
     fix = "anybody who reaches this cluster can run code on it: start Ray with RAY_AUTH_MODE=token, see docs/cluster.md"
     yield Finding("access", "cluster", "with a token" if closed else "open", "" if closed else fix, warning=True)
-    url = ray.init(ignore_reinit_error=True).dashboard_url or ""
+    url = ray.init(ignore_reinit_error=True, configure_logging=False).dashboard_url or ""
     fix = "other machines reach the dashboard: leave out --dashboard-host and look through SSH, see docs/cluster.md"
     local = not url or url.startswith(("127.0.0.1", "localhost"))
     yield Finding("dashboard", "cluster", url or "none", "" if local else fix, warning=True)

@@ -14,7 +14,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from train_fn.model.checkpoint import resolve_model
 from train_fn.model.memory import GIB
 from train_fn.support.files import file_hash
 from train_fn.support.storage import Storage
@@ -22,7 +21,7 @@ from train_fn.worker import versions
 from tune.config.settings import Settings
 from tune.doctor.findings import Facts, Finding
 from tune.lanes.ray_start import session_logs
-from tune.plan.prepare import Study
+from tune.plan.prepare import Study, model_directory
 from tune.plan.provenance import ROOT
 
 ANSWER_S = 120  # a node that takes longer cannot be used
@@ -54,7 +53,7 @@ def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) 
     splits = study.splits if study else None
     samples = [*splits.train, *splits.validation, *splits.test] if splits else []
     images = {sample.image: os.path.getsize(sample.image) for sample in samples}
-    arguments = (resolve_model(settings.model.model).resolve(), images, storage)
+    arguments = (model_directory(settings).resolve(), images, storage)
     facts = {"driver": node_facts(*arguments)}
     task: Any = ray.remote(node_facts)
     asked_at, answers = time.time(), {}
@@ -78,6 +77,7 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
     """What this machine has of what a study needs. images: bytes by path, on the driver."""
     import psutil
     import torch
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     sources = [path for part in ("tune", "train_fn", "search_spaces") for path in sorted((ROOT / part).rglob("*.py"))]
     project = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()[:12]
@@ -102,7 +102,7 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
         "gpus": read_gpus(),
         "cuda": torch.version.cuda,
         "compiler": next(filter(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))), ""),
-        "token": os.environ.get("RAY_AUTH_MODE", "").lower() == "token",  # processes of Ray have it from `ray start`
+        "token": is_token_auth_enabled(),
     }
 
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.tune
 
-from train_fn.model.checkpoint import hash_of, resolve_model
+from train_fn.model.checkpoint import hash_of
 from train_fn.model.unchanged import Inputs
 from train_fn.worker import LaneJob, lane_loop, versions
 from tune.config.paths import SettingsError
+from tune.plan.prepare import model_directory
 
 if TYPE_CHECKING:
     from tune.lanes.layout import Layout
@@ -146,7 +147,7 @@ class Lanes:
 
 def inputs_of(study: Study) -> Inputs:
     """Images and base as the driver sees them now. Raises SettingsError when the base is not the plan's any more."""
-    directory = resolve_model(study.settings.model.model)
+    directory = model_directory(study.settings)
     inputs = Inputs.seen(study.splits, directory, study.plan["data_hash"], study.plan["base_hash"])
     if hash_of(inputs.base_files) != inputs.base_hash:
         raise SettingsError(

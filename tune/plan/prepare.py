@@ -109,7 +109,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "positive_label": positive,
         "class_counts": {part: splits.class_counts(part) for part in ("train", "validation", "test")},
         "data_hash": data_hash(splits),
-        "base_hash": base_hash(resolve_model(settings.model.model)),
+        "base_hash": base_hash(model_directory(settings)),
         "space_hash": space_hash(settings.study.space),
         "first_points": settings.first_points,
         "versions": versions(),
@@ -139,7 +139,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     problems += unreadable_images(images, settings.data.max_image_pixels)
     if problems:
         raise SettingsError(problems)
-    base = resolve_model(settings.model.model)
+    base = model_directory(settings)
     hashes = {
         "splits_hash": ("splits.json", file_hash(directory / "splits.json")),
         "data_hash": ("the images, questions and answers", data_hash(splits)),
@@ -204,6 +204,11 @@ def generate_phantoms(settings: Settings, say: Callable[[str], None]) -> Path:
     say(f"Generating {data.num_phantoms} phantoms (no --data given)")
     folder = Path(settings.study.results) / f"phantoms-{data.num_phantoms}-{data.split_seed}"
     return generate(folder, data.num_phantoms, data.split_seed)
+
+
+def model_directory(settings: Settings) -> Path:
+    """The folder of the base model."""
+    return resolve_model(settings.model.model)
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
