@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from train_fn.settings import ModelSettings, TrialSettings
 
@@ -57,10 +57,10 @@ def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
     """The steps from which a trial of two points goes on: once the second rank's newest file is damaged, and once the
     ranks' files of the older point have changed places as well."""
     from train_fn.support.storage import Storage
-    from train_fn.trial import loop
+    from train_fn.trial import resume_state
 
-    loop.engine_state = lambda engine: {}  # type: ignore[assignment]
-    state = loop.ResumeState(folder, Storage(folder), SETTINGS)
+    resume_state.engine_state = lambda engine: {}  # type: ignore[assignment]
+    state = resume_state.ResumeState(folder, Storage(folder), SETTINGS)
     for step in (1, 2):
         state.save({"step": step, "losses": [0.0]}, None)
     if rank == 1:
@@ -84,7 +84,7 @@ def test_all_ranks_go_on_from_the_same_sound_point(found) -> None:
 @pytest.fixture(scope="module")
 def found(splits, tmp_path_factory) -> list[dict]:
     output = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(worker, (2, splits, output), nprocs=2)
+    run_ranks(worker, (2, splits, output))
     return [torch.load(Path(output) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
