@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from studies import LAYOUT, ROOT, SMALL, finish, start, wait_for, write_adapter, write_trial
+from studies import LAYOUT, ROOT, write_adapter, write_trial
 
 from tune.config.cli import parse
 from tune.records.journal import Journal
@@ -83,7 +83,9 @@ def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     from train_fn.scoring.metrics import bootstrap_intervals
 
     monkeypatch.setattr("tune.study.Tracking", Stores)
-    monkeypatch.setattr("tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9))
+    monkeypatch.setattr(
+        "tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9)
+    )
 
 
 @pytest.fixture
@@ -435,6 +437,30 @@ def test_a_finished_study_is_written_again_without_ray(new_study, real_report, c
     assert "Extend it" in summary(outcome, capsys)
 
 
+# ------------------------------------------------------------------------------------------------ other ends
+
+
+def test_a_study_that_reached_its_budget_is_complete(new_study, stand_ins, capsys) -> None:
+    def search(study: Any, log: Any) -> None:
+        trains({0: 0.6})(study, log)
+        log.ended_by = "trial 0 has reached auroc>=0.5"
+
+    stand_ins.search = search
+    outcome = run_new(new_study("--trials", "3"))
+    assert outcome.exit_code == 0 and "Ended because trial 0 has reached" in summary(outcome, capsys)
+    saved = json.loads((outcome.directory / "study.json").read_text())
+    assert saved["state"] == "COMPLETE" and saved["winner"] == 0 and "auroc>=0.5" in saved["ended_by"]
+
+
+def test_a_study_without_a_complete_trial_fails(new_study, stand_ins, capsys) -> None:
+    stand_ins.search = trains({0: 0.0, 1: 0.0})
+    outcome = run_new(new_study("--trials", "2"))
+    out = summary(outcome, capsys)
+    assert outcome.exit_code == 1 and "2 failed" in out and "it broke" in out and "no winner" in out
+    saved = json.loads((outcome.directory / "study.json").read_text())
+    assert saved["state"] == "FAILED" and saved["winner"] is None
+
+
 # ------------------------------------------------------------------------------------------------ ended by an error
 
 
@@ -533,8 +559,8 @@ def test_errors_of_our_own_are_not_explained_away(new_study, stand_ins) -> None:
 # ------------------------------------------------------------------------------------------------ signals
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-PHASES = [("search", 0), ("search", 2), ("confirmation", 0), ("confirmation", 1), ("scoring", 1), ("scoring", 2),
-          ("report", 0), ("report", 2), ("stores", 1)]  # fmt: skip
+PHASES = [("search", 0), ("search", 1), ("search", 2), ("confirmation", 0), ("confirmation", 1), ("scoring", 1),
+          ("scoring", 2), ("report", 0), ("report", 2), ("stores", 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("phase", "number"), [(phase, SIGNALS[which]) for phase, which in PHASES])
@@ -641,7 +667,7 @@ HANG_UP = """
 import signal, sys
 from rich.text import Text
 from tune.signals import StopSignals
-from tune.terminal import live, print_line
+from tune.results.terminal import live, print_line
 with StopSignals() as stop:
     try:
         with live(lambda: Text("the footer")):
@@ -686,26 +712,6 @@ def test_under_nohup_a_study_goes_on() -> None:
         assert stop.count == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_one_signal_stops_confirmation_and_scoring_on_a_real_ray(tmp_path: Path) -> None:
-    """Ray Tune sets handlers of its own in the search that comes before."""
-    options = ["--trials", "2", "--lanes", "1", "--scheduler", "none", "--confirm", "1", "--confirm-seeds", "2", *SMALL]
-    process = start(tmp_path, *options)
-    wait_for(process, "Confirming trials")
-    process.send_signal(signal.SIGTERM)
-    stopped = finish(process, tmp_path)
-    assert stopped.code == 130 and "Traceback" not in stopped.out + stopped.err, stopped.out + stopped.err
-    assert "2 complete" in stopped.out and "--resume s" in stopped.out
-    journal = (tmp_path / "results" / "s" / "journal.jsonl").read_text()
-    assert '"event": "tested"' not in journal and stopped.study["winner"] is not None
-    process = start(tmp_path, "--resume", "s", name="")
-    wait_for(process, "Scoring the test images")
-    process.send_signal(signal.SIGINT)
-    stopped = finish(process, tmp_path)
-    assert stopped.code == 130 and "Traceback" not in stopped.out + stopped.err, stopped.out + stopped.err
-    assert "Confirmed 2 times" in stopped.out and "Test scores" not in stopped.out
-    assert Path(stopped.study["adapter"]).is_dir() and "before the first trial" not in stopped.err
 
 
 # ------------------------------------------------------------------------------------------------ the pieces
@@ -801,7 +807,9 @@ def test_plain_text_commands_no_terminal(text: Any, shown: str) -> None:
 
 
 def test_output_that_nobody_reads_ends_no_study() -> None:
-    code = "from tune.terminal import print_line\nfor _ in range(9): print_line('x' * 99999)\nraise SystemExit(7)"
+    code = (
+        "from tune.results.terminal import print_line\nfor _ in range(9): print_line('x' * 99999)\nraise SystemExit(7)"
+    )
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
     run = subprocess.run(["bash", "-c", f"({command}) | head -c 1"], cwd=ROOT, capture_output=True, text=True)
     assert run.stderr.strip() == "7"

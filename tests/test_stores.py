@@ -863,5 +863,5 @@ def test_a_command_line_error_needs_no_mlflow() -> None:
     import subprocess
     import sys
 
-    code = "import sys\nfrom tune.settings import parse\nparse([])\nassert 'mlflow' not in sys.modules, 'imported'"
+    code = "import sys\nfrom tune.config.cli import parse\nparse([])\nassert 'mlflow' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
