@@ -1,14 +1,35 @@
-"""Shared fixtures: phantoms on disk, their splits, and the nano base held in this process."""
+"""Shared fixtures: phantoms on disk, their splits, the nano base held in this process, and two real studies."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from studies import Finished
+
 os.environ["OMP_NUM_THREADS"] = "1"  # sums keep their order, and tests do not wait for a busy core
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest-xdist, keep the tests of a file in one process, for they share fixtures, and all that start Ray in
+    one process, which begins with them: together they take the longest."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,3 +81,56 @@ def busi() -> tuple[Path, Path]:
     if not root:
         pytest.skip("BUSI_ROOT does not name the BUSI images")
     return Path(root) / "train_busi_breast_cancer.json", Path(root)
+
+
+@pytest.fixture(scope="session")
+def ray_folder() -> Iterator[Path]:
+    """RAY_TMPDIR of the study `mixed`: short, for the paths of Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Finished:
+    """A finished study of eight trials; see `run_mixed`. Not to be changed."""
+    from studies import run_mixed
+
+    return run_mixed(tmp_path_factory.mktemp("mixed"), ray_folder)
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A study with trials that were stopped early, ended by its space; see `run_uneven`. Not to be changed."""
+    from studies import run_uneven
+
+    return run_uneven(tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """s3://studies of a moto server on loopback, with the environment that reaches it."""
+    pytest.importorskip("moto")
+    fs = pytest.importorskip("pyarrow.fs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    names = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    names |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        remote, _ = fs.FileSystem.from_uri("s3://studies?allow_bucket_creation=true")
+        remote.create_dir("studies")
+        yield "s3://studies"
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

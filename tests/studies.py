@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ class Finished:
     out: str
     err: str
     folder: Path
+    raw: str = ""  # of a terminal: `out` with its control sequences
 
     @property
     def study(self) -> dict:
@@ -56,18 +59,96 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def start(folder: Path, *argv: str, path: str = "", name: str = "s", address: str = "") -> subprocess.Popen:
-    """A study on its way; `name` empty for one that goes on; `address` of a Ray cluster to join."""
-    named = ["--name", name] if name else []
-    command = [sys.executable, str(ROOT / "tune" / "run.py"), *named, *argv]
-    env = environment(folder) | ({"PYTHONPATH": path} if path else {}) | ({"RAY_ADDRESS": address} if address else {})
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command_of(name: str, *argv: str) -> list[str]:
+    """`tune/run.py` with these arguments; `name` empty for a study that goes on."""
+    return [sys.executable, str(ROOT / "tune" / "run.py"), *(["--name", name] if name else []), *argv]
+
+
+def start(folder: Path, *argv: str, name: str = "s", **variables: str) -> subprocess.Popen:
+    """Start a study; `variables` are added to its environment."""
+    env = environment(folder) | variables
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command_of(name, *argv), cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(process: subprocess.Popen, folder: Path) -> Finished:
-    """What it said and left."""
+    """Wait for the end of a study."""
     out, err = process.communicate(timeout=400)
     return Finished(process.returncode, out, err, folder)
+
+
+def run_on_terminal(folder: Path, *argv: str, **variables: str) -> Finished:
+    """Run a study under a pseudo-terminal."""
+    reader, writer = os.openpty()
+    env = environment(folder) | {"TERM": "xterm", "COLUMNS": "300"} | variables
+    process = subprocess.Popen(command_of("s", *argv), cwd=folder, env=env, stdin=writer, stdout=writer, stderr=writer)
+    os.close(writer)
+    raw = read_to_end(reader)
+    return Finished(process.wait(), re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw), "", folder, raw)
+
+
+def read_to_end(reader: int) -> str:
+    """Read a pseudo-terminal until nobody has its other side open."""
+    read = b""
+    with os.fdopen(reader, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # Linux reports the end so
+        while part := terminal.read(65536):
+            read += part
+    return read.decode()
+
+
+# ------------------------------------------------------------------------------------------------ shared studies
+# conftest.py runs each once for all the tests that read it.
+
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIA-planted-0",
+    "AWS_SECRET_ACCESS_KEY": "planted-secret-1",
+    "AWS_SESSION_TOKEN": "planted-token-2",
+    "WANDB_API_KEY": "planted-wandb-3",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-4",
+    "HF_TOKEN": "planted-hf-5",
+}
+
+# Trials by number: two configurations in turn, then one that no module matches. Test material, not a product's space.
+MIXED = """
+GUIDE = {"learning_rate": 1e-3}
+ONE = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}
+TWO = {"lora_r": 16, "lora_alpha": 8, "learning_rate": 4e-3, "train_projector": True, "projector_learning_rate": 2e-3}
+
+def space(trial):
+    trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
+    return [ONE, TWO, ONE, TWO, ONE, ONE | {"lora_target_modules": ["nowhere"]}, TWO, ONE][trial.number]
+"""
+
+
+def run_mixed(folder: Path, ray_folder: Path) -> Finished:
+    """Run eight trials on one lane, the sixth of which fails: on a terminal, with every store, a profile, a confirmed
+    winner, and secrets in the environment."""
+    (folder / "space.py").write_text(MIXED)
+    options = ["--trials", "8", "--lanes", "1", "--space", "space.py", "--confirm", "1", "--confirm-seeds", "2", *SMALL]
+    options += ["--report-to", "mlflow,tensorboard,wandb", "--logging-steps", "1", "--profile"]
+    finished = run_on_terminal(folder, *options, RAY_TMPDIR=str(ray_folder), **SECRETS)
+    assert finished.code == 0, finished.out
+    return finished
+
+
+# Trials by number, two epochs each: the guide's, which cannot learn but is spared, one that can, and two that cannot.
+# The space fails at the fifth.
+UNEVEN = """
+import os
+GUIDE = {"learning_rate": 1e-9}
+def space(trial):
+    trial.suggest_float("learning_rate", 1e-9, 1e-2, log=True)
+    if os.path.exists("results/s/plan.json") and trial.number == 4: raise SystemExit(0)
+    rate = [1e-9, 2e-3, 1e-9, 1e-9][trial.number % 4]
+    return {"lora_r": 8, "lora_alpha": 16, "learning_rate": rate, "num_train_epochs": 2}
+"""
+
+
+def run_uneven(folder: Path) -> Finished:
+    """Run four trials on one lane, the last two of which are stopped early, until the space raises SystemExit."""
+    (folder / "space.py").write_text(UNEVEN)
+    options = ["--trials", "6", "--lanes", "1", "--space", "space.py", "--num-phantoms", "60", "--metric", "loss"]
+    return finish(start(folder, *options), folder)
 
 
 def wait_for(process: subprocess.Popen, text: str, timeout_s: float = 300) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from train_fn.jobs import EpochReport
 from train_fn.settings import ModelSettings, TrialSettings
@@ -87,7 +87,7 @@ def test_all_ranks_resume_from_the_same_sound_point(found) -> None:
 @pytest.fixture(scope="module")
 def found(splits, tmp_path_factory) -> list[dict]:
     output = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(worker, (2, splits, output), nprocs=2)
+    run_ranks(worker, (2, splits, output))
     return [torch.load(Path(output) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

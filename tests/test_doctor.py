@@ -18,8 +18,10 @@ from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.lora import adapted
 from train_fn.trial.memory import Sizes, measure, memory_needed
+from tune.config.cli import parse
+from tune.doctor.examine import examine
 from tune.doctor.findings import Need, check_nodes
-from tune.doctor.nodes import parse_gpus
+from tune.doctor.nodes import node_facts, parse_gpus
 from tune.lanes.layout import Layout
 
 A10G = {"name": "NVIDIA A10G", "free_gib": 22.0, "driver": "570.1", "bf16": True}
@@ -185,6 +187,7 @@ def test_measuring_a_model_of_gigabytes_takes_no_memory(splits, tmp_path) -> Non
     assert small.base < 0.4 * whole.base and small.trained == whole.trained
 
 
+@pytest.mark.xdist_group("ray")
 def test_the_doctor_passes_a_sound_machine(tmp_path: Path) -> None:
     done = finish(start(tmp_path, "--doctor", "--workers-per-trial", "2", *SMALL, name=""), tmp_path)
     print(done.out)
@@ -208,11 +211,23 @@ def test_the_doctor_passes_a_sound_machine(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["phantoms-60-0"]
 
 
-def test_the_doctor_reports_unwritable_results_and_too_many_workers(tmp_path: Path, phantoms: Path) -> None:
+def test_the_doctor_reports_unwritable_results_and_too_many_workers(tmp_path, phantoms, monkeypatch, capsys) -> None:
+    """Without Ray: one node, which answers from this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tune.doctor.examine.start_ray", lambda settings: {"CPU": 2.0})
+
+    def asked(settings, study, storage) -> dict:
+        samples = [*study.splits.train, *study.splits.validation, *study.splits.test]
+        images = {sample.image: Path(sample.image).stat().st_size for sample in samples}
+        facts = node_facts(CHECKPOINT, images, storage)
+        return {"driver": facts, "node": facts | {"skew_s": 0.0, "resources": {"CPU": 2.0}}}
+
+    monkeypatch.setattr("tune.doctor.examine.ask_nodes", asked)
     (tmp_path / "file").touch()
     argv = ["--doctor", "--data", str(phantoms), "--results", "file/results", "--workers-per-trial", "4096"]
-    done = finish(start(tmp_path, *argv, "--gradient-accumulation-steps", "4096", name=""), tmp_path)
-    assert done.code == 1, done.out + done.err
-    assert "FAIL: `--results`" in done.out and "file/results" in done.out
-    assert "FAIL: `--lanes` x `--workers-per-trial`" in done.out
-    assert "60 of 60 readable" in done.out and "A study cannot run: 3 check(s) fail." in done.out
+    code = examine(parse([*argv, "--gradient-accumulation-steps", "4096"]), lambda text: None)
+    out = capsys.readouterr().out
+    assert code == 1, out
+    assert "FAIL: `--results`" in out and "file/results" in out
+    assert "FAIL: `--lanes` x `--workers-per-trial`" in out
+    assert "60 of 60 readable" in out and "A study cannot run: 3 check(s) fail." in out

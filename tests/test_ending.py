@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from studies import LAYOUT, ROOT, SMALL, finish, start, wait_for, write_adapter, write_trial
+from studies import LAYOUT, ROOT, write_adapter, write_trial
 
 from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
 from tune.config.cli import parse
@@ -442,6 +442,30 @@ def test_a_finished_study_is_written_again_without_ray(new_study, real_report, c
     assert "Extend it" in summary(outcome, capsys)
 
 
+# ------------------------------------------------------------------------------------------------ other ends
+
+
+def test_a_study_that_reached_its_budget_is_complete(new_study, stand_ins, capsys) -> None:
+    def search(study: Any, log: Any) -> None:
+        trains({0: 0.6})(study, log)
+        log.ended_by = "trial 0 has reached auroc>=0.5"
+
+    stand_ins.search = search
+    outcome = run_new(new_study("--trials", "3"))
+    assert outcome.exit_code == 0 and "Ended because trial 0 has reached" in summary(outcome, capsys)
+    saved = json.loads((outcome.directory / "study.json").read_text())
+    assert saved["state"] == "COMPLETE" and saved["winner"] == 0 and "auroc>=0.5" in saved["ended_by"]
+
+
+def test_a_study_without_a_complete_trial_fails(new_study, stand_ins, capsys) -> None:
+    stand_ins.search = trains({0: 0.0, 1: 0.0})
+    outcome = run_new(new_study("--trials", "2"))
+    out = summary(outcome, capsys)
+    assert outcome.exit_code == 1 and "2 failed" in out and "it broke" in out and "no winner" in out
+    saved = json.loads((outcome.directory / "study.json").read_text())
+    assert saved["state"] == "FAILED" and saved["winner"] is None
+
+
 # ------------------------------------------------------------------------------------------------ ended by an error
 
 
@@ -540,8 +564,8 @@ def test_errors_of_our_own_are_not_explained_away(new_study, stand_ins) -> None:
 # ------------------------------------------------------------------------------------------------ signals
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-PHASES = [("search", 0), ("search", 2), ("confirmation", 0), ("confirmation", 1), ("scoring", 1), ("scoring", 2),
-          ("report", 0), ("report", 2), ("stores", 1)]  # fmt: skip
+PHASES = [("search", 0), ("search", 1), ("search", 2), ("confirmation", 0), ("confirmation", 1), ("scoring", 1),
+          ("scoring", 2), ("report", 0), ("report", 2), ("stores", 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("phase", "number"), [(phase, SIGNALS[which]) for phase, which in PHASES])
@@ -693,26 +717,6 @@ def test_under_nohup_a_study_goes_on() -> None:
         assert stop.count == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_one_signal_stops_confirmation_and_scoring_on_a_real_ray(tmp_path: Path) -> None:
-    """Ray Tune sets handlers of its own in the search that comes before."""
-    options = ["--trials", "2", "--lanes", "1", "--scheduler", "none", "--confirm", "1", "--confirm-seeds", "2", *SMALL]
-    process = start(tmp_path, *options)
-    wait_for(process, "Confirming trials")
-    process.send_signal(signal.SIGTERM)
-    stopped = finish(process, tmp_path)
-    assert stopped.code == 130 and "Traceback" not in stopped.out + stopped.err, stopped.out + stopped.err
-    assert "2 complete" in stopped.out and "--resume s" in stopped.out
-    journal = (tmp_path / "results" / "s" / "journal.jsonl").read_text()
-    assert '"event": "tested"' not in journal and stopped.study["winner"] is not None
-    process = start(tmp_path, "--resume", "s", name="")
-    wait_for(process, "Scoring the test images")
-    process.send_signal(signal.SIGINT)
-    stopped = finish(process, tmp_path)
-    assert stopped.code == 130 and "Traceback" not in stopped.out + stopped.err, stopped.out + stopped.err
-    assert "Confirmed 2 times" in stopped.out and "Test scores" not in stopped.out
-    assert Path(stopped.study["adapter"]).is_dir() and "before the first trial" not in stopped.err
 
 
 # ------------------------------------------------------------------------------------------------ the pieces

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from train_fn.data.samples import Sample
@@ -51,7 +51,8 @@ def images(splits, tmp_path) -> list[str]:
     return sorted(map(str, tmp_path.glob("*.png")))
 
 
-def fill(rank: int, settings: ModelSettings, images: Sequence[str]) -> None:
+def fill(rank: int, settings: ModelSettings, images: Sequence[str], cache_home: str) -> None:
+    os.environ["XDG_CACHE_HOME"] = cache_home
     base = load_base(settings, CPU)
     for image in images if rank == 0 else images[::-1]:
         image_features(base, image)
@@ -88,7 +89,7 @@ def test_a_trial_is_the_same_to_the_last_bit(base, splits, settings, cache, monk
     warm, num_warm = trial(4)
     others = tmp_path / "others" / "vlm-tune" / "features"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "others"))
-    mp.spawn(fill, (settings, images), nprocs=2)  # at once, from both ends
+    run_ranks(fill, (settings, images, str(tmp_path / "others")))  # at once, from both ends
     filled, num_filled = trial(4)
     assert off == cold == warm == filled
     assert 0 < num_cold <= len(images) and num_warm == num_filled == 0

@@ -34,6 +34,12 @@ SHORT = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=
 PROJECTOR = replace(SHORT, train_projector=True, projector_learning_rate=5e-4, lora_r=8, lora_alpha=8, seed=5)
 
 
+@pytest.fixture(scope="module")
+def splits(splits) -> Splits:
+    """Fewer images, for trials of seconds."""
+    return replace(splits, train=splits.train[:16], validation=splits.validation[:8])
+
+
 def train(base, splits, settings: TrialSettings, output: Path | None = None, stop: bool = False) -> list[EpochReport]:
     reports: list[EpochReport] = []
 
@@ -83,7 +89,7 @@ def test_one_step_moves_exactly_what_is_trained(base, splits, settings) -> None:
 
 
 def test_loss_falls(base, splits) -> None:
-    reports = train(base, splits, replace(SHORT, num_train_epochs=8, learning_rate=3e-3))
+    reports = train(base, splits, replace(SHORT, num_train_epochs=8, learning_rate=3e-3, gradient_accumulation_steps=4))
     losses = [report.metrics["train_loss"] for report in reports]
     assert losses[-1] < 0.8 * losses[0]
     assert [report.finished for report in reports] == [False] * 7 + [True]
@@ -283,7 +289,8 @@ class Killed(BaseException):
     """In place of the end of the process."""
 
 
-LONG = replace(PROJECTOR, num_train_epochs=3, save_steps=3, logging_steps=1, lora_dropout=0.2)
+LONG = replace(PROJECTOR, num_train_epochs=3, save_steps=3, logging_steps=1, lora_dropout=0.2,
+               gradient_accumulation_steps=4)  # fmt: skip
 
 
 ZERO_0 = replace(LONG, zero_stage=0, train_projector=False)
@@ -429,7 +436,7 @@ def test_the_state_of_other_settings_is_not_resumed(base, splits, tmp_path) -> N
 
 
 def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, tmp_path) -> None:
-    settings = replace(SHORT, max_steps=6)
+    settings = replace(SHORT, max_steps=4, gradient_accumulation_steps=4)
     plain, told = train(base, splits, settings), []
     was = torch.distributed.all_reduce
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 CODE = """
-import re, sys, torch
+import re, torch
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -20,28 +20,28 @@ model.model.layers[0].requires_grad_(True)
 ids = torch.randint(0, 151936, (1, 1500))
 labels = torch.full_like(ids, -100)
 labels[0, -3:] = ids[0, -3:]
-# Resets the peak: a child process inherits its parent's, which is large in a long test run.
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-if sys.argv[1] == "full":
-    loss = model(input_ids=ids, labels=labels).loss
-else:
-    hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    logits = model.lm_head(hidden[rows, columns]).float()
-    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][rows, columns])
-loss.backward()
-after = peak()
-print(loss.item(), (after - before) / 2**20)
+def step(kind):
+    # Begins the peak anew: a child process inherits its parent's, which in a long test run is large.
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    if kind == "full":
+        loss = model(input_ids=ids, labels=labels).loss
+    else:
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        logits = model.lm_head(hidden[rows, columns]).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][rows, columns])
+    loss.backward()
+    print(loss.item(), (peak() - before) / 2**20)
+
+step("labels")
+step("full")
 """
 
 
 def test_label_only_logits_save_gigabytes() -> None:
-    found = {}
-    for kind in ("full", "labels"):
-        run = subprocess.run([sys.executable, "-c", CODE, kind], capture_output=True, text=True, check=True)
-        found[kind] = [float(word) for word in run.stdout.split()]
-    (loss, full_gib), (same_loss, label_gib) = found["full"], found["labels"]
+    run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    same_loss, label_gib, loss, full_gib = map(float, run.stdout.split())
     assert abs(loss - same_loss) < 1e-5
     logits_gib = 1500 * 151936 * 4 / 2**30
     print(f"peak memory of a step: {full_gib:.2f} GiB with all logits, {label_gib:.2f} GiB with the labels' only")

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from train_fn.data.samples import Splits
 from train_fn.jobs import EpochReport
 from train_fn.model.base import base_gib, load_base
 from train_fn.predict import generated_answer
@@ -22,6 +23,12 @@ from train_fn.trial.lora import adapted, is_compiled
 from train_fn.trial.scoring import score_adapter
 
 SHORT = TrialSettings(num_train_epochs=1, lora_r=8, lora_alpha=8, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def splits(splits) -> Splits:
+    """Fewer images, for trials of seconds."""
+    return replace(splits, train=splits.train[:16], validation=splits.validation[:8])
 
 
 def train(base, splits, settings: TrialSettings, output=None) -> EpochReport:

@@ -1,12 +1,15 @@
-"""After training: predictions and merging, in fresh processes, against the trial's own scores."""
+"""After training: predictions and merging, against the trial's own scores."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 from train_fn.data.splitting import save_splits
 from train_fn.model.base import load_base
+from train_fn.predict import main
 from train_fn.scoring.scores import probabilities
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.loop import run_trial
@@ -27,9 +31,12 @@ FIXTURES = os.environ.get("HULUMED_FIXTURES", "")
 BASES = ["nano", pytest.param("hulumed", marks=pytest.mark.skipif(not FIXTURES, reason="no HULUMED_FIXTURES"))]
 
 
-def run(*argv: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "train_fn.predict", *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run(*argv: object) -> SimpleNamespace:
+    """`train_fn.predict` in this process: as in one of its own, which `test_predictions_in_a_fresh_process` starts."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*map(str, argv)])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -42,6 +49,14 @@ def trained(request, base, splits, tmp_path_factory):
     run_trial(base, splits, TRIAL, lambda report: reports.append(report) or False, output=output)
     adapter = output / "final_model"
     return request.param, base, adapter, score_adapter(base, splits, "test", 16, adapter)["scores"]
+
+
+@pytest.mark.parametrize("trained", ["nano"], indirect=True)
+def test_predictions_in_a_fresh_process(trained, splits) -> None:
+    _, _, adapter, _ = trained
+    argv = ["--adapter", str(adapter), splits.test[0].image]
+    found = subprocess.run([sys.executable, "-m", "train_fn.predict", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout == run(*argv).stdout, found.stderr
 
 
 def test_predictions_are_the_trials_scores(trained, splits, tmp_path) -> None:

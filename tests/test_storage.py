@@ -1,55 +1,13 @@
-"""A study on object storage: a moto server on loopback stands for S3."""
+"""Files on object storage: a moto server on loopback stands for S3. A study there: test_resume.py."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import pytest
-from studies import finish, start, wait_for
-from test_resume import OPTIONS, SPACE, check_whole
 
 from train_fn.settings import TrialSettings
 from train_fn.support.storage import Storage
 from train_fn.trial.resume_state import ResumeState
-
-pytest.importorskip("moto")
-fs = pytest.importorskip("pyarrow.fs")
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """s3://studies, with the environment that reaches it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    names = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    names |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-        remote, _ = fs.FileSystem.from_uri("s3://studies?allow_bucket_creation=true")
-        remote.create_dir("studies")
-        yield "s3://studies"
-    finally:
-        server.kill()
-        server.wait()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def test_push_pull_remove(bucket, tmp_path) -> None:
@@ -107,26 +65,3 @@ def test_a_shared_folder_copies_nothing(tmp_path) -> None:
     storage.pull(tmp_path / "b")
     storage.remove(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_study_killed_goes_on_from_the_bucket_alone(bucket, tmp_path, base) -> None:
-    (tmp_path / "space.py").write_text(SPACE)
-    process = start(tmp_path, "--space", "space.py", "--storage", f"{bucket}/results", *OPTIONS)
-    wait_for(process, "[3/6]")
-    time.sleep(2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    data = Path(tmp_path / "results" / "phantoms-60-0")
-    kept = shutil.move(data, tmp_path / "kept")  # the images are the user's, and stay
-    shutil.rmtree(tmp_path / "results")
-    (tmp_path / "mlflow.db").unlink()
-    (tmp_path / "results").mkdir()
-    shutil.move(kept, data)
-    finished = finish(start(tmp_path, "--resume", f"{bucket}/results/s", name=""), tmp_path)
-    assert finished.code == 0, finished.out + finished.err
-    assert "[3/6]" not in finished.out  # what had ended did not run again
-    check_whole(tmp_path, base)
-    remote, root = fs.FileSystem.from_uri(f"{bucket}/results/s")
-    names = {info.path.removeprefix(f"{root}/") for info in remote.get_file_info(fs.FileSelector(root, recursive=True))}
-    assert {"study.json", "best_adapter/adapter_model.safetensors", "trials/0005/final_model/task.json"} <= names
-    assert not any("/state/" in name for name in names)

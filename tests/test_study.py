@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import optuna
@@ -14,30 +13,7 @@ from mlflow import MlflowClient
 from optuna.trial import TrialState
 from studies import ROOT, SMALL, Finished, finish, start, wait_for
 
-# Trials by number: two configurations in turn, then one that no module matches. Test material, not a product's space.
-SPACE = """
-GUIDE = {"learning_rate": 1e-3}
-ONE = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}
-TWO = {"lora_r": 16, "lora_alpha": 8, "learning_rate": 5e-4, "train_projector": True, "projector_learning_rate": 2e-4}
-
-def space(trial):
-    trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
-    return [ONE, TWO, ONE, TWO, ONE, ONE | {"lora_target_modules": ["nowhere"]}, TWO, ONE][trial.number]
-"""
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory) -> Finished:
-    """Eight trials on one lane, the sixth of which fails."""
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "space.py").write_text(SPACE)
-    everywhere = ("--report-to", "mlflow,tensorboard,wandb", "--logging-steps", "1", "--profile")
-    finished = finish(
-        start(folder, "--trials", "8", "--lanes", "1", "--space", "space.py", *SMALL, *everywhere), folder
-    )
-    assert finished.code == 0, finished.out + finished.err
-    assert "raylet" not in finished.out + finished.err  # a study is quiet
-    return finished
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 def test_every_trial_is_in_study_json_with_its_end(mixed) -> None:
@@ -111,7 +87,7 @@ def test_a_trial_is_the_same_on_a_fresh_lane_and_as_its_fifth(mixed) -> None:
             assert other["applied"] == first["applied"]
     one, two = trials[0]["applied"], trials[1]["applied"]
     assert (one["lora_r"], one["train_projector"], one["learning_rate"]) == (4, False, 1e-3)
-    assert (two["lora_r"], two["train_projector"], two["projector_learning_rate"]) == (16, True, 2e-4)
+    assert (two["lora_r"], two["train_projector"], two["projector_learning_rate"]) == (16, True, 2e-3)
 
 
 def test_a_failed_trial_leaves_the_lane_standing(mixed) -> None:
@@ -143,22 +119,19 @@ def test_splits_are_written_and_disjoint(mixed) -> None:
     assert len(images) == len(set(images)) == 60
 
 
-def test_the_difference_to_the_guide_is_paired_and_told(tmp_path) -> None:
-    options = ["--trials", "3", "--confirm", "1", "--confirm-seeds", "2", "--scheduler", "none", *SMALL]
-    finished = finish(start(tmp_path, *options), tmp_path)
-    assert finished.code == 0, finished.out + finished.err
-    study = finished.study
+def test_the_difference_to_the_guide_is_paired_and_told(mixed) -> None:
+    study = mixed.study
     means = {int(number): sum(values) / len(values) for number, values in study["confirmations"].items()}
     assert 0 in means and all(len(values) == 2 for values in study["confirmations"].values())
     assert means[study["winner"]] == max(means.values())
-    assert "Confirmed 2 times: trial" in finished.out
+    assert "Confirmed 2 times: trial" in mixed.out
     trial = study["trials"][study["winner"]]
     assert all(value != trial["epochs"][-1]["auroc"] for value in study["confirmations"][str(study["winner"])])
     if study["winner"]:
         scores = study["test"]
         gap = scores["winner"]["auroc"]["value"] - scores["guide"]["auroc"]["value"]
         assert scores["difference"]["auroc"]["value"] == pytest.approx(gap)
-        assert "than the guide's defaults" in finished.out or "not distinguishable from" in finished.out
+        assert "than the guide's defaults" in mixed.out or "not distinguishable from" in mixed.out
 
 
 def test_the_same_name_again_is_refused(mixed) -> None:
@@ -166,63 +139,22 @@ def test_the_same_name_again_is_refused(mixed) -> None:
     assert again.code == 2 and "--name" in again.err and "Traceback" not in again.err
 
 
-def test_two_workers_and_no_trial_that_completes(tmp_path) -> None:
-    (tmp_path / "space.py").write_text(
-        'GUIDE = {}\ndef space(trial):\n    return {"lora_target_modules": ["nowhere"], "lora_r": 1 + trial.number}\n'
-    )
-    finished = finish(
-        start(tmp_path, "--trials", "2", "--workers-per-trial", "2", "--space", "space.py", *SMALL), tmp_path
-    )
-    assert finished.code == 1, finished.out + finished.err
-    assert "2 failed" in finished.out and "nowhere" in finished.out and "no winner" in finished.out
-    assert finished.study["state"] == "FAILED" and finished.study["winner"] is None
-    statuses = sorted(run.info.status for run in finished.runs())
-    assert statuses == ["FAILED", "FAILED", "FAILED"]
-
-
-# Trials by number, two epochs each: the guide's, which cannot learn but is spared, one that can, and two that cannot.
-UNEVEN = """
-GUIDE = {"learning_rate": 1e-9}
-def space(trial):
-    trial.suggest_float("learning_rate", 1e-9, 1e-2, log=True)
-    rate = [1e-9, 2e-3, 1e-9, 1e-9][trial.number]
-    return {"lora_r": 8, "lora_alpha": 16, "learning_rate": rate, "num_train_epochs": 2}
-"""
-
-
-def test_a_trial_stopped_early_is_nowhere_called_complete(tmp_path) -> None:
-    (tmp_path / "space.py").write_text(UNEVEN)
-    options = ["--trials", "4", "--lanes", "1", "--space", "space.py", "--num-phantoms", "60", "--metric", "loss"]
-    finished = finish(start(tmp_path, *options), tmp_path)
-    assert finished.code == 0, finished.out + finished.err
-    trials = finished.study["trials"]
+def test_a_trial_stopped_early_is_nowhere_called_complete(uneven) -> None:
+    trials = uneven.study["trials"]
     stopped = [trial["number"] for trial in trials if trial["state"] == "STOPPED"]
     assert stopped == [2, 3] and trials[0]["state"] == trials[1]["state"] == "COMPLETE"
-    assert finished.study["winner"] == 1
-    storage = f"sqlite:///{tmp_path / 'results' / 's' / 'optuna.db'}"
-    for trial in optuna.load_study(study_name="s", storage=storage).trials:
+    assert uneven.study["winner"] == 1
+    storage = f"sqlite:///{uneven.folder / 'results' / 's' / 'optuna.db'}"
+    for trial in optuna.load_study(study_name="s", storage=storage).trials[:4]:  # the space has failed at the fifth
         epochs = trials[trial.number]["epochs"]
         assert trial.state == (TrialState.PRUNED if trial.number in stopped else TrialState.COMPLETE)
         assert len(epochs) == (1 if trial.number in stopped else 2)
         assert trial.intermediate_values == {1: pytest.approx(epochs[0]["loss"])}
         assert trial.value == pytest.approx(epochs[-1]["loss"])
-    states = {int(run.data.tags["trial"]): run.info.status for run in finished.runs() if "trial" in run.data.tags}
+    states = {int(run.data.tags["trial"]): run.info.status for run in uneven.runs() if "trial" in run.data.tags}
     assert states == {n: "KILLED" if n in stopped else "FINISHED" for n in range(4)}
-    assert "stopped" in finished.out
-    assert not (tmp_path / "results" / "s" / "trials" / "0003" / "final_model").exists()
-
-
-def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
-    process = start(tmp_path, "--trials", "50", "--lanes", "1", *SMALL)
-    wait_for(process, "[1/50]")
-    process.send_signal(signal.SIGINT)
-    finished = finish(process, tmp_path)
-    assert finished.code == 130, finished.out + finished.err
-    assert "Traceback" not in finished.err + finished.out
-    study = finished.study
-    assert study["state"] == "INTERRUPTED" and study["trials"][0]["state"] == "COMPLETE"
-    assert Path(study["adapter"]).is_dir() and study["adapter"] in finished.out
-    assert {run.info.status for run in finished.runs()} == {"FINISHED", "KILLED"}
+    assert "stopped" in uneven.out
+    assert not (uneven.folder / "results" / "s" / "trials" / "0003" / "final_model").exists()
 
 
 def test_a_base_that_cannot_be_loaded_is_refused_or_ends_the_study_once(tmp_path) -> None:
@@ -279,30 +211,44 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def test_out_of_memory_on_all_ranks_and_on_one(tmp_path) -> None:
-    (tmp_path / "patch").mkdir()
-    (tmp_path / "patch" / "sitecustomize.py").write_text(ALLOCATOR_ERROR)
-    (tmp_path / "space.py").write_text(
-        'GUIDE = {}\ndef space(trial):\n    return {"lora_r": [8, 4][trial.number % 2], "lora_alpha": 8}\n'
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory) -> Finished:
+    """Three trials of two workers each: two run out of memory and complete, the third has no module to train."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "patch").mkdir()
+    (folder / "patch" / "sitecustomize.py").write_text(ALLOCATOR_ERROR)
+    (folder / "space.py").write_text(
+        'GUIDE = {}\ndef space(trial):\n    where = {"lora_target_modules": ["nowhere"]} if trial.number == 2 else {}\n'
+        '    return {"lora_r": [8, 4, 2][trial.number % 3], "lora_alpha": 8} | where\n'
     )
-    options = ["--trials", "2", "--workers-per-trial", "2", "--space", "space.py", *SMALL]
-    finished = finish(start(tmp_path, *options, path=str(tmp_path / "patch")), tmp_path)
+    options = ["--trials", "3", "--workers-per-trial", "2", "--space", "space.py", "--report-to", "tensorboard", *SMALL]
+    finished = finish(start(folder, *options, PYTHONPATH=str(folder / "patch")), folder)
     assert finished.code == 0, finished.out + finished.err
-    for trial in finished.study["trials"]:
+    return finished
+
+
+def test_out_of_memory_on_all_ranks_and_on_one(two_workers) -> None:
+    for trial in two_workers.study["trials"][:2]:
         assert trial["state"] == "COMPLETE"
         assert trial["notes"] == ["out of memory: micro-batch 2 -> 1, same global batch"]
         assert (trial["applied"]["per_device_train_batch_size"], trial["applied"]["global_batch_size"]) == (1, 16)
-    assert "micro-batch 2 -> 1" in finished.out
+    assert "micro-batch 2 -> 1" in two_workers.out
+
+
+def test_two_workers_and_a_trial_that_fails_on_both(two_workers) -> None:
+    assert two_workers.study["trials"][2]["state"] == "FAILED" and "1 failed" in two_workers.out
+    assert "nowhere" in two_workers.study["trials"][2]["error"] and two_workers.study["winner"] in (0, 1)
 
 
 @pytest.mark.skipif(not os.environ.get("HULUMED_FIXTURES"), reason="no HULUMED_FIXTURES")
 def test_a_qlora_study_on_a_hulumed_checkpoint(tmp_path) -> None:
     model = f"{os.environ['HULUMED_FIXTURES']}/checkpoint"
-    options = ["--trials", "3", "--model", model, "--use-qlora", "--space", "qlora", "--max-image-tokens", "64", *SMALL]
+    options = ["--trials", "2", "--model", model, "--use-qlora", "--space", "qlora", "--max-image-tokens", "64", *SMALL]
+    options += ["--report-to", "tensorboard"]
     finished = finish(start(tmp_path, *options), tmp_path)
     assert finished.code == 0, finished.out + finished.err
     trials = finished.study["trials"]
-    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 2
     assert trials[0]["settings"]["lora_r"] == 64 and trials[0]["base_gib"] > 0
     config = json.loads((Path(finished.study["adapter"]) / "adapter_config.json").read_text())
     trained = trials[finished.study["winner"]]["applied"]["train_projector"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, Group
 from rich.text import Text
-from studies import ROOT, environment
+from studies import Finished, read_to_end
 
 from tune.config.settings import StudySettings
 from tune.records.trials import TrialRecord
@@ -79,15 +77,6 @@ def test_many_lanes_and_a_narrow_terminal_keep_their_height() -> None:
     assert len(shown) == 9 and shown[-1].startswith("and 56 more lanes")
 
 
-def read_to_end(reader: int) -> str:
-    """All that is written to a pseudo-terminal until nobody has its other side open."""
-    read = b""
-    with os.fdopen(reader, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # Linux's way to tell the end
-        while part := terminal.read(65536):
-            read += part
-    return read.decode()
-
-
 @pytest.mark.parametrize(("seconds", "text"), [(59.6, "1 min 0 s"), (12, "12 s"), (3600 * 2 + 301, "2 h 5 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -116,12 +105,13 @@ def test_an_interrupt_leaves_the_terminal_as_it_was(monkeypatch) -> None:
 
 
 def test_a_trial_reports_its_progress(base, splits) -> None:
+    from train_fn.jobs import EpochReport
     from train_fn.settings import TrialSettings
     from train_fn.trial.loop import run_trial
 
     settings = TrialSettings(num_train_epochs=2, lora_r=4, lora_alpha=8, logging_steps=2)
     progress: list[dict] = []
-    reports: list[dict] = []
+    reports: list[EpochReport] = []
     run_trial(base, splits, settings, lambda report: bool(reports.append(report)), progress=progress.append)
     per_epoch = -(-len(splits.train) // 16)
     steps = [(entry["phase"], entry["epoch"], entry["step"]) for entry in progress]
@@ -132,48 +122,24 @@ def test_a_trial_reports_its_progress(base, splits) -> None:
     assert sorted(steps) == sorted(wanted)
     assert {(entry["num_epochs"], entry["num_steps"]) for entry in progress} == {(2, 2 * per_epoch)}
     losses = [entry["loss"] for entry in progress if entry["phase"] == "evaluation"]
-    assert progress[0]["loss"] is None and losses == [report["metrics"]["train_loss"] for report in reports]
+    assert progress[0]["loss"] is None and losses == [report.metrics["train_loss"] for report in reports]
 
 
-# The last one fails: Tune logs a traceback of it.
-SPACE = """
-GUIDE = {"learning_rate": 1e-3}
-def space(trial):
-    trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
-    where = {"lora_target_modules": ["nowhere"]} if trial.number == 2 else {}
-    return {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3} | where
-"""
-
-
-def test_a_study_on_a_terminal(tmp_path: Path) -> None:
-    (tmp_path / "space.py").write_text(SPACE)
-    options = ["--name", "s", "--trials", "3", "--lanes", "1", "--space", "space.py", "--num-phantoms", "60"]
-    options += ["--num-train-epochs", "2", "--logging-steps", "1", "--scheduler", "none"]
-    reader, writer = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tune" / "run.py"), *options],
-        cwd=tmp_path,
-        env=environment(tmp_path) | {"TERM": "xterm", "COLUMNS": "300"},
-        stdin=writer,
-        stdout=writer,
-        stderr=writer,
-    )
-    os.close(writer)
-    raw = read_to_end(reader)
-    assert process.wait() == 0, raw
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)
-    print(shown)
-    during, _, after = shown.rpartition("Study s: ")  # the summary's title
-    assert "starting 1 lane: loading the base · 0 of 3 done, 0 running" in during
-    assert re.search(r"trial [01] +epoch [12]/2 +step [1-6]/6 +loss \d\.\d{3} +\S+", during)
-    assert re.search(r"best auroc \d\.\d{3} \(trial [01]\) · [12] of 3 done, 1 running · about \d+ s left", during)
-    assert re.search(r"\[1/3\] trial 0 complete, +auroc 0\.\d{3}, +\d+\.\d s \(learning_rate 0\.001\)", during)
-    assert re.search(r"\[3/3\] trial 2 failed: .*nowhere", during)
+@pytest.mark.xdist_group("ray")
+def test_a_study_on_a_terminal(mixed: Finished) -> None:
+    print(mixed.out)
+    during, _, after = mixed.out.rpartition("Study s: ")  # the summary's title
+    assert "starting 1 lane: loading the base · 0 of 8 done, 0 running" in during
+    assert re.search(r"trial [0-7] +epoch 1/1 +step [1-3]/3 +loss \d\.\d{3} +\S+", during)
+    assert re.search(r"best auroc \d\.\d{3} \(trial [0-7]\) · [1-7] of 8 done, 1 running · about \d+ s left", during)
+    assert re.search(r"\[1/8\] trial 0 complete, +auroc 0\.\d{3}, +\d+\.\d s \(learning_rate 0\.001\)", during)
+    assert re.search(r"\[6/8\] trial 5 failed: .*nowhere", during)
     # Every line is the study's own: the time first, or the footer's.
-    own = r"\[ *\d+\.\d s\] |trial \d|starting 1 lane|best |\d of 3 done"
-    search, _, _ = during.partition("Scoring the test images")
+    own = r"\[ *\d+\.\d s\] |trial \d|starting 1 lane|best |\d of 8 done"
+    search, _, _ = during.partition("Confirming trials")
     lines = [line for line in re.split(r"[\r\n]+", search) if line.strip()]
     assert not [line for line in lines if not re.match(own, line)]
+    raw = mixed.raw
     assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l") and "done," not in after
     (logs,) = re.findall(r"Starting the lanes \(logs in (\S+)\)", during)
-    assert " ray.tune" in Path(logs, "driver.log").read_text()
+    assert " ray.tune" in Path(logs, "driver.log").read_text()  # Tune's traceback of the trial that failed

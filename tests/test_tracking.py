@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,10 +209,15 @@ def wait_until_delivered(directory: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def sync(directory: Path, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tune.tracking", "sync", str(directory), *options]
-    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"} | (env or {})
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+def sync(directory: Path, *options: str, uri: str = "") -> SimpleNamespace:
+    """`python -m tune.tracking sync` in this process; `uri`: MLFLOW_TRACKING_URI."""
+    from tune.tracking.__main__ import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("MLFLOW_TRACKING_URI", uri) if uri else patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        code = main(["sync", str(directory), *options])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def stored(uri: str, experiment: str) -> dict[str, Any]:
@@ -357,7 +364,7 @@ def test_sync_delivers_after_a_server_was_unavailable(server, study, undisturbed
     before = time.perf_counter()
     assert tracking.close(timeout_s=20) == {"mlflow": len(events) - 12}
     assert time.perf_counter() - before < 20
-    refused = sync(directory, env={"MLFLOW_TRACKING_URI": server.uri})
+    refused = sync(directory, uri=server.uri)
     assert refused.returncode == 1 and f"{len(events) - 12} records wait" in refused.stdout, refused
     assert num_delivered(directory) == 12
     server.start()
@@ -369,10 +376,12 @@ def test_sync_delivers_after_a_server_was_unavailable(server, study, undisturbed
 
 
 def test_a_lost_store_receives_everything_again(study, undisturbed, tmp_path) -> None:
-    """As with the head of a cluster and its sqlite file."""
+    """As with the head of a cluster and its sqlite file. By the command, in a process of its own."""
     directory = copy_of(study, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "lost")
     (directory / "tracking.json").write_text(json.dumps({"mlflow": len(read_events(directory / "journal.jsonl"))}))
-    done = sync(directory)
+    command = [sys.executable, "-m", "tune.tracking", "sync", str(directory)]
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "mlflow: all records delivered" in done.stdout and not done.stderr, done
     found = stored(f"sqlite:///{tmp_path}/mlflow.db", "lost")
     assert {key: run["metrics"] for key, run in found.items() if key != "models"} == {
@@ -555,7 +564,7 @@ def test_a_store_that_refuses_is_named_without_its_credentials(study, tmp_path) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
-        whole = {"MLFLOW_TRACKING_URI": uri.replace("://", "://somebody:SECRET@")}
-        refused = sync(copy_of(study, tmp_path, uri, "nobody"), env=whole)
+        whole = uri.replace("://", "://somebody:SECRET@")
+        refused = sync(copy_of(study, tmp_path, uri, "nobody"), uri=whole)
     assert refused.returncode == 1 and "cannot be reached" in refused.stdout and "127.0.0.1" in refused.stdout
     assert "SECRET" not in refused.stdout + refused.stderr
