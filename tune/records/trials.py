@@ -85,7 +85,7 @@ class TrialRecord(TrialFacts):
             return event["epoch"] > len(self.epochs) + 1
         if event["event"] == "ended":
             unfinished = event["state"] == EndState.COMPLETE and not self.finished
-            unknown = event["state"] not in EndState.__members__
+            unknown = event["state"] not in list(EndState)
             return unfinished or unknown or event.get("step", self.step) != self.step
         return False
 
