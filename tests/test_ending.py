@@ -44,7 +44,7 @@ def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Drawing takes seconds: a report without pictures, but for the tests that ask for `real_report`."""
     import tune.results.report
 
-    def write(content: dict[str, Any], directory: Path, search: Any) -> list[Path]:
+    def write(content: dict[str, Any], directory: Path) -> list[Path]:
         path = directory / "report.html"
         path.write_text("<html>")
         return [path]
