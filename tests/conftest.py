@@ -22,14 +22,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist, keep the tests of a file in one process, for they share fixtures, and all that start Ray in
-    one process, which begins with them: together they take the longest."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))  # type: ignore[union-attr]
+    """Under pytest-xdist, which hands out whole files, begin with those that start Ray: they take the longest."""
+    if hasattr(config, "workerinput"):
+        longest = {item.path for item in items if item.get_closest_marker("ray")}
+        items.sort(key=lambda item: item.path not in longest)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -187,7 +187,7 @@ def test_measuring_a_model_of_gigabytes_takes_no_memory(splits, tmp_path) -> Non
     assert small.base < 0.4 * whole.base and small.trained == whole.trained
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 def test_the_doctor_passes_a_sound_machine(tmp_path: Path) -> None:
     done = finish(start(tmp_path, "--doctor", "--workers-per-trial", "2", *SMALL, name=""), tmp_path)
     print(done.out)

@@ -472,6 +472,14 @@ def test_one_step_moves_exactly_what_is_trained(base, family, few, settings) -> 
     assert pristine.keys() == after.keys() and all(torch.equal(pristine[name], after[name]) for name in pristine)
 
 
+TRAINED = ("llava", "qwen2_5_vl", "gemma3")  # the others are trained with `-m slow`
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in TRAINED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+    indirect=True,
+)
 def test_loss_falls_and_the_saved_adapter_gives_its_scores(base, few, tmp_path) -> None:
     settings = replace(PROJECTOR, gradient_accumulation_steps=3)
     untouched = score_candidates(base, few.validation, few.candidates)

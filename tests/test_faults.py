@@ -9,7 +9,7 @@ from studies import SMALL, finish, start, wait_for
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 def test_an_image_that_changes_ends_the_study_and_it_goes_on_when_that_is_put_back(tmp_path) -> None:
     process = start(tmp_path, "--trials", "6", "--lanes", "1", "--scheduler", "none", *SMALL)
     seen = "".join(wait_for(process, "[1/6]"))

@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 from studies import ROOT, finish, start, wait_for
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.ray
 OPTIONS = ["--trials", "5", "--scheduler", "none", "--num-phantoms", "60", "--num-train-epochs", "2",
            "--save-steps", "2", "--report-to", "tensorboard"]  # fmt: skip
 

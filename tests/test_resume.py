@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from optuna.trial import TrialState
 from studies import Finished, finish, start, wait_for
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.ray
 fs = pytest.importorskip("pyarrow.fs")
 
 # Trials by number, so that what is killed and what is not train the same.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import stat
 from pathlib import Path
 
 import optuna
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
-from studies import ROOT, SMALL, Finished, finish, start, wait_for
+from studies import ROOT, SECRETS, SMALL, Finished, finish, start, wait_for
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.ray
 
 
 def test_every_trial_is_in_study_json_with_its_end(mixed) -> None:
@@ -137,6 +139,50 @@ def test_the_difference_to_the_guide_is_paired_and_told(mixed) -> None:
 def test_the_same_name_again_is_refused(mixed) -> None:
     again = finish(start(mixed.folder, *SMALL), mixed.folder)
     assert again.code == 2 and "--name" in again.err and "Traceback" not in again.err
+
+
+def test_a_study_on_a_terminal(mixed: Finished) -> None:
+    print(mixed.out)
+    during, _, after = mixed.out.rpartition("Study s: ")  # the summary's title
+    assert "starting 1 lane: loading the base · 0 of 8 done, 0 running" in during
+    assert re.search(r"trial [0-7] +epoch 1/1 +step [1-3]/3 +loss \d\.\d{3} +\S+", during)
+    assert re.search(r"best auroc \d\.\d{3} \(trial [0-7]\) · [1-7] of 8 done, 1 running · about \d+ s left", during)
+    assert re.search(r"\[1/8\] trial 0 complete, +auroc 0\.\d{3}, +\d+\.\d s \(learning_rate 0\.001\)", during)
+    assert re.search(r"\[6/8\] trial 5 failed: .*nowhere", during)
+    # Every line is the study's own: the time first, or the footer's.
+    own = r"\[ *\d+\.\d s\] |trial \d|starting 1 lane|best |\d of 8 done"
+    search, _, _ = during.partition("Confirming trials")
+    lines = [line for line in re.split(r"[\r\n]+", search) if line.strip()]
+    assert not [line for line in lines if not re.match(own, line)]
+    raw = mixed.raw
+    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l") and "done," not in after
+    (logs,) = re.findall(r"Starting the lanes \(logs in (\S+)\)", during)
+    assert " ray.tune" in Path(logs, "driver.log").read_text()  # Tune's traceback of the trial that failed
+
+
+def test_secrets_stay_in_the_environment_and_folders_are_private(mixed, ray_folder) -> None:
+    (ours,) = ray_folder.iterdir()
+    assert stat.S_IMODE(ours.stat().st_mode) == 0o700
+    (session,) = (path for path in ours.glob("ray/session_2*") if not path.is_symlink())
+    logs = [path for path in session.rglob("*") if path.is_file()]
+    assert any(path.name == "runtime_env_agent.log" for path in logs)
+    for path in (*logs, *(p for p in mixed.folder.rglob("*") if p.is_file())):
+        content = path.read_bytes()
+        found = [name for name, value in SECRETS.items() if value.encode() in content]
+        assert not found, f"{path} holds {found}"
+    study = mixed.folder / "results" / "s"
+    assert stat.S_IMODE(study.stat().st_mode) == 0o700
+    trial = json.loads((study / "study.json").read_text())["trials"][0]
+    plan = json.loads((study / "plan.json").read_text())
+    assert (trial["base_hash"], trial["data_hash"]) == (plan["base_hash"], plan["data_hash"])
+    assert "Lanes:" not in mixed.out and not os.environ.get("RAY_ADDRESS")
+
+
+def test_a_study_whose_space_fails_ends_with_its_winner(uneven: Finished) -> None:
+    assert uneven.code == 3 and "must return settings, but raised SystemExit" in uneven.out, uneven.err
+    assert "Traceback" not in uneven.out + uneven.err
+    assert [trial["state"] for trial in uneven.study["trials"]] == ["COMPLETE", "COMPLETE", "STOPPED", "STOPPED"]
+    assert (uneven.folder / "results" / "s" / "best_adapter").is_dir()
 
 
 def test_a_trial_stopped_early_is_nowhere_called_complete(uneven) -> None:

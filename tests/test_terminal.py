@@ -7,12 +7,11 @@ import os
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console, Group
 from rich.text import Text
-from studies import Finished, read_to_end
+from studies import read_to_end
 
 from tune.config.settings import StudySettings
 from tune.records.trials import TrialRecord
@@ -123,23 +122,3 @@ def test_a_trial_reports_its_progress(base, splits) -> None:
     assert {(entry["num_epochs"], entry["num_steps"]) for entry in progress} == {(2, 2 * per_epoch)}
     losses = [entry["loss"] for entry in progress if entry["phase"] == "evaluation"]
     assert progress[0]["loss"] is None and losses == [report.metrics["train_loss"] for report in reports]
-
-
-@pytest.mark.xdist_group("ray")
-def test_a_study_on_a_terminal(mixed: Finished) -> None:
-    print(mixed.out)
-    during, _, after = mixed.out.rpartition("Study s: ")  # the summary's title
-    assert "starting 1 lane: loading the base · 0 of 8 done, 0 running" in during
-    assert re.search(r"trial [0-7] +epoch 1/1 +step [1-3]/3 +loss \d\.\d{3} +\S+", during)
-    assert re.search(r"best auroc \d\.\d{3} \(trial [0-7]\) · [1-7] of 8 done, 1 running · about \d+ s left", during)
-    assert re.search(r"\[1/8\] trial 0 complete, +auroc 0\.\d{3}, +\d+\.\d s \(learning_rate 0\.001\)", during)
-    assert re.search(r"\[6/8\] trial 5 failed: .*nowhere", during)
-    # Every line is the study's own: the time first, or the footer's.
-    own = r"\[ *\d+\.\d s\] |trial \d|starting 1 lane|best |\d of 8 done"
-    search, _, _ = during.partition("Confirming trials")
-    lines = [line for line in re.split(r"[\r\n]+", search) if line.strip()]
-    assert not [line for line in lines if not re.match(own, line)]
-    raw = mixed.raw
-    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l") and "done," not in after
-    (logs,) = re.findall(r"Starting the lanes \(logs in (\S+)\)", during)
-    assert " ray.tune" in Path(logs, "driver.log").read_text()  # Tune's traceback of the trial that failed
