@@ -165,7 +165,7 @@ def test_pinned_values_are_not_searched() -> None:
     space, guide = load_space("lora")
     trial = optuna.create_study(sampler=make_corner(guide, -1)).ask()
     point, _ = searched_settings(settings, space, trial)
-    assert (point["lora_r"], point["lora_alpha"], point["learning_rate"]) == (8, 16, 0.001)
+    assert (point.lora_r, point.lora_alpha, point.learning_rate) == (8, 16, 0.001)
     assert trial.params.keys() == {"lora_alpha_ratio", "train_projector"}
 
 

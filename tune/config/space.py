@@ -144,7 +144,7 @@ class Pinned:
 
 def searched_settings(
     settings: Settings, space: Callable[[Any], dict[str, Any]], trial: Any, number: int = 0
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[TrialSettings, list[str]]:
     """The trial settings of one point of the space.
 
     Returns:
@@ -176,7 +176,7 @@ def searched_settings(
         raise SpaceError(f"computes {options} from what it searches: leave the option out, or use another space")
     if problems:
         raise SpaceError(f"must return settings that can be trained: {'; '.join(problems)}")
-    return dataclasses.asdict(point), sorted(chosen)
+    return point, sorted(chosen)
 
 
 def read_points(path: str) -> list[dict[str, Any]]:

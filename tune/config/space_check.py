@@ -133,7 +133,7 @@ def corners(settings: Settings) -> list[TrialSettings]:
     trials = []
     for values, end in ((guide, 0), ({}, 0), ({}, -1)):
         study.sampler = make_corner(values, end)
-        trials.append(TrialSettings(**searched_settings(settings, space, study.ask())[0]))
+        trials.append(searched_settings(settings, space, study.ask())[0])
     return trials
 
 

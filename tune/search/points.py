@@ -71,7 +71,7 @@ def propose(
     trial = optuna_study.ask()
     with time_limit(TIMEOUT_S):
         chosen, decided = searched_settings(study.settings, space, trial, number)
-    return Point(trial.params, distributions_json(trial.distributions), TrialSettings.from_dict(chosen), tuple(decided))
+    return Point(trial.params, distributions_json(trial.distributions), chosen, tuple(decided))
 
 
 @contextlib.contextmanager
