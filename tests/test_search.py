@@ -268,6 +268,7 @@ def test_records_as_an_optuna_study() -> None:
                                          TrialState.COMPLETE]  # fmt: skip
     assert trials[4].params == records[4].searched and trials[4].value == records[4].metrics["auroc"]
     assert trials[1].intermediate_values == {1: records[1].metrics["auroc"]}
+    assert trials[1].value == records[1].metrics["auroc"]
     records[4].epochs = [{"auroc": float("nan")}]
     assert as_optuna(records, GOALS).trials[4].state == TrialState.FAIL
     records[4].state = "INTERRUPTED"

@@ -29,7 +29,9 @@ from servers import proxied
 from studies import ROOT, write_plan
 
 from train_fn.jobs import EpochReport
+from train_fn.settings import TrialSettings
 from train_fn.support.storage import Storage
+from tune.config.settings import StudySettings
 from tune.config.uris import strip_credentials
 from tune.records.journal import Event, Journal, read_events
 from tune.tracking.delivery import Tracking
@@ -117,15 +119,16 @@ def report(epoch: int, seed: int, last: int = 3) -> dict[str, Any]:
 def study(tmp_path_factory) -> Path:
     """A study's folder: six trials that end in every way, two of them begun again by a second session."""
     from tune.search.callback import StudyLog
+    from tune.search.points import Point
 
     directory = tmp_path_factory.mktemp("study") / "s"
     adapter = directory / "best_adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     (adapter / "task.json").write_text('{"candidates": ["Benign", "Malignant"]}')
-    settings = SimpleNamespace(study=SimpleNamespace(trials=6))
+    settings = SimpleNamespace(study=StudySettings(trials=6, scheduler="none"))
     journal = Journal(directory / "journal.jsonl")
-    parts = {"journal": journal, "directory": directory, "storage": Storage(directory, "")}
+    parts = {"name": "s", "journal": journal, "directory": directory, "storage": Storage(directory, "")}
     made: Any = SimpleNamespace(goals=(("auroc", "max"),), settings=settings, **parts)
     stopped: list[int] = []
     dispatcher = SimpleNamespace(stop=SimpleNamespace(remote=stopped.append))
@@ -136,8 +139,9 @@ def study(tmp_path_factory) -> Path:
         return StudyLog(made, dispatcher, Silent(), lambda text: None)  # type: ignore[arg-type]
 
     def begin(log: StudyLog, number: int) -> Any:
-        chosen = {"learning_rate": 1e-3 * (number + 1), "lora_target_modules": [LONG[:600]] if number == 5 else ["q"]}
-        config = {"number": number, "settings": {**chosen, "seed": 0}, "chosen": list(chosen), "known_epochs": 0}
+        names = (LONG[:600],) if number == 5 else ("q",)
+        settings = TrialSettings(learning_rate=1e-3 * (number + 1), lora_target_modules=names)
+        config = {"number": number, "point": Point({}, {}, settings, ("learning_rate", "lora_target_modules"))}
         trial = SimpleNamespace(config=config)
         log.on_trial_start(0, [], trial)
         return trial
@@ -152,7 +156,7 @@ def study(tmp_path_factory) -> Path:
     def run(log: StudyLog, trial: Any, epochs: list[int]) -> None:
         for epoch in epochs:
             message = EpochReport(**report(epoch, trial.config["number"]))
-            log.on_trial_result(0, [], trial, {"epoch": epoch, "report": message})
+            log("", {"number": trial.config["number"], "epoch": epoch, "report": message})
 
     (directory / "pictures").mkdir()
     (directory / "report.html").write_text("<h1>s</h1>")

@@ -44,7 +44,8 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTri
         return optuna.trial.create_trial(state=TrialState.FAIL)
     state = TrialState[IN_OPTUNA[record.state]]
     values = [record.value(name) for name, _ in goals]
-    if state == TrialState.COMPLETE and not all(map(math.isfinite, values)):
+    has_values = all(map(math.isfinite, values))
+    if state == TrialState.COMPLETE and not has_values:
         state = TrialState.FAIL
     distributions = {
         name: optuna.distributions.json_to_distribution(text) for name, text in record.distributions.items()
@@ -55,7 +56,8 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTri
         state=state,
         params={name: value for name, value in record.searched.items() if name in distributions},
         distributions=distributions,
-        values=values if state == TrialState.COMPLETE else None,
+        # A pruned trial has its last value, as Optuna itself records it.
+        values=values if has_values and state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
         intermediate_values={epoch: metrics[metric] for epoch, metrics in epochs if metric in metrics},
     )
     trial.datetime_start = datetime.fromtimestamp(record.started_at)
