@@ -34,10 +34,9 @@ from train_fn.settings import TrialSettings  # noqa: E402
 
 EPOCHS = 3
 PARTS = {
-    "Optuna: suggest": "tune.search.tuner.DiskSearch.suggest",
-    "Optuna: tell": "tune.search.tuner.DiskSearch.on_trial_complete",
-    "Optuna: intermediate": "tune.search.tuner.DiskSearch.on_trial_result",
-    "scheduler": "tune.search.tuner.SparingGuide.on_trial_result",
+    "next point": "tune.search.searcher.JournalSearcher.suggest",
+    "report, early stopping": "tune.search.callback.StudyLog.__call__",  # holds its line of the journal
+    "optuna.db": "tune.records.optuna_study.DatabaseExport.write",
     "budgets": "tune.search.callback.StudyLog.spent",
     "journal": "tune.records.journal.Journal.write",
     "trial's end": "tune.search.callback.StudyLog.end",  # holds its line of the journal
