@@ -53,7 +53,7 @@ def rows(*answers: str, **more: Any) -> list[dict[str, Any]]:
     ]
 
 
-def read(path: Path, root: Path, *columns: str, question: str = DEFAULT_QUESTION) -> list[dict[str, Any]]:
+def read(path: Path, root: Path, *columns: str, question: str = "") -> list[dict[str, Any]]:
     entries, problems = read_manifest(path, root, columns, question)
     assert problems == []
     return entries
@@ -245,7 +245,7 @@ def test_usual_names_and_labels(root: Path, tmp_path: Path) -> None:
     assert read(table(tmp_path, "file_name,label\na.png,3\nb c.png,4\n"), root)[0] == {
         "image": str(root.resolve() / "a.png"), "text": DEFAULT_QUESTION, "answer": "3", "label": "3"
     }  # fmt: skip
-    (one, _) = read(table(tmp_path, "img,query,response,label\na.png,q,x,10\na.png,r,y,9\n"), root)
+    one, _ = read(table(tmp_path, "img,query,response,label\na.png,q,x,10\na.png,r,y,9\n"), root)
     assert (one["text"], one["answer"], one["label"]) == ("q", "x", 10)
     made = [{"image_name": "a.png", "question": "How many?", "answer": 2, "image_organ": "head"}] * 2
     (tmp_path / "vqa").write_text(json.dumps(made))
@@ -264,6 +264,18 @@ def test_columns_name_what_has_other_names(root: Path, tmp_path: Path) -> None:
     assert read(path, root, "answer=class")[0]["answer"] == "y"
     (tmp_path / "x").write_text(lines([{"a": "a.png", "b": "yes"}] * 2))
     assert read(tmp_path / "x", root, "image=a", "answer=b", question="Why?")[0]["text"] == "Why?"
+
+
+def test_questions_are_not_dropped_for_one_question(root: Path, tmp_path: Path) -> None:
+    path = table(tmp_path, "image,id,asked,answer\na.png,1,q,x\nb c.png,2,Is it?,y\n")
+    assert "'asked' may be it: add --columns question=asked, or --question" in refusal(path, root)
+    assert [entry["text"] for entry in read(path, root, "question=asked")] == ["q", "Is it?"]
+    assert [entry["text"] for entry in read(path, root, question="Why?")] == ["Why?"] * 2
+    path = as_parquet("bytes")([{"image": "a.png", "asked": "What is it", "answer": "x"}], tmp_path, root)
+    assert "'asked' may be it" in refusal(path, root)
+    for form in (guides, dict, llava):
+        entries = read(as_json(form)(rows("x", "y"), tmp_path, root), root, question="Why?")
+        assert "`--question` must go with data without questions" in divide({"data": entries}, "Why?")[1][0]
 
 
 def test_a_split_column_and_what_contradicts_it(root: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
 from train_fn.data.manifest import MAX_CANDIDATES, answer_set, divide, read_manifest, shorten
 from train_fn.data.phantoms import CLASSES, QUESTION
-from train_fn.data.rows import COLUMN, DEFAULT_QUESTION
+from train_fn.data.rows import COLUMN
 from train_fn.data.samples import Sample, Splits
 from train_fn.data.splitting import LARGE_GROUP, DataReport, contradictory_groups, different_images, make_splits
 from train_fn.data.stored_images import stored_images_folder
@@ -73,8 +73,10 @@ def main(argv: Sequence[str]) -> int:
             print("The manifest cannot be made:", *map(plain, problems), sep="\n  - ", file=sys.stderr)
             return 2
         print(f"Written; for a study: --data {options.write} --image-root {options.busi}")
-        options.data, options.image_root = options.write, options.busi
+        options.data, options.image_root, options.question = options.write, options.busi, ""
     elif options.write:
+        if options.val_data or options.test_data:
+            parser.error("--write converts --data only: leave --val-data and --test-data out")
         if problems := write_manifest(options):
             parser.exit(2, "\n  - ".join(["The manifest cannot be made:", *map(plain, problems)]) + "\n")
         given = f" --image-root {shlex.quote(str(options.image_root))}" if options.image_root else ""
@@ -90,11 +92,10 @@ def write_manifest(options: argparse.Namespace) -> list[str]:
     image root of the options. Images from bytes are copied into a folder beside the manifest.
     """
     manifest: Path = options.write
-    question = options.question or DEFAULT_QUESTION
-    entries, problems = read_manifest(
-        options.data, options.image_root or options.data.parent, options.columns, question
-    )
-    options.columns = ()
+    root: Path = options.image_root or options.data.parent
+    entries, problems = read_manifest(options.data, root, options.columns, options.question)
+    problems = problems or divide({"data": entries}, options.question)[1]
+    options.columns, options.question = (), ""
     if problems:
         return problems
     folder, stored = manifest.parent.resolve(), stored_images_folder().resolve()
@@ -106,12 +107,11 @@ def write_manifest(options: argparse.Namespace) -> list[str]:
                     copies.mkdir(exist_ok=True)
                     entry["image"] = shutil.copyfile(image, copies / image.name)
             images = [Path(entry["image"]) for entry in entries]
-            root = folder
             options.image_root = None
             if not all(image.is_relative_to(folder) for image in images):
-                root = options.image_root = Path(os.path.commonpath([image.parent for image in images]))
+                folder = options.image_root = Path(os.path.commonpath([image.parent for image in images]))
             for entry, image in zip(entries, images, strict=True):
-                entry["image"] = image.relative_to(root).as_posix()
+                entry["image"] = image.relative_to(folder).as_posix()
             json.dump(entries, file, indent=2)
     except OSError as error:
         return [f"`--write` must name a new file, but got {manifest}: {error.strerror}; choose another"]
@@ -149,10 +149,9 @@ def inspect(options: argparse.Namespace) -> int:
     problems = []
     for name in ("data", "val_data", "test_data"):
         if path := getattr(options, name):
-            question = options.question or DEFAULT_QUESTION
-            parts[name], found = read_manifest(path, root, options.columns, question)
+            parts[name], found = read_manifest(path, root, options.columns, options.question)
             problems += [f"`--{name.replace('_', '-')}`: {text}" for text in found]
-    parts, found = divide(parts)
+    parts, found = divide(parts, options.question)
     problems += found
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr))

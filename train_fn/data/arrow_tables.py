@@ -93,10 +93,14 @@ def open_table(path: Path) -> tuple[pyarrow.Schema, Callable[[list[str]], Iterat
 
 
 def wanted_columns(names: list[str], columns: Sequence[str]) -> list[str]:
-    """The columns with a role or a conversation; none where they cannot be told."""
+    """The columns with a role or a conversation, all where none has the questions; none where they cannot be told."""
     roles, problems = resolve(names, columns)
-    usable = {"image", "answer"} <= roles.keys() or KEYS.keys() & set(names)
-    return [name for name in names if name in (*roles.values(), *KEYS, "system")] if usable and not problems else []
+    conversation = KEYS.keys() & set(names)
+    if problems or not (conversation or {"image", "answer"} <= roles.keys()):
+        return []
+    if not conversation and "question" not in roles:
+        return list(names)
+    return [name for name in names if name in (*roles.values(), *KEYS, "system")]
 
 
 def class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from train_fn.data.arrow_tables import BEGINNINGS, PARTS_FILE, STATE, read_arrow_records, read_saved
 from train_fn.data.conversations import KEYS, conversation_row
 from train_fn.data.folders import read_class_folders
-from train_fn.data.rows import BadRecord, Row, grouped, resolve, row_problems, table_row
+from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, Row, grouped, resolve, row_problems, table_row
 from train_fn.data.tables import TAKEN, Records, read_text_records
 from train_fn.settings import SHOWN
 
@@ -62,12 +62,23 @@ def is_guides(records: Records, columns: Sequence[str]) -> bool:
     return keys <= {*GUIDE, "label", "split"} and (with_label or not {"image", "answer"} <= keys)
 
 
+def questions_elsewhere(records: Records, used: set[str]) -> str:
+    """A column without a role that holds a sentence; "" if there is none."""
+    for _, record in records:
+        for name, value in record.items() if isinstance(record, dict) else ():
+            if name in used or not isinstance(value, str):
+                continue
+            if len(value.split()) > 2 or value.rstrip().endswith(("?", "？")):
+                return name
+    return ""
+
+
 def read_rows(path: Path, records: Records, columns: Sequence[str], question: str) -> tuple[list[Row], list[str]]:
     """The rows that can be trained with, and every problem.
 
     Args:
         path: names the data in messages.
-        question: what is asked where the data has no questions.
+        question: what is asked where the data has no questions; "": the default.
     """
     keys = keys_of(records)
     names, problems = resolve(keys, columns)
@@ -84,13 +95,21 @@ def read_rows(path: Path, records: Records, columns: Sequence[str], question: st
             f"manifest {path} must have a column for {missing}, but its columns are {SHOWN.repr(keys)}: name them, as "
             f"in --columns {line}; taken are {TAKEN}, also with `conversations` or `messages`"
         ]
+    if not key and not question and (likely := questions_elsewhere(records, set(names.values()))):
+        return [], [
+            f"manifest {path} must have a column for the question, and {SHOWN.repr(likely)} may be it: add --columns "
+            f'question={likely}, or --question "..." to ask the same about each image'
+        ]
     rows = []
     found: list[tuple[str, str]] = []
     for source, record in records:
         try:
             if not isinstance(record, dict):
                 raise BadRecord(f" must be an object, but is {SHOWN.repr(record)}: correct it")
-            row = conversation_row(source, record, key, names) if key else table_row(source, record, names, question)
+            if key:
+                row = conversation_row(source, record, key, names)
+            else:
+                row = table_row(source, record, names, question or DEFAULT_QUESTION)
         except BadRecord as error:
             found.append((source, str(error)))
             continue

@@ -17,7 +17,7 @@ from typing import Any
 
 from train_fn.data.formats import keys_of, read_records, read_rows
 from train_fn.data.images import MAX_PIXELS, image_problems
-from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, part
+from train_fn.data.rows import BadRecord, part
 from train_fn.data.tables import MAX_ENTRIES, Records
 from train_fn.settings import SHOWN
 
@@ -27,7 +27,7 @@ UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters, 
 
 
 def read_manifest(
-    path: Path, image_root: Path, columns: Sequence[str] = (), question: str = DEFAULT_QUESTION
+    path: Path, image_root: Path, columns: Sequence[str] = (), question: str = ""
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the labelled images of a manifest, or of a file or folder in any other format of `formats`.
 
@@ -36,7 +36,7 @@ def read_manifest(
     Args:
         image_root: the folder that image paths start from.
         columns: `--columns`: the columns of roles, each "role=column".
-        question: what is asked where the data has no questions.
+        question: what is asked where the data has no questions; "": the default.
 
     Returns:
         The entries without faults, with absolute image paths, and the part as `split` if the data has parts; and every
@@ -132,15 +132,16 @@ def entry_problems(entry: Any, root: Path | None, required: Mapping[str, Any] = 
 
 
 def divide(
-    parts: Mapping[str, list[dict[str, Any]] | None],
+    parts: Mapping[str, list[dict[str, Any]] | None], question: str = ""
 ) -> tuple[dict[str, list[dict[str, Any]] | None], list[str]]:
     """Divide `data` by its own splits, if it has any.
 
     Args:
         parts: the entries of `data`, `val_data` and `test_data`; None where there are none.
+        question: `--question`, which some of the entries must use.
 
     Returns:
-        The parts with those of the splits; and every contradiction between the splits and the options.
+        The parts with those of the splits; and every contradiction between the entries and the options.
     """
     divided, problems = dict(parts), []
     data = parts.get("data") or []
@@ -158,6 +159,9 @@ def divide(
                     f"`{option}` must be left out, since --data has {len(found):,} entries of the split {its}: leave "
                     f"it out, or take them out"
                 )
+    everything = [entry for entries in parts.values() for entry in entries or []]
+    if question and everything and all(entry["text"] != question for entry in everything):
+        problems.append("`--question` must go with data without questions, but each entry has its own: leave it out")
     if data:
         divided["data"] = [entry for entry in data if entry.get("split", "train") == "train"]
         if not divided["data"]:

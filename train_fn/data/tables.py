@@ -65,9 +65,11 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
     problem = f"manifest {path} must be a JSON list of at least one entry, but holds "
     if not isinstance(value, dict):
         return [], [problem + ("an empty list" if value == [] else f"a {type(value).__name__}")]
-    name = next((name for name, entries in value.items() if isinstance(entries, list) and entries), "")
-    if name:
-        program = f"import json; json.dump(json.load(open({path.name!r}))[{name!r}], open('list.json', 'w'))"
+    lists = [name for name, entries in value.items() if isinstance(entries, list) and entries]
+    if len(lists) > 1:
+        fix = "write a list of {image, text, answer}"
+    elif lists:
+        program = f"import json; json.dump(json.load(open({path.name!r}))[{lists[0]!r}], open('list.json', 'w'))"
         fix = f'write its list as a file, with python -c "{program}"'
     else:
         fix = "write [ before it and ] behind it"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from train_fn.data.rows import COLUMN, DEFAULT_QUESTION
+from train_fn.data.rows import COLUMN
 from train_fn.scoring.metrics import MODES
 from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, TrialSettings, matching, one_of
 from tune.records.budgets import MAX_SECONDS, seconds
@@ -70,8 +70,9 @@ class DataSettings:
     columns: Annotated[tuple[str, ...], COLUMN] = ()
     """Columns (or keys) of --data that have other than the usual names, such as question=text,answer=class; roles:
     image, question, answer, label, split. The split names the part: train, validation or test."""
-    question: str = DEFAULT_QUESTION
-    """What is asked about each image where the data has no questions, as in a folder of images by class."""
+    question: str = ""
+    """What is asked about each image where the data has no questions, as in a folder of images by class. Not given:
+    What does this image show?"""
     val_data: Annotated[str, PATH] = ""
     """Validation images, in any format of --data. Not given: its split of that name, or a stratified share."""
     test_data: Annotated[str, PATH] = ""

@@ -187,7 +187,7 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, 
         if path:
             parts[name], found = read_manifest(Path(path), root, data.columns, data.question)
             problems += [f"`{flag(name)}`: {text}" for text in found]
-    parts, found = divide(parts)
+    parts, found = divide(parts, data.question)
     problems += found
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     if images:
