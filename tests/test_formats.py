@@ -247,6 +247,8 @@ def test_usual_names_and_labels(root: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     one, _ = read(table(tmp_path, "img,query,response,label\na.png,q,x,10\na.png,r,y,9\n"), root)
     assert (one["text"], one["answer"], one["label"]) == ("q", "x", 10)
+    (tmp_path / "m").write_text(json.dumps([{"image": "a.png", "label": "x"}]))
+    assert read(tmp_path / "m", root)[0]["answer"] == "x"
     made = [{"image_name": "a.png", "question": "How many?", "answer": 2, "image_organ": "head"}] * 2
     (tmp_path / "vqa").write_text(json.dumps(made))
     assert read(tmp_path / "vqa", root)[0]["answer"] == "2"
@@ -349,6 +351,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": turns("<image>q", "a"), "images": ["data:image/png;base64,?"]}, " must have an image in bytes, but"),
     ({"messages": turns("<image>q", "a"), "images": ["data:image/png;base64,QUJD"]}, "begin with b'ABC'"),
     ({"messages": turns("<image>q", "a"), "images": [3]}, "an image's path or bytes, but has 3"),
+    ({"messages": turns("<image>q", "a"), "images": "a.png", "videos": ["v"]}, " must have images only, but has v"),
+    ({"messages": turns("<image>q", "a"), "images": [["a.png"]]}, "an image's path or bytes, but has [['a.png']]"),
     ({"conversations": [{"from": "alien", "value": "q"}], "image": "a.png"}, "turns of from (system, human"),
     ({"conversations": [{"from": "human", "value": "q"}], "image": "a.png"}, "but has 1 and 0"),
 ]  # fmt: skip
@@ -371,6 +375,59 @@ def test_llava_moves_the_image_from_the_end_to_the_beginning(root: Path, tmp_pat
     made["conversations"][0]["value"] = "What is it?\n<image>"
     (tmp_path / "m").write_text(json.dumps([made]))
     assert read(tmp_path / "m", root)[0]["text"] == "What is it?"
+
+
+def test_query_and_response_with_what_stands_beside_them(root: Path, tmp_path: Path) -> None:
+    made = {"query": "<image>q", "response": "a", "images": ["a.png"], "history": [], "system": ""}
+    (tmp_path / "m").write_text(lines([made] * 2))
+    assert read(tmp_path / "m", root)[0]["text"] == "q"
+    (tmp_path / "m").write_text(lines([made | {"history": [["q", "a"]]}, made]))
+    assert "m line 1 must have one question and answer, but has 2" in refusal(tmp_path / "m", root)
+    (tmp_path / "m").write_text(lines([made | {"system": "Be kind."}, made]))
+    assert "m line 1 must have no system prompt" in refusal(tmp_path / "m", root)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["a.png", "<image>", "user", "assistant", "text", "image", "data:image/png;base64,", "train"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "type", "text", "image", "image_url", "url", "bytes"]),
+        inner, max_size=3,
+    ),
+    max_leaves=8,
+)  # fmt: skip
+KEYS = ["image", "images", "messages", "conversations", "question", "text", "answer", "label", "class", "split",
+        "system", "history", "videos", "x"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(made=st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5) | VALUES, min_size=2, max_size=4))
+def test_any_values_give_entries_or_sentences(root: Path, tmp_path: Path, made: list[Any]) -> None:
+    for content in (json.dumps(made), lines(made)):
+        (tmp_path / "m").write_text(content)
+        entries, problems = read_manifest(tmp_path / "m", root)
+        assert entries or problems
+        assert all(len(problem) < 1000 and "\n" not in problem for problem in problems)
+        for entry in entries:
+            assert os.path.isfile(entry["image"]) and entry["text"].strip() and entry["answer"].strip()
+            assert isinstance(entry["label"], int | str)
+
+
+@pytest.mark.parametrize("write", ["parquet", "saved"])
+def test_damaged_bytes_give_sentences(root: Path, tmp_path: Path, write: str) -> None:
+    made = rows("x", "y", "z", split="train")
+    path = (as_parquet("struct") if write == "parquet" else as_saved("struct"))(made, tmp_path, root)
+    file = path if path.is_file() else path / "data-00001-of-00002.arrow"
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), rng.integers(1, 20)):
+            damaged[place] = rng.integers(256)
+        file.write_bytes(damaged)
+        entries, problems = read_manifest(path, root)
+        assert entries or problems
+        assert all(len(problem) < 1000 for problem in problems)
 
 
 def test_images_in_data_urls(root: Path, tmp_path: Path) -> None:

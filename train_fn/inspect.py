@@ -24,7 +24,7 @@ from PIL import Image
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
 from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
-from train_fn.data.manifest import MAX_CANDIDATES, answer_set, divide, read_manifest, shorten
+from train_fn.data.manifest import MAX_CANDIDATES, answer_set, asked_by_default, divide, read_manifest, shorten
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.rows import COLUMN
 from train_fn.data.samples import Sample, Splits
@@ -175,6 +175,8 @@ def inspect(options: argparse.Namespace) -> int:
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
             console.print(table)
+    if asked := asked_by_default(parts):
+        console.print("  " + asked, soft_wrap=True)
     for problem in problems:
         console.print("  - " + plain(problem, keep="\n"), soft_wrap=True)
     for sentence in report.sentences() if report and report.largest_group > LARGE_GROUP * report.num_images else ():

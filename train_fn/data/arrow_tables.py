@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_fn.data.conversations import KEYS
-from train_fn.data.rows import BadRecord, image_paths, resolve
+from train_fn.data.rows import BESIDE, BadRecord, image_paths, resolve
 from train_fn.data.tables import Records
 from train_fn.support.files import DamagedFile, read_json
 
@@ -44,6 +44,7 @@ def read_arrow_records(path: Path, columns: Sequence[str], split: str = "") -> t
         image = resolve(schema.names, columns)[0].get("image") if wanted else None
         classes = class_names(schema)
         for batch in batches(wanted or schema.names):
+            batch.validate(full=True)  # pyarrow itself would read beyond the memory of a damaged file
             for record in batch.to_pylist():
                 source = f"{path.name} row {number}"
                 number += 1
@@ -51,7 +52,7 @@ def read_arrow_records(path: Path, columns: Sequence[str], split: str = "") -> t
                 for name, value in record.items():
                     if isinstance(value, int) and name in classes:  # -1: datasets' mark for no class
                         record[name] = classes[name][value] if 0 <= value < len(classes[name]) else None
-                    elif isinstance(value, bytes | dict | list) and name not in KEYS:
+                    elif isinstance(value, bytes | dict | list) and name not in (*KEYS, *BESIDE):
                         try:
                             record[name] = list(image_paths(value)) if name == image else repr(type(value))
                         except BadRecord as error:
@@ -100,7 +101,7 @@ def wanted_columns(names: list[str], columns: Sequence[str]) -> list[str]:
         return []
     if not conversation and "question" not in roles:
         return list(names)
-    return [name for name in names if name in (*roles.values(), *KEYS, "system")]
+    return [name for name in names if name in (*roles.values(), *KEYS, *BESIDE)]
 
 
 def class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:

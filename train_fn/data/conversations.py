@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from train_fn.data.rows import PLACEHOLDER, BadRecord, Row, image_paths, part, without_placeholders
+from train_fn.data.rows import PLACEHOLDER, BadRecord, Row, image_paths, part, refuse_other_media, without_placeholders
 from train_fn.settings import SHOWN
 
 KEYS = {"conversations": ("from", "value"), "messages": ("role", "content")}
@@ -27,8 +27,10 @@ def conversation_row(source: str, record: Mapping[str, Any], key: str, names: Ma
     Raises:
         BadRecord: the conversation is malformed, or its placeholders do not match its images.
     """
+    refuse_other_media(record)
     said: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
-    paths: list[Any] = [record.get(names["image"])] if "image" in names else []
+    named = record.get(names["image"]) if "image" in names else None
+    paths = list(named) if isinstance(named, list) else [named]
     order = []
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from train_fn.data.rows import PARTS
-from train_fn.data.tables import AS_CSV, TAKEN, Records
+from train_fn.data.tables import AS_CSV, MAX_ENTRIES, TAKEN, Records
 from train_fn.settings import SHOWN
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -62,9 +62,12 @@ def read_classes(top: Path, folder: Path, split: str) -> tuple[Records, list[str
     if not classes:
         problems.append(f"manifest {folder} must hold a folder for each class, but has none: add them")
     for path in classes:
-        files = []
+        files: list[Path] = []
         for where, names, here in os.walk(path):
             names[:] = sorted(name for name in names if not name.startswith("."))
+            if len(files) > MAX_ENTRIES:
+                problem = f"manifest {top} must have at most {MAX_ENTRIES:,} images, but has more: use a part of it"
+                return [], [problem]
             files += [Path(where) / n for n in sorted(here) if not n.startswith(".") and n not in LEFT_BY_SYSTEMS]
             if wrong := [name for name in names if name.casefold() in PARTS]:
                 problems.append(

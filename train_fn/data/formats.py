@@ -58,6 +58,8 @@ def is_guides(records: Records, columns: Sequence[str]) -> bool:
         return not columns
     if keys >= GUIDE:
         return True
+    if keys & {"image", "text", "answer", "label"} == {"image", "label"}:
+        return False
     with_label = {"image", "answer", "label"} <= keys  # without its question
     return keys <= {*GUIDE, "label", "split"} and (with_label or not {"image", "answer"} <= keys)
 
@@ -98,7 +100,7 @@ def read_rows(path: Path, records: Records, columns: Sequence[str], question: st
     if not key and not question and (likely := questions_elsewhere(records, set(names.values()))):
         return [], [
             f"manifest {path} must have a column for the question, and {SHOWN.repr(likely)} may be it: add --columns "
-            f'question={likely}, or --question "..." to ask the same about each image'
+            f'question={likely[:60]}, or --question "..." to ask the same about each image'
         ]
     rows = []
     found: list[tuple[str, str]] = []

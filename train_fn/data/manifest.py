@@ -17,7 +17,7 @@ from typing import Any
 
 from train_fn.data.formats import keys_of, read_records, read_rows
 from train_fn.data.images import MAX_PIXELS, image_problems
-from train_fn.data.rows import BadRecord, part
+from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, part
 from train_fn.data.tables import MAX_ENTRIES, Records
 from train_fn.settings import SHOWN
 
@@ -167,6 +167,14 @@ def divide(
         if not divided["data"]:
             problems.append("`--data` must have entries of the split train, but has none: correct the splits")
     return divided, problems
+
+
+def asked_by_default(parts: Mapping[str, list[dict[str, Any]] | None]) -> str:
+    """A sentence when the default question is asked about each image; else ""."""
+    texts = {entry["text"] for entries in parts.values() for entry in entries or []}
+    return (
+        f"Asking {DEFAULT_QUESTION!r} about each image (--question asks another)" if texts == {DEFAULT_QUESTION} else ""
+    )
 
 
 def shorten(problems: list[str], most: int = 20) -> list[str]:

@@ -7,13 +7,12 @@ such as "m.csv line 3".
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.stored_images import BadImage, store_image
+from train_fn.data.stored_images import store_image
 from train_fn.settings import SHOWN, matching
 
 DEFAULT_QUESTION = "What does this image show?"
@@ -28,6 +27,8 @@ USUAL = {
     "split": ("split",),
 }  # fmt: skip
 COLUMN = matching(f"({'|'.join(USUAL)})=.+", f"ROLE=COLUMN, with one of the roles {', '.join(USUAL)}")
+OTHER_MEDIA = ("videos", "audios")
+BESIDE = ("system", "history", *OTHER_MEDIA)  # columns without a role that change what an entry says
 PARTS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test",
@@ -109,6 +110,7 @@ def table_row(source: str, record: Mapping[str, Any], names: Mapping[str, str], 
     Raises:
         BadRecord: a cell holds what its role cannot be.
     """
+    refuse_other_media(record)
     cells = {role: record.get(name) for role, name in names.items()}
     images = image_paths(cells.get("image"))
     asked = cells["question"] if "question" in names else question
@@ -120,7 +122,18 @@ def table_row(source: str, record: Mapping[str, Any], names: Mapping[str, str], 
     label = None if missing(cells.get("label")) else cells["label"]
     if isinstance(label, float) and label.is_integer():
         label = int(label)  # pandas turns whole numbers into floats where one is missing
-    return Row(images, asked, answer, label, part(cells["split"]) if "split" in names else "", source)
+    split = part(cells["split"]) if "split" in names else ""
+    # ms-swift also writes query and response, with a system prompt and the turns before beside them.
+    system = record.get("system") if names.get("question") == "query" else ""
+    earlier = record.get("history")
+    turns = 1 + (len(earlier) if isinstance(earlier, list) else 0)
+    return Row(images, asked, answer, label, split, source, system if isinstance(system, str) else "", turns)
+
+
+def refuse_other_media(record: Mapping[str, Any]) -> None:
+    """Raise BadRecord for an entry with videos or sounds."""
+    if other := [name for name in OTHER_MEDIA if isinstance(record.get(name), list) and record[name]]:
+        raise BadRecord(f" must have images only, but has {other[0]}: take the entry out")
 
 
 def part(value: Any) -> str:
@@ -169,7 +182,7 @@ def image_paths(value: Any) -> tuple[str | Path, ...]:
     """
     if isinstance(value, Path):
         return (value,)
-    if isinstance(value, list | tuple):
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return tuple(path for item in value for path in image_paths(item))
     if isinstance(value, dict):
         content, path = value.get("bytes"), value.get("path")
@@ -181,7 +194,7 @@ def image_paths(value: Any) -> tuple[str | Path, ...]:
             return (store_image(value),)
         if isinstance(value, str) and value.startswith("data:"):
             return (store_image(base64.b64decode(value.partition(",")[2], validate=True)),)
-    except (BadImage, binascii.Error) as error:
+    except ValueError as error:  # BadImage, and base64's own
         raise BadRecord(f" must have an image in bytes, but {error}: replace it or take the entry out") from error
     if not isinstance(value, str):
         raise BadRecord(f" must have an image's path or bytes, but has {SHOWN.repr(value)}: correct it")

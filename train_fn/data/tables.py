@@ -104,7 +104,7 @@ def read_table(path: Path, text: str, columns: Sequence[str]) -> tuple[Records, 
     delimiter, names, label = found
     if twice := sorted({name for name in names if names.count(name) > 1}):
         return [], [f"manifest {path} must name each column once, but has {SHOWN.repr(twice)} again: rename one"]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     records: Records = []
     problems = []
     line = 1
@@ -139,7 +139,8 @@ def find_header(text: str, columns: Sequence[str]) -> tuple[str, list[str], str]
         return None
     for delimiter in ",;\t|":
         try:
-            head = list(itertools.islice(csv.reader(io.StringIO(text[:HEADER], newline=""), delimiter=delimiter), 2))
+            lines = csv.reader(io.StringIO(text[:HEADER], newline=""), delimiter=delimiter, skipinitialspace=True)
+            head = list(itertools.islice(lines, 2))
         except csv.Error:
             continue
         if not head or len(head[0]) < 2:

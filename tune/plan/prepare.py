@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.manifest import divide, read_manifest, unreadable_images
+from train_fn.data.manifest import asked_by_default, divide, read_manifest, unreadable_images
 from train_fn.data.samples import Splits
 from train_fn.data.splitting import DataReport, load_splits, make_splits
 from train_fn.model.checkpoint import base_hash, resolve_model
@@ -189,6 +189,8 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, 
             problems += [f"`{flag(name)}`: {text}" for text in found]
     parts, found = divide(parts, data.question)
     problems += found
+    if asked := asked_by_default(parts):
+        say(asked)
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     if images:
         say(f"Checking {len(images)} images")
