@@ -245,6 +245,11 @@ def test_usual_names_and_labels(root: Path, tmp_path: Path) -> None:
     assert read(table(tmp_path, "file_name,label\na.png,3\nb c.png,4\n"), root)[0] == {
         "image": str(root.resolve() / "a.png"), "text": DEFAULT_QUESTION, "answer": "3", "label": "3"
     }  # fmt: skip
+    one, _ = read(table(tmp_path, 'image, answer\ra.png, "x, y"\rb c.png, z\r'), root)
+    assert one["answer"] == "x, y"
+    made = [llava(row) | {"prompt": "p", "query": "q", "caption": "c", "class": "d"} for row in rows("x", "y")]
+    (tmp_path / "m").write_text(json.dumps(made))
+    assert read(tmp_path / "m", root)[0]["text"] == "Question 0?"
     one, _ = read(table(tmp_path, "img,query,response,label\na.png,q,x,10\na.png,r,y,9\n"), root)
     assert (one["text"], one["answer"], one["label"]) == ("q", "x", 10)
     (tmp_path / "m").write_text(json.dumps([{"image": "a.png", "label": "x"}]))
@@ -294,6 +299,26 @@ def test_a_split_column_and_what_contradicts_it(root: Path, tmp_path: Path) -> N
     assert "must have entries of the split train" in problems[0]
     problem = refusal(table(tmp_path, "image,answer,split\na.png,x,train\na.png,y,fold 1\n"), root)
     assert problem.startswith("x.csv line 3 must have the split train, validation or test, but has 'fold 1'")
+
+
+def test_a_part_without_labels_gets_those_of_the_others(root: Path, tmp_path: Path) -> None:
+    data = read(table(tmp_path, "image,answer,label\na.png,no,0\na.png,mass,1\n"), root)
+    test = read(table(tmp_path, "image,answer\na.png,mass\na.png,other\n"), root)
+    parts, problems = divide({"data": data, "val_data": None, "test_data": test})
+    assert not problems and parts["data"] == data and parts["val_data"] is None
+    assert [entry["label"] for entry in parts["test_data"] or []] == [1, "other"]
+
+
+def test_a_manifest_for_predict_is_asked_the_adapters_question(root: Path) -> None:
+    from train_fn.predict import find_samples
+
+    try:
+        path = table(root, "image,class\na.png,x\nb c.png,y\n")
+        assert {sample.text for sample in find_samples(path, None, "Is it?")} == {"Is it?"}
+        path = table(root, "image,question,class\na.png,Why?,x\nb c.png,Why?,y\n")
+        assert {sample.text for sample in find_samples(path, None, "Is it?")} == {"Why?"}
+    finally:
+        (root / "x.csv").unlink()
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def open_table(path: Path) -> tuple[pyarrow.Schema, Callable[[list[str]], Iterat
 
 def wanted_columns(names: list[str], columns: Sequence[str]) -> list[str]:
     """The columns with a role or a conversation, all where none has the questions; none where they cannot be told."""
-    roles, problems = resolve(names, columns)
     conversation = KEYS.keys() & set(names)
+    roles, problems = resolve(names, columns, ("image", "split")) if conversation else resolve(names, columns)
     if problems or not (conversation or {"image", "answer"} <= roles.keys()):
         return []
     if not conversation and "question" not in roles:

@@ -9,7 +9,7 @@ from pathlib import Path
 from train_fn.data.arrow_tables import BEGINNINGS, PARTS_FILE, STATE, read_arrow_records, read_saved
 from train_fn.data.conversations import KEYS, conversation_row
 from train_fn.data.folders import read_class_folders
-from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, Row, grouped, resolve, row_problems, table_row
+from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, Row, grouped, listed, resolve, row_problems, table_row
 from train_fn.data.tables import TAKEN, Records, read_text_records
 from train_fn.settings import SHOWN
 
@@ -37,8 +37,8 @@ def read_records(path: Path, columns: Sequence[str]) -> tuple[Records, list[str]
     except OSError as error:
         return [], [f"manifest {path} must be a readable file: {error.strerror}; check the path"], False
     records, problems = read_text_records(path, content, columns)
-    json = content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"[", b"{")
-    return records, problems, json and is_guides(records, columns)
+    is_json = content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"[", b"{")
+    return records, problems, is_json and is_guides(records, columns)
 
 
 def is_class_folder(path: str | Path) -> bool:
@@ -83,8 +83,8 @@ def read_rows(path: Path, records: Records, columns: Sequence[str], question: st
         question: what is asked where the data has no questions; "": the default.
     """
     keys = keys_of(records)
-    names, problems = resolve(keys, columns)
     key = next((name for name in KEYS if name in keys), None)
+    names, problems = resolve(keys, columns, ("image", "split")) if key else resolve(keys, columns)
     if key and (wrong := [text for text in columns if text.partition("=")[0] not in ("image", "split")]):
         problems.append(f"`--columns` must name image or split for {key}, but got {wrong[0]}: leave it out")
     if problems:
@@ -94,7 +94,7 @@ def read_rows(path: Path, records: Records, columns: Sequence[str], question: st
         missing = " and ".join(role for role in lacking if role != "question")
         line = ",".join(f"{role}=COLUMN" for role in lacking)
         return [], [
-            f"manifest {path} must have a column for {missing}, but its columns are {SHOWN.repr(keys)}: name them, as "
+            f"manifest {path} must have a column for {missing}, but its columns are {listed(keys)}: name them, as "
             f"in --columns {line}; taken are {TAKEN}, also with `conversations` or `messages`"
         ]
     if not key and not question and (likely := questions_elsewhere(records, set(names.values()))):

@@ -143,8 +143,8 @@ def divide(
     Returns:
         The parts with those of the splits; and every contradiction between the entries and the options.
     """
-    divided, problems = dict(parts), []
-    data = parts.get("data") or []
+    divided, problems = with_equal_labels(parts), []
+    data = divided.get("data") or []
     for name, its in (("val_data", "validation"), ("test_data", "test")):
         option, given = f"--{name.replace('_', '-')}", parts.get(name)
         if other := [entry["split"] for entry in given or [] if entry.get("split", its) != its]:
@@ -167,6 +167,22 @@ def divide(
         if not divided["data"]:
             problems.append("`--data` must have entries of the split train, but has none: correct the splits")
     return divided, problems
+
+
+def with_equal_labels(parts: Mapping[str, list[dict[str, Any]] | None]) -> dict[str, list[dict[str, Any]] | None]:
+    """The parts; where one has no labels of its own, but others have, its answers get theirs."""
+    own = {
+        name
+        for name, entries in parts.items()
+        if entries and any(entry["label"] != entry["answer"] for entry in entries)
+    }
+    labels = {entry["answer"]: entry["label"] for name in own for entry in parts[name] or []}
+    return {
+        name: entries
+        if name in own or not entries
+        else [{**entry, "label": labels.get(entry["answer"], entry["label"])} for entry in entries]
+        for name, entries in parts.items()
+    }
 
 
 def asked_by_default(parts: Mapping[str, list[dict[str, Any]] | None]) -> str:

@@ -64,27 +64,36 @@ def missing(value: Any) -> bool:
     )
 
 
-def resolve(names: Sequence[str], columns: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
+def listed(names: Iterable[str]) -> str:
+    """Names of columns, shortened for a message."""
+    text = SHOWN.repr(list(names))
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def resolve(
+    names: Sequence[str], columns: Sequence[str] = (), roles: Iterable[str] = tuple(USUAL)
+) -> tuple[dict[str, str], list[str]]:
     """The column of each role, by `--columns` or by its usual names.
 
     Args:
         names: the columns of the data.
         columns: `--columns`, each "role=column".
+        roles: those to look for by their usual names.
 
     Returns:
         Column by role, without the roles that no column has; and every problem. A label is the answer where there is no
         other.
     """
     chosen = dict(text.split("=", 1) for text in columns)
-    listed = SHOWN.repr(list(names))
     problems = [
-        f"`--columns` must name columns of the data, but got {role}={column}; it has {listed}: correct the name"
+        f"`--columns` must name columns of the data, but got {role}={column}; it has {listed(names)}: correct the name"
         for role, column in chosen.items()
         if column not in names
     ]
-    for role, usual in USUAL.items():
+    for role in roles:
         if role in chosen:
             continue
+        usual = USUAL[role]
         free = [(name, name.strip().casefold().replace(" ", "_")) for name in names if name not in chosen.values()]
         found = [name for name, plain in free if plain in usual]
         first = [name for name, plain in free if plain == usual[0]]
@@ -92,8 +101,7 @@ def resolve(names: Sequence[str], columns: Sequence[str] = ()) -> tuple[dict[str
             chosen[role] = (first or found)[0]
         elif found:
             problems.append(
-                f"one column must hold the {role}, but {' and '.join(map(SHOWN.repr, found))} could: add --columns "
-                f"{role}={found[0]}"
+                f"one column must hold the {role}, but {listed(found)} could: add --columns {role}={found[0]}"
             )
     if "answer" not in chosen and "label" in chosen:
         chosen["answer"] = chosen.pop("label")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.rows import resolve
+from train_fn.data.rows import listed, resolve
 from train_fn.settings import SHOWN
 
 Records = list[tuple[str, Any]]
@@ -72,8 +72,8 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
         program = f"import json; json.dump(json.load(open({path.name!r}))[{lists[0]!r}], open('list.json', 'w'))"
         fix = f'write its list as a file, with python -c "{program}"'
     else:
-        fix = "write [ before it and ] behind it"
-    return [], [f"{problem}a dict with {SHOWN.repr(list(value))}: {fix[:300]}"]
+        fix = "write [ before it and ] behind it" if value else AS_CSV
+    return [], [f"{problem}a dict with {listed(value)}; taken are {TAKEN}: {fix[:300]}"]
 
 
 def read_line(line: str) -> Any:
@@ -135,7 +135,7 @@ def find_header(text: str, columns: Sequence[str]) -> tuple[str, list[str], str]
     None: the text is no table. A table has an image and an answer in its header, or a second line with as many cells.
     """
     best: tuple[tuple[bool, int, int], str, list[str], str] | None = None
-    if "\n" not in text[:HEADER]:
+    if not re.search("[\r\n]", text[:HEADER]):
         return None
     for delimiter in ",;\t|":
         try:
