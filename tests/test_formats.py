@@ -328,7 +328,7 @@ def test_a_manifest_for_predict_is_asked_the_adapters_question(root: Path) -> No
         ('image,answer\na.png,"x\n', "line 2 must be CSV"),
         ("image,answer\n", "a header only"),
         ("image,answer,answer\na.png,x,y\n", "must name each column once, but has ['answer']"),
-        ("image,answer\na.png,\nb c.png,\n", "x.csv line 2 (and 1 more entries) must have an answer, but has none"),
+        ("image,answer\na.png,\nb c.png,\n", "x.csv line 2 (and 1 more) must have an answer, but has none"),
         ("image,question,answer\na.png,,x\na.png,q,x\n", "line 2 must have a question, but has none"),
         ("image,answer\n,x\na.png,x\n", "line 2 must have an image, but has none"),
         ("image,answer\nnone.png,x\n", "x.csv line 2: image 'none.png' must be an existing file under the image root"),
@@ -392,7 +392,7 @@ def test_what_cannot_be_trained_with_yet_is_refused_with_its_entry(root, tmp_pat
     (tmp_path / "m").write_text(write([good, entry, entry]))
     entries, problems = read_manifest(tmp_path / "m", root)
     where = "entry 1" if write is json.dumps else "line 2"
-    assert len(entries) == 1 and any(words in p and f"m {where} (and 1 more entries) " in p for p in problems), problems
+    assert len(entries) == 1 and any(words in p and f"m {where} (and 1 more) " in p for p in problems), problems
 
 
 def test_llava_moves_the_image_from_the_end_to_the_beginning(root: Path, tmp_path: Path) -> None:
@@ -596,7 +596,7 @@ def test_a_folder_that_is_not_understood(classes: Path, name: str, words: str) -
 
 
 def test_folders_without_classes(tmp_path: Path) -> None:
-    assert "it holds nothing" in refusal(tmp_path, tmp_path)
+    assert "but holds nothing" in refusal(tmp_path, tmp_path)
     noise(tmp_path / "a.png", 0)
     assert "1x .png: move the images into a folder for each class" in refusal(tmp_path, tmp_path)
     (tmp_path / "m.csv").write_text("")
@@ -629,7 +629,7 @@ def test_nonsense_gets_one_sentence(root: Path, tmp_path: Path, number: int) -> 
     assert len(problems) == 1 or nonsense(number).count(b"\n"), problems
 
 
-def test_a_file_of_another_kind_is_told_what_is_taken(root: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_gets_the_list_of_formats(root: Path, tmp_path: Path) -> None:
     for content, shown in ((b"%PDF-1.7 \xff", "b'%PDF-1.7'"), (b"<html></html>", "'<html></html>'")):
         (tmp_path / "m").write_bytes(content)
         problem = refusal(tmp_path / "m", root)
@@ -674,7 +674,7 @@ def test_a_folder_of_parts_is_a_study(tmp_path: Path) -> None:
         (["--question", " "], "`--question`"),
     ],
 )
-def test_options_that_cannot_be_taken(tmp_path: Path, argv: list[str], words: str) -> None:
+def test_options_that_are_refused(tmp_path: Path, argv: list[str], words: str) -> None:
     with pytest.raises(SettingsError) as refused:
         parse(["--data", str(tmp_path), *argv])
     assert words in "\n".join(refused.value.problems)

@@ -27,7 +27,7 @@ BATCH = 64  # rows at once: their images are bytes in memory until they are writ
 def read_arrow_records(path: Path, columns: Sequence[str], split: str = "") -> tuple[Records, list[str]]:
     """The records of a parquet or arrow file, and every problem. Image bytes become files in the user's cache.
 
-    Only the columns with a role are read. If they cannot be told, all are, for the first rows.
+    Only the columns with a role are read. If image or answer has no column, all are, for the first rows.
 
     Args:
         columns: `--columns`.
@@ -94,7 +94,7 @@ def open_table(path: Path) -> tuple[pyarrow.Schema, Callable[[list[str]], Iterat
 
 
 def wanted_columns(names: list[str], columns: Sequence[str]) -> list[str]:
-    """The columns with a role or a conversation, all where none has the questions; none where they cannot be told."""
+    """The columns to read: those with a role, or all if none has the questions. None if image or answer has none."""
     conversation = KEYS.keys() & set(names)
     roles, problems = resolve(names, columns, ("image", "split")) if conversation else resolve(names, columns)
     if problems or not (conversation or {"image", "answer"} <= roles.keys()):

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from train_fn.data.rows import PARTS
-from train_fn.data.tables import AS_CSV, MAX_ENTRIES, TAKEN, Records
+from train_fn.data.tables import AS_CSV, MAX_ENTRIES, SUPPORTED, Records
 from train_fn.settings import SHOWN
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -111,4 +111,4 @@ def what_is_missing(folder: Path, inside: list[Path]) -> str:
     fix = f"give {folder / data[0]}" if data else f"move the images into a folder for each class, or {AS_CSV}"
     counts = Counter(path.suffix or path.name for path in inside).most_common(3)
     holds = ", ".join(f"{count:,}x {suffix}" for suffix, count in counts) or "nothing"
-    return f"manifest {folder} must be an existing file, or a folder; taken are {TAKEN}; it holds {holds}: {fix}"
+    return f"manifest {folder} must be an existing file or folder of data ({SUPPORTED}), but holds {holds}: {fix}"

@@ -10,7 +10,7 @@ from train_fn.data.arrow_tables import BEGINNINGS, PARTS_FILE, STATE, read_arrow
 from train_fn.data.conversations import KEYS, conversation_row
 from train_fn.data.folders import read_class_folders
 from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, Row, grouped, listed, resolve, row_problems, table_row
-from train_fn.data.tables import TAKEN, Records, read_text_records
+from train_fn.data.tables import SUPPORTED, Records, read_text_records
 from train_fn.settings import SHOWN
 
 GUIDE = {"image", "text", "answer"}  # the keys of the guide's JSON, beside label
@@ -95,7 +95,7 @@ def read_rows(path: Path, records: Records, columns: Sequence[str], question: st
         line = ",".join(f"{role}=COLUMN" for role in lacking)
         return [], [
             f"manifest {path} must have a column for {missing}, but its columns are {listed(keys)}: name them, as "
-            f"in --columns {line}; taken are {TAKEN}, also with `conversations` or `messages`"
+            f"in --columns {line} (or use another format: {SUPPORTED})"
         ]
     if not key and not question and (likely := questions_elsewhere(records, set(names.values()))):
         return [], [

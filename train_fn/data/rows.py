@@ -218,7 +218,7 @@ def row_problems(row: Row) -> Iterator[str]:
     if row.turns > 1:
         yield f" must have one question and answer, but has {row.turns}: make an entry of each"
     if len(row.images) > 1:
-        yield f" must have one image, but has {len(row.images)}: this version takes one a question"
+        yield f" must have one image, but has {len(row.images)}: this version trains with one image a question"
     elif not row.images:
         yield " must have an image, but has none: add it or take the entry out"
     for name, value in (("question", row.question), ("answer", row.answer)):
@@ -235,7 +235,4 @@ def grouped(found: Iterable[tuple[str, str]]) -> list[str]:
     sources: dict[str, list[str]] = {}
     for source, text in found:
         sources.setdefault(text, []).append(source)
-    return [
-        f"{first}{f' (and {len(more):,} more entries)' if more else ''}{text}"
-        for text, (first, *more) in sources.items()
-    ]
+    return [f"{first}{f' (and {len(more):,} more)' if more else ''}{text}" for text, (first, *more) in sources.items()]

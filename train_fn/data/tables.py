@@ -1,4 +1,4 @@
-"""Text files of records: JSON, JSON Lines, CSV and TSV, told apart by their content."""
+"""Text files of records: JSON, JSON Lines, CSV and TSV, recognised by their content."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Records = list[tuple[str, Any]]
 """Source and record of each entry."""
 MAX_ENTRIES = 1_000_000  # near-copies are searched among all pairs of images
 HEADER = 65_536  # bytes in which a table's header must end
-TAKEN = (
-    "JSON (a list of objects), JSON Lines, CSV or TSV with a header, parquet, a data set saved by `datasets`, or a "
-    "folder of images by class"
+SUPPORTED = (
+    "JSON (a list of objects with image, text and answer, with conversations, or with messages), JSON Lines, CSV or "
+    "TSV with a header, parquet, a data set saved by `datasets`, or a folder of images by class"
 )
 AS_CSV = "save it as CSV with the header image,question,answer"
 
@@ -38,7 +38,7 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
         fault = f"manifest {path} must be UTF-8 text, but byte {error.start} is not"
         if content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
             return [], [f"{fault}: save it as UTF-8"]
-        return [], [f"{fault}, and the file begins with {content[:8]!r}; taken are {TAKEN}: save text as UTF-8"]
+        return [], [f"{fault} (the file begins with {content[:8]!r}; supported: {SUPPORTED}): save text as UTF-8"]
     if text[:HEADER].lstrip()[:1] not in ("[", "{", ""):
         if found := read_table(path, text, columns):
             return found
@@ -46,7 +46,7 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
             kind = type(json.loads(text)).__name__
         except (ValueError, RecursionError) as error:
             begins = SHOWN.repr(text[:40])
-            return [], [f"manifest {path} must be {TAKEN}, but begins with {begins} ({error}): {AS_CSV}"]
+            return [], [f"manifest {path} must be {SUPPORTED}, but begins with {begins} ({error}): {AS_CSV}"]
         return [], [f"manifest {path} must be a JSON list of at least one entry, but holds a {kind}: {AS_CSV}"]
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # for the line numbers in messages
     try:
@@ -73,7 +73,7 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
         fix = f'write its list as a file, with python -c "{program}"'
     else:
         fix = "write [ before it and ] behind it" if value else AS_CSV
-    return [], [f"{problem}a dict with {listed(value)}; taken are {TAKEN}: {fix[:300]}"]
+    return [], [f"{problem}a dict with {listed(value)} (supported: {SUPPORTED}): {fix[:300]}"]
 
 
 def read_line(line: str) -> Any:
