@@ -533,6 +533,9 @@ def test_damaged_and_foreign_parquet(root: Path, tmp_path: Path) -> None:
     for content in (whole[:-20], whole[:40], b"PAR1", b"ARROW1", b"\xff\xff\xff\xff\x10\x00\x00\x00"):
         path.write_bytes(content)
         assert "must be a whole parquet or arrow file" in refusal(path, root)
+    for answer in (["x", "y"], {"text": ["x"]}, True, b"x"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"image": "a.png", "answer": answer}] * 2), path)
+        assert f"x row 0 (and 1 more) must have text as its answer, but has {answer!r}" in refusal(path, root)
     pyarrow.parquet.write_table(pyarrow.table({"scan": [b"x" * 9], "finding": ["a"], "n": [1]}), path)
     assert "its columns are ['scan', 'finding', 'n']" in refusal(path, root)
     assert "row 0 must have an image in bytes" in refusal(path, root, "image=scan", "answer=finding")

@@ -41,7 +41,8 @@ def read_arrow_records(path: Path, columns: Sequence[str], split: str = "") -> t
     try:
         schema, batches = open_table(path)
         wanted = wanted_columns(schema.names, columns)
-        image = resolve(schema.names, columns)[0].get("image") if wanted else None
+        roles = resolve(schema.names, columns)[0] if wanted else {}
+        kept = {*roles.values(), *KEYS, *BESIDE} - {roles.get("image")}
         classes = class_names(schema)
         for batch in batches(wanted or schema.names):
             batch.validate(full=True)  # pyarrow itself would read beyond the memory of a damaged file
@@ -52,9 +53,9 @@ def read_arrow_records(path: Path, columns: Sequence[str], split: str = "") -> t
                 for name, value in record.items():
                     if isinstance(value, int) and name in classes:  # -1: datasets' mark for no class
                         record[name] = classes[name][value] if 0 <= value < len(classes[name]) else None
-                    elif isinstance(value, bytes | dict | list) and name not in (*KEYS, *BESIDE):
-                        try:
-                            record[name] = list(image_paths(value)) if name == image else repr(type(value))
+                    elif isinstance(value, bytes | dict | list) and name not in kept:
+                        try:  # of columns without a role, such values would fill the memory
+                            record[name] = list(image_paths(value)) if name == roles.get("image") else ""
                         except BadRecord as error:
                             fault = f"{source}{error}"
                 if fault:
