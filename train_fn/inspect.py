@@ -1,5 +1,6 @@
-"""A look at the data: `python -m train_fn.inspect --data MANIFEST` shows it, and whether a study can start with it.
+"""A look at the data: `python -m train_fn.inspect --data PATH` shows it, and whether a study can start with it.
 
+With `--write MANIFEST` it first converts data of any format to the guide's JSON.
 `--busi FOLDER --write MANIFEST` first makes a manifest of the BUSI images as downloaded: subfolders normal, benign and
 malignant; masks are left out.
 """
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,11 +22,14 @@ from typing import Any
 from PIL import Image
 
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
+from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
-from train_fn.data.manifest import MAX_CANDIDATES, answer_set, read_manifest, shorten
+from train_fn.data.manifest import MAX_CANDIDATES, answer_set, asked_by_default, divide, read_manifest, shorten
 from train_fn.data.phantoms import CLASSES, QUESTION
+from train_fn.data.rows import COLUMN
 from train_fn.data.samples import Sample, Splits
 from train_fn.data.splitting import LARGE_GROUP, DataReport, contradictory_groups, different_images, make_splits
+from train_fn.data.stored_images import stored_images_folder
 from train_fn.support.text import plain
 
 
@@ -30,13 +37,14 @@ def main(argv: Sequence[str]) -> int:
     """Show the data. Returns the exit code: 0 if a study can start with it, else 2."""
     parser = argparse.ArgumentParser(prog="python -m train_fn.inspect", description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="manifest of a study")
+    source.add_argument("--data", type=Path, help="file or folder of labelled images, as in a study")
     source.add_argument("--busi", type=Path, help="folder of the BUSI images: make its manifest, then inspect that")
-    parser.add_argument("--write", type=Path, help="the manifest to make of --busi")
-    parser.add_argument("--question", default=QUESTION, help="the question in it [the guide's]")
+    parser.add_argument("--write", type=Path, help="the manifest to make of --busi or --data, as the guide's JSON")
+    parser.add_argument("--columns", default="", help="columns with other than usual names, such as question=text")
+    parser.add_argument("--question", default="", help="the question of BUSI [the guide's], or as in a study")
     parser.add_argument("--image-root", type=Path, help="folder that a manifest's paths start from [the manifest's]")
-    parser.add_argument("--val-data", type=Path, help="manifest of validation images")
-    parser.add_argument("--test-data", type=Path, help="manifest of test images")
+    parser.add_argument("--val-data", type=Path, help="validation images")
+    parser.add_argument("--test-data", type=Path, help="test images")
     parser.add_argument("--val-fraction", type=float, default=0.2, help="share of validation without --val-data [0.2]")
     parser.add_argument("--test-fraction", type=float, default=0.2, help="share of the test without --test-data [0.2]")
     parser.add_argument("--split-seed", type=int, default=0, help="seed of the split [0]")
@@ -52,15 +60,62 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--copies-distance must be from -1 to 16, but got {options.copies_distance}")
     if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
         parser.error(f"--max-image-pixels must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
-    if bool(options.busi) != bool(options.write) or (options.busi and options.image_root):
-        parser.error("--busi and --write must be given together, and without --image-root: that is the BUSI folder")
+    if options.busi and (options.image_root or not options.write):
+        parser.error("--busi must be given with --write, and without --image-root: that is the BUSI folder")
+    options.columns = tuple(part.strip() for part in options.columns.split(",") if part.strip())
+    roles = [text.partition("=")[0] for text in options.columns]
+    if not all(map(COLUMN.holds, options.columns)) or len(set(roles)) < len(roles):
+        parser.error(f"--columns must be {COLUMN.words}, each role once, but got {options.columns}")
+    if options.image_root and is_class_folder(options.data):
+        parser.error("--image-root goes with a manifest: leave it out, since the images of a folder need none")
     if options.busi:
-        if problems := write_busi(options.busi, options.write, options.question):
+        if problems := write_busi(options.busi, options.write, options.question or QUESTION):
             print("The manifest cannot be made:", *map(plain, problems), sep="\n  - ", file=sys.stderr)
             return 2
         print(f"Written; for a study: --data {options.write} --image-root {options.busi}")
-        options.data, options.image_root = options.write, options.busi
+        options.data, options.image_root, options.question = options.write, options.busi, ""
+    elif options.write:
+        if options.val_data or options.test_data:
+            parser.error("--write converts --data only: leave --val-data and --test-data out")
+        if problems := write_manifest(options):
+            parser.exit(2, "\n  - ".join(["The manifest cannot be made:", *map(plain, problems)]) + "\n")
+        given = f" --image-root {shlex.quote(str(options.image_root))}" if options.image_root else ""
+        print(f"Written; for a study: --data {shlex.quote(str(options.write))}{given}")
+        options.data = options.write
     return inspect(options)
+
+
+def write_manifest(options: argparse.Namespace) -> list[str]:
+    """Write the guide's JSON of --data to --write. Returns every reason why that failed.
+
+    Image paths are relative to the manifest's folder, or else to the folder that holds all images; this becomes the
+    image root of the options. Images from bytes are copied into a folder beside the manifest.
+    """
+    manifest: Path = options.write
+    root: Path = options.image_root or options.data.parent
+    entries, problems = read_manifest(options.data, root, options.columns, options.question)
+    problems = problems or divide({"data": entries}, options.question)[1]
+    options.columns, options.question = (), ""
+    if problems:
+        return problems
+    folder, stored = manifest.parent.resolve(), stored_images_folder().resolve()
+    copies = folder / f"{manifest.stem}_images"
+    try:
+        with manifest.open("x", encoding="utf-8") as file:
+            for entry in entries:
+                if (image := Path(entry["image"])).is_relative_to(stored):
+                    copies.mkdir(exist_ok=True)
+                    entry["image"] = shutil.copyfile(image, copies / image.name)
+            images = [Path(entry["image"]) for entry in entries]
+            options.image_root = None
+            if not all(image.is_relative_to(folder) for image in images):
+                folder = options.image_root = Path(os.path.commonpath([image.parent for image in images]))
+            for entry, image in zip(entries, images, strict=True):
+                entry["image"] = image.relative_to(folder).as_posix()
+            json.dump(entries, file, indent=2)
+    except OSError as error:
+        return [f"`--write` must name a new file, but got {manifest}: {error.strerror}; choose another"]
+    return []
 
 
 def write_busi(folder: Path, manifest: Path, question: str) -> list[str]:
@@ -90,21 +145,23 @@ def inspect(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     root: Path = options.image_root or options.data.parent
-    parts: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, list[dict[str, Any]] | None] = {}
     problems = []
     for name in ("data", "val_data", "test_data"):
         if path := getattr(options, name):
-            parts[name], found = read_manifest(path, root)
+            parts[name], found = read_manifest(path, root, options.columns, options.question)
             problems += [f"`--{name.replace('_', '-')}`: {text}" for text in found]
-    images = [entry["image"] for entries in parts.values() for entry in entries]
+    parts, found = divide(parts, options.question)
+    problems += found
+    images = [entry["image"] for entries in parts.values() for entry in entries or []]
     bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr))
     problems += shorten(list(bad.values()))
-    parts = {name: [entry for entry in entries if entry["image"] not in bad] for name, entries in parts.items()}
-    entries = [entry for part in parts.values() for entry in part]
+    sound = {name: [e for e in entries or [] if e["image"] not in bad] for name, entries in parts.items()}
+    entries = [entry for part in sound.values() for entry in part]
     splits, report = None, None
-    if all(parts.values()):
+    if all(sound.values()):
         splits, report, found = make_splits(
-            parts["data"], parts.get("val_data"), parts.get("test_data"),
+            sound["data"], sound.get("val_data"), sound.get("test_data"),
             val_fraction=options.val_fraction, test_fraction=options.test_fraction,
             seed=options.split_seed, contradictions=options.contradictions, copies_distance=options.copies_distance,
         )  # fmt: skip
@@ -118,6 +175,8 @@ def inspect(options: argparse.Namespace) -> int:
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
             console.print(table)
+    if asked := asked_by_default(parts):
+        console.print("  " + asked, soft_wrap=True)
     for problem in problems:
         console.print("  - " + plain(problem, keep="\n"), soft_wrap=True)
     for sentence in report.sentences() if report and report.largest_group > LARGE_GROUP * report.num_images else ():
@@ -178,13 +237,18 @@ def tables(
         for found in chosen[:most]:
             asked = len({sample.text for sample in found}) > 1
             names = [
-                f"{Path(sample.image).relative_to(root)}: {sample.text + ' ' if asked else ''}{sample.answer}"
+                f"{shown_path(Path(sample.image), root)}: {sample.text + ' ' if asked else ''}{sample.answer}"
                 for sample in found
             ]
             names = shorten(names, 10)
             rows.append([len(found), "\n".join(names)])
         if rows:
             yield f"{title} ({len(rows)} of {len(chosen)})", ["entries", "file: answer"], rows
+
+
+def shown_path(image: Path, root: Path) -> Path:
+    """An image's path from the image root. Images from bytes lie elsewhere."""
+    return image.relative_to(root) if image.is_relative_to(root) else Path(image.name)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from train_fn.data.folders import DATA_SUFFIXES, IMAGE_SUFFIXES
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
 from train_fn.data.manifest import read_manifest, shorten
 from train_fn.data.samples import Sample
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from train_fn.model.base import Base
 
 BASE_VARIABLE = "VLM_TUNE_BASE"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class InputError(Exception):
@@ -111,8 +111,8 @@ def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sam
         if not images:
             raise InputError(f"folder {path} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none")
         return [Sample(str(image), question, "", -1) for image in images]
-    if path.suffix == ".json":
-        entries, problems = read_manifest(path, image_root or path.parent)
+    if path.suffix.lower() in DATA_SUFFIXES:
+        entries, problems = read_manifest(path, image_root or path.parent, question=question)
         if problems:
             raise InputError("; ".join(problems))
         return [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]

@@ -7,10 +7,11 @@ import importlib.util
 import os
 from pathlib import Path
 
+from train_fn.data.formats import is_class_folder
 from train_fn.settings import SHOWN, broken_rules
 from train_fn.support.files import DamagedFile, read_json, unwritable
 from tune.config.paths import study_directory
-from tune.config.settings import REPORT_TO, Settings, flag
+from tune.config.settings import REPORT_TO, DataSettings, Settings, flag
 from tune.config.space_check import check_space
 from tune.config.uris import strip_credentials
 
@@ -49,7 +50,8 @@ def rules_between(settings: Settings) -> list[Rule]:
     phantoms = data.data == "phantoms"
     goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and may be gone
     goals = [text.removeprefix("-") for text in study.metric]
-    manifest = ("must be an existing manifest", "check the path")
+    manifest = ("must be an existing manifest, or a folder of images by class", "check the path")
+    given = [path for path in (data.data, data.val_data, data.test_data) if path]
     rules: list[Rule] = [
         ("lanes_per_gpu", study.lanes_per_gpu == 1 or study.workers_per_trial == 1,
          "must be 1 for trials of several workers, which need a GPU each", "leave one out"),
@@ -71,16 +73,29 @@ def rules_between(settings: Settings) -> list[Rule]:
          "leave them to AWS_ACCESS_KEY_ID and the like"),
         ("mlflow_uri", strip_credentials(study.mlflow_uri) == study.mlflow_uri, "must hold no key or password",
          "give the whole address as MLFLOW_TRACKING_URI instead"),
-        ("data", goes_on or phantoms or os.path.isfile(data.data), *manifest),
-        ("val_data", goes_on or not data.val_data or os.path.isfile(data.val_data), *manifest),
-        ("test_data", goes_on or not data.test_data or os.path.isfile(data.test_data), *manifest),
+        ("data", goes_on or phantoms or is_present(data.data), *manifest),
+        ("val_data", goes_on or not data.val_data or is_present(data.val_data), *manifest),
+        ("test_data", goes_on or not data.test_data or is_present(data.test_data), *manifest),
         ("image_root", goes_on or not data.image_root or os.path.isdir(data.image_root), "must be a folder",
          "check the path"),
+        ("image_root", goes_on or not data.image_root or not all(map(is_class_folder, given)), "goes with a manifest",
+         "leave it out: the images of a folder need none"),
+        ("columns", len({text.partition("=")[0] for text in data.columns}) == len(data.columns),
+         "must name each role only once", "leave one out"),
     ]  # fmt: skip
-    only_with_data = [name for name in ("image_root", "val_data", "test_data") if phantoms and getattr(data, name)]
+    only_with_data = [
+        name
+        for name in ("image_root", "val_data", "test_data", "columns", "question")
+        if phantoms and getattr(data, name) != getattr(DataSettings(), name)
+    ]
     return rules + [
         (name, False, "goes with --data", "give --data MANIFEST, or leave it out") for name in only_with_data
     ]
+
+
+def is_present(path: str) -> bool:
+    """Whether a path is a file or a folder: a pipe or a device could be read for ever."""
+    return os.path.isfile(path) or os.path.isdir(path)
 
 
 def check_writable(results: Path) -> list[str]:

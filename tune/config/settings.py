@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from train_fn.data.rows import COLUMN
 from train_fn.scoring.metrics import MODES
 from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, TrialSettings, matching, one_of
 from tune.records.budgets import MAX_SECONDS, seconds
@@ -62,17 +63,24 @@ class DataSettings:
     """The labelled images."""
 
     data: Annotated[str, PATH] = "phantoms"
-    """Manifest: a JSON list of {"image", "text", "answer", "label"}. phantoms: generated ultrasound phantoms."""
+    """JSON list or JSON Lines of {"image", "text", "answer", "label"}, of LLaVA conversations or of messages; CSV, TSV,
+    parquet, a data set saved by `datasets`, or a folder of images by class. phantoms: generated ultrasound phantoms."""
     image_root: Annotated[str, PATH] = ""
     """Folder from which the manifest's image paths start. Not given: the manifest's own folder."""
+    columns: Annotated[tuple[str, ...], COLUMN] = ()
+    """Columns (or keys) of --data that have other than the usual names, such as question=text,answer=class; roles:
+    image, question, answer, label, split. The split names the part: train, validation or test."""
+    question: str = ""
+    """What is asked about each image where the data has no questions, as in a folder of images by class. Not given:
+    What does this image show?"""
     val_data: Annotated[str, PATH] = ""
-    """Manifest of validation images. Not given: a stratified share of --data."""
+    """Validation images, in any format of --data. Not given: its split of that name, or a stratified share."""
     test_data: Annotated[str, PATH] = ""
-    """Manifest of test images. Not given: a stratified share of --data."""
+    """Test images, in any format of --data. Not given: its split of that name, or a stratified share."""
     val_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
-    """Share of --data for validation when --val-data is not given."""
+    """Share of --data for validation when neither --val-data nor a split of --data is given."""
     test_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
-    """Share of --data for the test when --test-data is not given."""
+    """Share of --data for the test when neither --test-data nor a split of --data is given."""
     contradictions: Annotated[str, one_of(("keep", "drop", "train"))] = "keep"
     """Near-copies with different answers: keep them, drop them (in no part), or train on them only."""
     copies_distance: Annotated[int, Range(-1, 16)] = 8

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.manifest import read_manifest, unreadable_images
+from train_fn.data.manifest import asked_by_default, divide, read_manifest, unreadable_images
 from train_fn.data.samples import Splits
 from train_fn.data.splitting import DataReport, load_splits, make_splits
 from train_fn.model.checkpoint import base_hash, resolve_model
@@ -176,7 +176,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
 
 
 def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]] | None]:
-    """The entries of --data, --val-data and --test-data; None where there is no manifest. Raises SettingsError."""
+    """The entries of --data, --val-data and --test-data; None where there is none. Raises SettingsError."""
     data = settings.data
     manifest = generate_phantoms(settings, say) if data.data == "phantoms" else Path(data.data)
     root = Path(data.image_root) if data.image_root else manifest.parent
@@ -185,8 +185,12 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, 
     for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
         parts[name] = None
         if path:
-            parts[name], found = read_manifest(Path(path), root)
+            parts[name], found = read_manifest(Path(path), root, data.columns, data.question)
             problems += [f"`{flag(name)}`: {text}" for text in found]
+    parts, found = divide(parts, data.question)
+    problems += found
+    if asked := asked_by_default(parts):
+        say(asked)
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     if images:
         say(f"Checking {len(images)} images")
