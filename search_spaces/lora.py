@@ -1,14 +1,14 @@
 """The LoRA space: rank, scaling, learning rates, and whether the projector is trained.
 
-`space(trial)` is define-by-run: it asks Optuna's trial for values and returns the settings that follow from them.
-Optuna models the values, the trial gets the settings: here, a rank and a ratio become rank and alpha.
+`space(trial)` is define-by-run: it asks Optuna's trial for values and returns the settings they make. What it returns
+reaches the trial; what it asks for is what Optuna models, so a rank and a ratio are asked where rank and alpha are set.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# The fine-tuning guide's values, by the names that `space` asks for: always the first trial.
+# The fine-tuning guide's own values, in the names that are asked for: always the first trial.
 GUIDE = {"lora_r": 64, "lora_alpha_ratio": 2.0, "learning_rate": 2e-4, "train_projector": False}
 
 
@@ -17,8 +17,8 @@ def space(trial: Any) -> dict[str, Any]:
     # The guide advises 32 to 128. Down to 4 because on a few hundred images less capacity may generalise better (LoRA,
     # arXiv:2106.09685, finds 4 to 8 enough on many tasks). Powers of two: neighbours do the same.
     lora_r = trial.suggest_categorical("lora_r", [4, 8, 16, 32, 64, 128])
-    # lora_alpha / lora_r multiplies the adapter's output. A ratio, because the same alpha has another strength at every
-    # rank. 2 is the guide's, 1 neutral; 4 and 0.5 show in which direction the optimum lies.
+    # lora_alpha / lora_r multiplies the adapter's output. Asked as a ratio, since alpha alone means another strength at
+    # every rank. 2 is the guide's, 1 neutral; 4 and 0.5 show on which side the data is.
     ratio = trial.suggest_categorical("lora_alpha_ratio", [0.5, 1.0, 2.0, 4.0])
     # From the lower end of the guide's advice (1e-4 to 5e-4) upwards: a few hundred images make few optimizer steps,
     # which reward a higher rate. On the nano base training collapses at about 5e-3.

@@ -1,14 +1,14 @@
 """The QLoRA space, for `--use-qlora`: adapters on a base in 4 bit.
 
-The adapter also has to recover what rounding to 4 bit has lost, so it covers all linear layers, and its rank is not
-small. (QLoRA, arXiv:2305.14314, finds that the layers matter, and the rank hardly.)
+The adapter also has to make up for what rounding to 4 bit has lost, so it is put on all linear layers, with a rank that
+is not small (QLoRA, arXiv:2305.14314, finds the layers to matter and the rank hardly).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# The fine-tuning guide's values, by the names that `space` asks for: always the first trial.
+# The fine-tuning guide's own values, in the names that are asked for: always the first trial.
 GUIDE = {"lora_r": 64, "lora_alpha_ratio": 2.0, "learning_rate": 2e-4, "lora_dropout": 0.05, "train_projector": False}
 
 
@@ -20,7 +20,7 @@ def space(trial: Any) -> dict[str, Any]:
     settings = {
         "lora_r": lora_r,
         "lora_alpha": ratio * lora_r,
-        # QLoRA: 2e-4 up to 13 B parameters, 1e-4 above. The range goes in both directions.
+        # QLoRA: 2e-4 up to 13 B parameters, 1e-4 above. Both ways around that.
         "learning_rate": trial.suggest_float("learning_rate", 5e-5, 2e-3, log=True),
         # QLoRA: 0.1 helps up to 13 B, 0.05 above; 0 for comparison.
         "lora_dropout": trial.suggest_categorical("lora_dropout", [0.0, 0.05, 0.1]),

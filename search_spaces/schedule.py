@@ -1,10 +1,10 @@
-"""The schedule space: epochs, batch, learning rate and regularisation, with the guide's adapter."""
+"""The schedule space: how long, in which steps and with how much brake, at the guide's adapter."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# The fine-tuning guide's values, by the names that `space` asks for: always the first trial.
+# The fine-tuning guide's own values, in the names that are asked for: always the first trial.
 GUIDE = {
     "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
@@ -27,7 +27,7 @@ def space(trial: Any) -> dict[str, Any]:
         ),
         # Up to a fifth: with some 70 steps in all, 3 % are two steps.
         "warmup_ratio": trial.suggest_float("warmup_ratio", 0.0, 0.2),
-        # AdamW's decay hardly matters at a few hundred steps; zero to ten times the guide's shows it.
+        # AdamW's decay hardly matters at a few hundred steps; zero to ten times the guide's tells.
         "weight_decay": trial.suggest_categorical("weight_decay", [0.0, 0.01, 0.1]),
         # More passes cost in proportion and overfit small sets; up to 6 at twice the guide's price.
         "num_train_epochs": trial.suggest_int("num_train_epochs", 1, 6),

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,7 +226,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     made = SimpleNamespace(dispatcher=Trainings(), lanes=lanes, search=lambda study, log: None)
     monkeypatch.setattr("tune.study.start_ray", lambda settings: {"CPU": 2})
     monkeypatch.setattr("tune.study.session_folder", lambda: Path("session"))
-    monkeypatch.setattr("tune.study.watch_control_service", lambda directory, say: None)
+    monkeypatch.setattr("tune.study.watch_control_service", lambda directory, say: threading.Event())
     monkeypatch.setattr("tune.study.plan_layout", lambda settings, resources: Layout(2, 1, False, 1))
     monkeypatch.setattr(tune.lanes.trainers, "start_dispatcher", lambda layout, timeout: made.dispatcher)
     monkeypatch.setattr(tune.lanes.trainers, "Lanes", lambda study, layout, dispatcher, say: lanes)

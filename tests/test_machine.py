@@ -206,5 +206,7 @@ def test_a_study_ends_with_one_sentence_when_the_control_service_has_died(monkey
         monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
         watch_control_service(tmp_path / "my study", lines.append)
         assert not ended.wait(0.5)
+        needed = watch_control_service(tmp_path / "my study", lines.append)
+        needed.clear()  # a study that no longer needs Ray is not watched
     assert ended.wait(10) and codes == [130]
     assert len(lines) == 1 and lines[0].endswith(f"--results {tmp_path} --resume 'my study'")

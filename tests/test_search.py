@@ -21,7 +21,7 @@ from tune.records.journal import Journal, read_events
 from tune.records.optuna_study import DatabaseExport, as_optuna, distributions_json
 from tune.records.trials import TrialRecord, trial_records
 from tune.search.early_stopping import should_stop
-from tune.search.points import Point, propose, warm_start
+from tune.search.points import Point, prior_trials, propose, recover_distributions
 from tune.search.searcher import JournalSearcher
 
 GOALS = (("auroc", "max"),)
@@ -109,11 +109,12 @@ def numbers(study: Any, records: dict[int, TrialRecord], count: int) -> list[int
     return [searcher.suggest(str(n))["number"] for n in range(count)]  # type: ignore[index]
 
 
-def write_study(path: Path, study: Any, num_trials: int) -> None:
+def write_study(path: Path, study: Any, num_trials: int, distributions: bool = True) -> None:
     """The journal of a finished search."""
     journal = Journal(path)
     for number, record in run(study, num_trials).items():
-        fields = {"searched": record.searched, "distributions": record.distributions, "settings": record.settings}
+        fields: dict[str, Any] = {"searched": record.searched, "settings": record.settings}
+        fields |= {"distributions": record.distributions} if distributions else {}
         journal.write("started", number=number, params={}, **fields)
         for epoch in (1, 2):
             journal.write("report", number=number, epoch=epoch, step=epoch, metrics={"auroc": 0.5}, seconds={},
@@ -137,6 +138,29 @@ def test_whatever_line_the_journal_loses_no_trial_is_lost_and_none_doubled(tmp_p
         assert len(done) in (4, 5) and (first, second) == ((5, 6) if len(done) == 5 else (lost // 4, 5))
         if first == 0 and 0 not in records:
             assert propose(study, records, 0).searched == lora.GUIDE  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_points_that_tune_has_not_started_yet_are_not_proposed_again(sampler: str) -> None:
+    """Tune asks for a point for each lane before it starts the first."""
+    searcher = JournalSearcher(make_study("--sampler", sampler), Log({}))  # type: ignore[arg-type]
+    points = [searcher.suggest(str(n))["point"].searched for n in range(6)]  # type: ignore[index]
+    assert len({json.dumps(point, sort_keys=True) for point in points}) == 6
+
+
+def test_a_journal_of_an_older_version_gets_its_ranges(tmp_path: Path) -> None:
+    study, path = make_study(), tmp_path / "journal.jsonl"
+    write_study(path, study, 3, distributions=False)
+    study.journal = Journal(path)
+    records = trial_records(study.journal.events)
+    assert as_optuna(records, GOALS).trials[1].params == {}
+    recover_distributions(study, list(records.values()))
+    read = trial_records(read_events(path))
+    assert as_optuna(read, GOALS).trials[1].params == read[1].searched == records[1].searched
+    assert [record.distributions for record in read.values()] == [record.distributions for record in records.values()]
+    count = len(study.journal.events)
+    recover_distributions(study, list(read.values()))
+    assert len(study.journal.events) == count  # once
 
 
 def test_unfinished_trials_keep_their_settings_and_come_first() -> None:
@@ -310,27 +334,40 @@ def test_the_export_holds_ended_trials_in_order_and_all_at_the_end(tmp_path: Pat
 # ------------------------------------------------------------------------------------------------ warm start
 
 
-def test_a_warm_start_takes_what_fits_the_space(tmp_path: Path) -> None:
+def test_a_warm_start_takes_what_fits_the_space_and_stays(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "plan.json").write_text("{}")
     write_study(other / "journal.jsonl", make_study(), 5)
     study = make_study("--results", str(tmp_path), "--warm-start", "other")
+    study.journal = Journal(tmp_path / "journal.jsonl")
     said: list[str] = []
-    trials = warm_start(study, said.append)
+    trials = prior_trials(study, said.append)
     assert len(trials) == 5 and said == ["Warm start: 5 of the 5 completed trials of other fit the space"]
     assert {str(trial.params) for trial in trials} == {str(r.searched) for r in run(make_study(), 5).values()}
     assert propose(study, {}, 0, trials).searched == lora.GUIDE  # type: ignore[union-attr]
+    (other / "journal.jsonl").unlink()  # the study that goes on keeps what it has taken
+    assert [t.params for t in prior_trials(study, said.append)] == [t.params for t in trials] and len(said) == 1
+
+
+def test_a_warm_start_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "plan.json").write_text("{}")
+    write_study(other / "journal.jsonl", make_study(), 5)
     pinned = make_study("--results", str(tmp_path), "--warm-start", "other", "--lora-r", "8")
-    assert warm_start(pinned, said.append) == [] and "0 of the 5" in said[-1]
+    pinned.journal = Journal(tmp_path / "journal.jsonl")
+    said: list[str] = []
+    assert prior_trials(pinned, said.append) == [] and "0 of the 5" in said[-1]
 
 
 def test_a_warm_start_whose_study_is_elsewhere_is_said(tmp_path: Path) -> None:
     """A study that goes on from object storage has its own trials only."""
     study = make_study("--results", str(tmp_path))
     object.__setattr__(study.settings.study, "warm_start", "/nowhere/other")
+    study.journal = Journal(tmp_path / "journal.jsonl")
     said: list[str] = []
-    assert warm_start(study, said.append) == [] and "/nowhere/other is not on this machine" in said[0]
+    assert prior_trials(study, said.append) == [] and "/nowhere/other is not on this machine" in said[0]
 
 
 def test_distributions_come_back_from_the_journal() -> None:

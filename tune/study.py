@@ -120,7 +120,6 @@ def set_up(study: Study, say: Callable[[str], None]) -> Layout:
     import ray
 
     if not joins_cluster():
-        watch_control_service(study.directory, say)
         with contextlib.suppress(PermissionError):  # another user's folder
             study.directory.chmod(0o700)  # on a cluster, nodes may work under other accounts
     try:
@@ -174,13 +173,16 @@ def run_session(
     from tune.results.terminal import live
     from tune.search.callback import StudyLog
     from tune.search.footer import Footer
+    from tune.search.points import recover_distributions
     from tune.search.tuner import search
 
     settings = study.settings
+    needs_ray = watch_control_service(study.directory, say)
     dispatcher = start_dispatcher(layout, settings.study.hang_timeout)
     lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
     tracking = open_session(study, study_params(study, layout), tags, started)
+    recover_distributions(study, outcome.records)
     log = StudyLog(study, dispatcher, tracking, say)
     try:
         with live(Footer(log, layout)):
@@ -207,6 +209,7 @@ def run_session(
     try:
         if (outcome.interrupted or outcome.error) and not lanes.over:
             lanes.drain()
+        needs_ray.clear()
         conclude(study, outcome, tracking, dataclasses.asdict(layout), stop)
         # Not in a `finally`: Ray ends the process when a lane's thread uses it after a shutdown, and then hides the
         # error that led here. The interpreter's exit shuts Ray down in any case.
@@ -294,9 +297,12 @@ def error_of_space_or_storage(error: BaseException) -> str:
 
 def conclude_again(study: Study, outcome: Outcome, stop: StopSignals, started: float) -> None:
     """Write the results of a study with nothing left to train or to score. Starts neither Ray nor a lane."""
+    from tune.search.points import recover_distributions
+
     write_plan(study)
     before = [event for event in study.journal.events if event["event"] == "session"][-1]
     tracking = open_session(study, before["params"], before["tags"], started)
+    recover_distributions(study, outcome.records)
     outcome.incomplete = False
     outcome.keep_adapter()
     layout = {field.name: before["params"].get(field.name) for field in dataclasses.fields(Layout)}

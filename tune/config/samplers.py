@@ -29,25 +29,26 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return (optuna.samplers.GPSampler if name == "gp" else optuna.samplers.RandomSampler)(seed=seed)
 
 
-class GridWalk:
+class GridWalk(optuna.trial.FixedTrial):
     """An Optuna trial that takes one path through a space of choices.
 
     path: index of the choice at each question; the first choice where it ends.
     """
 
     def __init__(self, path: list[int]) -> None:
+        super().__init__({})
         self.path = path
         self.taken: list[int] = []
         self.num_choices: list[int] = []
-        self.params: dict[str, Any] = {}
+        self.chosen: dict[str, Any] = {}
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        if name not in self.params:
+        if name not in self.chosen:
             index = self.path[len(self.taken)] if len(self.taken) < len(self.path) else 0
             self.taken.append(index)
             self.num_choices.append(len(choices))
-            self.params[name] = choices[index]
-        return self.params[name]
+            self.chosen[name] = choices[index]
+        return self.chosen[name]
 
 
 def grid_points(settings: Settings) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ def grid_points(settings: Settings) -> list[dict[str, Any]]:
     while path is not None:
         walk = GridWalk(path)
         searched_settings(settings, space, walk)
-        points.append(walk.params)
+        points.append(walk.chosen)
         if len(points) > MAX_GRID:
             raise SpaceError(f"must have at most {MAX_GRID:,} grid points, but has more: pin settings, or take tpe")
         # Like an odometer: the last question with a choice left takes its next one.

@@ -9,7 +9,7 @@ from typing import Any
 from train_fn.settings import SHOWN, TrialSettings, broken_rules
 from train_fn.support.files import DamagedFile
 from tune.config.paths import SettingsError
-from tune.config.settings import GROUPS, flag, show
+from tune.config.settings import GROUPS, REMOVED_SAMPLERS, flag, show
 from tune.config.space import is_own
 from tune.config.trust import check_trust
 from tune.records.budgets import seconds
@@ -54,6 +54,12 @@ def resumed_values(
                 f"`{flag(name)}` must stay what the study was begun with, {show(before)!r}, but got {show(value)!r}: "
                 f"leave it out, or begin a new study"
             )
+    sampler = plan["settings"]["study"].get("sampler")
+    if values.get("resume") and sampler in REMOVED_SAMPLERS:
+        problems.append(
+            f"`--sampler` must be one of this version's, but the study was begun with {sampler}: go on with the "
+            f"version that began it, or begin a new study (this one as its --warm-start)"
+        )
     space = values.get("space", "")
     problems += check_trust(plan, merged.get("space", defaults["space"]), space)
     merged |= values
@@ -84,6 +90,8 @@ def stored_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if unknown := [name for name in values if name not in names]:
             problems.append(f"{path} must hold known settings, but has {SHOWN.repr(unknown)}: {fix}")
         values = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items() if n in names}
+        if values.get("sampler") in REMOVED_SAMPLERS:  # --show and --replay need none
+            values = values | {"sampler": "tpe"}
         broken = broken_rules(group(**values), f"settings.{part}.{{}}".format, fix)
         problems += [f"{path}: {text}" for text in broken.values()]
         stored |= values

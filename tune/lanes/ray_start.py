@@ -91,34 +91,41 @@ def start_ray(settings: Settings) -> dict[str, float]:
     return ray.cluster_resources()
 
 
-def watch_control_service(directory: Path, say: Callable[[str], None]) -> None:
+def watch_control_service(directory: Path, say: Callable[[str], None]) -> threading.Event:
     """End this process when the control service of this machine's Ray has died. Calls to Ray then hang, and after a
-    minute of them Ray would end the process with messages of its own.
+    minute of them Ray would end the process with messages of its own. A cluster that was joined is not watched.
 
     Args:
         directory: the study's folder.
         say: prints a line of the study's output.
+
+    Returns: an event that the caller clears when the study no longer needs Ray.
     """
     import ray
 
+    needed = threading.Event()
+    needed.set()
+    if joins_cluster():
+        return needed
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def watch() -> None:
-        while ray.is_initialized():
+        while needed.is_set() and ray.is_initialized():
             refused = False
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
             except OSError as error:  # of a busy machine, unless nobody listens
                 refused = isinstance(error, ConnectionRefusedError)
             time.sleep(1)
-            if refused and ray.is_initialized():  # not at Ray's own shutdown
+            if refused and needed.is_set() and ray.is_initialized():  # not at Ray's own shutdown
                 command = ["python", "tune/run.py", "--results", str(directory.parent), "--resume", directory.name]
                 say(f"Ray's control service has died. Ended trials are safe. Do the rest: {shlex.join(command)}")
                 give_back_terminal(terminals)
                 os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()
+    return needed
 
 
 def check_address(address: str) -> None:

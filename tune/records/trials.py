@@ -55,6 +55,9 @@ class TrialRecord(TrialFacts):
 
     def apply(self, event: Event) -> None:
         """Apply one event of this trial."""
+        if event["event"] == "distributions":
+            self.distributions = event["distributions"]
+            return
         if event["event"] == "report" and event["epoch"] <= len(self.epochs):
             return  # the record has this epoch
         self.incomplete |= self.contradicts(event)
@@ -115,7 +118,7 @@ def trial_records(events: Sequence[Event]) -> dict[int, TrialRecord]:
     again."""
     records: dict[int, TrialRecord] = {}
     for event in events:
-        if event["event"] in ("started", "report", "ended"):
+        if event["event"] in ("started", "distributions", "report", "ended"):
             number = event["number"]
             if number not in records and event["event"] == "started":
                 records[number] = TrialRecord.of(event)

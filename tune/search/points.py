@@ -24,6 +24,7 @@ from tune.config.samplers import make_sampler
 from tune.config.space import SpaceError, first_points, load_space, searched_settings
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
+from tune.records.end_state import EndState
 from tune.records.journal import read_events
 from tune.records.optuna_study import as_optuna, distributions_json
 from tune.records.trials import TrialRecord, trial_records
@@ -64,7 +65,7 @@ def propose(
         optuna_study.enqueue_trial({k: v for k, v in first[number].items() if k not in study.settings.pinned})
     elif settings.sampler == "grid":
         tried = [record.searched for record in records.values()]
-        left = next((point for point in grid if json.loads(json.dumps(point)) not in tried), None)
+        left = next((point for point in grid if as_json(point) not in tried), None)
         if left is None:
             return None
         optuna_study.enqueue_trial(left)
@@ -91,39 +92,68 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def warm_start(study: Study, say: Callable[[str], None]) -> list[FrozenTrial]:
-    """The completed trials of another study (`--warm-start`) that fit this one's space, with their values of this
-    study's goals."""
-    name = study.settings.study.warm_start
-    if not name:
+def prior_trials(study: Study, say: Callable[[str], None]) -> list[FrozenTrial]:
+    """The trials of `--warm-start`: of the journal, or of the other study when this one begins. So they stay the same,
+    whatever becomes of the other study."""
+    if not study.settings.study.warm_start:
         return []
+    event = next((event for event in study.journal.events if event["event"] == "warm_start"), None)
+    if event is None:
+        event = study.journal.write("warm_start", trials=warm_start(study, say))
+    return [
+        optuna.trial.create_trial(
+            params=trial["params"],
+            distributions={
+                name: optuna.distributions.json_to_distribution(text) for name, text in trial["distributions"].items()
+            },
+            values=trial["values"],
+        )
+        for trial in event["trials"]
+    ]
+
+
+def warm_start(study: Study, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The completed trials of another study that fit this one's space, each with `params`, `distributions` and the
+    `values` of this study's goals."""
+    name = study.settings.study.warm_start
     other = study_directory(name, study.settings.study.results)
     if other is None:  # a study that goes on where the other one's files are not
         say(f"Warm start: {name} is not on this machine; the search goes on without it")
         return []
-    complete = [
-        record for record in trial_records(read_events(other / "journal.jsonl")).values() if record.state == "COMPLETE"
-    ]
+    records = trial_records(read_events(other / "journal.jsonl")).values()
+    complete = [record for record in records if record.state == EndState.COMPLETE]
     trials = []
     for record in complete:
         values = [record.value(goal) for goal, _ in study.goals]
         asked = ask_with(study, record.searched)
         if asked is not None and all(map(math.isfinite, values)):
-            trials.append(
-                optuna.trial.create_trial(params=asked.params, distributions=asked.distributions, values=values)
-            )
+            ranges = distributions_json(asked.distributions)
+            trials.append({"params": asked.params, "distributions": ranges, "values": values})
     say(f"Warm start: {len(trials)} of the {len(complete)} completed trials of {other.name} fit the space")
     return trials
 
 
-def ask_with(study: Study, searched: dict[str, Any]) -> optuna.trial.FixedTrial | None:
-    """This study's space, asked with given values; None when it asks for other names or other ranges."""
-    space, _ = load_space(study.settings.study.space)
+def recover_distributions(study: Study, records: Sequence[TrialRecord]) -> None:
+    """Write the ranges of the trials that an older version began, whose journal has none."""
+    for record in records:
+        if record.searched and not record.distributions and (asked := ask_with(study, record.searched, record.number)):
+            ranges = distributions_json(asked.distributions)
+            record.apply(study.journal.write("distributions", number=record.number, distributions=ranges))
+
+
+def ask_with(study: Study, searched: dict[str, Any], number: int = 0) -> optuna.trial.FixedTrial | None:
+    """This study's space, asked with given values; None when it asks for other names or other ranges, or fails."""
     fixed = optuna.trial.FixedTrial(searched)
     try:
+        space, _ = load_space(study.settings.study.space)
         with warnings.catch_warnings(), time_limit(TIMEOUT_S):
-            warnings.simplefilter("error")  # a value outside its range only warns
-            searched_settings(study.settings, space, fixed)
+            warnings.simplefilter("error", UserWarning)  # a value outside its range only warns
+            searched_settings(study.settings, space, fixed, number)
     except (ValueError, UserWarning):
         return None
     return fixed if fixed.params.keys() == searched.keys() else None
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as a journal gives them back."""
+    return json.loads(json.dumps(values))

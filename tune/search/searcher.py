@@ -13,8 +13,9 @@ from tune.config.space import SpaceError
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
 from tune.records.end_state import DONE_STATES
+from tune.records.trials import TrialRecord
 from tune.search.callback import StudyLog
-from tune.search.points import propose, time_limit, warm_start
+from tune.search.points import as_json, prior_trials, propose, time_limit
 
 
 class JournalSearcher(Searcher):
@@ -29,10 +30,11 @@ class JournalSearcher(Searcher):
         self.log = log
         self.exhausted = False
         """Whether every point of a grid has been tried."""
-        self._prior = warm_start(study, log.say)
+        self._prior = prior_trials(study, log.say)
         with time_limit(TIMEOUT_S):
             self._grid = grid_points(study.settings) if study.settings.study.sampler == "grid" else []
-        self._handed_out: set[int] = set()
+        self._handed_out: dict[int, TrialRecord] = {}
+        """The records of the trials of this session, also of those that Tune has not started yet."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it for a restore that nobody here asks for
@@ -45,9 +47,10 @@ class JournalSearcher(Searcher):
         number = next(n for n in itertools.count() if n not in self._handed_out and not self._has_ended(n))
         if number in records:
             config: dict[str, Any] = {"settings": TrialSettings.from_dict(records[number].settings)}
+            self._handed_out[number] = records[number]
         else:
             try:
-                point = propose(self.study, records, number, self._prior, self._grid)
+                point = propose(self.study, self._handed_out | records, number, self._prior, self._grid)
             except SpaceError as error:  # the trials that run may end; a resumed study asks for this one again
                 self.log.space_error = self.log.space_error or str(error)
                 return Searcher.FINISHED
@@ -55,7 +58,7 @@ class JournalSearcher(Searcher):
                 self.exhausted = True
                 return Searcher.FINISHED
             config = {"settings": point.settings, "point": point}
-        self._handed_out.add(number)
+            self._handed_out[number] = TrialRecord(number, as_json(point.searched), {}, point.distributions)
         known_epochs = len(records[number].epochs) if number in records else 0
         return {"number": number, "known_epochs": known_epochs, **config}
 

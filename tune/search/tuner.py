@@ -10,10 +10,8 @@ from tune.config.space import SpaceError
 from tune.lanes.layout import Layout
 from tune.plan.prepare import Study
 from tune.records.end_state import DONE_STATES, EndState
-from tune.records.optuna_study import distributions_json
 from tune.search.callback import StudyLog
 from tune.search.early_stopping import should_stop
-from tune.search.points import ask_with
 from tune.search.queued_trial import QueuedTrial
 from tune.search.searcher import JournalSearcher
 
@@ -65,8 +63,6 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
 def end_decided_trials(study: Study, log: StudyLog) -> None:
     """After a kill, end the trials whose last report was their own last, or would have stopped them."""
     for record in list(log.records.values()):
-        if not record.distributions and (asked := ask_with(study, record.searched)):  # begun by an older version
-            record.distributions = distributions_json(asked.distributions)
         if record.state in DONE_STATES:
             continue
         epoch = len(record.epochs)
