@@ -11,7 +11,11 @@ import pytest
 from train_fn.data.samples import Sample, Splits
 from train_fn.data.splitting import load_splits, save_splits
 from train_fn.support.files import DamagedFile
+from tune.config.cli import parse
+from tune.config.paths import SettingsError
+from tune.config.settings import REMOVED_SAMPLERS
 from tune.records.plan import read_plan, save_plan
+from tune.show import show
 
 SETTINGS = {"study": {}, "model": {}, "data": {}, "trial": {}, "pinned": []}
 PLAN: dict[str, Any] = {
@@ -69,6 +73,17 @@ def test_a_plan_without_a_key_is_refused(tmp_path: Path) -> None:
         (tmp_path / "plan.json").write_text(json.dumps({key: PLAN[key] for key in PLAN if key != name}))
         with pytest.raises(DamagedFile, match=name):
             read_plan(tmp_path)
+
+
+@pytest.mark.parametrize("sampler", REMOVED_SAMPLERS)
+def test_a_study_with_a_removed_sampler_is_shown_and_not_resumed(tmp_path: Path, sampler: str) -> None:
+    directory = tmp_path / "old"
+    directory.mkdir()
+    stored = parse(["--results", str(tmp_path)]).to_dict()
+    save_plan(directory, PLAN | {"settings": stored | {"study": stored["study"] | {"sampler": sampler}}})
+    assert show(directory).metric == "auroc"
+    with pytest.raises(SettingsError, match=f"was begun with {sampler}: go on with the version that began it"):
+        parse(["--results", str(tmp_path), "--resume", "old"])
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"train": 1}', "null", "\0\0"])
