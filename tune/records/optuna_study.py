@@ -5,7 +5,6 @@ The journal is the truth. An Optuna study is made from its records whenever some
 
 from __future__ import annotations
 
-import logging
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import optuna
 import sqlalchemy
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from train_fn.support.files import write_file
@@ -31,10 +31,15 @@ def as_optuna(
         prior: trials of another study (`--warm-start`), which come first.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(directions=["minimize" if mode == "min" else "maximize" for _, mode in goals])
+    study = optuna.create_study(directions=directions_of(goals))
     numbers = range(max(records, default=-1) + 1)
     study.add_trials([*prior, *(frozen_trial(records.get(number), goals) for number in numbers)])
     return study
+
+
+def directions_of(goals: Sequence[Goal]) -> list[StudyDirection]:
+    """Optuna's direction of each goal."""
+    return [StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE for _, mode in goals]
 
 
 def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTrial:
@@ -47,9 +52,7 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTri
     has_values = all(map(math.isfinite, values))
     if state == TrialState.COMPLETE and not has_values:
         state = TrialState.FAIL
-    distributions = {
-        name: optuna.distributions.json_to_distribution(text) for name, text in record.distributions.items()
-    }
+    distributions = read_distributions(record.distributions)
     metric = goals[0][0]
     epochs = enumerate(record.epochs, 1) if len(goals) == 1 else ()  # Optuna knows no epochs of several goals
     trial = optuna.trial.create_trial(
@@ -70,6 +73,11 @@ def distributions_json(distributions: Mapping[str, optuna.distributions.BaseDist
     return {name: optuna.distributions.distribution_to_json(range_) for name, range_ in distributions.items()}
 
 
+def read_distributions(texts: Mapping[str, str]) -> dict[str, optuna.distributions.BaseDistribution]:
+    """Distributions from `distributions_json`."""
+    return {name: optuna.distributions.json_to_distribution(text) for name, text in texts.items()}
+
+
 class DatabaseExport:
     """optuna.db: the trials for optuna-dashboard and for people. Nothing here reads it.
 
@@ -82,9 +90,7 @@ class DatabaseExport:
         storage = optuna.storages.RDBStorage(
             "sqlite://", engine_kwargs={"creator": lambda: self._connection, "poolclass": sqlalchemy.StaticPool}
         )
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        directions = as_optuna({}, goals).directions
-        self._study = optuna.create_study(study_name=name, storage=storage, directions=directions)
+        self._study = optuna.create_study(study_name=name, storage=storage, directions=directions_of(goals))
         self._num_trials = 0
 
     def write(self, records: Mapping[int, TrialRecord], ended_only: bool = True) -> None:

@@ -101,14 +101,13 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             self.ended_by = exhausted_budget(self.records.values(), events, budgets)
         return bool(self.ended_by)
 
-    def close(self) -> list[TrialRecord]:
-        """End the trials that still run as interrupted. Returns all records, by number."""
+    def close(self) -> None:
+        """End the trials that still run as interrupted."""
         for record in list(self.records.values()):
             if record.state == EndState.RUNNING:
                 # Tune kills the trial's process while that waits for a report, so the process cannot do this itself.
                 self.dispatcher.stop.remote(record.number)
                 self.end(record.number, EndState.INTERRUPTED)
-        return [self.records[number] for number in sorted(self.records)]
 
     def end(self, number: int, state: str, error: str = "", device_s: float = 0.0) -> None:
         """Write a trial's end to the journal and print it."""

@@ -23,8 +23,8 @@ def should_stop(
 ) -> bool:
     """Whether a trial must end after one of its epochs.
 
-    Never the guide's (number 0), whose test score the winner is compared with; and none of a study with several goals,
-    where no single one of them makes a trial hopeless.
+    The guide's trial (number 0) always runs to its end, because the winner is compared with its test score. With
+    several goals no trial is stopped, because one bad goal does not make a trial hopeless.
     """
     if number == 0 or len(goals) > 1 or study.scheduler == "none" or epoch < study.grace_period:
         return False

@@ -26,7 +26,7 @@ from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
 from tune.records.end_state import EndState
 from tune.records.journal import read_events
-from tune.records.optuna_study import as_optuna, distributions_json
+from tune.records.optuna_study import as_optuna, distributions_json, read_distributions
 from tune.records.trials import TrialRecord, trial_records
 
 
@@ -53,7 +53,7 @@ def propose(
     """The point of trial `number`; None when every point of a grid has been tried. Raises SpaceError.
 
     Args:
-        prior: trials of another study, from `warm_start`.
+        prior: trials of another study, from `prior_trials`.
         grid: all points of `--sampler grid`, from `grid_points`.
     """
     settings = study.settings.study
@@ -93,8 +93,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def prior_trials(study: Study, say: Callable[[str], None]) -> list[FrozenTrial]:
-    """The trials of `--warm-start`: of the journal, or of the other study when this one begins. So they stay the same,
-    whatever becomes of the other study."""
+    """The trials of `--warm-start`. The first session reads them from the other study and writes them to the journal;
+    later sessions read them there, so that a change of the other study has no effect."""
     if not study.settings.study.warm_start:
         return []
     event = next((event for event in study.journal.events if event["event"] == "warm_start"), None)
@@ -103,9 +103,7 @@ def prior_trials(study: Study, say: Callable[[str], None]) -> list[FrozenTrial]:
     return [
         optuna.trial.create_trial(
             params=trial["params"],
-            distributions={
-                name: optuna.distributions.json_to_distribution(text) for name, text in trial["distributions"].items()
-            },
+            distributions=read_distributions(trial["distributions"]),
             values=trial["values"],
         )
         for trial in event["trials"]

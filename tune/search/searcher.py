@@ -7,7 +7,6 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from train_fn.settings import TrialSettings
 from tune.config.samplers import grid_points
 from tune.config.space import SpaceError
 from tune.config.space_check import TIMEOUT_S
@@ -19,9 +18,12 @@ from tune.search.points import as_json, prior_trials, propose, time_limit
 
 
 class JournalSearcher(Searcher):
-    """Hands out the trials that have no end yet, each with its old settings, and then new points. Raises SpaceError.
+    """Hands out the trials that have not ended, each with its old settings, and then new points.
 
-    It holds no results: `propose` takes them from the log's records.
+    It stores no results: `propose` reads the log's records.
+
+    Raises:
+        SpaceError: `--sampler grid` cannot list the points of the space.
     """
 
     def __init__(self, study: Study, log: StudyLog) -> None:
@@ -37,7 +39,7 @@ class JournalSearcher(Searcher):
         """The records of the trials of this session, also of those that Tune has not started yet."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it for a restore that nobody here asks for
+        return {}  # Tune pickles this object for a restore that is never used
 
     def save(self, checkpoint_path: str) -> None:
         open(checkpoint_path, "w").close()  # Tune moves the file that it asks for
@@ -46,7 +48,7 @@ class JournalSearcher(Searcher):
         records = self.log.records
         number = next(n for n in itertools.count() if n not in self._handed_out and not self._has_ended(n))
         if number in records:
-            config: dict[str, Any] = {"settings": TrialSettings.from_dict(records[number].settings)}
+            config: dict[str, Any] = {"settings": records[number].typed_settings()}
             self._handed_out[number] = records[number]
         else:
             try:
@@ -66,4 +68,4 @@ class JournalSearcher(Searcher):
         return number in self.log.records and self.log.records[number].state in DONE_STATES
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        pass  # the journal has it
+        pass  # the journal has the result
