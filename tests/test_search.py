@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -329,6 +331,14 @@ def test_the_export_holds_ended_trials_in_order_and_all_at_the_end(tmp_path: Pat
     found = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'copy.db'}")
     assert found.best_value == max(records[n].metrics["auroc"] for n in (0, 2, 3))
     assert [t.params for t in found.trials] == [record.searched for record in records.values()]
+
+
+@pytest.mark.parametrize("make", ["DatabaseExport(Path({folder!r}) / 'x.db', 's', GOALS)", "as_optuna({{}}, GOALS)"])
+def test_optuna_logs_nothing_between_the_lines_of_the_display(tmp_path: Path, make: str) -> None:
+    begin = "from pathlib import Path; from tune.records.optuna_study import *; GOALS = [('auroc', 'max')]; "
+    code = begin + make.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == ""
 
 
 # ------------------------------------------------------------------------------------------------ warm start

@@ -21,6 +21,10 @@ from tune.records.end_state import IN_OPTUNA
 from tune.records.goals import Goal
 from tune.records.trials import TrialRecord
 
+# Optuna logs each new study on the terminal, between the lines of the display. Set here, where every study of the
+# search is made, and not in one of the functions: which one runs first depends on the threads.
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 
 def as_optuna(
     records: Mapping[int, TrialRecord], goals: Sequence[Goal], prior: Sequence[FrozenTrial] = ()
@@ -30,7 +34,6 @@ def as_optuna(
     Args:
         prior: trials of another study (`--warm-start`), which come first.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(directions=directions_of(goals))
     numbers = range(max(records, default=-1) + 1)
     study.add_trials([*prior, *(frozen_trial(records.get(number), goals) for number in numbers)])
