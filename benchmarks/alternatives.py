@@ -43,7 +43,7 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from train_fn.data.order import class_weights, epoch_order, micro_batches
-    from train_fn.data.splitting import load_splits
+    from train_fn.data.splits_file import load_splits
     from train_fn.model.base import load_base
     from train_fn.model.batches import answer_losses, collate
     from train_fn.settings import ModelSettings, TrialSettings
@@ -140,7 +140,7 @@ def bare_loop(work: dict[str, Any]) -> list[dict[str, Any]]:
     """(d) The floor. Trials of one process share its base, and the batches, which all trials take in the same order."""
     import torch
 
-    from train_fn.data.splitting import load_splits
+    from train_fn.data.splits_file import load_splits
     from train_fn.model.base import load_base
     from train_fn.model.batches import image_features
     from train_fn.settings import ModelSettings, TrialSettings

@@ -32,13 +32,13 @@ EPOCHS = 3
 def measure_epochs(model: str, manifest: Path) -> None:
     """CPU seconds of an epoch after the first, with and without; the metrics must be the same."""
     from train_fn.data.manifest import read_manifest
-    from train_fn.data.splitting import make_splits
+    from train_fn.data.splitting import SplitRules, make_splits
     from train_fn.model.base import load_base
     from train_fn.settings import ModelSettings, TrialSettings
     from train_fn.trial.loop import run_trial
 
     entries, _ = read_manifest(manifest, manifest.parent)
-    splits = make_splits(entries, None, None, val_fraction=0.25, test_fraction=0.25, seed=0)[0]
+    splits = make_splits(entries, None, None, SplitRules(val_fraction=0.25, test_fraction=0.25, seed=0))[0]
     settings, metrics = TrialSettings(num_train_epochs=EPOCHS, lora_r=8, save_steps=0), defaultdict(list)
     for gib in (0.0, 4.0):
         base = load_base(ModelSettings(model=model, feature_cache_gib=gib), torch.device("cpu"))
@@ -62,7 +62,7 @@ def fill(model: str, manifest: Path) -> list[torch.Tensor]:
     from train_fn.model.batches import image_features
     from train_fn.settings import ModelSettings
 
-    images = [entry["image"] for entry in read_manifest(manifest, manifest.parent)[0]]
+    images = [sample.image for sample in read_manifest(manifest, manifest.parent)[0]]
     base = load_base(ModelSettings(model=model), torch.device("cpu"))
     started = time.process_time()
     assert base.features

@@ -210,7 +210,7 @@ def damage_manifest(rng: random.Random, entries: list[Any]) -> Any:
 def manifests(count: int, seed: int, folder: Path) -> Tally:
     """Random manifests, as a study reads them before it looks at the base."""
     from train_fn.data.manifest import read_manifest, unreadable_images
-    from train_fn.data.splitting import make_splits
+    from train_fn.data.splitting import SplitRules, make_splits
 
     tally, rng = Tally("manifests"), random.Random(seed)
     images = make_images(folder / "images")
@@ -229,11 +229,10 @@ def manifests(count: int, seed: int, folder: Path) -> Tally:
 
         def check(sound: bool = sound) -> str:
             found, problems = read_manifest(path, path.parent)
-            problems = problems + unreadable_images([entry["image"] for entry in found])
+            problems = problems + unreadable_images([sample.image for sample in found])
             if not problems:
-                problems = make_splits(
-                    found, None, None, val_fraction=0.2, test_fraction=0.2, seed=0, hash_cache=folder / "cache.json"
-                )[2]
+                rules = SplitRules(val_fraction=0.2, test_fraction=0.2, seed=0)
+                problems = make_splits(found, None, None, rules, hash_cache=folder / "cache.json")[2]
             if problems:
                 check_problems(problems)
                 assert not sound, problems

@@ -89,7 +89,7 @@ def prepare(folder: Path, images: int, image_tokens: int) -> Any:
 
     from train_fn.data.manifest import read_manifest
     from train_fn.data.phantoms import generate
-    from train_fn.data.splitting import make_splits
+    from train_fn.data.splitting import SplitRules, make_splits
 
     manifest = generate(folder / "phantoms", images, 0)
     entries, _ = read_manifest(manifest, manifest.parent)
@@ -98,7 +98,7 @@ def prepare(folder: Path, images: int, image_tokens: int) -> Any:
         with Image.open(entry["image"]) as image:
             larger = image.resize((side, side))
         larger.save(entry["image"])
-    splits = make_splits(entries, None, None, val_fraction=0.3, test_fraction=0.1, seed=0)[0]
+    splits = make_splits(entries, None, None, SplitRules(val_fraction=0.3, test_fraction=0.1, seed=0))[0]
     return dataclasses.replace(splits, train=splits.train[: len(splits.train) // 16 * 16])
 
 

@@ -56,7 +56,7 @@ def documented_worker(config: dict[str, Any]) -> None:
         ray.train.report(message.metrics | {f"{k}_s": v for k, v in message.seconds.items()})
         return False
 
-    run_trial(base, config["splits"], TrialSettings(), report, positive="Malignant", output=Path(config["output"]))
+    run_trial(base, config["splits"], TrialSettings(), report, output=Path(config["output"]))
 
 
 def documented_trial(config: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def run_documented(folder: Path, splits_file: Path, trials: int, at_once: int = 
     import ray
     import ray.tune
 
-    from train_fn.data.splitting import load_splits
+    from train_fn.data.splits_file import load_splits
 
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=os.cpu_count())
     results = ray.tune.Tuner(

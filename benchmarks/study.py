@@ -130,18 +130,15 @@ def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
     from search_spaces import lora
     from train_fn.data.manifest import read_manifest
     from train_fn.data.phantoms import generate
-    from train_fn.data.splitting import make_splits, save_splits
+    from train_fn.data.splits_file import save_splits
+    from train_fn.data.splitting import SplitRules, make_splits
     from tune.config.settings import DataSettings
 
     data, splits_file = DataSettings(), folder / "splits.json"
     manifest = Path(generate(folder / "phantoms", num_phantoms, data.split_seed))
     entries, _ = read_manifest(manifest, manifest.parent)
-    fractions: dict[str, Any] = {
-        "val_fraction": data.val_fraction,
-        "test_fraction": data.test_fraction,
-        "seed": data.split_seed,
-    }
-    save_splits(make_splits(entries, None, None, **fractions, hash_cache=folder / "hashes.json")[0], splits_file)
+    rules = SplitRules(val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=data.split_seed)
+    save_splits(make_splits(entries, None, None, rules, hash_cache=folder / "hashes.json")[0], splits_file)
     drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     listed = [lora.space(optuna.trial.FixedTrial(lora.GUIDE)), *(lora.space(drawn.ask()) for _ in range(trials - 1))]
     return {"manifest": str(manifest), "splits": str(splits_file), "trials": listed}

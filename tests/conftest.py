@@ -46,11 +46,11 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def splits(phantoms: Path):
     """Train, validation and test of the phantoms."""
     from train_fn.data.manifest import read_manifest
-    from train_fn.data.splitting import make_splits
+    from train_fn.data.splitting import SplitRules, make_splits
 
     entries, problems = read_manifest(phantoms, phantoms.parent)
     assert not problems
-    made, _, problems = make_splits(entries, None, None, val_fraction=0.25, test_fraction=0.25, seed=0)
+    made, _, problems = make_splits(entries, None, None, SplitRules(val_fraction=0.25, test_fraction=0.25, seed=0))
     assert not problems
     return made
 

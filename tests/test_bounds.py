@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import Sample, Splits, closed_set
 from train_fn.settings import Range, TrialSettings, broken_rules, rules
 from tune.config.cli import parse
 from tune.config.paths import SettingsError
@@ -327,15 +327,15 @@ def test_the_cache_of_a_user_without_a_home(monkeypatch, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------ metrics of the data
 
 
-def splits_of(train: str, validation: str, closed: bool = True) -> Splits:
+def splits_of(train: str, validation: str, positive: str = "", closed: bool = True) -> Splits:
     """One image per letter: B(enign), M(alignant) or N(ormal)."""
     names = {"B": "Benign", "M": "Malignant", "N": "Normal"}
     candidates = tuple(names[letter] for letter in sorted(set(train + validation))) if closed else ()
     label = {name: index for index, name in enumerate(candidates)}
     parts = [
-        tuple(Sample("x.png", "?", names[c], label.get(names[c], -1)) for c in part) for part in (train, validation)
+        tuple(Sample(("x.png",), "?", names[c], label.get(names[c], -1)) for c in part) for part in (train, validation)
     ]
-    return Splits(*parts, (), candidates)
+    return Splits(*parts, (), closed_set(candidates, positive))
 
 
 GOALS = [
@@ -359,14 +359,14 @@ def test_metrics_that_the_data_cannot_give_are_refused(
 
     settings = parse(options.split())
     goals = tuple(map(goal, settings.study.metric))
-    problems = check_goals(settings, goals, splits_of(train, validation), positive)
+    problems = check_goals(settings, goals, splits_of(train, validation, positive))
     assert len(problems) == bool(words)
     assert all(words in problem and options.split()[0] in problem for problem in problems)
 
 
-def test_open_answers_have_no_metric_but_the_loss() -> None:
+def test_open_answers_have_no_metric_of_classes() -> None:
     from tune.plan.checks import check_goals
 
     settings = parse(["--metric", "loss,accuracy", "--require", "auroc>=0.5,loss<=1", "--stop-when", "macro_f1>=0.5"])
-    problems = check_goals(settings, tuple(map(goal, settings.study.metric)), splits_of("BM", "BM", closed=False), "")
+    problems = check_goals(settings, tuple(map(goal, settings.study.metric)), splits_of("BM", "BM", closed=False))
     assert len(problems) == 3 and "accuracy" in problems[0] and "auroc" in problems[1] and "macro_f1" in problems[2]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from entries import as_entry, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
@@ -22,7 +23,7 @@ from train_fn.data.copies import (
 )
 from train_fn.data.manifest import read_manifest
 from train_fn.data.phantoms import phantom
-from train_fn.data.splitting import make_splits, split_indices
+from train_fn.data.splitting import split_indices
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_contradictions_are_reported_and_treated(tmp_path, treatment) -> None:
         answer = ("no", "yes")[number % 2]
         entries.append({"image": str(path), "text": "?", "answer": answer, "label": answer})
     entries.append(entries[0] | {"answer": "yes", "label": "yes"})
-    splits, report, problems = make_splits(
+    splits, report, problems = split(
         entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=0, contradictions=treatment,
         hash_cache=tmp_path / "cache.json",
     )  # fmt: skip
@@ -142,9 +143,9 @@ def test_contradictions_are_reported_and_treated(tmp_path, treatment) -> None:
 
 def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
     manifest, root = busi
-    entries, _ = read_manifest(manifest, root)
+    entries = list(map(as_entry, read_manifest(manifest, root)[0]))
     for seed in range(20):
-        splits, report, problems = make_splits(
+        splits, report, problems = split(
             entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=seed, hash_cache=tmp_path / "cache.json"
         )
         assert not problems and report.leaked == {"validation": 0, "test": 0}
@@ -262,17 +263,17 @@ def test_two_questions_about_an_image_are_no_contradiction(tmp_path) -> None:
     ]
     entries[-1] |= {"answer": "yes", "label": True}  # the copy is no image of a cancer
     options = {"val_fraction": 0.2, "test_fraction": 0.2, "seed": 0, "hash_cache": tmp_path / "cache.json"}
-    _, sound, _ = make_splits(entries[:48], None, None, contradictions="drop", **options)
+    _, sound, _ = split(entries[:48], None, None, contradictions="drop", **options)
     assert (sound.contradictions, sound.num_left_out, sound.num_images, sound.num_grouped) == ((), 0, 24, 0)
     assert sound.leaked == {"validation": 0, "test": 0} and sound.leaked_if_random == 0
-    splits, report, _ = make_splits(entries, None, None, contradictions="drop", **options)
+    splits, report, _ = split(entries, None, None, contradictions="drop", **options)
     assert len(report.contradictions) == 1 and report.num_left_out == 4 and report.num_images == 25
     parts = [{sample.image for sample in part} for part in (splits.train, splits.validation, splits.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 23
     unlike = [dict(entry) for entry in entries[:48]]
     unlike[1]["text"] = unlike[0]["text"] = "is a mass  visible?"  # one question, written twice
     unlike[0] |= {"answer": "yes", "label": True}
-    assert len(make_splits(unlike, None, None, **options)[1].contradictions) == 1
+    assert len(split(unlike, None, None, **options)[1].contradictions) == 1
 
 
 def test_a_large_group_is_reported(tmp_path, image) -> None:
@@ -280,9 +281,9 @@ def test_a_large_group_is_reported(tmp_path, image) -> None:
     paths = saved(tmp_path, [*others, *[image.rotate(0.1 * step) for step in range(12)]])
     entries = [{"image": path, "text": "?", "answer": "yn"[n % 2], "label": n % 2} for n, path in enumerate(paths)]
     options = {"val_fraction": 0.2, "test_fraction": 0.2, "seed": 0, "hash_cache": tmp_path / "cache.json"}
-    _, report, _ = make_splits(entries, None, None, **options)
+    _, report, _ = split(entries, None, None, **options)
     assert report.largest_group >= 12
     assert any("one group" in text and "--copies-distance" in text for text in report.sentences())
-    splits, report, _ = make_splits(entries, None, None, copies_distance=-1, **options)
+    splits, report, _ = split(entries, None, None, copies_distance=-1, **options)
     assert (report.num_pairs, len(splits.validation), len(splits.test)) == (0, 4, 4)
     assert not any("one group" in text for text in report.sentences())

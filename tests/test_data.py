@@ -11,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from entries import answers_of, split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from train_fn.data.copies import copy_pairs
-from train_fn.data.manifest import answer_set, read_manifest, unreadable_images
-from train_fn.data.order import class_weights, epoch_order, micro_batches
-from train_fn.data.splitting import load_splits, make_splits, save_splits, split_indices
+from train_fn.data.manifest import read_manifest, unreadable_images
+from train_fn.data.order import epoch_order, micro_batches
+from train_fn.data.samples import class_weights
+from train_fn.data.splits_file import load_splits, save_splits
+from train_fn.data.splitting import split_indices
 
 
 def entry(image: str = "a.png", answer: str = "Benign", label: object = 1) -> dict:
@@ -86,12 +89,12 @@ def test_unreadable_images(tmp_path: Path) -> None:
 
 def test_answers_in_the_order_of_their_labels() -> None:
     entries = [entry(answer=a, label=n) for n, a in enumerate(["Normal", "Benign", "Malignant"])] * 3
-    assert answer_set(entries) == (("Normal", "Benign", "Malignant"), [])
+    assert answers_of(entries) == (("Normal", "Benign", "Malignant"), [])
 
 
 def test_contradictions_are_named() -> None:
     entries = [entry(answer="Benign", label=1)] * 9 + [entry(answer="Malignant", label=2)] * 9
-    _, problems = answer_set([*entries, entry(answer="Malignant", label=1)])
+    _, problems = answers_of([*entries, entry(answer="Malignant", label=1)])
     assert len(problems) == 2 and "label 1" in problems[0] and "'Malignant'" in problems[1]
 
 
@@ -108,19 +111,19 @@ def test_contradictions_are_named() -> None:
 )
 def test_answers_that_differ_in_how_they_are_written_are_refused(variants) -> None:
     answers = [*variants, "Normal"] * 6
-    candidates, (problem,) = answer_set([entry(answer=answer, label=answer) for answer in answers])
+    candidates, (problem,) = answers_of([entry(answer=answer, label=answer) for answer in answers])
     assert candidates == () and "must be written alike" in problem and "make them equal" in problem
     assert all(f"{answer!r} (6x)" in problem for answer in variants) and "Normal" not in problem
 
 
 def test_many_variants_of_few_answers_are_not_an_open_set() -> None:
     answers = [f"{' ' * spaces}{answer}" for answer in ("Normal", "Benign") for spaces in range(15)] * 2
-    assert len(answer_set([entry(answer=answer, label=answer) for answer in answers])[1]) == 2
+    assert len(answers_of([entry(answer=answer, label=answer) for answer in answers])[1]) == 2
 
 
 def test_open_answers_may_differ_in_case_and_spaces() -> None:
     answers = [f"text {number}" for number in range(30)] + ["Text 1", "text 2 "]
-    assert answer_set([entry(answer=answer, label=answer) for answer in answers]) == ((), [])
+    assert answers_of([entry(answer=answer, label=answer) for answer in answers]) == ((), [])
 
 
 @pytest.mark.parametrize("text", ["a\0b", "half \ud83d"])
@@ -131,7 +134,7 @@ def test_characters_that_no_tokenizer_accepts(folder, key, text) -> None:
 
 
 def test_open_answers_are_no_closed_set() -> None:
-    assert answer_set([entry(answer=f"text {n}", label=n) for n in range(30)]) == ((), [])
+    assert answers_of([entry(answer=f"text {n}", label=n) for n in range(30)]) == ((), [])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -160,7 +163,7 @@ def test_parts_of_the_user_stay_as_they_are(tmp_path: Path) -> None:
     entries = [entry(noise(tmp_path, f"{n}.png", n), a, a) for n, a in enumerate(["no", "yes"] * 30)]
     test = [entry(noise(tmp_path, f"t{n}.png", 100 + n), a, a) for n, a in enumerate(["no", "yes"] * 5)]
     test[0]["image"] = entries[0]["image"]
-    splits, report, problems = make_splits(
+    splits, report, problems = split(
         entries, None, test, val_fraction=0.25, test_fraction=0.2, seed=0, hash_cache=tmp_path / "cache.json"
     )
     assert not problems
@@ -173,7 +176,7 @@ def test_parts_of_the_user_stay_as_they_are(tmp_path: Path) -> None:
 def test_a_rare_answer_is_refused(tmp_path: Path) -> None:
     entries = [entry(noise(tmp_path, f"{n}.png", n), "no", 0) for n in range(30)]
     entries.append(entry(noise(tmp_path, "x.png", 30), "Bening", 7))
-    _, _, problems = make_splits(
+    _, _, problems = split(
         entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=0, hash_cache=tmp_path / "cache.json"
     )
     assert len(problems) == 2 and all("'Bening'" in problem for problem in problems)
@@ -273,7 +276,7 @@ STRAYS = st.tuples(st.sampled_from(["Normal", "Benign", "Malignant"]), st.sample
 def test_any_contradiction_of_answers_and_labels_is_named(strays: list[tuple[str, object]]) -> None:
     labels = {"Normal": 0, "Benign": 1, "Malignant": 2}
     entries = [entry(answer=answer, label=label) for answer, label in labels.items()] * 5
-    candidates, problems = answer_set(entries + [entry(answer=answer, label=label) for answer, label in strays])
+    candidates, problems = answers_of(entries + [entry(answer=answer, label=label) for answer, label in strays])
     wrong = [(answer, label) for answer, label in strays if label != labels[answer]]
     for answer, label in wrong:
         assert any(f"answer {answer!r} goes with" in problem and repr(label) in problem for problem in problems)
@@ -307,7 +310,7 @@ def test_any_splits_are_disjoint_and_covering_and_keep_copies_together(different
         for name, part in parts.items()
         if part is not None
     }
-    splits, report, problems = make_splits(
+    splits, report, problems = split(
         made["data"], made.get("validation"), made.get("test"), contradictions=treatment,
         val_fraction=0.2, test_fraction=0.3, seed=data.draw(st.integers(0, 3)),
         hash_cache=Path(different_images[0]).with_name("cache.json"),
@@ -321,9 +324,9 @@ def test_any_splits_are_disjoint_and_covering_and_keep_copies_together(different
     pool = {e["text"] for e in made["data"] if treatment != "drop" or e["image"] not in mixed}
     for name in ("validation", "test"):
         if name in made:
-            assert [sample.text for sample in found[name]] == [e["text"] for e in made[name]]
+            assert [sample.question for sample in found[name]] == [e["text"] for e in made[name]]
     dealt = [sample for name, part in found.items() if name not in made for sample in part]
-    assert sorted(sample.text for sample in dealt) == sorted(pool)
+    assert sorted(sample.question for sample in dealt) == sorted(pool)
     assert report.num_left_out == len(made["data"]) - len(pool)
     homes: dict[str, set[str]] = {}
     for name in found.keys() - made.keys():

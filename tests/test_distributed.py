@@ -47,7 +47,7 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
         }
         engine.destroy()
     reports: list[EpochReport] = []
-    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")
+    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False)
     points = points_of_damaged_states(rank, Path(output) / "trial")
     torch.save(
         {"facts": facts, "predicted": predicted, "report": vars(reports[-1]), "points": points}, f"{output}/{rank}.pt"
@@ -113,7 +113,7 @@ def test_two_workers_train_the_same_trial(found, base, splits) -> None:
     from train_fn.trial.loop import run_trial
 
     reports: list[EpochReport] = []
-    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant")
+    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False)
     one, two = found
     assert one["report"]["metrics"] == two["report"]["metrics"]
     assert one["report"]["metrics"]["loss"] == pytest.approx(reports[-1].metrics["loss"], abs=1e-3)

@@ -392,15 +392,17 @@ def unlike(splits, tmp_path_factory) -> list[Sample]:
     whole.resize((96, 40)).save(folder / "wide.png")
     whole.resize((30, 30)).save(folder / "small.png")
     return [
-        Sample(str(folder / "wide.png"), QUESTION, "Benign", 1),
-        Sample(str(folder / "small.png"), "What is this?", "Malignant mass", 2),
+        Sample((str(folder / "wide.png"),), QUESTION, "Benign", 1),
+        Sample((str(folder / "small.png"),), "What is this?", "Malignant mass", 2),
     ]
 
 
 def test_each_family_passes_the_checks_before_ray(base, few, monkeypatch) -> None:
     monkeypatch.setattr(processing_smolvlm, "num2words", str)
     assert base_problems(base.settings, ADAPTER, few) == []
-    bad = replace(few, train=(*few.train, replace(few.train[0], text=f"{base.processor.image_token} What is this?")))
+    bad = replace(
+        few, train=(*few.train, replace(few.train[0], question=f"{base.processor.image_token * 2} What is this?"))
+    )
     (problem,) = base_problems(base.settings, replace(ADAPTER, lora_target_modules=("q_proj",)), bad)
     assert base.processor.image_token in problem
 
@@ -429,7 +431,7 @@ def expected_names(base: Base, settings: TrialSettings) -> set[str]:
 def own_logits(base: Base, sample: Sample, tail: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own logits [S, V] and the token ids [S] of a whole conversation, prepared by the processor alone."""
     image = {"type": "image", "image": read_image(sample.image)}
-    turn = {"role": "user", "content": [image, {"type": "text", "text": sample.text}]}
+    turn = {"role": "user", "content": [image, {"type": "text", "text": sample.question}]}
     prompt = base.processor.apply_chat_template([turn], add_generation_prompt=True)
     begun = bool(base.processor.tokenizer.bos_token) and prompt.startswith(base.processor.tokenizer.bos_token)
     inputs = base.processor(
@@ -514,7 +516,7 @@ def test_answer_losses_are_the_models_own(base, family, unlike) -> None:
     for sample in unlike:
         tail = tail_text(base, family, sample.answer)
         logits, ids = own_logits(base, sample, tail)
-        wanted, _ = answer_tail(base, sample.text, sample.answer)
+        wanted, _ = answer_tail(base, sample.prompt, sample.answer)
         assert "<unk>" not in base.processor.tokenizer.convert_ids_to_tokens(ids)
         assert ids[-len(wanted) :].tolist() == wanted
         assert len(wanted) == len(sample.answer.split()) + 1
@@ -543,7 +545,7 @@ def test_candidate_scores_equal_a_full_forward_pass(base, family, few, unlike) -
         for row, sample in enumerate(samples):
             for column, answer in enumerate(candidates):
                 logits, ids = own_logits(base, sample, tail_text(base, family, answer))
-                length = len(answer_tail(base, sample.text, answer)[0])
+                length = len(answer_tail(base, sample.prompt, answer)[0])
                 likely = logits[-length - 1 : -1].float().log_softmax(-1)
                 slow = likely.gather(1, ids[-length:, None]).sum()
                 assert fast[row, column].item() == pytest.approx(slow.item(), abs=1e-4)
@@ -552,7 +554,7 @@ def test_candidate_scores_equal_a_full_forward_pass(base, family, few, unlike) -
 def test_the_prompt_is_the_processors_own(base, unlike) -> None:
     for sample in unlike:
         image = {"type": "image", "image": read_image(sample.image)}
-        turn = {"role": "user", "content": [image, {"type": "text", "text": sample.text}]}
+        turn = {"role": "user", "content": [image, {"type": "text", "text": sample.question}]}
         theirs = base.processor.apply_chat_template(
             [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )

@@ -79,7 +79,7 @@ def test_a_trial_is_the_same_to_the_last_bit(base, splits, settings, cache, monk
     def trial(gib: float) -> tuple[dict, int]:
         fresh = load_base(replace(settings, feature_cache_gib=gib), CPU)
         seen, reports = tower_calls(fresh), []
-        run_trial(fresh, splits, TRIAL, lambda report: bool(reports.append(report)), positive="Malignant")
+        run_trial(fresh, splits, TRIAL, lambda report: bool(reports.append(report)))
         return reports[-1].metrics, len(seen)
 
     images = [sample.image for sample in splits.train + splits.validation]
@@ -114,7 +114,7 @@ def test_patches_and_prompts_are_the_processors(settings, images) -> None:
     assert len(images) == 4
     for image in images:
         assert num_patches(base, image) == len(image_features(base, image))
-        sample = Sample(image, "Normal or not?", "Normal", 0)
+        sample = Sample((image,), "Normal or not?", "Normal", 0)
         ours, theirs = collate(base, [sample], with_answers=False), process(base, sample)
         assert all(torch.equal(ours[name], theirs[name]) for name in ("input_ids", "attention_mask"))
 

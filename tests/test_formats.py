@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from entries import as_entry, as_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -54,9 +55,15 @@ def rows(*answers: str, **more: Any) -> list[dict[str, Any]]:
 
 
 def read(path: Path, root: Path, *columns: str, question: str = "") -> list[dict[str, Any]]:
-    entries, problems = read_manifest(path, root, columns, question)
+    samples, problems = read_manifest(path, root, columns, question)
     assert problems == []
-    return entries
+    return list(map(as_entry, samples))
+
+
+def divided(parts: dict[str, Any], question: str = "") -> tuple[dict[str, Any], list[str]]:
+    """`divide` of entries."""
+    found, problems = divide({name: its and list(map(as_sample, its)) for name, its in parts.items()}, question)
+    return {name: its and list(map(as_entry, its)) for name, its in found.items()}, problems
 
 
 def refusal(path: Path, root: Path, *columns: str) -> str:
@@ -220,10 +227,11 @@ def test_any_row_is_the_same_in_every_format(name: str, root: Path, tmp_path: Pa
         assert entry.get("split") == (PARTS[row["split"]] if extra == "split" else None)
 
 
-def test_the_guides_entries_keep_all_they_have(root: Path, tmp_path: Path) -> None:
+def test_other_keys_of_the_guides_entries_do_not_matter(root: Path, tmp_path: Path) -> None:
     made = [{"image": "a.png", "text": "Q?", "answer": "yes", "label": 1, "note": [3], "conversations": "none"}]
     (tmp_path / "m.json").write_text(json.dumps(made))
-    assert read(tmp_path / "m.json", root) == [{**made[0], "image": str((root / "a.png").resolve())}]
+    (found,) = read(tmp_path / "m.json", root)
+    assert found == {"image": str((root / "a.png").resolve()), "text": "Q?", "answer": "yes", "label": 1}
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -282,20 +290,20 @@ def test_questions_are_not_dropped_for_one_question(root: Path, tmp_path: Path) 
     assert "'asked' may be it" in refusal(path, root)
     for form in (guides, dict, llava):
         entries = read(as_json(form)(rows("x", "y"), tmp_path, root), root, question="Why?")
-        assert "`--question` must go with data without questions" in divide({"data": entries}, "Why?")[1][0]
+        assert "`--question` must go with data without questions" in divided({"data": entries}, "Why?")[1][0]
 
 
 def test_a_split_column_and_what_contradicts_it(root: Path, tmp_path: Path) -> None:
     path = table(tmp_path, "image,answer,split\na.png,x,train\na.png,y,Valid\na.png,z,test\na.png,u,TRAIN\n")
     entries = read(path, root)
-    parts, problems = divide({"data": entries, "val_data": None, "test_data": None})
+    parts, problems = divided({"data": entries, "val_data": None, "test_data": None})
     assert {name: [entry["answer"] for entry in part or []] for name, part in parts.items()} == {
         "data": ["x", "u"], "val_data": ["y"], "test_data": ["z"]
     }  # fmt: skip
     assert not problems
-    _, problems = divide({"data": entries, "val_data": None, "test_data": entries})
+    _, problems = divided({"data": entries, "val_data": None, "test_data": entries})
     assert len(problems) == 2 and "`--test-data` must be left out" in problems[1] and "3 entries" in problems[0]
-    _, problems = divide({"data": entries[1:3], "val_data": None, "test_data": None})
+    _, problems = divided({"data": entries[1:3], "val_data": None, "test_data": None})
     assert "must have entries of the split train" in problems[0]
     problem = refusal(table(tmp_path, "image,answer,split\na.png,x,train\na.png,y,fold 1\n"), root)
     assert problem.startswith("x.csv line 3 must have the split train, validation or test, but has 'fold 1'")
@@ -304,7 +312,7 @@ def test_a_split_column_and_what_contradicts_it(root: Path, tmp_path: Path) -> N
 def test_a_part_without_labels_gets_those_of_the_others(root: Path, tmp_path: Path) -> None:
     data = read(table(tmp_path, "image,answer,label\na.png,no,0\na.png,mass,1\n"), root)
     test = read(table(tmp_path, "image,answer\na.png,mass\na.png,other\n"), root)
-    parts, problems = divide({"data": data, "val_data": None, "test_data": test})
+    parts, problems = divided({"data": data, "val_data": None, "test_data": test})
     assert not problems and parts["data"] == data and parts["val_data"] is None
     assert [entry["label"] for entry in parts["test_data"] or []] == [1, "other"]
 
@@ -314,9 +322,9 @@ def test_a_manifest_for_predict_is_asked_the_adapters_question(root: Path) -> No
 
     try:
         path = table(root, "image,class\na.png,x\nb c.png,y\n")
-        assert {sample.text for sample in find_samples(path, None, "Is it?")} == {"Is it?"}
+        assert {sample.question for sample in find_samples(path, None, "Is it?")} == {"Is it?"}
         path = table(root, "image,question,class\na.png,Why?,x\nb c.png,Why?,y\n")
-        assert {sample.text for sample in find_samples(path, None, "Is it?")} == {"Why?"}
+        assert {sample.question for sample in find_samples(path, None, "Is it?")} == {"Why?"}
     finally:
         (root / "x.csv").unlink()
 
@@ -660,7 +668,7 @@ def test_a_folder_of_parts_is_a_study(tmp_path: Path) -> None:
     for part, name in (("train", "train"), ("validation", "val"), ("test", "test")):
         samples = getattr(study.splits, part)
         assert len(samples) == 16 and all(f"/{name}/" in sample.image for sample in samples)
-        assert {sample.text for sample in samples} == {"Is there a mass?"}
+        assert {sample.question for sample in samples} == {"Is there a mass?"}
     assert study.splits.candidates == ("mass", "no mass")
     assert study.plan["settings"]["data"]["question"] == "Is there a mass?"
     with pytest.raises(SettingsError) as refused:

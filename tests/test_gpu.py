@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_fn.data.splitting import save_splits
+from train_fn.data.splits_file import save_splits
 from train_fn.jobs import EpochReport
 from train_fn.settings import ModelSettings, TrialSettings
 

@@ -24,7 +24,7 @@ def answer(manifest: Path, root: Path) -> str:
     """The first problem that a study would report, or ""."""
     started = time.perf_counter()
     entries, problems = read_manifest(manifest, root)
-    problems = problems or unreadable_images([entry["image"] for entry in entries])
+    problems = problems or unreadable_images([sample.image for sample in entries])
     seconds = time.perf_counter() - started
     assert seconds < MOST_SECONDS and all(len(problem) < 1000 for problem in problems)
     first = problems[0].replace(str(root.parent), "") if problems else ""

@@ -39,7 +39,7 @@ def references() -> list[tuple[Path, dict, Sample]]:
     for number, (told, answer) in enumerate(zip(meta["samples"], meta["answers"], strict=True)):
         arrays = dict(np.load(ROOT / "reference" / f"sample{number}.npz"))
         image = ROOT / "images" / told["file"]
-        found.append((image, arrays, Sample(str(image), meta["question"], answer, number)))
+        found.append((image, arrays, Sample((str(image),), meta["question"], answer, number)))
     assert len(found) == 3
     return found
 
@@ -95,7 +95,7 @@ def test_eight_greedy_tokens_are_equal(tiny) -> None:
     for _, arrays, sample in references():
         inputs = tiny.processor(
             images=[Image.open(sample.image).convert("RGB")],
-            text=[prompt_text(tiny.processor, sample.text)],
+            text=[prompt_text(tiny.processor, sample.prompt)],
             return_tensors="pt",
         )
         told = tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from jobs import group_of, report, running, train
 
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import Sample, Splits, closed_set
 from train_fn.jobs import ScoreJob
 from train_fn.model.batches import BatchFailed
 from train_fn.settings import ModelSettings
@@ -80,7 +80,7 @@ def test_last_report_lets_a_job_run_to_its_end() -> None:
 def test_a_node_that_differs_from_the_driver_is_refused_with_all_differences(tmp_path) -> None:
     image = tmp_path / "one.png"
     image.write_bytes(b"")
-    job = LaneConfig(lane=0, dispatcher=None, model=ModelSettings(), splits=splits_of(image), positive="",
+    job = LaneConfig(lane=0, dispatcher=None, model=ModelSettings(), splits=splits_of(image),
                   storage=Storage(tmp_path), num_threads=1, versions=versions())  # fmt: skip
     check_node(job)
     other = replace(job, splits=splits_of(tmp_path / "two.png"), storage=Storage(tmp_path / "nowhere"),
@@ -92,7 +92,7 @@ def test_a_node_that_differs_from_the_driver_is_refused_with_all_differences(tmp
 
 
 def splits_of(image: Path) -> Splits:
-    return Splits((Sample(str(image), "?", "a", 0),), (), (), ("a", "b"))
+    return Splits((Sample((str(image),), "?", "a", 0),), (), (), closed_set(("a", "b")))
 
 
 def test_two_failed_starts_with_work_in_between_do_not_end_a_lane() -> None:
@@ -531,7 +531,7 @@ TORCH = torch.OutOfMemoryError("CUDA out of memory")
 def test_how_an_error_in_a_job_is_reported(base, monkeypatch, error, call, sound) -> None:
     monkeypatch.setattr("ray.get", lambda answer: answer)
     calls = Calls()
-    job = LaneConfig(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")), positive="",
+    job = LaneConfig(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")),
                   storage=Storage(Path()), num_threads=1)  # fmt: skip
     assert report_error(job, error, 7, "g") is sound
     assert [(*made[:3], made[3].partition("\n")[0], *made[4:]) for made in calls.made] == [call] * (call is not None)

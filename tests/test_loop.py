@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from train_fn.data.images import read_image
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import Sample, Splits, closed_set
 from train_fn.jobs import EpochReport
 from train_fn.model.base import load_base
 from train_fn.model.batches import answer_losses, collate, forward_hidden
@@ -47,7 +47,7 @@ def train(base, splits, settings: TrialSettings, output: Path | None = None, sto
         reports.append(message)
         return stop
 
-    run_trial(base, splits, settings, report, positive="Malignant", output=output)
+    run_trial(base, splits, settings, report, output=output)
     return reports
 
 
@@ -161,9 +161,9 @@ def test_open_answers_are_trained_and_scored_by_their_loss(base, splits, tmp_pat
         return tuple(replace(sample, answer=f"{sample.answer} tissue", label=-1) for sample in part)
 
     parts = {name: opened(getattr(splits, name)) for name in ("train", "validation", "test")}
-    open_splits = Splits(**parts, candidates=())
+    open_splits = Splits(**parts)
     report = train(base, open_splits, SHORT, tmp_path)[0]
-    assert set(report.metrics) == {"loss", "train_loss"}
+    assert set(report.metrics) == {"loss", "train_loss", "exact_match", "token_f1", "rouge_l", "bleu"}
     predicted = score_adapter(base, open_splits, "validation", 16, tmp_path / "final_model")
     assert predicted["losses"].mean() == pytest.approx(report.metrics["loss"], abs=1e-5)
     assert predicted["scores"].shape == (len(parts["validation"]), 0)
@@ -191,7 +191,7 @@ def test_the_path_never_reaches_the_model(base, splits, tmp_path) -> None:
     copy = tmp_path / "Malignant" / "malignant (1).png"
     copy.parent.mkdir()
     copy.write_bytes(Path(sample.image).read_bytes())
-    moved = Sample(str(copy), sample.text, sample.answer, sample.label)
+    moved = Sample((str(copy),), sample.question, sample.answer, sample.label)
     one, two = collate(base, [sample], True), collate(base, [moved], True)
     assert one.keys() == two.keys()
     positions, same = one.pop("positions"), two.pop("positions")
@@ -203,7 +203,7 @@ def test_the_batch_gives_the_models_own_logits(base, splits) -> None:
     batch = base.processor(
         images=[read_image(samples[0].image)],
         text=[base.processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": samples[0].text}]}],
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": samples[0].question}]}],
             add_generation_prompt=True)],
         return_tensors="pt",
     )  # fmt: skip
@@ -237,7 +237,7 @@ def test_saved_adapter_gives_the_trials_scores(base, splits, tmp_path, settings)
     trained = train(base, splits, settings, tmp_path)[-1].metrics
     before = weights(base)
     predicted = score_adapter(base, splits, "validation", 16, tmp_path / "final_model")
-    found = metrics_of(predicted, splits.validation, splits, True, "Malignant")
+    found = metrics_of(predicted, splits.validation, splits, True)
     assert all(found[name] == pytest.approx(trained[name], abs=1e-6) for name in found)
     after = weights(base)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -261,7 +261,7 @@ base = AutoModelForImageTextToText.from_pretrained(resolve_model("nano"), dtype=
 model = PeftModel.from_pretrained(base, {str(adapter)!r}).eval()
 processor = load_processor(Path({str(adapter)!r}))
 for image in {[s.image for s in samples]!r}:
-    turn = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": {samples[0].text!r}}}]}}]
+    turn = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": {samples[0].question!r}}}]}}]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
     row = []
     for answer in {list(splits.candidates)!r}:
@@ -317,7 +317,7 @@ def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monk
     monkeypatch.setattr(loop, "train_step", dies)
     reports: list[EpochReport] = []
     with pytest.raises(Killed):
-        run_trial(base, splits, settings, lambda report: reports.append(report) or False, positive="Malignant",
+        run_trial(base, splits, settings, lambda report: reports.append(report) or False,
                   output=tmp_path / "killed")  # fmt: skip
     steps_done: list[int] = []
     monkeypatch.setattr(loop, "train_step", lambda *args: steps_done.append(args[5]) or step(*args))
@@ -342,7 +342,7 @@ def test_a_trial_killed_in_its_last_report_repeats_it(base, splits, tmp_path) ->
         return False
 
     with pytest.raises(Killed):
-        run_trial(base, splits, LONG, dies, positive="Malignant", output=tmp_path)
+        run_trial(base, splits, LONG, dies, output=tmp_path)
     again = train(base, splits, LONG, tmp_path)
     assert [report.finished for report in again] == [False, False, True]
     assert [report.metrics for report in again] == [report.metrics for report in train(base, splits, LONG)]
@@ -351,7 +351,7 @@ def test_a_trial_killed_in_its_last_report_repeats_it(base, splits, tmp_path) ->
 def test_a_preempted_trial_resumes_from_that_step(base, splits, tmp_path) -> None:
     whole, asked = train(base, splits, LONG), iter([False] * 3 + [True])
     with pytest.raises(Preempted, match="left at step 4"):
-        run_trial(base, splits, LONG, lambda report: False, positive="Malignant", output=tmp_path,
+        run_trial(base, splits, LONG, lambda report: False, output=tmp_path,
                   preempted=lambda: next(asked))  # fmt: skip
     again = train(base, splits, LONG, tmp_path)
     assert [report.metrics for report in again] == [report.metrics for report in whole]
@@ -407,21 +407,21 @@ def test_evaluation_that_does_not_fit_is_cut_into_smaller_batches(base, splits, 
         sizes.append(len(samples))
         return score(base, samples, candidates)
 
-    plain = predict(base, splits.validation, splits.candidates, 16)
+    plain = predict(base, splits.validation, splits, 16)
     monkeypatch.setattr(evaluation, "score_candidates", small)
-    found = predict(base, splits.validation, splits.candidates, 16)
+    found = predict(base, splits.validation, splits, 16)
     assert max(sizes) <= 3 and sum(sizes) == len(splits.validation)
     np.testing.assert_allclose(found["scores"], plain["scores"], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(evaluation, "score_candidates", lambda *args: small(base, [0] * 4, ()))
     with pytest.raises(torch.OutOfMemoryError):
-        predict(base, splits.validation, splits.candidates, 16)
+        predict(base, splits.validation, splits, 16)
 
 
 def test_right_padding_without_a_mask_touches_nothing(base, splits) -> None:
     """In a batch of several prompt lengths, each prompt has the same loss as alone."""
     samples = list(splits.train[:4])
-    samples[1] = replace(samples[1], text=samples[1].text + " Look at the margin and at the shadow behind it.")
-    samples[2] = replace(samples[2], text="Which?")
+    samples[1] = replace(samples[1], question=samples[1].question + " Look at the margin and at the shadow behind it.")
+    samples[2] = replace(samples[2], question="Which?")
     with torch.no_grad():
         together = answer_losses(base, collate(base, samples, True))
         alone = torch.cat([answer_losses(base, collate(base, [sample], True)) for sample in samples])
@@ -445,7 +445,7 @@ def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, 
         time.sleep(0.2)  # time of the study, not of the trial
         return False
 
-    run_trial(base, splits, settings, report, positive="Malignant", output=tmp_path, profile=True, trace=True)
+    run_trial(base, splits, settings, report, output=tmp_path, profile=True, trace=True)
     assert [one.metrics for one in told] == [one.metrics for one in plain]
     seconds = told[-1].seconds
     inside = sum(seconds[f"profile_{name}"] for name in ("data", "forward", "backward", "optimizer", "communication"))
@@ -475,8 +475,8 @@ def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) ->
     for number in range(8):
         path = tmp_path / f"{number}.png"
         Image.effect_noise((140, 140) if number % 2 else (252, 224), 60).convert("RGB").save(path)
-        samples.append(Sample(image=str(path), text="What is it?", answer="Malignant", label=0))
-    splits = Splits(train=samples, validation=samples, test=samples, candidates=["Malignant"])
+        samples.append(Sample(images=(str(path),), question="What is it?", answer="Malignant", label=0))
+    splits = Splits(train=samples, validation=samples, test=samples, tasks=closed_set(["Malignant"]))
     settings = replace(SHORT, max_steps=1, lora_dropout=0.0, gradient_accumulation_steps=4)
     assert settings.global_batch_size == 8
     batches: list[list[int]] = []

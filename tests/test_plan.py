@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from train_fn.data.samples import Sample, Splits
-from train_fn.data.splitting import load_splits, save_splits
+from train_fn.data.samples import Sample, Splits, closed_set
+from train_fn.data.splits_file import load_splits, save_splits
 from train_fn.support.files import DamagedFile
 from tune.config.cli import parse
 from tune.config.paths import SettingsError
@@ -27,7 +27,7 @@ PLAN: dict[str, Any] = {
 
 def test_a_plan_reads_back_as_written(tmp_path: Path) -> None:
     save_plan(tmp_path, PLAN)
-    assert read_plan(tmp_path) == PLAN | {"format": 2}
+    assert read_plan(tmp_path) == PLAN | {"format": 3}
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))  # of the first version
     assert read_plan(tmp_path) == PLAN | {"format": 1}
 
@@ -96,8 +96,8 @@ def test_malformed_splits_are_refused(tmp_path: Path, content: str) -> None:
 
 def test_splits_with_a_malformed_sample_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
-    sample = Sample("a.png", "?", "a", 0)
-    save_splits(Splits((sample,), (sample,), (sample,), ("a", "b")), path)
+    sample = Sample(("a.png",), "?", "a", 0)
+    save_splits(Splits((sample,), (sample,), (sample,), closed_set(("a", "b"))), path)
     assert load_splits(path).train == (sample,)
     whole = json.loads(path.read_text())
     for change in ({"label": 2}, {"label": None}, {"image": 3}, {"more": 1}):

@@ -114,5 +114,5 @@ def test_what_a_trial_has_reported_survives(disk: Any, base: Any, splits: Any) -
                 assert (output / "trainer_state.json").stat().st_size
         return False
 
-    run_trial(base, splits, settings, report, positive="Malignant", output=folder / "trials" / "0001")
+    run_trial(base, splits, settings, report, output=folder / "trials" / "0001")
     assert reported == [1, 2]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from train_fn.data.splitting import save_splits
+from train_fn.data.splits_file import save_splits
 from train_fn.model.base import load_base
 from train_fn.predict import main
 from train_fn.scoring.scores import probabilities

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from train_fn.data.phantoms import CLASSES, QUESTION, phantom
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import PARTS, Sample, Splits, closed_set
 from train_fn.model.checkpoint import base_hash, file_problems, resolve_model
 from train_fn.model.preflight import base_problems
 from train_fn.settings import ModelSettings, TrialSettings
@@ -26,8 +26,8 @@ def splits_of(folder: Path, questions: tuple[str, ...] = (QUESTION,), answers: t
     for number, answer in enumerate(answers):
         path = folder / f"{number}.png"
         Image.fromarray(phantom(np.random.default_rng(number), number % 3)[0]).save(path)
-        samples += [Sample(str(path), question, answer, number) for question in questions]
-    return Splits(tuple(samples), tuple(samples), tuple(samples), answers)
+        samples += [Sample((str(path),), question, answer, number) for question in questions]
+    return Splits(tuple(samples), tuple(samples), tuple(samples), closed_set(answers))
 
 
 def problems_of(splits: Splits, model: str = "nano", trial: dict[str, Any] | None = None, **parts: str) -> list[str]:
@@ -43,10 +43,20 @@ def test_the_shipped_base_passes(tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------ words
 
 
+def opened(splits: Splits) -> Splits:
+    """The splits with open answers."""
+    parts = {name: tuple(replace(s, label=-1) for s in getattr(splits, name)) for name in PARTS}
+    return Splits(**parts)
+
+
+def test_a_placeholder_stands_where_its_image_belongs(tmp_path) -> None:
+    assert problems_of(splits_of(tmp_path, ("<image>\nNormal, benign or malignant?",))) == []  # LLaVA's
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "<image>\nNormal, benign or malignant?",  # LLaVA's
+        "<image>\nNormal, <image> or malignant?",  # more than images
         "What does <|vision_start|><|image_pad|><|vision_end|> show?",  # Qwen's
         "<start_of_image> What is it?",  # Gemma's
         "What is it? <IMG_CONTEXT>",  # InternVL's
@@ -76,8 +86,8 @@ def test_answers_that_the_tokenizer_cannot_tell_apart(tmp_path, answers, words) 
 
 def test_free_answers_may_become_the_same_but_not_nothing(tmp_path) -> None:
     splits = splits_of(tmp_path, answers=("Benign tumour", "Benign tumour, probably"))
-    assert problems_of(replace(splits, candidates=())) == []
-    (problem,) = problems_of(replace(splits_of(tmp_path, answers=("良性", "Benign")), candidates=()))
+    assert problems_of(opened(splits)) == []
+    (problem,) = problems_of(opened(splits_of(tmp_path, answers=("良性", "Benign"))))
     assert "knows none of '良性'" in problem
 
 
@@ -210,7 +220,7 @@ def test_images_that_the_processor_refuses_are_found_among_those_it_takes(tmp_pa
     strips = []
     for number, size in enumerate([(900, 4), (5, 1200), (300, 200), (2000, 9)]):
         Image.new("L", size, 90).save(tmp_path / f"strip{number}.png")
-        strips.append(Sample(str(tmp_path / f"strip{number}.png"), QUESTION, CLASSES[0], 0))
+        strips.append(Sample((str(tmp_path / f"strip{number}.png"),), QUESTION, CLASSES[0], 0))
     problems = problems_of(replace(splits, test=(*splits.test, *strips)))
     names = {Path(problem.split()[1]).name for problem in problems}
     assert names == {"strip0.png", "strip1.png", "strip3.png"} and len(problems) == 3

@@ -156,7 +156,7 @@ def test_the_loaded_model_predicts_as_predict_does(loaded, images, expected, spl
     assert same(loaded.predict(pd.DataFrame({"image": given})), expected, splits.candidates)
 
     question = "Is this benign?"
-    asked = [Sample(images[0], question, "", -1)]
+    asked = [Sample((images[0],), question, "", -1)]
     (line,) = predict_lines(ModelSettings(), adapter, asked, splits.candidates, generate=False)
     other = np.array([expected[1], list(line["probabilities"].values())])
     found = loaded.predict(pd.DataFrame({"image": [images[1], inline(images[0])], "text": [None, question]}))

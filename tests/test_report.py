@@ -15,8 +15,9 @@ import optuna
 import pytest
 from PIL import Image
 
-from train_fn.data.samples import Sample, Splits
-from train_fn.data.splitting import DataReport, save_splits
+from train_fn.data.samples import Sample, Splits, closed_set
+from train_fn.data.splits_file import save_splits
+from train_fn.data.splitting import DataReport
 from train_fn.settings import ModelSettings, TrialSettings
 from tune.config.settings import DataSettings, StudySettings
 from tune.records.goals import Goal
@@ -122,8 +123,11 @@ def make_study(
     rng = np.random.default_rng(0)
     records = [make_record(number, state, rng) for number, state in enumerate(states)]
     labels = [0] * 6 + [1] * 4
-    test = tuple(Sample(f"/x/{HOSTILE}{i}.png", "?", ANSWERS[label], label) for i, label in enumerate(labels))
-    splits = Splits(test, test, test, ANSWERS if closed else ())
+    test = tuple(
+        Sample((f"/x/{HOSTILE}{i}.png",), "?", ANSWERS[label], label if closed else -1)
+        for i, label in enumerate(labels)
+    )
+    splits = Splits(test, test, test, closed_set(ANSWERS if closed else ()))
     save_splits(splits, directory / "splits.json")
     done = Outcome(directory.name, directory, tuple(goals), records, lanes=2, **outcome)
     done.seconds["wall"] = 4000.0

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import Sample, Splits, closed_set
+from train_fn.scoring.scores import PartScorer
 from tune.config.settings import StudySettings
 from tune.config.uris import default_uri
 from tune.records.budgets import exhausted_budget, wall_seconds
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, trial_records
 from tune.results.console import print_summary
-from tune.results.intervals import difference, make_scorer, with_intervals
+from tune.results.intervals import difference, with_intervals
 from tune.results.outcome import Outcome
 from tune.results.summary import comparison_sentence
 
@@ -162,8 +163,8 @@ def test_a_summary_of_a_cost_and_of_a_score_without_interval(tmp_path, capsys) -
 @pytest.fixture(scope="module")
 def splits() -> Splits:
     labels = np.random.default_rng(0).choice(2, 200)
-    samples = tuple(Sample(f"{n}.png", "?", "ab"[label], int(label)) for n, label in enumerate(labels))
-    return Splits(samples, samples, samples, ("a", "b"))
+    samples = tuple(Sample((f"{n}.png",), "?", "ab"[label], int(label)) for n, label in enumerate(labels))
+    return Splits(samples, samples, samples, closed_set(("a", "b"), "b"))
 
 
 def predicted(splits: Splits, strength: float, seed: int) -> dict[str, np.ndarray]:
@@ -178,7 +179,7 @@ def test_a_paired_interval_is_narrower_than_the_two_alone(splits) -> None:
     weak = predicted(splits, 1.0, 1)
     strong = {"losses": weak["losses"], "scores": weak["scores"].copy()}
     strong["scores"][np.arange(200), [s.label for s in splits.test]] += 0.4  # the same noise, a little better
-    one, two = (make_scorer(p, splits, True, "b") for p in (strong, weak))
+    one, two = (PartScorer(p, splits.test, splits, True) for p in (strong, weak))
     gain = with_intervals(difference(one, two), images)["auroc"]
     alone = with_intervals(one, images)["auroc"]["interval"]
     assert gain["interval"][0] > 0
@@ -189,7 +190,7 @@ def test_a_paired_interval_is_narrower_than_the_two_alone(splits) -> None:
 
 
 def test_noise_is_no_significant_difference(splits) -> None:
-    one, two = (make_scorer(predicted(splits, 1.0, seed), splits, True, "b") for seed in (1, 2))
+    one, two = (PartScorer(predicted(splits, 1.0, seed), splits.test, splits, True) for seed in (1, 2))
     gain = with_intervals(difference(one, two), np.arange(200))["auroc"]
     assert "not distinguishable from" in comparison_sentence(gain, "auroc")
 

@@ -58,7 +58,7 @@ UNDISTURBED: dict[str, list] = {}  # metrics by settings, for all the studies he
 
 def check_whole(folder: Path, base, num_trials: int = 6) -> None:
     """Every trial once, complete everywhere, with the numbers of an undisturbed run."""
-    from train_fn.data.splitting import load_splits
+    from train_fn.data.splits_file import load_splits
     from train_fn.jobs import EpochReport
     from train_fn.settings import TrialSettings
     from train_fn.trial.loop import run_trial
@@ -79,7 +79,7 @@ def check_whole(folder: Path, base, num_trials: int = 6) -> None:
         if key not in UNDISTURBED:
             reports: list[EpochReport] = []
             run_trial(base, splits, TrialSettings.from_dict(trial["settings"]),
-                      lambda report, to=reports: to.append(report) or False, positive="Malignant")  # fmt: skip
+                      lambda report, to=reports: to.append(report) or False)  # fmt: skip
             UNDISTURBED[key] = [report.metrics for report in reports]
         assert trial["epochs"] == UNDISTURBED[key], trial["number"]
         assert frozen.value == pytest.approx(trial["epochs"][-1]["auroc"])

@@ -31,7 +31,7 @@ def train(base, splits, output: Path | None = None, leave_after: int = 99) -> li
     """The reports of a trial. With `leave_after` it is preempted after so many steps."""
     reports: list[EpochReport] = []
     steps = iter(range(1, 99))
-    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False, positive="Malignant",
+    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False,
               output=output, preempted=lambda: next(steps) == leave_after)  # fmt: skip
     return reports
 

@@ -34,7 +34,7 @@ def study(tmp_path: Path, splits) -> tuple[Path, Splits, Inputs]:
         shutil.copyfile(sample.image, image)
         os.utime(image, ns=(10**18, 10**18))
         samples.append(replace(sample, image=str(image)))
-    own = Splits(tuple(samples[:2]), tuple(samples[2:4]), tuple(samples[4:]), splits.candidates)
+    own = Splits(tuple(samples[:2]), tuple(samples[2:4]), tuple(samples[4:]), splits.tasks)
     return model, own, Inputs.seen(own, model, data_hash(own), base_hash(model))
 
 
@@ -107,7 +107,7 @@ def remove_a_file(model: Path) -> str:
 @pytest.mark.parametrize("change", [change_config, change_weights, change_template, remove_a_file])
 def test_a_changed_base_is_named_before_it_is_loaded(study, tmp_path, change) -> None:
     model, own, inputs = study
-    job = LaneConfig(lane=0, dispatcher=None, model=ModelSettings(model=str(model)), splits=own, positive="",
+    job = LaneConfig(lane=0, dispatcher=None, model=ModelSettings(model=str(model)), splits=own,
                   storage=Storage(tmp_path), num_threads=1, inputs=inputs)  # fmt: skip
     check_node(job)
     name = change(model)
@@ -144,4 +144,4 @@ def test_a_batch_that_cannot_be_made_is_no_fault_of_the_trial(base, splits, monk
 
 def test_an_image_that_is_gone_is_named(base, splits) -> None:
     with pytest.raises(BatchFailed, match=r"not/there\.png"):
-        collate(base, [Sample("not/there.png", "?", splits.candidates[0], 0)], with_answers=True)
+        collate(base, [Sample(("not/there.png",), "?", splits.candidates[0], 0)], with_answers=True)

@@ -24,13 +24,21 @@ from PIL import Image
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
 from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
-from train_fn.data.manifest import MAX_CANDIDATES, answer_set, asked_by_default, divide, read_manifest, shorten
+from train_fn.data.manifest import Parts, asked_by_default, divide, read_manifest
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.rows import COLUMN
 from train_fn.data.samples import Sample, Splits
-from train_fn.data.splitting import LARGE_GROUP, DataReport, contradictory_groups, different_images, make_splits
+from train_fn.data.splitting import (
+    LARGE_GROUP,
+    DataReport,
+    SplitRules,
+    contradictory_groups,
+    different_images,
+    make_splits,
+)
 from train_fn.data.stored_images import stored_images_folder
-from train_fn.support.text import plain
+from train_fn.data.tasks import MAX_ANSWERS
+from train_fn.support.text import plain, shorten
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,8 +101,13 @@ def write_manifest(options: argparse.Namespace) -> list[str]:
     """
     manifest: Path = options.write
     root: Path = options.image_root or options.data.parent
-    entries, problems = read_manifest(options.data, root, options.columns, options.question)
-    problems = problems or divide({"data": entries}, options.question)[1]
+    samples, problems = read_manifest(options.data, root, options.columns, options.question)
+    problems = problems or divide({"data": samples}, options.question)[1]
+    entries: list[dict[str, Any]] = [
+        {"image": s.image, "text": s.question, "answer": s.answer, "label": s.label}
+        | ({"split": s.split} if s.split else {})
+        for s in samples
+    ]
     options.columns, options.question = (), ""
     if problems:
         return problems
@@ -145,7 +158,7 @@ def inspect(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     root: Path = options.image_root or options.data.parent
-    parts: dict[str, list[dict[str, Any]] | None] = {}
+    parts: Parts = {}
     problems = []
     for name in ("data", "val_data", "test_data"):
         if path := getattr(options, name):
@@ -153,24 +166,31 @@ def inspect(options: argparse.Namespace) -> int:
             problems += [f"`--{name.replace('_', '-')}`: {text}" for text in found]
     parts, found = divide(parts, options.question)
     problems += found
-    images = [entry["image"] for entries in parts.values() for entry in entries or []]
+    images = [image for samples in parts.values() for sample in samples or [] for image in sample.images]
     bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr))
     problems += shorten(list(bad.values()))
-    sound = {name: [e for e in entries or [] if e["image"] not in bad] for name, entries in parts.items()}
-    entries = [entry for part in sound.values() for entry in part]
+    sound = {name: [s for s in samples or [] if not bad.keys() & set(s.images)] for name, samples in parts.items()}
+    samples = [sample for part in sound.values() for sample in part]
     splits, report = None, None
     if all(sound.values()):
         splits, report, found = make_splits(
-            sound["data"], sound.get("val_data"), sound.get("test_data"),
-            val_fraction=options.val_fraction, test_fraction=options.test_fraction,
-            seed=options.split_seed, contradictions=options.contradictions, copies_distance=options.copies_distance,
-        )  # fmt: skip
+            sound["data"],
+            sound.get("val_data"),
+            sound.get("test_data"),
+            SplitRules(
+                val_fraction=options.val_fraction,
+                test_fraction=options.test_fraction,
+                seed=options.split_seed,
+                contradictions=options.contradictions,
+                copies_distance=options.copies_distance,
+            ),
+        )
         problems += found
     console = Console(markup=False, emoji=False, highlight=False)  # a file may be called [red]
     if not console.is_terminal:
         console.width = 100
-    if entries:
-        for title, columns, rows in tables(entries, root.resolve(), splits, report, options.copies_distance):
+    if samples:
+        for title, columns, rows in tables(samples, root.resolve(), splits, report, options.copies_distance):
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
@@ -187,22 +207,21 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def tables(
-    entries: list[dict[str, Any]], root: Path, splits: Splits | None, report: DataReport | None, copies_distance: int
+    samples: list[Sample], root: Path, splits: Splits | None, report: DataReport | None, copies_distance: int
 ) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
     """Title, columns and rows of each table."""
-    counts = {"all": Counter(entry["answer"] for entry in entries)}
+    counts = {"all": Counter(sample.answer for sample in samples)}
     for part in ("train", "validation", "test") if splits else ():
         counts[part] = Counter(sample.answer for sample in getattr(splits, part))
-    _, problems = answer_set(entries)
-    listed = [answer for answer, _ in counts["all"].most_common(MAX_CANDIDATES)]
-    answers = splits.candidates if splits and not problems else listed
+    listed = [answer for answer, _ in counts["all"].most_common(MAX_ANSWERS)]
+    answers = splits.candidates if splits and (splits.candidates or len(splits.tasks) == 1) else listed
     rows: list[list[Any]] = [[answer, *(count[answer] for count in counts.values())] for answer in answers]
     rows.append([f"{len(counts['all'])} different answers", *(count.total() for count in counts.values())])
     open_set = "" if answers else " (no small closed set of answers: a study tunes on the loss)"
     yield f"Images per answer{open_set}", ["answer", *counts], rows
 
     sizes: dict[str, list[tuple[int, int]]] = {}
-    for path in sorted({entry["image"] for entry in entries}):
+    for path in sorted({image for sample in samples for image in sample.images}):
         with Image.open(path) as image:
             kind = f"{image.format} {image.mode}"
         sizes.setdefault(kind, []).append(image_size(path))
@@ -212,16 +231,16 @@ def tables(
         rows.append([kind, len(seen), *spans])
     yield "Image files", ["format and mode", "files", "width min / median / max", "height min / median / max"], rows
 
-    samples = [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]
-    paths, images = different_images(samples)
+    paths, uses = different_images(samples)
     pairs = copy_pairs(paths, copies_distance)
     numbers = copy_groups(len(paths), pairs)
+    of_sample = numbers[[its[0] for its in uses]]
     members: dict[int, list[Sample]] = {}
-    for group, sample in zip(numbers[images].tolist(), samples, strict=True):
+    for group, sample in zip(of_sample.tolist(), samples, strict=True):
         members.setdefault(group, []).append(sample)
     sizes_by_group = dict(Counter(numbers.tolist()))
     groups = [members[group] for group, size in sorted(sizes_by_group.items(), key=lambda pair: -pair[1]) if size > 1]
-    mixed = [members[group] for group in sorted(contradictory_groups(samples, images, pairs, numbers))]
+    mixed = [members[group] for group in sorted(contradictory_groups(samples, uses, pairs, of_sample))]
     grouped = sum(size for size in sizes_by_group.values() if size > 1)
     rows = [["images that have one", grouped], ["pairs", len(pairs)], ["groups", len(groups)]]
     rows.append(["images in the largest group", max(sizes_by_group.values()) if groups else 0])
@@ -235,9 +254,9 @@ def tables(
     for title, chosen, most in (("Largest groups of near-copies", groups, 5), ("Contradictory near-copies", mixed, 50)):
         rows = []
         for found in chosen[:most]:
-            asked = len({sample.text for sample in found}) > 1
+            asked = len({sample.question for sample in found}) > 1
             names = [
-                f"{shown_path(Path(sample.image), root)}: {sample.text + ' ' if asked else ''}{sample.answer}"
+                f"{shown_path(Path(sample.image), root)}: {sample.question + ' ' if asked else ''}{sample.answer}"
                 for sample in found
             ]
             names = shorten(names, 10)

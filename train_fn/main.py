@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.splitting import load_splits
+from train_fn.data.splits_file import load_splits
 from train_fn.jobs import EpochReport
 from train_fn.settings import ModelSettings, TrialSettings, broken_rules
 
@@ -62,7 +62,6 @@ def main(argv: list[str]) -> int:
         trial,
         report,
         eval_batch_size=model.per_device_eval_batch_size,
-        positive=wanted.get("positive", ""),
         output=output,
     )
     dist.destroy_process_group()

@@ -20,13 +20,14 @@ import numpy as np
 
 from train_fn.data.folders import DATA_SUFFIXES, IMAGE_SUFFIXES
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
-from train_fn.data.manifest import read_manifest, shorten
+from train_fn.data.manifest import read_manifest
 from train_fn.data.samples import Sample
 from train_fn.model.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
 from train_fn.model.checkpoint import file_problems, resolve_model
 from train_fn.model.preflight import checked_processor, text_problems
 from train_fn.settings import DTYPES, ModelSettings
 from train_fn.support.files import DamagedFile, replace_folder
+from train_fn.support.text import shorten
 
 if TYPE_CHECKING:
     from train_fn.model.base import Base
@@ -110,15 +111,15 @@ def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sam
         images = sorted(files)
         if not images:
             raise InputError(f"folder {path} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none")
-        return [Sample(str(image), question, "", -1) for image in images]
+        return [Sample((str(image),), question, "") for image in images]
     if path.suffix.lower() in DATA_SUFFIXES:
-        entries, problems = read_manifest(path, image_root or path.parent, question=question)
+        samples, problems = read_manifest(path, image_root or path.parent, question=question)
         if problems:
             raise InputError("; ".join(problems))
-        return [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]
+        return samples
     if not path.is_file():  # reading a pipe or a device could block for ever
         raise InputError(f"{path} must be an image, a folder or a manifest, but is none")
-    return [Sample(str(path), question, "", -1)]
+    return [Sample((str(path),), question, "")]
 
 
 def predict_lines(
@@ -148,7 +149,7 @@ def predict_lines(
         processor = checked_processor(settings)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if problems := text_problems(processor, [sample.text for sample in samples], candidates):
+    if problems := text_problems(processor, samples, [candidates]):
         raise InputError("; ".join(problems))
     # Each image is used once, so its features need no cache.
     with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:

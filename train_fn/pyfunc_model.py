@@ -29,11 +29,11 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from train_fn.data.images import image_problems
-from train_fn.data.manifest import shorten
 from train_fn.data.samples import Sample
 from train_fn.model.adapters import read_task
 from train_fn.model.preflight import text_problems
 from train_fn.predict import BASE_VARIABLE, adapted_base, generated_answer, label_probabilities
+from train_fn.support.text import shorten
 
 ROOT_VARIABLE = "VLM_TUNE_IMAGE_ROOT"
 # MLflow sets it to "true" in its own server. Its constant for the name is private, and a served model whose import
@@ -69,12 +69,12 @@ class AdapterModel(PythonModel):
             for row, (image, text) in enumerate(zip(map(str, model_input["image"]), texts, strict=True)):
                 question = text if isinstance(text, str) and text.strip() else self.task.question
                 try:
-                    samples.append(Sample(image_file(image, f"{folder}/row {row}"), question, "", -1))
+                    samples.append(Sample((image_file(image, f"{folder}/row {row}"),), question, ""))
                 except ValueError as error:
                     rule = "must be a path with a suffix or the base64 of an image file"
                     problems.append(f"row {row}: `image` {rule}, but got {image[:60]!r}: {error}")
             problems += image_problems(sample.image for sample in samples).values()
-            problems += text_problems(self.base.processor, [sample.text for sample in samples], candidates)
+            problems += text_problems(self.base.processor, samples, [candidates])
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))
             # These grow with every question and path, a server runs without end, and a file may change between calls.

@@ -49,7 +49,6 @@ class LaneConfig:
     """Handle of the study's `tune.lanes.dispatcher.Dispatcher` actor."""
     model: ModelSettings
     splits: Splits
-    positive: str
     storage: Storage
     num_threads: int
     """torch threads of each worker; 0 leaves torch's default (GPU workers)."""
@@ -76,8 +75,7 @@ def check_node(config: LaneConfig) -> None:
     ours = versions()
     problems = [f"{name[8:]} is {ours[name]}, the driver's {value}" for name, value in config.versions.items()
                 if ours[name] != value]  # fmt: skip
-    samples = (*config.splits.train, *config.splits.validation, *config.splits.test)
-    missing = [sample.image for sample in samples if not os.access(sample.image, os.R_OK)]
+    missing = [image for image in config.splits.images if not os.access(image, os.R_OK)]
     problems += [f"{len(missing)} images cannot be read, {missing[0]} among them"] if missing else []
     if config.inputs and not missing:
         directory = CHECKPOINT if config.model.model == "nano" else Path(config.model.model)
@@ -218,7 +216,6 @@ def run_job(
         job.settings,
         report,
         eval_batch_size=eval_batch_size,
-        positive=config.positive,
         output=job.output,
         storage=config.storage,
         preempted=lambda: heartbeats.must_stop,

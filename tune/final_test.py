@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from train_fn.jobs import JobFailed, ScoreJob
-from train_fn.scoring.scores import probabilities
+from train_fn.scoring.scores import PartScorer, stored_predictions
 from tune.plan.prepare import Study
 from tune.records.end_state import EndState
 from tune.records.trials import TrialRecord
-from tune.results.intervals import difference, make_scorer, with_intervals
+from tune.results.intervals import difference, with_intervals
 from tune.results.outcome import Outcome, adapter_hash
 
 SCORING = 10**9  # job numbers of scoring begin here
@@ -99,7 +99,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
         del chosen["guide"]
     predicted = {who: answers[who] for who in chosen}
     scorers = {
-        who: make_scorer(predicted[who], study.splits, record.settings["class_balanced_loss"], study.positive)
+        who: PartScorer(predicted[who], study.splits.test, study.splits, record.settings["class_balanced_loss"])
         for who, record in chosen.items()
     }
     everything, clean = np.arange(len(study.splits.test)), np.array(study.data_report.test_clean, dtype=int)
@@ -111,12 +111,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     if "guide" in scorers:
         tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
     predictions = {
-        who: {
-            "answers": [sample.label for sample in study.splits.test],
-            "probabilities": probabilities(answer["scores"]).round(6).tolist(),
-        }
-        for who, answer in predicted.items()
-        if study.splits.candidates
+        who: stored_predictions(answer, study.splits.test, study.splits) for who, answer in predicted.items()
     }
     event = study.journal.write(
         "tested",
@@ -134,5 +129,5 @@ def adapter_problem(answer: dict[str, Any]) -> str:
     """What is wrong with an adapter, from its part of a `ScoreReport`; empty: nothing."""
     if "error" in answer:
         return f"cannot be loaded ({answer['error']})"
-    finite = all(np.isfinite(values).all() for values in answer.values())
+    finite = np.isfinite(answer["losses"]).all() and not np.isinf(answer["scores"]).any()
     return "" if finite else "gives scores that are not finite"

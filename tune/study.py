@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from train_fn.data.splitting import save_splits
+from train_fn.data.splits_file import save_splits
 from train_fn.support.files import file_hash
 from train_fn.worker import versions
 from tune.conclude import conclude, end_of_study

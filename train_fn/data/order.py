@@ -1,15 +1,10 @@
-"""The order of the training images, and the weights of their classes."""
+"""The order of the training samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
-
-
-def class_weights(counts: Sequence[int]) -> list[float]:
-    """Loss weight per class: inverse frequency, scaled so that the mean over the images is 1."""
-    return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
 
 
 def epoch_order(num_images: int, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:

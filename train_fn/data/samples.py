@@ -1,31 +1,153 @@
-"""Samples, and the three parts of a study's data."""
+"""Samples, their tasks, and the three parts of a study's data.
+
+Shapes: S samples, C candidate answers of a task.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+PLACEHOLDER = "<image>"  # stands for an image within a question
+PARTS = ("train", "validation", "test")
+KINDS = ("closed", "binary", "ordinal", "multilabel", "open", "numeric")
+
+
+class Prompt(NamedTuple):
+    """All words that the model reads before an answer, and the number of images among them."""
+
+    question: str
+    num_images: int = 1
+    system: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image. `label` is the index of `answer` in the candidates; -1 without a closed set."""
+    """One question about one image or several, with its answer."""
 
-    image: str
-    text: str
+    images: tuple[str, ...]
+    question: str
+    """May hold PLACEHOLDER where its images stand, as may the questions of `turns`. If none of them does, all images
+    stand before the first question."""
     answer: str
-    label: int
+    label: int | str = -1
+    """The answer's index among the candidates of its task; -1: the task has none. In data whose tasks are not known
+    yet: the class as the data names it."""
+    system: str = ""
+    """The system prompt."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Earlier questions with their answers."""
+    id: str = ""
+    question_type: str = ""
+    """What kind of question it is, as the data says."""
+    task: str = ""
+    """Name of its `Task`."""
+    group: str = ""
+    """What may not be divided between the parts, such as a patient."""
+    split: str = ""
+    """The part that the data itself names."""
+    source: str = ""
+    """File and row that it comes from."""
+
+    @property
+    def image(self) -> str:
+        """The first image."""
+        return self.images[0]
+
+    @property
+    def prompt(self) -> Prompt:
+        """The words before the answer."""
+        return Prompt(self.question, len(self.images), self.system, self.turns)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked by questions that are alike, and so what its scores are."""
+
+    name: str = ""
+    """Unique in a study; "" if the study has one task only."""
+    kind: str = "open"
+    """One of KINDS. binary: closed with two answers. numeric: answers are numbers."""
+    candidates: tuple[str, ...] = ()
+    """All answers, in the order of their labels; empty for answers that the model writes itself."""
+    positive: str = ""
+    """The answer whose sensitivity and specificity are computed."""
+    separator: str = ""
+    """Of a multilabel task: what stands between the labels of an answer."""
+
+    @functools.cached_property
+    def indices(self) -> dict[str, int]:
+        """Each candidate's index."""
+        return {answer: index for index, answer in enumerate(self.candidates)}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a study's data, fixed before its first trial, and the closed set of answers, if any."""
+    """The three parts of a study's data, fixed before its first trial, and their tasks."""
 
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]
     test: tuple[Sample, ...]
-    candidates: tuple[str, ...]
+    tasks: tuple[Task, ...] = field(default=(Task(),))
+    max_new_tokens: int = 0
+    """Most tokens of a generated answer; 0: from the longest answer of the training part."""
 
-    def class_counts(self, part: str) -> list[int]:
-        """Images per candidate answer in a part, in the candidates' order."""
-        counts = Counter(sample.label for sample in getattr(self, part))
-        return [counts[index] for index in range(len(self.candidates))]
+    @functools.cached_property
+    def by_name(self) -> dict[str, Task]:
+        """Each task by its name."""
+        return {task.name: task for task in self.tasks}
+
+    def task_of(self, sample: Sample) -> Task:
+        """The task of a sample."""
+        return self.by_name[sample.task]
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The candidate answers, if there is one task only; else empty."""
+        return self.tasks[0].candidates if len(self.tasks) == 1 else ()
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether any task has candidate answers."""
+        return any(task.candidates for task in self.tasks)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The samples of all parts."""
+        return (*self.train, *self.validation, *self.test)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The different images of all parts."""
+        return tuple(dict.fromkeys(image for sample in self.samples for image in sample.images))
+
+    def class_counts(self, part: str, task: Task | None = None) -> list[int]:
+        """Samples per candidate answer of a task in a part, in the candidates' order. Not given: of the only task."""
+        task = task or self.tasks[0]
+        counts = Counter(sample.label for sample in getattr(self, part) if sample.task == task.name)
+        return [counts[index] for index in range(len(task.candidates))]
+
+    def class_weights(self, task: Task) -> list[float]:
+        """Loss weight of each class of a task [C]: inverse frequency, with mean 1 over the training samples."""
+        return class_weights(self.class_counts("train", task))
+
+    def sample_weights(self) -> list[float]:
+        """Loss weight of each training sample: its class's, or 1 in a task without candidates."""
+        weights = {task.name: self.class_weights(task) for task in self.tasks}
+        return [weights[s.task][int(s.label)] if weights[s.task] else 1.0 for s in self.train]
+
+
+def closed_set(candidates: Sequence[str], positive: str = "") -> tuple[Task, ...]:
+    """The tasks of data with one question and these answers; without answers one open task."""
+    if not candidates:
+        return (Task(),)
+    return (Task(kind="binary" if len(candidates) == 2 else "closed", candidates=tuple(candidates), positive=positive),)
+
+
+def class_weights(counts: Sequence[int]) -> list[float]:
+    """Loss weight per class: inverse frequency, scaled so that the mean over the samples is 1."""
+    return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]

@@ -1,4 +1,4 @@
-"""Training, validation and test parts: made without leaks, reported, stored and read again.
+"""Training, validation and test parts: made without leaks, and reported.
 
 Shapes: S samples, N different images, M pairs of near-copies.
 """
@@ -6,19 +6,21 @@ Shapes: S samples, N different images, M pairs of near-copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs, leaking_samples
-from train_fn.data.manifest import answer_set, plain_form
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import PARTS, Sample, Splits
+from train_fn.data.tasks import TaskRules, find_tasks
 from train_fn.settings import SHOWN
-from train_fn.support.files import DamagedFile, read_json, write_json
+from train_fn.support.text import plain_form
 
 LARGE_GROUP = 0.1  # a group of near-copies with a larger share of the images makes the parts uneven
+UNEVEN = 0.2  # a part that misses its share by more is reported
+MIN_SHARE = 10  # samples of a part below which that says nothing
 
 
 def split_indices(
@@ -77,6 +79,12 @@ class DataReport:
     """Indices of the test images without a near-copy in train or validation."""
     largest_group: int = 0
     """Images in the largest group of near-copies. A group stays in one part."""
+    num_groups: int = 0
+    """Groups that the data names, such as patients."""
+    largest_linked: int = 0
+    """Images in the largest group of all that stay in one part: near-copies, images of one sample or named group."""
+    notes: tuple[str, ...] = ()
+    """Further facts about tasks and parts."""
 
     def sentences(self) -> list[str]:
         """The facts as sentences."""
@@ -89,126 +97,221 @@ class DataReport:
                 f"{self.largest_group} of {self.num_images} images are one group of near-copies and stay in one part, "
                 f"so the parts may have other sizes than requested: lower --copies-distance (-1: no copies)"
             )
-        lines += [
-            f"{count} {name} images have a near-copy in another part" for name, count in self.leaked.items() if count
-        ]
+        if self.num_groups:
+            lines.append(
+                f"{self.num_groups} named groups stay in one part each; the largest linked group has "
+                f"{self.largest_linked} of {self.num_images} images"
+            )
+        what = "an image, a near-copy or a group" if self.num_groups else "a near-copy"
+        lines += [f"{count} {name} images have {what} in another part" for name, count in self.leaked.items() if count]
         if self.contradictions:
             left_out = f"; {self.num_left_out} images left out" if self.num_left_out else ""
             lines.append(f"{len(self.contradictions)} groups of near-copies have contradictory answers{left_out}")
-        return lines
+        return [*lines, *self.notes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRules:
+    """How data is divided."""
+
+    val_fraction: float
+    """Share of validation, unless the user provides that part."""
+    test_fraction: float
+    seed: int
+    contradictions: str = "keep"
+    """Treatment of near-copies with different answers to one question: "keep", "drop", or "train" (only there)."""
+    copies_distance: int = MAX_DISTANCE
+    """See `copies.copy_pairs`."""
 
 
 def make_splits(
-    entries: Sequence[dict[str, Any]],
-    val_entries: Sequence[dict[str, Any]] | None,
-    test_entries: Sequence[dict[str, Any]] | None,
-    *,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    contradictions: str = "keep",
-    copies_distance: int = MAX_DISTANCE,
+    data: Sequence[Sample],
+    val_data: Sequence[Sample] | None,
+    test_data: Sequence[Sample] | None,
+    rules: SplitRules,
+    tasks: TaskRules | None = None,
     hash_cache: Path | None = None,
 ) -> tuple[Splits, DataReport, list[str]]:
-    """Make the three parts, without near-copies across them.
+    """Make the three parts. Near-copies, and samples that share an image or a group, stay in one part.
 
     Args:
-        val_entries: the validation part, if the user provides it; it stays as it is, as does `test_entries`. Copies
-            between such parts are counted.
-        contradictions: the treatment of near-copies with different answers to one question: "keep", "drop", or "train"
-            (only there).
-        copies_distance: see `copies.copy_pairs`.
+        data: its samples' `label` is the class as the data names it.
+        val_data: the validation part, if the user provides it; it stays as it is, as does `test_data`. Copies between
+            such parts are counted.
         hash_cache: file with cached thumbnails. Not given: the user's cache.
 
     Returns:
         The parts, the report on near-copies, and every reason why the parts cannot be used.
     """
-    sources = [list(entries), list(val_entries or []), list(test_entries or [])]
-    everything = [entry for part in sources for entry in part]
-    candidates, problems = answer_set(everything)
-    index = {answer: number for number, answer in enumerate(candidates)}
-    samples = [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in everything]
-    paths, images = different_images(samples)
-    pairs = copy_pairs(paths, copies_distance, hash_cache)
-    image_groups = copy_groups(len(paths), pairs)
-    groups = image_groups[images]
-    mixed = contradictory_groups(samples, images, pairs, image_groups)
+    sources = [list(data), list(val_data or []), list(test_data or [])]
+    found = find_tasks([sample for part in sources for sample in part], tasks or TaskRules())
+    samples, problems = found.samples, found.problems
+    paths, uses = different_images(samples)
+    pairs = copy_pairs(paths, rules.copies_distance, hash_cache)
+    links = Links.between(samples, uses, len(paths), pairs)
+    mixed = contradictory_groups(samples, uses, pairs, links.of_sample)
     pool = range(len(sources[0]))
-    left_out = [i for i in pool if contradictions == "drop" and groups[i] in mixed]
-    pinned = [i for i in pool if contradictions == "train" and groups[i] in mixed]
+    left_out = [i for i in pool if rules.contradictions == "drop" and links.of_sample[i] in mixed]
+    pinned = [i for i in pool if rules.contradictions == "train" and links.of_sample[i] in mixed]
     divided = sorted(set(pool) - set(left_out) - set(pinned))
     fractions = {
         "train": 1.0,
-        "validation": 0.0 if val_entries is not None else val_fraction,
-        "test": 0.0 if test_entries is not None else test_fraction,
+        "validation": 0.0 if val_data is not None else rules.val_fraction,
+        "test": 0.0 if test_data is not None else rules.test_fraction,
     }
     fractions["train"] -= fractions["validation"] + fractions["test"]
-    chosen = split_indices([samples[i].label for i in divided], fractions, seed, [int(groups[i]) for i in divided])
+    strata = strata_of(samples)
+    chosen = split_indices(
+        [strata[i] for i in divided], fractions, rules.seed, [int(links.of_sample[i]) for i in divided]
+    )
     parts = {name: [divided[number] for number in numbers] for name, numbers in chosen.items()}
     parts["train"] = sorted(parts["train"] + pinned)
-    if val_entries is not None:
+    if val_data is not None:
         parts["validation"] = list(range(len(sources[0]), len(sources[0]) + len(sources[1])))
-    if test_entries is not None:
+    if test_data is not None:
         parts["test"] = list(range(len(samples) - len(sources[2]), len(samples)))
     made = {name: tuple(samples[i] for i in numbers) for name, numbers in parts.items()}
-    splits = Splits(made["train"], made["validation"], made["test"], candidates)
-    for name in ("train", "validation", "test"):
-        lacking = [answer for answer, count in zip(candidates, splits.class_counts(name), strict=True) if not count]
-        if lacking:
-            problems.append(
-                f"the {name} part must hold every answer, but has no {', '.join(map(SHOWN.repr, lacking))}: add images "
-                f"(an answer needs three at least, not near-copies), correct a misspelt answer, or change the fractions"
-            )
-        elif not parts[name]:
+    splits = Splits(made["train"], made["validation"], made["test"], found.tasks)
+    problems += part_problems(splits)
+    report = report_copies(samples, uses, pairs, links, mixed, parts, len(left_out))
+    notes = [*found.notes, *lacking_answers(splits), *uneven_parts(parts, fractions, len(divided))]
+    return splits, replace(report, notes=tuple(notes)), problems
+
+
+def strata_of(samples: Sequence[Sample]) -> list[int]:
+    """A number [S] for the class of each sample, or for its task where there are no classes: every part should hold its
+    share of each."""
+    keys = [(sample.task, int(sample.label)) for sample in samples]
+    numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
+    return [numbers[key] for key in keys]
+
+
+def part_problems(splits: Splits) -> list[str]:
+    """Why the parts cannot be used: one is empty, or a single task's answers are not in all of them."""
+    problems = []
+    for name in PARTS:
+        if not getattr(splits, name):
             problems.append(f"the {name} part must hold an image, but is empty: add images or raise its fraction")
-    report = report_copies(samples, images, pairs, image_groups, mixed, parts, len(left_out))
-    return splits, report, problems
+        elif splits.candidates and splits.tasks[0].kind in ("closed", "binary"):
+            counts = zip(splits.candidates, splits.class_counts(name), strict=True)
+            if lacking := [answer for answer, count in counts if not count]:
+                problems.append(
+                    f"the {name} part must hold every answer, but has no {', '.join(map(SHOWN.repr, lacking))}: add "
+                    f"images (an answer needs three at least, not near-copies), correct a misspelt answer, or change "
+                    f"the fractions"
+                )
+    return problems
 
 
-def different_images(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
-    """The different images of the samples, and each sample's image [S] as an index into them."""
+def lacking_answers(splits: Splits) -> list[str]:
+    """A sentence for each task, of several, whose answers are not in all parts."""
+    lines = []
+    for task in splits.tasks if len(splits.tasks) > 1 else ():
+        for name in PARTS:
+            counts = zip(task.candidates, splits.class_counts(name, task), strict=True)
+            if lacking := [answer for answer, count in counts if not count]:
+                shown = ", ".join(map(SHOWN.repr, lacking[:5])) + (" ..." if len(lacking) > 5 else "")
+                lines.append(f"The {name} part of task {task.name} has no {shown}")
+    return lines
+
+
+def uneven_parts(parts: dict[str, list[int]], fractions: dict[str, float], num_divided: int) -> list[str]:
+    """A sentence for each part that misses its share by more than a fifth, because groups are not divided."""
+    lines = []
+    for name, fraction in fractions.items():
+        wanted = fraction * num_divided
+        if wanted >= MIN_SHARE and abs(len(parts[name]) - wanted) > UNEVEN * wanted:
+            lines.append(
+                f"The {name} part has {len(parts[name]):,} of {num_divided:,} samples instead of {wanted:,.0f}, since "
+                f"groups and near-copies stay together: lower --copies-distance (-1: no copies), or change --split-seed"
+            )
+    return lines
+
+
+@dataclass(frozen=True)
+class Links:
+    """What stays in one part: near-copies, the images of one sample, the samples of one image and of one group."""
+
+    of_sample: np.ndarray
+    """Number of each sample's linked group [S]."""
+    of_image: np.ndarray
+    """Number of each image's linked group [N]."""
+
+    @classmethod
+    def between(
+        cls, samples: Sequence[Sample], uses: Sequence[Sequence[int]], num_images: int, pairs: np.ndarray
+    ) -> Links:
+        """The links of samples.
+
+        Args:
+            uses: each sample's images, as indices.
+            pairs: near-copies among the images [M, 2].
+        """
+        names = {name: num_images + n for n, name in enumerate(dict.fromkeys(s.group for s in samples if s.group))}
+        edges = [[its[0], other] for its in uses for other in its[1:]]
+        edges += [[its[0], names[s.group]] for s, its in zip(samples, uses, strict=True) if s.group]
+        joined = np.concatenate([pairs, np.array(edges, dtype=np.int64).reshape(-1, 2)])
+        numbers = copy_groups(num_images + len(names), joined)
+        return cls(numbers[[its[0] for its in uses]], numbers[:num_images])
+
+
+def different_images(samples: Sequence[Sample]) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The different images of the samples, and each sample's images as indices into them."""
     numbers: dict[str, int] = {}
-    images = [numbers.setdefault(sample.image, len(numbers)) for sample in samples]
-    return list(numbers), np.array(images, dtype=np.int64)
+    uses = [tuple(numbers.setdefault(image, len(numbers)) for image in sample.images) for sample in samples]
+    return list(numbers), uses
 
 
 def contradictory_groups(
-    samples: Sequence[Sample], images: np.ndarray, pairs: np.ndarray, groups: np.ndarray
+    samples: Sequence[Sample], uses: Sequence[tuple[int, ...]], pairs: np.ndarray, groups: np.ndarray
 ) -> set[int]:
-    """Groups in which one image, or two near-copies, have different answers to the same question.
+    """Groups in which the same images, or near-copies, have different answers to the same question.
 
     Args:
-        images: each sample's image [S], as an index.
-        pairs: near-copies among the images [M, 2].
-        groups: each image's group [N].
+        uses: each sample's images, as indices.
+        pairs: near-copies among the images [M, 2]. They count for questions about one image.
+        groups: each sample's group [S].
     """
-    answers: dict[int, dict[str, set[str]]] = {}  # by image and question
-    for image, sample in zip(images.tolist(), samples, strict=True):
-        answers.setdefault(image, {}).setdefault(plain_form(sample.text), set()).add(sample.answer)
-    mixed = {image for image, asked in answers.items() if any(len(several) > 1 for several in asked.values())}
+    answers: dict[tuple[int, ...], dict[Any, set[str]]] = {}  # by images and words
+    homes: dict[tuple[int, ...], int] = {}
+    for its, sample, group in zip(uses, samples, groups.tolist(), strict=True):
+        words = (plain_form(sample.question), sample.system, sample.turns)
+        answers.setdefault(its, {}).setdefault(words, set()).add(sample.answer)
+        homes[its] = group
+    mixed = {its for its, asked in answers.items() if any(len(several) > 1 for several in asked.values())}
     for one, two in pairs.tolist():
-        if any(len(several | answers[two].get(question, several)) > 1 for question, several in answers[one].items()):
-            mixed.add(one)
-    return {int(groups[image]) for image in mixed}
+        first, second = answers.get((one,), {}), answers.get((two,), {})
+        if any(len(several | second.get(words, several)) > 1 for words, several in first.items()):
+            mixed.add((one,))
+    return {homes[its] for its in mixed}
 
 
 def report_copies(
     samples: Sequence[Sample],
-    images: np.ndarray,
+    uses: Sequence[tuple[int, ...]],
     pairs: np.ndarray,
-    groups: np.ndarray,
+    links: Links,
     mixed: set[int],
     parts: dict[str, list[int]],
     num_left_out: int,
 ) -> DataReport:
-    """The report on the parts that `make_splits` has made; images, pairs, groups: as in `contradictory_groups`."""
+    """The report on the parts that `make_splits` has made; uses, pairs: as in `contradictory_groups`."""
     part = np.full(len(samples), -1)
-    for number, name in enumerate(("train", "validation", "test")):
+    for number, name in enumerate(PARTS):
         part[parts[name]] = number
-    dirty = set(leaking_samples(part, images, pairs, 2, [0, 1]).tolist())
-    leaked = {"validation": len(leaking_samples(part, images, pairs, 1, [0])), "test": len(dirty)}
-    image_part = np.full(len(groups), -1)
-    np.maximum.at(image_part, images, part)
+    # Each sample once for each of its images, and once for its group: whatever it shares with another part is a leak.
+    names = {name: len(links.of_image) + number for number, name in enumerate({s.group: 0 for s in samples if s.group})}
+    nodes = [(*its, *([names[s.group]] if s.group else [])) for s, its in zip(samples, uses, strict=True)]
+    owner = np.repeat(np.arange(len(samples)), [len(its) for its in nodes])
+    flat = np.array([node for its in nodes for node in its], dtype=np.int64)
+
+    def leaks(of: int, into: list[int]) -> set[int]:
+        return set(owner[leaking_samples(part[owner], flat, pairs, of, into)].tolist())
+
+    dirty = leaks(2, [0, 1])
+    image_part = np.full(len(links.of_image), -1)
+    of_image = flat < len(links.of_image)
+    np.maximum.at(image_part, flat[of_image], part[owner[of_image]])
     used = np.flatnonzero(image_part >= 0)
     rng = np.random.default_rng(0)
     share = (image_part == 2).sum() / max(1, len(used))
@@ -216,64 +319,41 @@ def report_copies(
     for _ in range(20):
         random_part = np.full(len(image_part), -1)
         random_part[used] = np.where(rng.permutation(len(used)) < share * len(used), 2, 0)
-        leaks = leaking_samples(random_part, np.arange(len(image_part)), pairs, 2, [0])
-        random_leaks.append(len(leaks) / max(1, int((random_part == 2).sum())))
+        leaking = leaking_samples(random_part, np.arange(len(image_part)), pairs, 2, [0])
+        random_leaks.append(len(leaking) / max(1, int((random_part == 2).sum())))
+    copies = copy_groups(len(image_part), pairs)
     return DataReport(
-        num_images=len(groups),
+        num_images=len(image_part),
         num_pairs=len(pairs),
         num_grouped=len(np.unique(pairs)),
         contradictions=tuple(
-            tuple(f"{samples[i].image}: {samples[i].answer}" for i in np.flatnonzero(groups[images] == group).tolist())
+            tuple(f"{samples[i].image}: {samples[i].answer}" for i in np.flatnonzero(links.of_sample == group).tolist())
             for group in sorted(mixed)
         ),
         num_left_out=num_left_out,
-        leaked=leaked,
+        leaked={"validation": len(leaks(1, [0])), "test": len(dirty)},
         leaked_if_random=float(np.mean(random_leaks)),
         test_clean=tuple(index for index, i in enumerate(parts["test"]) if i not in dirty),
-        largest_group=int(np.bincount(groups).max()),
+        largest_group=int(np.bincount(copies).max()),
+        num_groups=len(names),
+        largest_linked=int(np.bincount(links.of_image).max()),
     )
 
 
 def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int = MAX_DISTANCE) -> list[Splits]:
-    """Splits for cross-validation: training and validation images are divided into folds, near-copies together, and
+    """Splits for cross-validation: training and validation samples are divided into folds, linked ones together, and
     each fold is the validation part once. The test part stays."""
     samples = [*splits.train, *splits.validation]
-    paths, images = different_images(samples)
-    groups = copy_groups(len(paths), copy_pairs(paths, copies_distance))[images]
+    paths, uses = different_images(samples)
+    links = Links.between(samples, uses, len(paths), copy_pairs(paths, copies_distance))
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
-    folds = split_indices([sample.label for sample in samples], shares, seed, [int(group) for group in groups])
+    folds = split_indices(strata_of(samples), shares, seed, links.of_sample.tolist())
     chosen = [set(indices) for indices in folds.values()]
     return [
-        Splits(
+        replace(
+            splits,
             train=tuple(sample for index, sample in enumerate(samples) if index not in fold),
             validation=tuple(sample for index, sample in enumerate(samples) if index in fold),
-            test=splits.test,
-            candidates=splits.candidates,
         )
         for fold in chosen
     ]
-
-
-def save_splits(splits: Splits, path: Path) -> None:
-    """Write the splits to a JSON file."""
-    write_json(path, asdict(splits))
-
-
-def load_splits(path: Path) -> Splits:
-    """Read a file of `save_splits`. Raises OSError, or DamagedFile if it holds anything else."""
-    parts = read_json(path, dict)
-    try:
-        read = {name: tuple(Sample(**sample) for sample in parts[name]) for name in ("train", "validation", "test")}
-        splits = Splits(**read, candidates=tuple(parts["candidates"]))
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} must hold the parts of a study's data, but {error}: put it back") from error
-    samples = (*splits.train, *splits.validation, *splits.test)
-    sound = all(
-        all(isinstance(text, str) for text in (sample.image, sample.text, sample.answer))
-        and isinstance(sample.label, int)
-        and (-1 <= sample.label < len(splits.candidates) or not splits.candidates)
-        for sample in samples
-    )
-    if not (sound and splits.train and splits.validation and all(isinstance(c, str) for c in splits.candidates)):
-        raise DamagedFile(f"{path} must hold sound samples in every part, but does not: put it back from a copy")
-    return splits

@@ -30,14 +30,15 @@ def num_patches(base: Base, image: str) -> int:
 
 
 def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
-    """A measure that grows with the tokens of an image: its patches, or where they cannot be counted its pixels, width
-    and height."""
+    """A measure that grows with the tokens of a sample's images: their patches, or where these cannot be counted their
+    pixels, and width and height of the first."""
     if base.counts_patches:
-        return (num_patches(base, sample.image),)
-    if sample.image not in base.sizes:
-        base.sizes[sample.image] = image_size(sample.image)
-    width, height = base.sizes[sample.image]
-    return width * height, width, height
+        return (sum(num_patches(base, image) for image in sample.images),)
+    for image in sample.images:
+        if image not in base.sizes:
+            base.sizes[image] = image_size(image)
+    sizes = [base.sizes[image] for image in sample.images]
+    return sum(width * height for width, height in sizes), *sizes[0]
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[s
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
-        images = ", ".join(sample.image for sample in samples[:2]) + (" ..." if len(samples) > 2 else "")
+        images = ", ".join(s.image for s in samples[:2]) + (" ..." if len(samples) > 2 else "")
         raise BatchFailed(
             f"the processor must take every image and question, but not {images}: {type(error).__name__}: {error}"
         ) from error
@@ -100,8 +101,9 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dic
     """
     batch: dict[str, Any] = {}
     if base.takes_features:
-        encoded = [prompt_tokens(base, sample.text, num_patches(base, sample.image)) for sample in samples]
-        features = [to_device(image_features(base, sample.image), base.device) for sample in samples]
+        encoded = [prompt_tokens(base, s.prompt, [num_patches(base, image) for image in s.images]) for s in samples]
+        images = [image for sample in samples for image in sample.images]
+        features = [to_device(image_features(base, image), base.device) for image in images]
         batch["vision_features"] = torch.cat(features)
     else:
         encoded = [process(base, sample) for sample in samples]
@@ -110,7 +112,7 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dic
             if batch[key].is_floating_point():
                 batch[key] = batch[key].to(base.model.dtype)
     # After each prompt come the answer and the template's text after the answer, which has no label.
-    tails = [answer_tail(base, s.text, s.answer) if with_answers else ([], []) for s in samples]
+    tails = [answer_tail(base, s.prompt, s.answer) if with_answers else ([], []) for s in samples]
     rows = [torch.tensor([[*answer, *after]], dtype=torch.long) for answer, after in tails]
     for key in TOKEN_KEYS:
         if key in encoded[0]:
@@ -165,9 +167,11 @@ def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
 
 def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
     """The processor's output for one prompt: input_ids [1, S], pixel_values, and other inputs of the model."""
-    text = prompt_text(base.processor, sample.text)
+    text = prompt_text(base.processor, sample.prompt)
     begins = special_tokens(base.processor, text)
-    return dict(base.processor(images=[read_image(sample.image)], text=[text], return_tensors="pt", **begins))
+    images = [read_image(image) for image in sample.images]
+    # Nested: one list of images for each text. Some processors would otherwise take each image for another sample.
+    return dict(base.processor(images=[images], text=[text], return_tensors="pt", **begins))
 
 
 def pad_and_join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -191,5 +195,7 @@ def prompt_length(base: Base, sample: Sample) -> Any:
     """A value that is equal for prompts of equal length: their number of tokens if it can be computed, else the image's
     size and the question."""
     if base.counts_patches:
-        return prompt_tokens(base, sample.text, num_patches(base, sample.image))["input_ids"].shape[1]
-    return prompt_size(base, sample), sample.text
+        patches = [num_patches(base, image) for image in sample.images]
+        return prompt_tokens(base, sample.prompt, patches)["input_ids"].shape[1]
+    prompt_size(base, sample)  # fills `base.sizes`
+    return tuple(base.sizes[image] for image in sample.images), sample.prompt

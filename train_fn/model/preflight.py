@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_fn.data.images import image_size
-from train_fn.data.manifest import shorten
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import PLACEHOLDER, Prompt, Sample, Splits
 from train_fn.model.checkpoint import file_problems, resolve_model
 from train_fn.settings import SHOWN, ModelSettings, TrialSettings
+from train_fn.support.text import shorten
 
 if TYPE_CHECKING:
     from train_fn.model.base import Base
@@ -40,11 +41,8 @@ def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits)
         processor = checked_processor(settings)
     except ValueError as error:
         return [str(error)]
-    samples = [*splits.train, *splits.validation, *splits.test]
-    problems = text_problems(
-        processor, [s.text for s in samples], [s.answer for s in samples], closed=bool(splits.candidates)
-    )
-    images = [] if problems else processed_image_problems(processor, samples)  # images are processed with questions
+    problems = text_problems(processor, splits.samples, [task.candidates for task in splits.tasks])
+    images = [] if problems else processed_image_problems(processor, splits.samples)  # processed with questions
     return [*problems, *images, *skeleton_problems(settings, trial, processor)]
 
 
@@ -98,16 +96,39 @@ def skeleton_problems(settings: ModelSettings, trial: TrialSettings, processor: 
 # ------------------------------------------------------------------------------------------------ words
 
 
-def text_problems(processor: Any, questions: Iterable[str], answers: Iterable[str], closed: bool = True) -> list[str]:
+def text_problems(processor: Any, samples: Iterable[Sample], candidates: Iterable[Sequence[str]] = ()) -> list[str]:
     """Every question and answer that this processor cannot present to the model.
 
     Args:
-        questions: may repeat a text, as may answers.
-        closed: whether the answers are candidates, between which the model chooses; then all must differ in tokens.
+        samples: may repeat a text, and may lack answers.
+        candidates: sets of answers between which the model chooses; those of one set must differ in tokens.
     """
-    asked, answered = Counter(questions), Counter(answers)
+    sets = list(dict.fromkeys(tuple(answers) for answers in candidates if answers))
+    prompts: dict[Prompt, None] = {}
+    asked: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
+    for sample in samples:
+        prompts[sample.prompt] = None
+        asked.update(words_of(sample.prompt))
+        if sample.answer:
+            answered[sample.answer] += 1
+    for answer in {answer for answers in sets for answer in answers} - answered.keys():
+        answered[answer] = 1
     problems = placeholder_problems(processor, asked, "question") + placeholder_problems(processor, answered, "answer")
-    return shorten(problems) or rendering_problems(processor, list(asked), list(answered), closed)
+    return shorten(problems) or rendering_problems(processor, list(prompts), list(answered), sets)
+
+
+def written(prompt: Prompt) -> list[str]:
+    """All texts that a template must write."""
+    return [*filter(None, [prompt.system]), *(text for turn in prompt.turns for text in turn), prompt.question]
+
+
+def words_of(prompt: Prompt) -> list[str]:
+    """The texts of a prompt that must be plain: without the placeholders of its own images."""
+    texts = [*(question for question, _ in prompt.turns), prompt.question]
+    if sum(text.count(PLACEHOLDER) for text in texts) == prompt.num_images:
+        texts = [text.replace(PLACEHOLDER, " ") for text in texts]
+    return [*texts, *(answer for _, answer in prompt.turns), *filter(None, [prompt.system])]
 
 
 def placeholder_problems(processor: Any, texts: Counter[str], what: str) -> list[str]:
@@ -124,48 +145,59 @@ def placeholder_problems(processor: Any, texts: Counter[str], what: str) -> list
     ]
 
 
-def rendering_problems(processor: Any, questions: Sequence[str], answers: Sequence[str], closed: bool) -> list[str]:
-    """Faults of the chat template, and words that the tokenizer does not know or, with `closed`, does not distinguish.
-
-    `closed`: as in `text_problems`.
-    """
+def rendering_problems(
+    processor: Any, prompts: Sequence[Prompt], answers: Sequence[str], sets: Sequence[Sequence[str]]
+) -> list[str]:
+    """Faults of the chat template, and words that the tokenizer does not know or, within one of `sets`, does not
+    distinguish."""
     from train_fn.model.prompts import prompt_text, tokenize_answer
 
     tokenizer = processor.tokenizer
-    asked, answered = questions[:MAX_RENDERED], answers[:MAX_RENDERED]
+    asked, answered = prompts[:MAX_RENDERED], answers[:MAX_RENDERED]
     try:
-        for question in asked:
-            if question.strip() not in prompt_text(processor, question):
+        for prompt in asked:
+            text = prompt_text(processor, prompt)
+            pieces = [piece.strip() for words in written(prompt) for piece in words.split(PLACEHOLDER)]
+            if lost := next((piece for piece in pieces if piece not in text), None):
                 return [
-                    f"the model's chat template must write the question, but leaves out {SHOWN.repr(question)}: give "
-                    f"the folder a chat_template.jinja for questions with an image"
+                    f"the model's chat template must write the question, but leaves out {SHOWN.repr(lost)}: give the "
+                    f"folder a chat_template.jinja for questions with an image"
+                ]
+            num_images = text.count(processor.image_token) if getattr(processor, "image_token", None) else 1
+            if num_images != prompt.num_images and prompt.num_images > 1:
+                return [
+                    f"the model's chat template must write a placeholder for each of {prompt.num_images} images, but "
+                    f"writes {num_images}: use a base for several images, or questions about one"
                 ]
         # The tokens of each answer that are scored, without its end token.
         scored = {text: tuple(tokenize_answer(processor, asked[0], text)[0][:-1]) for text in answered}
-        read = {text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in asked}
+        questions = dict.fromkeys(prompt.question.replace(PLACEHOLDER, " ") for prompt in asked)
+        read = {text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in questions}
     except Exception as error:  # a template is a program, and raises anything
         return [
             f"the model's chat template must render a question with an image, but {one_line(error)}: fetch the "
             f"model again, or give its folder a chat_template.jinja"
         ]
+    unknown = tokenizer.unk_token_id
     problems = [
         f"each {what} must hold words that the model's tokenizer knows, but it knows none of {SHOWN.repr(text)}: write "
         f"it in a language of the model"
         for what, tokens in (("answer", scored), ("question", read))
         for text, ids in tokens.items()
-        if set(ids) <= {tokenizer.unk_token_id}
+        if set(ids) <= {unknown}
     ]
-    alike: dict[tuple[int, ...], list[str]] = {}
-    for text, ids in scored.items() if closed else ():
-        if not set(ids) <= {tokenizer.unk_token_id}:
-            alike.setdefault(ids, []).append(text)
-    problems += [
-        f"each answer must differ from the others for the model, but its tokenizer makes the same tokens of "
-        f"{' and '.join(map(SHOWN.repr, same))}: use words that it knows"
-        for same in alike.values()
-        if len(same) > 1
-    ]
-    return shorten(problems)
+    for answers in sets:
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for text in answers:
+            if text in scored and not set(scored[text]) <= {unknown}:
+                alike.setdefault(scored[text], []).append(text)
+        problems += [
+            f"each answer must differ from the others for the model, but its tokenizer makes the same tokens of "
+            f"{' and '.join(map(SHOWN.repr, same))}: use words that it knows"
+            for same in alike.values()
+            if len(same) > 1
+        ]
+    return shorten(list(dict.fromkeys(problems)))
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -179,7 +211,7 @@ def processed_image_problems(processor: Any, samples: Sequence[Sample]) -> list[
     from train_fn.model.batches import process
 
     base: Base = SimpleNamespace(processor=processor)  # type: ignore[assignment]  # `process` uses no other part
-    first = {sample.image: sample for sample in samples}
+    first = {image: replace(sample, images=(image,), turns=()) for sample in samples for image in sample.images}
     sizes = {image: image_size(image) for image in first}
     problems: dict[str, str] = {}
     orders: tuple[Callable[[str], float], ...] = (

@@ -22,11 +22,15 @@ Stamps = dict[str, tuple[int, int]]
 
 
 def data_hash(splits: Splits) -> str:
-    """sha256 over every image's content, question and answer, in the order of the splits; file names do not count."""
-    samples = [*splits.train, *splits.validation, *splits.test]
+    """sha256 over every image's content and all words, in the order of the splits; file names do not count."""
+    images = splits.images
     with ThreadPoolExecutor(8) as pool:
-        contents = pool.map(lambda sample: file_hash(sample.image), samples)
-    entries = [[content, sample.text, sample.answer] for content, sample in zip(contents, samples, strict=True)]
+        contents = dict(zip(images, pool.map(file_hash, images), strict=True))
+    entries = []
+    for sample in splits.samples:
+        more = [[contents[image] for image in sample.images[1:]], sample.system, sample.turns]
+        # A single question about one image hashes as in earlier versions.
+        entries.append([contents[sample.image], sample.question, sample.answer, *(more if any(more) else [])])
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
@@ -54,8 +58,7 @@ class Inputs:
     @classmethod
     def seen(cls, splits: Splits, directory: Path, data_hash: str, base_hash: str) -> Inputs:
         """Their present state; the two hashes come from the study's plan."""
-        samples = (*splits.train, *splits.validation, *splits.test)
-        return cls(data_hash, base_hash, base_files(directory), image_stamps(sample.image for sample in samples))
+        return cls(data_hash, base_hash, base_files(directory), image_stamps(splits.images))
 
     def changed_base(self, directory: Path) -> str:
         """A message with the name of a base file that differs from the study's; "" if all are the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 
@@ -29,3 +30,15 @@ def plain_values(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain_values(item) for item in value]
     return plain(value, keep="\n") if isinstance(value, str) else value
+
+
+def shorten(problems: list[str], most: int = 20) -> list[str]:
+    """The first problems, and the number of the others."""
+    return problems if len(problems) <= most else [*problems[:most], f"... and {len(problems) - most} more like these"]
+
+
+def plain_form(text: str) -> str:
+    """A text without differences in case, spaces, Unicode form and invisible characters."""
+    composed = unicodedata.normalize("NFKC", text).casefold()
+    visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
+    return " ".join(visible.split())

@@ -51,7 +51,7 @@ def read_applied(engine: Any) -> dict[str, Any]:
         "max_grad_norm": engine.gradient_clipping(),
         "per_device_train_batch_size": engine.train_micro_batch_size_per_gpu(),
         "global_batch_size": engine.train_batch_size(),
-        "class_balanced_loss": len(engine.module.class_weights) > 0,
+        "class_balanced_loss": len(engine.module.sample_weights) > 0,
         "zero_stage": engine.zero_optimization_stage(),
         "optimizer_class": type(optimizer).__name__,
         "gradient_checkpointing": base_model.is_activation_checkpointing,

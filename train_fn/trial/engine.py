@@ -2,7 +2,7 @@
 
 Import this module only where training runs: importing DeepSpeed takes seconds.
 
-Shapes: B images of a micro-batch, C candidate answers.
+Shapes: B samples of a micro-batch.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class MicroBatchTooLarge(torch.OutOfMemoryError):
 class AnswerLoss(torch.nn.Module):
     """The module that the engine trains: from a batch to one number, the weighted mean of the answers' losses."""
 
-    def __init__(self, base: Base, model: PeftModel, class_weights: torch.Tensor) -> None:
+    def __init__(self, base: Base, model: PeftModel, sample_weights: torch.Tensor) -> None:
         super().__init__()
         self.model = model
         self.base = base
-        self.class_weights = class_weights  # [C], mean 1 over the training images; empty without a closed set
+        self.sample_weights = sample_weights  # [training samples], mean 1; empty: all weigh the same
 
-    def forward(self, batch: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
-        """The loss of a micro-batch; labels: class indices [B].
+    def forward(self, batch: dict[str, Any], indices: torch.Tensor) -> torch.Tensor:
+        """The loss of a micro-batch; indices: its training samples [B].
 
-        The sum is divided by the number of images, not by their weights: over a full global batch the accumulated loss
+        The sum is divided by the number of samples, not by their weights: over a full global batch the accumulated loss
         is then the same however the batch is cut into micro-batches and workers.
         """
         losses = answer_losses(self.base, batch)
-        if len(self.class_weights):
-            losses = losses * self.class_weights[labels]
+        if len(self.sample_weights):
+            losses = losses * self.sample_weights[indices]
         return losses.mean()
 
 
@@ -98,11 +98,11 @@ def build_optimizer(model: PeftModel, settings: TrialSettings, on_gpu: bool) -> 
 
 
 def build_engine(
-    base: Base, model: PeftModel, settings: TrialSettings, class_weights: torch.Tensor, num_steps: int, world_size: int
+    base: Base, model: PeftModel, settings: TrialSettings, sample_weights: torch.Tensor, num_steps: int, world_size: int
 ) -> Any:
     """A DeepSpeed engine around the adapted base: AdamW, learning-rate schedule over `num_steps`, ZeRO.
 
-    class_weights: weight of each class in the loss [C]; empty: none.
+    sample_weights: weight of each training sample in the loss; empty: all weigh the same.
 
     Raises TrialFailed for a float16 base without ZeRO.
     """
@@ -115,7 +115,7 @@ def build_engine(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     num_trainable = sum(parameter.numel() for parameter in trained)
     engine, *_ = deepspeed.initialize(
-        model=AnswerLoss(base, model, class_weights),
+        model=AnswerLoss(base, model, sample_weights),
         model_parameters=trained,
         optimizer=optimizer,
         lr_scheduler=schedule,

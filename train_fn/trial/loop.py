@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from train_fn.data.order import class_weights, epoch_order, micro_batches
+from train_fn.data.order import epoch_order, micro_batches
 from train_fn.data.samples import Splits
 from train_fn.jobs import EpochReport
 from train_fn.model.base import Base
@@ -38,7 +38,7 @@ from train_fn.trial.applied import (
 )
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine, load_engine_state
 from train_fn.trial.lora import adapted
-from train_fn.trial.outputs import History, checkpoints, save_checkpoint, save_final
+from train_fn.trial.outputs import History, checkpoints, save_checkpoint, save_final, save_predictions
 from train_fn.trial.resume_state import ResumeState
 from train_fn.trial.scoring import evaluate
 
@@ -58,7 +58,6 @@ def run_trial(
     report: Report,
     *,
     eval_batch_size: int = 16,
-    positive: str = "",
     output: Path | None = None,
     storage: Storage | None = None,
     progress: Progress | None = None,
@@ -72,7 +71,6 @@ def run_trial(
         report: called on every rank after each epoch; if it returns True, the trial stops early. The last epoch's
             report has `finished` and comes after the adapter is written. A trial that continues after a kill first
             repeats its reports: the process that received them may be gone.
-        positive: the answer whose sensitivity and specificity are computed; "": none.
         output: folder for `state/` while the trial is unfinished, for `checkpoint-N/`, and at the end of a trial that
             is not stopped early for `final_model/` and trainer_state.json.
         storage: where `output` is also kept. Not given: on this disk only.
@@ -101,14 +99,14 @@ def run_trial(
         steps_per_epoch = -(-len(splits.train) // settings.global_batch_size)
         num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
         num_epochs = -(-num_steps // steps_per_epoch)
-        weights = class_weights(splits.class_counts("train")) if settings.class_balanced_loss else []
+        weights = splits.sample_weights() if settings.class_balanced_loss and splits.has_candidates else []
         engine = build_engine(base, model, settings, torch.tensor(weights, device=base.device), num_steps, world_size)
         stack.callback(engine.destroy)
 
         # ------------------------------------------------------------------------------- what the live engine applies
         rates = read_schedule(engine, settings, num_steps)
         applied = read_applied(engine) | {"learning_rate_at_step": rates}
-        check_applied(applied, settings, closed_set=bool(splits.candidates))
+        check_applied(applied, settings, closed_set=splits.has_candidates)
         check_schedule(rates, settings, num_steps)
 
         # ---------------------------------------------------------------------------- where an earlier attempt stopped
@@ -157,7 +155,7 @@ def run_trial(
             run.announce("evaluation", train_loss)
             clock.lap("train")
             with phase("evaluation"):
-                metrics = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss, positive)
+                metrics, predicted = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss)
             log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
             last = log.step == num_steps
@@ -165,6 +163,8 @@ def run_trial(
                 check_trained(engine, settings, len(splits.train), epoch)
             if last and output is not None and rank == 0:
                 run.write(lambda: save_final(base, model, settings, splits, log, output, storage))
+                answers = predicted
+                run.write(lambda: save_predictions(splits, "validation", answers, output, storage))
                 clock.lap("checkpoint")
             message = EpochReport(
                 epoch=epoch,
@@ -288,10 +288,10 @@ def train_step(
     for number, images in enumerate(micro_batches(indices, micro_batch_size, rank, world_size), 1):
         with phase("data"):
             samples = [splits.train[index] for index in images]
-            labels = to_device(torch.tensor([sample.label for sample in samples]), base.device)
+            chosen = to_device(torch.tensor(images), base.device)
             batch = collate(base, samples, with_answers=True)
         with phase("forward"):
-            loss = engine(batch, labels)
+            loss = engine(batch, chosen)
         with phase("backward"):
             engine.backward(loss)
         total += loss.detach()

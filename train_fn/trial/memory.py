@@ -78,12 +78,18 @@ def measure(
 
     base = skeleton(settings, torch.bfloat16 if on_gpu else torch.float32)
     text = base.model.config.get_text_config()
-    sides = {sample: image_size(sample.image) for sample in samples}
-    largest = {max(sides, key=lambda s: measured(sides[s])) for measured in (math.prod, min, max)}
-    question = max((sample.text for sample in samples), key=len)
-    prompts = [process(base, dataclasses.replace(sample, text=question))["input_ids"].shape[1] for sample in largest]
+    # The most images of one sample, each as large as the largest one, and the longest words.
+    sides = {image: image_size(image) for sample in samples for image in sample.images}
+    largest = {max(sides, key=lambda image: measured(sides[image])) for measured in (math.prod, min, max)}
+    longest = max(
+        samples, key=lambda s: (len(s.images), len(s.question) + sum(map(len, (s.system, *sum(s.turns, ())))))
+    )
+    prompts = [
+        process(base, dataclasses.replace(longest, images=(image,) * len(longest.images)))["input_ids"].shape[1]
+        for image in largest
+    ]
     answers = candidates or {sample.answer for sample in samples}
-    tokens = max(prompts) + max(len(answer_ids(base, question, answer)) for answer in answers)
+    tokens = max(prompts) + max(len(answer_ids(base, longest.prompt, answer)) for answer in answers)
     held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
     if settings.use_qlora:
         layers = base.model.get_submodule(base.language_model).modules()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 
 from train_fn.data.samples import Splits
 from train_fn.model.base import Base
+from train_fn.scoring.answers import answer_lines
+from train_fn.scoring.evaluation import max_new_tokens
+from train_fn.scoring.scores import stored_predictions
 from train_fn.settings import TrialSettings
-from train_fn.support.files import replace_folder, write_json, write_sums
+from train_fn.support.files import replace_folder, write_file, write_json, write_sums
 from train_fn.support.storage import Storage
 from train_fn.trial.adapter_files import save_adapter
+
+
+MAX_QUESTIONS = 1000  # of a task in task.json
 
 
 def save_checkpoint(
@@ -52,15 +59,39 @@ def save_final(
     storage.push(output / "trainer_state.json")
 
 
+def save_predictions(splits: Splits, part: str, predicted: dict[str, Any], directory: Path, storage: Storage) -> None:
+    """Write `PART_predictions.jsonl`: question, truth and answer of each sample."""
+    samples = getattr(splits, part)
+    lines = answer_lines(samples, splits, {"": stored_predictions(predicted, samples, splits)})
+    path = directory / f"{part}_predictions.jsonl"
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    storage.push(path)
+
+
 def save_task(base: Base, splits: Splits, directory: Path) -> None:
-    """Write task.json beside an adapter: base, question and candidates, the defaults of `train_fn.predict`."""
-    questions = Counter(sample.text for sample in splits.train)
-    task = {
+    """Write task.json beside an adapter: the base, and what `train_fn.predict` asks: for each task its candidates and
+    its questions, the most frequent first (MAX_QUESTIONS at most)."""
+    questions = Counter(sample.question for sample in splits.train)
+    tasks = []
+    for task in splits.tasks:
+        its = Counter(sample.question for sample in splits.train if sample.task == task.name)
+        tasks.append(
+            {
+                "name": task.name,
+                "kind": task.kind,
+                "candidates": task.candidates,
+                "separator": task.separator,
+                "questions": [question for question, _ in its.most_common(MAX_QUESTIONS)],
+            }
+        )
+    content = {
         "model": dataclasses.asdict(base.settings),
         "question": questions.most_common(1)[0][0],
         "candidates": splits.candidates,
+        "tasks": tasks,
+        "max_new_tokens": max_new_tokens(base, splits),
     }
-    write_json(directory / "task.json", task)
+    write_json(directory / "task.json", content)
 
 
 @dataclasses.dataclass

@@ -1,7 +1,4 @@
-"""Scores of a part of the data, with the adapted base or with a saved adapter.
-
-Shapes: N images, C candidate answers.
-"""
+"""Scores of a part of the data, with the adapted base or with a saved adapter."""
 
 from __future__ import annotations
 
@@ -15,25 +12,36 @@ from safetensors import SafetensorError
 
 from train_fn.data.samples import Splits
 from train_fn.model.base import Base
-from train_fn.scoring.evaluation import predict
+from train_fn.scoring.evaluation import Predictions, predict
 from train_fn.scoring.scores import metrics_of
 from train_fn.support.ranks import gather
 from train_fn.trial.adapter_files import load_adapter
 
+MAX_GENERATED = 200
+
 
 def evaluate(
-    base: Base, splits: Splits, part: str, batch_size: int, class_balanced: bool, positive: str
-) -> dict[str, float]:
-    """Metrics of the adapted base on one part of the data."""
+    base: Base, splits: Splits, part: str, batch_size: int, class_balanced: bool
+) -> tuple[dict[str, float], Predictions]:
+    """Metrics of the adapted base on one part of the data, and its predictions."""
     samples = getattr(splits, part)
-    predicted = predict(base, samples, splits.candidates, batch_size)
-    return metrics_of(predicted, samples, splits, class_balanced, positive)
+    predicted = predict(base, samples, splits, batch_size, generated_indices(splits, part))
+    return metrics_of(predicted, samples, splits, class_balanced), predicted
 
 
-def score_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, np.ndarray]:
-    """Losses [N] and scores [N, C] of a saved adapter on one part of the data."""
+def generated_indices(splits: Splits, part: str) -> list[int]:
+    """Samples of a part whose answer is generated at the end of each epoch: of those without candidates all, or a fixed
+    sample of `MAX_GENERATED`, since generation takes much longer than a loss."""
+    samples = getattr(splits, part)
+    written = [index for index, sample in enumerate(samples) if not splits.task_of(sample).candidates]
+    chosen = np.random.default_rng(0).permutation(len(written))[:MAX_GENERATED]
+    return sorted(written[number] for number in chosen)
+
+
+def score_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> Predictions:
+    """Predictions of a saved adapter on one part of the data."""
     with load_adapter(base, adapter):
-        return predict(base, getattr(splits, part), splits.candidates, batch_size)
+        return predict(base, getattr(splits, part), splits, batch_size)
 
 
 def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter: Path) -> dict[str, Any]:
@@ -48,4 +56,4 @@ def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter:
             error = f"{type(failure).__name__}: {failure}".splitlines()[0]
         if errors := list(filter(None, gather(error))):  # all ranks predict, or none
             return {"error": errors[0]}
-        return predict(base, getattr(splits, part), splits.candidates, batch_size)
+        return predict(base, getattr(splits, part), splits, batch_size)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from train_fn.data.rows import COLUMN
-from train_fn.scoring.metrics import MODES
+from train_fn.data.tasks import MAX_ANSWERS
+from train_fn.scoring.metrics import METRICS
 from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, TrialSettings, matching, one_of
 from tune.records.budgets import MAX_SECONDS, seconds
 from tune.records.goals import COSTS, comparison, goal
@@ -52,10 +53,17 @@ def readable_by(read: Callable[[str], Any], words: str) -> TextRule:
     return TextRule(words, holds)
 
 
-GOAL = readable_by(goal, f"one of {', '.join([*MODES, *COSTS])}, with a minus before it where less is better")
-SCORE_RULE = readable_by(
-    comparison, f"METRIC>=X or METRIC<=X, with X from 0 to 1 (loss: at least 0) and one of {', '.join(MODES)}"
+GOAL = readable_by(
+    goal,
+    f"one of {', '.join([*METRICS, *COSTS])}, also of one task or kind of task (such as open/token_f1), with a minus "
+    f"before it where less is better",
 )
+SCORE_RULE = readable_by(
+    comparison,
+    f"METRIC>=X or METRIC<=X, with X from 0 to 1 (loss and errors: at least 0) and one of {', '.join(METRICS)}, also "
+    f"of one task or kind of task (such as open/token_f1)",
+)
+SEPARATOR = TextRule("a separator without letters or digits", lambda text: not any(map(str.isalnum, text)))
 DURATION = readable_by(seconds, f"a time such as 90m, 2h or 30s, above 0 and at most {MAX_SECONDS // 3600:,} h")
 
 
@@ -91,7 +99,21 @@ class DataSettings:
     split_seed: Annotated[int, Range(0, MAX_SEED)] = 0
     """Seed of the split (and of the phantoms)."""
     positive_label: str = ""
-    """Answer that counts as positive in sensitivity and specificity. Not given: Malignant, if the data has it."""
+    """Answer that counts as positive in sensitivity and specificity. Not given: Malignant; of two answers also
+    abnormal, positive, present, yes or true."""
+    max_answers: Annotated[int, Range(2, 1000)] = MAX_ANSWERS
+    """Most answers of a closed set. Of more different answers the model writes its own, which are scored as text."""
+    ordinal: tuple[str, ...] = ()
+    """Answers that are grades, from the lowest to the highest, such as 1,2,3,4,5: quadratic kappa and mean error."""
+    multilabel: Annotated[str, SEPARATOR] = ""
+    """What stands between the labels of an answer, such as ";": sets of labels are scored, and each label."""
+    numeric: bool = False
+    """Answers that are numbers are measured values: mean absolute error and correlation instead of classes."""
+    merge_variants: bool = False
+    """Make answers equal that differ in case, spaces or Unicode form only: the most frequent form stays."""
+    max_new_tokens: Annotated[int, Range(0, 32_768)] = 0
+    """Most tokens of an answer that the model writes. 0: half as many again as the longest answer of the training part
+    has."""
     num_phantoms: Annotated[int, Range(30, 100_000)] = 240
     """Images to generate for --data phantoms."""
 

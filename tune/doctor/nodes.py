@@ -53,7 +53,7 @@ def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) 
 
     splits = study.splits if study else None
     samples = [*splits.train, *splits.validation, *splits.test] if splits else []
-    images = {sample.image: os.path.getsize(sample.image) for sample in samples}
+    images = {image: os.path.getsize(image) for sample in samples for image in sample.images}
     arguments = (resolve_model(settings.model.model).resolve(), images, storage)
     facts = {"driver": node_facts(*arguments)}
     task: Any = ray.remote(node_facts)

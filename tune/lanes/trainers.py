@@ -126,7 +126,6 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
         dispatcher=dispatcher,
         model=settings.model,
         splits=study.splits,
-        positive=study.positive,
         storage=study.storage,
         num_threads=layout.num_threads,
         profile=settings.study.profile,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
+import numpy as np
+
 from train_fn.data.samples import Splits
-from train_fn.scoring.metrics import MODES
+from train_fn.data.tasks import MAX_ANSWERS
+from train_fn.scoring.metrics import METRICS
+from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
 from tune.config.settings import Settings
-from tune.records.goals import Goal, comparison
+from tune.records.goals import COSTS, Goal, comparison, metric_of
 from tune.records.journal import read_events
 
 
@@ -35,38 +41,82 @@ def check_model_type(model: str) -> list[str]:
     ]
 
 
-def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits, positive: str) -> list[str]:
-    """Whether the validation images can give every metric of --metric, --require and --stop-when."""
-    if positive and positive not in splits.candidates:
-        answers = ", ".join(splits.candidates) or "none, for lack of a closed set"
+def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> list[str]:
+    """Whether the validation part can give every metric of --metric, --require and --stop-when."""
+    if (positive := settings.data.positive_label) and not any(positive in task.candidates for task in splits.tasks):
+        answers = ", ".join(dict.fromkeys(answer for task in splits.tasks for answer in task.candidates))
+        answers = answers or "none, for lack of a closed set"
         return [f"`--positive-label` must be an answer of the data ({answers}), but got {positive!r}"]
     study = settings.study
-    uses = [("--metric", name, name) for name, _ in goals if name in MODES]
+    uses = [("--metric", name, name) for name, _ in goals if name not in COSTS]
     uses += [("--require", text, comparison(text)[0]) for text in study.require]
     uses += [("--stop-when", study.stop_when, comparison(study.stop_when)[0])] if study.stop_when else []
     return [
         f"`{option}` needs {need}, but got {text!r}: leave it out, or take another metric"
         for option, text, name in uses
-        if (need := missing_for(name, splits, positive))
+        if (need := missing_for(name, splits))
     ]
 
 
-def missing_for(metric: str, splits: Splits, positive: str) -> str:
-    """What the validation images lack for a metric, or ""."""
-    if metric == "loss":
+def of_a_perfect_model(splits: Splits) -> dict[str, float]:
+    """The validation metrics of a model that is always right: those that this data can give are finite."""
+    part = splits.validation
+    widest = max((len(task.candidates) for task in splits.tasks), default=0)
+    scores = np.full((len(part), max(1, widest)), np.nan)
+    for row, sample in enumerate(part):
+        if candidates := splits.task_of(sample).candidates:
+            scores[row, : len(candidates)] = -10.0
+            scores[row, int(sample.label)] = 0.0
+    texts = np.array([sample.answer for sample in part], dtype=object)
+    return metrics_of({"losses": np.zeros(len(part)), "scores": scores, "texts": texts}, part, splits, True)
+
+
+def missing_for(name: str, splits: Splits) -> str:
+    """What the validation part lacks for a metric, or ""."""
+    if not splits.validation or np.isfinite((possible := of_a_perfect_model(splits)).get(name, np.nan)):
         return ""
-    if not splits.candidates:
-        return "a small closed set of answers, which the data has not (loss is the only metric of open answers)"
-    counts = dict(zip(splits.candidates, splits.class_counts("validation"), strict=True))
-    if metric in ("sensitivity", "specificity"):
-        if not positive:
+    metric, only = metric_of(name), splits.tasks[0]
+    if metric in ("sensitivity", "specificity") and splits.candidates:
+        if not only.positive:
             return f"a positive class (--positive-label, one of {', '.join(splits.candidates)})"
-        others = sum(counts.values()) - counts[positive]
-        if not (counts[positive] if metric == "sensitivity" else others):
-            return f"validation images whose answer is {'' if metric == 'sensitivity' else 'not '}{positive!r}"
-    elif metric == "auroc" and sum(map(bool, counts.values())) < 2:
+        return f"validation images whose answer is {'' if metric == 'sensitivity' else 'not '}{only.positive!r}"
+    if not any(task.kind in METRICS[metric].tasks for task in splits.tasks):
+        kinds = ", ".join(dict.fromkeys(task.kind for task in splits.tasks))
+        return (
+            f"answers of the kind {' or '.join(METRICS[metric].tasks)}, and those of this data are {kinds} (a closed "
+            f"set has at most --max-answers {MAX_ANSWERS} answers, each three times on average)"
+        )
+    if metric == "auroc" and splits.candidates:
         return "validation images of two answers"
-    return ""
+    given = ", ".join(name for name, value in possible.items() if np.isfinite(value))
+    return f"validation samples that give it (this data gives {given})"
+
+
+def with_plain_names(settings: Settings, splits: Splits) -> Settings:
+    """The settings with auroc instead of closed/auroc where all data is of that kind: then only plain names exist."""
+    if len(splits.tasks) > 1:
+        return settings
+    prefix, study = f"{splits.tasks[0].kind}/", settings.study
+    study = dataclasses.replace(
+        study,
+        metric=tuple(re.sub(rf"^(-?){prefix}", r"\1", text) for text in study.metric),
+        require=tuple(text.strip().removeprefix(prefix) for text in study.require),
+        stop_when=study.stop_when.strip().removeprefix(prefix),
+    )
+    return dataclasses.replace(settings, study=study)
+
+
+def usual_goal(splits: Splits) -> str:
+    """The metric to tune on where the user names none: auroc of classes, label_auroc of sets of labels, mae of numbers,
+    and the loss of answers that the model writes, or of tasks of different kinds."""
+    kinds = {task.kind for task in splits.tasks}
+    usual = "loss"
+    if kinds <= {"closed", "binary", "ordinal"}:
+        usual = "auroc"
+    elif len(kinds) == 1 and all(task.candidates or task.kind == "numeric" for task in splits.tasks):
+        usual = {"multilabel": "label_auroc", "numeric": "mae"}[kinds.pop()]
+    single = len(splits.tasks) == 1  # then a metric that the data cannot give is a problem that the user should know
+    return usual if single or not missing_for(usual, splits) else "loss"
 
 
 def check_name(directory: Path) -> list[str]:

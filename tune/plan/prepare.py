@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.manifest import asked_by_default, divide, read_manifest, unreadable_images
+from train_fn.data.manifest import Parts, asked_by_default, divide, read_manifest, unreadable_images
 from train_fn.data.samples import Splits
-from train_fn.data.splitting import DataReport, load_splits, make_splits
+from train_fn.data.splits_file import load_splits
+from train_fn.data.splitting import DataReport, SplitRules, make_splits
+from train_fn.data.tasks import TaskRules
 from train_fn.model.checkpoint import base_hash, resolve_model
 from train_fn.model.preflight import base_problems
 from train_fn.model.unchanged import data_hash
@@ -24,11 +26,11 @@ from train_fn.support.files import DamagedFile, file_hash
 from train_fn.support.storage import Storage
 from train_fn.worker import versions
 from tune.config.paths import SettingsError, study_directory
-from tune.config.settings import Settings, flag
+from tune.config.settings import DataSettings, Settings, flag
 from tune.config.space import space_hash
 from tune.config.trust import remember_space
 from tune.config.uris import tracking_uri
-from tune.plan.checks import check_goals, check_model_type, check_name, shipped
+from tune.plan.checks import check_goals, check_model_type, check_name, shipped, usual_goal, with_plain_names
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
 from tune.records.goals import Goal, goal
@@ -45,7 +47,6 @@ class Study:
     name: str
     directory: Path
     goals: tuple[Goal, ...]
-    positive: str
     splits: Splits
     data_report: DataReport
     plan: dict[str, Any]
@@ -70,19 +71,17 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         parts["data"] or [],
         parts["val_data"],
         parts["test_data"],
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        seed=data.split_seed,
-        contradictions=data.contradictions,
-        copies_distance=data.copies_distance,
+        split_rules(data),
+        task_rules(data),
     )
+    splits = dataclasses.replace(splits, max_new_tokens=data.max_new_tokens)
     problems += check_model_type(settings.model.model)
     if not problems and not shipped(settings):
         say("Checking the base model, and what its processor makes of the data")
         problems += base_problems(settings.model, settings.trial, splits)
-    goals = tuple(goal(text) for text in settings.study.metric or (("auroc",) if splits.candidates else ("loss",)))
-    positive = data.positive_label or ("Malignant" if "Malignant" in splits.candidates else "")
-    problems += check_goals(settings, goals, splits, positive)
+    settings = with_plain_names(settings, splits)
+    goals = tuple(goal(text) for text in settings.study.metric or (usual_goal(splits),))
+    problems += check_goals(settings, goals, splits)
     settings = with_absolute_paths(settings)
     name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
     directory = Path(settings.study.results).resolve() / name
@@ -106,7 +105,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "data_report": dataclasses.asdict(report),
         "goals": goals,
         "candidates": splits.candidates,
-        "positive_label": positive,
+        "positive_label": splits.tasks[0].positive if len(splits.tasks) == 1 else data.positive_label,
+        "tasks": [dataclasses.asdict(task) for task in splits.tasks],
         "class_counts": {part: splits.class_counts(part) for part in ("train", "validation", "test")},
         "data_hash": data_hash(splits),
         "base_hash": base_hash(resolve_model(settings.model.model)),
@@ -118,7 +118,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     mark_space(settings, say)
     lock = take_lock(directory)
     journal = Journal(directory / "journal.jsonl")
-    return Study(settings, name, directory, goals, positive, splits, report, plan, storage, journal, lock, lease)
+    return Study(settings, name, directory, goals, splits, report, plan, storage, journal, lock, lease)
 
 
 def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
@@ -129,13 +129,13 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     lock = take_lock(directory)
     try:
         plan = read_plan(directory)
-        splits = load_splits(directory / "splits.json")
+        splits = load_splits(directory / "splits.json", plan["positive_label"])
         journal = Journal(directory / "journal.jsonl")
         report = DataReport(**plan["data_report"])
     except (DamagedFile, OSError, TypeError) as error:
         raise SettingsError([f"the study's files must be whole, but {error}"]) from error
     problems = check_journal(directory, journal)
-    images = [sample.image for sample in (*splits.train, *splits.validation, *splits.test)]
+    images = list(splits.images)
     problems += unreadable_images(images, settings.data.max_image_pixels)
     if problems:
         raise SettingsError(problems)
@@ -164,7 +164,6 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
         name=directory.name,
         directory=directory,
         goals=tuple((name, mode) for name, mode in plan["goals"]),
-        positive=plan["positive_label"],
         splits=splits,
         data_report=report,
         plan=plan,
@@ -175,12 +174,12 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     )
 
 
-def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]] | None]:
-    """The entries of --data, --val-data and --test-data; None where there is none. Raises SettingsError."""
+def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
+    """The samples of --data, --val-data and --test-data; None where there is none. Raises SettingsError."""
     data = settings.data
     manifest = generate_phantoms(settings, say) if data.data == "phantoms" else Path(data.data)
     root = Path(data.image_root) if data.image_root else manifest.parent
-    parts: dict[str, list[dict[str, Any]] | None] = {}
+    parts: Parts = {}
     problems: list[str] = []
     for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
         parts[name] = None
@@ -191,13 +190,36 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, 
     problems += found
     if asked := asked_by_default(parts):
         say(asked)
-    images = [entry["image"] for entries in parts.values() for entry in entries or []]
+    images = [image for samples in parts.values() for sample in samples or [] for image in sample.images]
     if images:
-        say(f"Checking {len(images)} images")
+        say(f"Checking {len(set(images))} images")
     problems += unreadable_images(images, data.max_image_pixels, say)
     if problems:
         raise SettingsError(problems)
     return parts
+
+
+def split_rules(data: DataSettings) -> SplitRules:
+    """How the data is divided."""
+    return SplitRules(
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+        seed=data.split_seed,
+        contradictions=data.contradictions,
+        copies_distance=data.copies_distance,
+    )
+
+
+def task_rules(data: DataSettings) -> TaskRules:
+    """What the user says about the answers."""
+    return TaskRules(
+        max_answers=data.max_answers,
+        ordinal=data.ordinal,
+        multilabel=data.multilabel,
+        numeric=data.numeric,
+        merge_variants=data.merge_variants,
+        positive=data.positive_label,
+    )
 
 
 def generate_phantoms(settings: Settings, say: Callable[[str], None]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from train_fn.scoring.metrics import MODES
+from train_fn.scoring.metrics import METRICS
 
 COSTS = {"trainable_params": "min", "train_s": "min"}  # goals that are no metrics
 Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
@@ -13,9 +13,19 @@ Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
 def goal(text: str) -> Goal:
     """A --metric such as auroc or -trainable_params, as its name and "max" or "min". Raises ValueError."""
     name = text.removeprefix("-")
-    if name not in MODES and name not in COSTS:
+    if metric_of(name) not in METRICS and name not in COSTS:
         raise ValueError(f"{text!r} is no goal")
-    return name, "min" if text.startswith("-") else {**MODES, **COSTS}[name]
+    return name, "min" if text.startswith("-") else COSTS.get(name) or mode_of(name)
+
+
+def metric_of(name: str) -> str:
+    """The metric of a name: auroc, open/token_f1 (of all open questions), modality/accuracy (of one task)."""
+    return name.rpartition("/")[2]
+
+
+def mode_of(name: str) -> str:
+    """The direction, "max" or "min", in which a metric gets better."""
+    return METRICS[metric_of(name)].mode
 
 
 def sign(mode: str) -> int:
@@ -25,11 +35,12 @@ def sign(mode: str) -> int:
 
 def comparison(text: str) -> tuple[str, str, float]:
     """A rule such as sensitivity>=0.9, as (metric, ">=" or "<=", value). Raises ValueError."""
-    match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*(\S+)\s*", text)
-    if not match or match[1] not in MODES:
+    match = re.fullmatch(r"\s*([\w/]+)\s*(>=|<=)\s*(\S+)\s*", text)
+    if not match or metric_of(match[1]) not in METRICS:
         raise ValueError(f"{text!r} is no rule")
     name, relation, value = match[1], match[2], float(match[3])
-    if not 0 <= value < float("inf") or (value > 1 and name != "loss"):
+    metric = METRICS[metric_of(name)]
+    if not metric.low <= value <= metric.high or value == float("inf"):
         raise ValueError(f"{name} never has the value {value}")
     return name, relation, value
 

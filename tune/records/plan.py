@@ -9,7 +9,7 @@ from typing import Any
 
 from train_fn.support.files import DamagedFile, read_json, write_json
 
-FORMAT = 2  # of plan.json; format 1, of the first version, has neither a number nor a checksum in the file
+FORMAT = 3  # of plan.json; 1, of the first version: neither number nor checksum; 2: one closed set of answers at most
 KEYS: dict[str, type] = {
     "study_id": str,
     "settings": dict,

@@ -28,7 +28,8 @@ def print_summary(outcome: Outcome) -> None:
     print_lines(search_lines(summary))
     if tests:
         rows = [
-            [name, *(format_score(scores[name]) for scores in tests.values())] for name in next(iter(tests.values()))
+            [name, *(format_score(scores.get(name)) for scores in tests.values())]
+            for name in next(iter(tests.values()))
         ]
         print_table("Test scores (95 % bootstrap interval)", ["metric", *map(summary.title, tests)], rows)
     print_lines(result_lines(summary))

@@ -15,11 +15,12 @@ import numpy as np
 from train_fn.scoring.metrics import confusion
 from tune.records.trials import TrialRecord
 from tune.results.summary import format_value
-from tune.results.view import STATES, View
+from tune.results.view import STATES, TestedTask, View
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MAX_TASKS = 4  # in one picture
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -240,11 +241,13 @@ def confusions(view: View) -> Figure | str:
     """Confusion tables on the test: counts, coloured by their share of the row."""
     if not view.tested:
         return "the test was not scored on a closed set of answers"
-    answers = [answer if len(answer) < 18 else answer[:16] + "…" for answer in view.candidates]
-    many = len(answers) > 6
-    figure, row = new_figure(4.9 if many else 3.9, len(view.tested), 2)
-    for axes, (who, probabilities) in zip(row, view.tested.items(), strict=True):
-        table = confusion(view.truth, probabilities.argmax(1), len(answers))
+    shown = view.tested[:MAX_TASKS]
+    many = len(shown[0].task.candidates) > 6
+    figure, row = test_figure(view, 4.9 if many else 3.9)
+    for axes, tested, who, probabilities in row:
+        answers = [answer if len(answer) < 18 else answer[:16] + "…" for answer in tested.task.candidates]
+        many = len(answers) > 6
+        table = confusion(tested.truth, probabilities.argmax(1), len(answers))
         shares = table / np.maximum(1, table.sum(1, keepdims=True))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (true, predicted), count in np.ndenumerate(table):
@@ -252,11 +255,33 @@ def confusions(view: View) -> Figure | str:
             axes.text(predicted, true, count, ha="center", va="center", color=ink, fontsize=7 if many else 13)
         axes.set_xticks(range(len(answers)), answers, rotation=90 if many else 0)
         axes.set_yticks(range(len(answers)), answers)
-        axes.set(title=view.summary.title(who), xlabel="the model's answer")
+        axes.set(title=test_title(view, tested, who), xlabel="the model's answer", ylabel="true answer")
         axes.grid(visible=False)
         axes.tick_params(length=0)
-    row[0].set_ylabel("true answer")
     return figure
+
+
+def test_figure(view: View, height: float) -> tuple[Figure, list[tuple[Any, TestedTask, str, np.ndarray]]]:
+    """A figure with a row for each of the largest tasks, and by cell its axes, task, adapter and probabilities [n, C].
+
+    height: of a row, in inches.
+    """
+    from matplotlib.figure import Figure
+
+    shown = view.tested[:MAX_TASKS]
+    cells = [(tested, who, p) for tested in shown for who, p in tested.probabilities.items()]
+    figure = Figure(figsize=(9, height * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 2, squeeze=False)
+    width = len(shown[0].probabilities)
+    for spare in grid[:, width:].flat:
+        spare.set_visible(False)
+    return figure, [(axes, *cell) for axes, cell in zip(grid[:, :width].flat, cells, strict=True)]
+
+
+def test_title(view: View, tested: TestedTask, who: str) -> str:
+    """The title of a picture of one adapter on one task."""
+    name = tested.task.name
+    return f"{name}: {view.summary.title(who)}" if name else view.summary.title(who)
 
 
 def calibration(right: np.ndarray, confidence: np.ndarray, bins: int) -> tuple[np.ndarray, float]:
@@ -275,9 +300,9 @@ def reliability(view: View) -> Figure | str:
     """Share of right answers by confidence on the test, with 95 % Wilson intervals."""
     if not view.tested:
         return "the test was not scored on a closed set of answers"
-    figure, row = new_figure(3.9, len(view.tested), 2)
-    for axes, (who, probabilities) in zip(row, view.tested.items(), strict=True):
-        right = probabilities.argmax(1) == view.truth
+    figure, row = test_figure(view, 3.9)
+    for axes, tested, who, probabilities in row:
+        right = probabilities.argmax(1) == tested.truth
         rows, error = calibration(right, probabilities.max(1), min(10, max(2, len(right) // 10)))
         confidence, share, count = rows.T
         z = 1.96
@@ -286,10 +311,9 @@ def reliability(view: View) -> Figure | str:
         axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
         axes.vlines(confidence, middle - half, middle + half, color="#0072B2", linewidth=1.5)
         axes.scatter(confidence, share, 50, color="#0072B2", zorder=3)
-        title = f"{view.summary.title(who)}: ECE {error:.3f}"
+        title = f"{test_title(view, tested, who)}: ECE {error:.3f}"
         axes.set(title=title, xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="confidence in the answer")
-        axes.set_aspect("equal")
-    row[0].set_ylabel("share of right answers")
+        axes.set(aspect="equal", ylabel="share of right answers")
     return figure
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from tune.results.pictures import draw
 from tune.results.summary import format_metric, format_score, format_spread, format_value
 from tune.results.view import View
 
-if TYPE_CHECKING:
-    pass
+MAX_SHOWN = 600  # characters of a text in a table
 
 
 def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
@@ -50,6 +49,7 @@ def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
         explorer=any(path.suffix == ".html" for path in paths),
         num_images={part: len(getattr(view.splits, part)) if view.splits else "?" for part in parts},
         mistakes=mistakes(view),
+        written_answers=written_answers(view),
         data_sentences=DataReport(**study["data_report"]).sentences(),
         format_metric=format_metric,
         format_score=format_score,
@@ -101,11 +101,28 @@ def write_explorer(view: View, path: Path) -> list[Path]:
 
 def mistakes(view: View) -> list[tuple[str, str, str, float]]:
     """The winner's ten most confident wrong answers on the test: image, true answer, its answer, its probability."""
-    if not view.tested or not view.splits:
+    if not view.splits:
         return []
-    probabilities, names = view.tested["winner"], view.candidates  # [N, C]
-    answers, confidence = probabilities.argmax(1), probabilities.max(1)  # both [N]
-    wrong = sorted(np.flatnonzero(answers != view.truth).tolist(), key=lambda image: -confidence[image])[:10]
-    return [
-        (plain(view.splits.test[i].image), names[view.truth[i]], names[answers[i]], float(confidence[i])) for i in wrong
-    ]
+    found = []
+    for tested in view.tested:
+        probabilities, names = tested.probabilities["winner"], tested.task.candidates  # [n, C]
+        answers, confidence = probabilities.argmax(1), probabilities.max(1)  # both [n]
+        for i in np.flatnonzero(answers != tested.truth).tolist():
+            image = view.splits.test[tested.indices[i]].image
+            found.append((plain(image), names[tested.truth[i]], names[answers[i]], float(confidence[i])))
+    return sorted(found, key=lambda mistake: -mistake[3])[:10]
+
+
+def written_answers(view: View, most: int = 50) -> list[list[str]]:
+    """The first test samples with a generated answer: image, question, true answer, the winner's, the guide's ("":
+    none)."""
+    if not view.splits or not view.predictions:
+        return []
+    texts = {who: part.get("texts") or [] for who, part in view.predictions.items()}
+    rows = []
+    for index, sample in enumerate(view.splits.test):
+        by_who = {who: its[index] for who, its in texts.items() if its and its[index] is not None}
+        if by_who:
+            words = (sample.image, sample.question, sample.answer, by_who.get("winner", ""), by_who.get("guide", ""))
+            rows.append([plain(text[:MAX_SHOWN], keep="\n") for text in words])
+    return rows[:most]

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.scoring.metrics import MODES
 from tune.config.uris import default_uri
 from tune.records.end_state import EndState
-from tune.records.goals import Goal, sign
+from tune.records.goals import Goal, mode_of, sign
 from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
 
@@ -178,7 +177,7 @@ def comparison_sentence(gain: Score, metric: str) -> str:
         metric: its metric.
     """
     low, high = gain["interval"]
-    better = (gain["value"] < 0) == (MODES[metric] == "min")
+    better = (gain["value"] < 0) == (mode_of(metric) == "min")
     significant = low > 0 or high < 0
     text = ("better than" if better else "worse than") if significant else "not distinguishable from"
     return (
@@ -192,8 +191,10 @@ def is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def format_score(score: Score) -> str:
+def format_score(score: Score | None) -> str:
     """A test score and its 95 % interval."""
+    if score is None:
+        return "-"
     if not is_number(score["value"]):
         return "undefined"
     interval = " ({:.3f} to {:.3f})".format(*score["interval"]) if score["interval"] else ""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from train_fn.data.splitting import load_splits
+from train_fn.data.samples import Splits, Task
+from train_fn.data.splits_file import load_splits
 from tune.records.optuna_study import as_optuna
 from tune.records.trials import TrialRecord
 from tune.results.summary import Summary
-
-if TYPE_CHECKING:
-    pass
 
 # Okabe and Ito's colours, which every kind of colour blindness tells apart; each state has a marker of its own as well.
 STATES = {
@@ -24,6 +23,37 @@ STATES = {
     "INTERRUPTED": ("#777777", "s"),
 }
 WINNER, GUIDE = "#009E73", "#000000"
+
+
+@dataclass(frozen=True)
+class TestedTask:
+    """The test of one task with candidate answers.
+
+    Shapes: n test samples of the task, C candidates.
+    """
+
+    task: Task
+    indices: np.ndarray
+    """Its samples in the test part [n]."""
+    truth: np.ndarray
+    """The true class of each [n]."""
+    probabilities: dict[str, np.ndarray]
+    """Of the candidates [n, C], by "winner" and "guide"."""
+
+
+def tested_tasks(splits: Splits, predictions: dict[str, dict[str, Any]]) -> list[TestedTask]:
+    """The tasks with candidate answers whose test was scored, those with most samples first."""
+    found = []
+    for task in splits.tasks if predictions else ():
+        indices = np.array([i for i, s in enumerate(splits.test) if s.task == task.name], dtype=int)
+        if task.candidates and len(indices):
+            truth = np.array([splits.test[i].label for i in indices], dtype=int)
+            by_who = {
+                who: np.array([part["probabilities"][i] for i in indices], dtype=float)
+                for who, part in predictions.items()
+            }
+            found.append(TestedTask(task, indices, truth, by_who))
+    return sorted(found, key=lambda tested: -len(tested.indices))
 
 
 class View:
@@ -38,13 +68,10 @@ class View:
         self.summary = summary = Summary(study, directory)
         self.search = as_optuna({record.number: record for record in summary.records}, summary.goals)
         self.metric, self.records, self.parameters = summary.metric, summary.records, summary.parameters
-        self.candidates: list[str] = study["candidates"]
         splits = directory / "splits.json"
         self.splits = load_splits(splits) if splits.exists() else None
-        # Probabilities [N, C] of the test images' answers, by "winner" and "guide"; empty: unknown.
-        predictions = study.get("predictions") or {}
-        self.tested = {who: np.array(part["probabilities"], dtype=float) for who, part in predictions.items()}
-        self.truth = np.array(predictions["winner"]["answers"] if predictions else [])  # [N], class indices
+        self.predictions: dict[str, dict[str, Any]] = study.get("predictions") or {}  # by "winner" and "guide"
+        self.tested = tested_tasks(self.splits, self.predictions) if self.splits else []
         self.better = -1 if summary.goals[0][1] == "min" else 1
         self.scored = [record for record in self.records if math.isfinite(self.score(record))]
         # A score far below the worst completed trial is drawn on the edge, so that the completed trials stay apart.
