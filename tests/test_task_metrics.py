@@ -33,6 +33,7 @@ from train_fn.scoring.metrics import (
     set_metrics,
 )
 from train_fn.scoring.text_metrics import (
+    MAX_ROUGE_WORDS,
     bleu_statistics,
     corpus_bleu,
     exact_match,
@@ -264,8 +265,9 @@ def test_answers_that_are_no_numbers_count_in_the_share_alone() -> None:
     ("text", "number"),
     [
         ("3", 3), ("-3.5", -3.5), ("−3", -3), ("+4", 4), (".5", 0.5), ("-.5", -0.5), ("(-4)", -4), ("3.", 3),
-        ("about 3.5 cm", 3.5), ("5%", 5), ("12mm", 12), ("5 cm²", 5), ("Answer: 7, not 8", 7), ("3, 4", 3), ("2-3", 2),
-        ("COVID-19", 19), ("T2 lesion of 8 mm", 8), ("HER2", None), ("约3厘米", 3), ("３．５", 3.5), ("٣", 3),
+        ("about 3.5 cm", 3.5), ("5%", 5), ("12mm", 12), ("5 cm²", 5), ("Answer: 7, not 8", 7), ("3, 4", 3),
+        ("2-3", 2), ("COVID-19", 19), ("T2 lesion of 8 mm", 8), ("HER2", None), ("G2.5", None),
+        ("约3厘米", 3), ("３．５", 3.5), ("٣", 3),
         ("1e-3", 1e-3), ("2E4", 2e4), ("1.5 x 10^9", 1.5e9), ("1.5 × 10⁹/L", 1.5e9), ("10⁻³", 1e-3), ("3 x 10 cm", 3),
         ("1.234", 1.234), ("3,5", 3.5), ("0,125", 0.125), ("1234,567", 1234.567), ("1,234", 1234),
         ("1,234,567.8", 1234567.8), ("1.234.567", 1234567), ("1.234,5", 1234.5), ("1 234", 1),
@@ -300,7 +302,7 @@ def test_any_text_is_a_number_or_not(text: str) -> None:
     [
         ("The X-ray shows a mass, no fracture.", "xray shows mass no fracture"),
         ("Don’t", "dont"), ("**Benign**", "benign"), ("STRASSE Straße", "strasse strasse"),
-        ("ﬁne cafe\u0301", "fine café"), ("", ""), (" \n", ""), ("\u200b", ""),
+        ("ﬁne cafe\u0301", "fine café"), ("mam\u00admogram", "mammogram"), ("", ""), (" \n", ""), ("\u200b", ""),
         ("A", "a"), ("(A).", "a"), ("the", "the"), ("hepatitis A", "hepatitis a"),
         ("3.5 cm", "3.5 cm"), ("BP 120/80.", "bp 120/80"), ("(-3)", "-3"), ("−3", "-3"), ("2–3", "2-3"), (".5", ".5"),
         ("HER2+", "her2 +"), ("HER2-", "her2"), ("+", "+"), ("-", "-"), ("?", "?"), ("<5 mm", "< 5 mm"),
@@ -424,6 +426,12 @@ def test_long_texts_take_seconds(unit: str) -> None:
     assert time.perf_counter() - start < 10
 
 
+def test_rouge_l_of_very_long_texts_compares_their_first_words() -> None:
+    longest = "mass " * MAX_ROUGE_WORDS
+    assert rouge_l(longest + "cyst " * 80_000, longest) == 1.0
+    assert rouge_l("cyst " + longest, longest) == pytest.approx((MAX_ROUGE_WORDS - 1) / MAX_ROUGE_WORDS)
+
+
 def test_a_thousand_resamples_take_seconds() -> None:
     probabilities, labels, rng = predictions(0, 5, 500)
     questions, members = rng.integers(0, 20, 500), rng.random((5, 8)) < 0.4
@@ -473,6 +481,8 @@ def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("import sys; sys.exit(1)", "my.py:score", "must be importable, but raised SystemExit"),
         ("def score(answer): return 1", "my.py:score", "raised TypeError"),
         ("def score(answer, truth): return 1 / 0", "my.py:score", "raised ZeroDivisionError: division by zero"),
+        ("def score(answer, truth): raise KeyError('one\\ntwo')", "my.py:score", "raised KeyError"),
+        ("def score(answer, truth): raise OSError('one\\n  two')", "my.py:score", "raised OSError: one two: fix it"),
         ("def score(answer, truth): pass", "my.py:score", "raised TypeError"),
         ("def score(answer, truth): return '0.5'", "my.py:score", "returned '0.5'"),
         ("def score(answer, truth): return float('nan')", "my.py:score", "returned nan"),

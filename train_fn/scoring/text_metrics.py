@@ -151,14 +151,13 @@ def load_metric(metric: str) -> Callable[[str, str], float]:
         raise ValueError(f"{path!r} must define a function {name!r}, but does not: check the name")
 
     def score(answer: str, truth: str) -> float:
-        call = (
-            f"{metric} must return a finite number, but with answer {SHOWN.repr(answer)} and truth {SHOWN.repr(truth)}"
-        )
+        texts = f"answer {SHOWN.repr(answer)} and truth {SHOWN.repr(truth)}"
+        call = f"{SHOWN.repr(metric)} must return a finite number, but with {texts}"
         try:
             value = function(answer, truth)
             number = math.nan if isinstance(value, str | bytes) else float(value)
         except (Exception, SystemExit) as error:  # a user's own code may raise anything
-            raise ValueError(f"{call} raised {type(error).__name__}: {error}: fix it") from error
+            raise ValueError(f"{call} raised {one_line(error)}: fix it") from error
         if not math.isfinite(number):
             raise ValueError(f"{call} returned {SHOWN.repr(value)}: fix it")
         return number
@@ -178,5 +177,10 @@ def run_file(path: str) -> types.ModuleType:
         with open(path, "rb") as file:
             exec(compile(file.read(), module.__file__, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:  # a user's own code may raise anything
-        raise ValueError(f"{path!r} must be importable, but raised {type(error).__name__}: {error}: fix it") from error
+        raise ValueError(f"{path!r} must be importable, but raised {one_line(error)}: fix it") from error
     return module
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and message, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
