@@ -26,8 +26,8 @@ from train_fn.support.ranks import gather, world
 MAX_NEW_TOKENS = 1024  # of an answer for which nobody has set a limit
 SPARE = 1.5  # a generated answer may be so many times as long as the longest of the training part
 Predictions = dict[str, np.ndarray]
-"""`losses` [N]: mean loss over the tokens of each true answer. `scores` [N, C]: log-likelihoods of the candidates of the
-sample's task, NaN behind the last one. `texts` [N]: the generated answer, None where there is none."""
+"""`losses` [N]: mean loss over the tokens of each true answer. `scores` [N, C]: log-likelihoods of the candidates of
+the sample's task, NaN behind the last one. `texts` [N]: the generated answer, None where there is none."""
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,8 +164,8 @@ def run_trial(
                 check_trained(engine, settings, len(splits.train), epoch)
             if last and output is not None and rank == 0:
                 run.write(lambda: save_final(base, model, settings, splits, log, output, storage))
-                answers = predicted
-                run.write(lambda: save_predictions(splits, "validation", answers, output, storage))
+                lines = functools.partial(save_predictions, splits, "validation", predicted, output, storage)
+                run.write(lines)
                 clock.lap("checkpoint")
             message = EpochReport(
                 epoch=epoch,

@@ -19,7 +19,6 @@ from train_fn.support.files import replace_folder, write_file, write_json, write
 from train_fn.support.storage import Storage
 from train_fn.trial.adapter_files import save_adapter
 
-
 MAX_QUESTIONS = 1000  # of a task in task.json
 
 
