@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from train_fn.scoring.metrics import (
     ordinal_metrics,
     set_metrics,
 )
+from train_fn.scoring.own_metric import read_own_metric, scorer
 from train_fn.scoring.text_metrics import (
     MAX_ROUGE_WORDS,
     bleu_statistics,
     corpus_bleu,
     exact_match,
-    load_metric,
     rouge_l,
     token_f1,
     words,
@@ -458,6 +459,10 @@ def test_metrics_load_no_heavy_library() -> None:
 # ------------------------------------------------------------------------------------------------ a user's own metric
 
 
+def own(metric: str) -> Callable[[str, str], float]:
+    return scorer(read_own_metric(metric))
+
+
 def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text(
@@ -465,8 +470,8 @@ def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "def score(answer, truth): return np.float32(len(answer) / 2)\n"
         "def same(answer, truth): return answer == truth\n"
     )
-    assert load_metric("my.py:score")("abc", "") == 1.5
-    assert load_metric(f"{tmp_path}/my.py:same")("abc", "") == 0.0
+    assert own("my.py:score")("abc", "") == 1.5
+    assert own(f"{tmp_path}/my.py:same")("abc", "") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -474,7 +479,7 @@ def test_a_users_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("", "my.py", "must be FILE.py:FUNCTION"),
         ("", "my.py:", "must be FILE.py:FUNCTION"),
-        ("", "gone.py:score", "must be in an existing Python file, but got 'gone.py'"),
+        ("", "gone.py:score", "must be in an existing Python file of at most 1,000,000 bytes, but got 'gone.py'"),
         ("", "my.py:score", "must define a function 'score'"),
         ("score = 3", "my.py:score", "must define a function 'score'"),
         ("def score(:", "my.py:score", "must be importable, but raised SyntaxError"),
@@ -494,13 +499,13 @@ def test_errors_of_a_users_own_metric(
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text(source)
     with pytest.raises(ValueError) as error:
-        load_metric(metric)
+        own(metric)
     assert problem in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_users_metric_that_fails_later_names_the_sample(tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text("def score(answer, truth): return 1 / (len(answer) - 2)")
-    score = load_metric(f"{tmp_path}/my.py:score")
+    score = own(f"{tmp_path}/my.py:score")
     assert score("abc", "") == 1
     with pytest.raises(ValueError, match="with answer 'no' and truth 'yes' raised ZeroDivisionError"):
         score("no", "yes")

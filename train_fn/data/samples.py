@@ -86,8 +86,18 @@ class Task:
 
 
 @dataclass(frozen=True)
+class OwnMetric:
+    """A user's own metric, `name(answer, truth) -> number`."""
+
+    name: str
+    path: str
+    source: str
+    """The content of the file at `path` when the study began."""
+
+
+@dataclass(frozen=True)
 class Splits:
-    """The three parts of a study's data, fixed before its first trial, and their tasks."""
+    """The three parts of a study's data, fixed before its first trial, and how their answers are scored."""
 
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]
@@ -95,6 +105,7 @@ class Splits:
     tasks: tuple[Task, ...] = field(default=(Task(),))
     max_new_tokens: int = 0
     """Most tokens of a generated answer; 0: from the longest answer of the training part."""
+    own_metric: OwnMetric | None = None
 
     @functools.cached_property
     def by_name(self) -> dict[str, Task]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.samples import KINDS, PARTS, Sample, Splits, Task, closed_set
+from train_fn.data.samples import KINDS, PARTS, OwnMetric, Sample, Splits, Task, closed_set
 from train_fn.settings import SHOWN
 from train_fn.support.files import DamagedFile, read_json, write_json
 
@@ -29,7 +29,12 @@ def load_splits(path: Path, positive: str = "") -> Splits:
         old = "tasks" not in content
         tasks = closed_set(content["candidates"], positive) if old else tuple(map(read_task, content["tasks"]))
         parts = {name: tuple(read_sample(sample, old) for sample in content[name]) for name in PARTS}
-        splits = Splits(**parts, tasks=tasks, max_new_tokens=content.get("max_new_tokens", 0))
+        splits = Splits(
+            **parts,
+            tasks=tasks,
+            max_new_tokens=content.get("max_new_tokens", 0),
+            own_metric=read_metric(content.get("own_metric")),
+        )
         names = {task.name: len(task.candidates) for task in tasks}
         sound = all(
             type(sample.label) is int and -1 <= sample.label < names[sample.task] and sample.images
@@ -49,6 +54,15 @@ def read_task(values: dict[str, Any]) -> Task:
     if task.kind not in KINDS or len(task.indices) < len(task.candidates):
         raise ValueError(f"task {SHOWN.repr(values)} is none")
     return task
+
+
+def read_metric(values: dict[str, str] | None) -> OwnMetric | None:
+    """A user's own metric as JSON holds it. Its source is not run. Raises TypeError for anything else."""
+    if values is None:
+        return None
+    metric = OwnMetric(**values)
+    check_texts(metric.name, metric.path, metric.source)
+    return metric
 
 
 def read_sample(values: dict[str, Any], old: bool) -> Sample:

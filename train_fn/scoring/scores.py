@@ -5,13 +5,14 @@ Shapes: N samples of a part, n samples of one task, C candidate answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from train_fn.data.samples import Sample, Splits, Task
 from train_fn.data.tasks import labels_of
+from train_fn.scoring import own_metric
 from train_fn.scoring.metrics import (
     classification_metrics,
     membership,
@@ -134,6 +135,11 @@ class TaskScorer:
         if task.candidates:
             scores = np.asarray(predicted["scores"])[members, : len(task.candidates)]
             self.probabilities = probabilities(scores)  # [n, C]
+            texts = [task.candidates[index] for index in scores.argmax(1)]
+        self.there = np.array([text is not None for text in texts], dtype=bool)  # [n]
+        self.by_text: dict[str, np.ndarray] = {}  # metrics of one text each [n], NaN where there is none
+        if splits.own_metric:
+            self.use(splits.own_metric.name, own_metric.scorer(splits.own_metric), samples, texts)
         if task.kind in ("closed", "binary", "ordinal"):
             self.prior = training_prior(splits, task, class_balanced)
             self.positive = task.indices.get(task.positive)
@@ -142,9 +148,15 @@ class TaskScorer:
         elif task.kind == "numeric":
             self.numbers = np.array([np.nan if text is None else parse_number(text) for text in texts])
             self.truths = np.array([parse_number(sample.answer) for sample in samples])
-            self.there = np.array([text is not None for text in texts], dtype=bool)
         else:
             self.use_texts(samples, texts)
+
+    def use(
+        self, name: str, score: Callable[[str, str], float], samples: Sequence[Sample], texts: Sequence[str | None]
+    ) -> None:
+        """Score each text against its true answer."""
+        values = [np.nan if t is None else score(t, s.answer) for t, s in zip(texts, samples, strict=True)]
+        self.by_text[name] = np.array(values, dtype=float)
 
     def use_labels(self, samples: Sequence[Sample], texts: Sequence[str | None]) -> None:
         """Prepare the sets of labels: of the candidates, the true ones, and the generated ones."""
@@ -155,26 +167,28 @@ class TaskScorer:
         names = sorted({label for labels in (*truths, *written, *sets) for label in labels})
         self.truths, self.written = membership(truths, names), membership(written, names)  # [n, labels]
         self.sets = membership(sets, names)  # [C, labels]
-        self.there = np.array([text is not None for text in texts], dtype=bool)
 
     def use_texts(self, samples: Sequence[Sample], texts: Sequence[str | None]) -> None:
         """Score each generated text against its true answer; NaN where there is none."""
         from train_fn.scoring import text_metrics
 
-        self.by_text: dict[str, np.ndarray] = {}
-        self.there = np.array([text is not None for text in texts], dtype=bool)
-        pairs = [(text, sample.answer) for text, sample in zip(texts, samples, strict=True) if text is not None]
         for name in ("exact_match", "token_f1", "rouge_l"):
-            values = np.full(len(samples), np.nan)
-            values[self.there] = [getattr(text_metrics, name)(text, truth) for text, truth in pairs]
-            self.by_text[name] = values
+            self.use(name, getattr(text_metrics, name), samples, texts)
+        pairs = [(text, sample.answer) for text, sample in zip(texts, samples, strict=True) if text is not None]
         statistics = [text_metrics.bleu_statistics(text, truth) for text, truth in pairs]
-        self.bleu = np.zeros((len(samples), len(statistics[0]) if statistics else 1))
+        self.bleu = np.zeros((len(samples), len(statistics[0]) if statistics else 1), dtype=int)
         if statistics:
             self.bleu[self.there] = statistics
 
     def __call__(self, chosen: np.ndarray) -> Metrics:
         """The metrics of these samples of the task, by index."""
+        metrics = self.of_kind(chosen)
+        if len(there := chosen[self.there[chosen]]):
+            metrics |= {name: float(values[there].mean()) for name, values in self.by_text.items()}
+        return metrics
+
+    def of_kind(self, chosen: np.ndarray) -> Metrics:
+        """The metrics that the task's kind gives beside the means of `by_text`."""
         kind = self.task.kind
         questions = None if self.questions is None else self.questions[chosen]
         if kind in ("closed", "binary", "ordinal"):
@@ -192,9 +206,7 @@ class TaskScorer:
             return numeric_metrics(self.numbers[chosen], self.truths[chosen])
         from train_fn.scoring.text_metrics import corpus_bleu
 
-        return {name: float(values[chosen].mean()) for name, values in self.by_text.items()} | {
-            "bleu": corpus_bleu(self.bleu[chosen])
-        }
+        return {"bleu": corpus_bleu(self.bleu[chosen])}
 
 
 def metrics_of(predicted: dict[str, Any], samples: Sequence[Sample], splits: Splits, class_balanced: bool) -> Metrics:

@@ -1,4 +1,4 @@
-"""Metrics of open answers: exact match, word F1, ROUGE-L and BLEU over one tokenizer, and a user's own metric.
+"""Metrics of open answers: exact match, word F1, ROUGE-L and BLEU over one tokenizer.
 
 Each compares one answer with its true answer and gives 0 to 1; a part's value is the mean over its samples. BLEU is a
 value of all samples together, from counts of each. Both texts empty: 1; one of them empty: 0.
@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import sys
-import types
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train_fn.settings import SHOWN
 from train_fn.support.numbers import DASHES
 
 BLEU_ORDER = 4  # BLEU counts sequences of one to four words
@@ -124,63 +118,3 @@ def corpus_bleu(statistics: np.ndarray) -> float:
     answer_words, truth_words, *counts = statistics.sum(0).tolist()
     correct, total = counts[:BLEU_ORDER], counts[BLEU_ORDER:]
     return min(BLEU.compute_bleu(correct, total, answer_words, truth_words, smooth_method="exp").score / 100, 1.0)
-
-
-# ------------------------------------------------------------------------------------------------ a user's own metric
-
-
-def load_metric(metric: str) -> Callable[[str, str], float]:
-    """A user's own metric of one sample, from a Python file: `score(answer, truth) -> number`.
-
-    Args:
-        metric: file and function, such as `my.py:score`.
-
-    Returns:
-        The function. It raises ValueError if the user's function raises or returns no finite number.
-
-    Raises:
-        ValueError: no such file or function, or it fails with ("a", "a").
-    """
-    path, _, name = metric.rpartition(":")
-    if not path.endswith(".py") or not name:
-        raise ValueError(
-            f"a metric of one's own must be FILE.py:FUNCTION, but got {SHOWN.repr(metric)}: write my.py:score"
-        )
-    function = getattr(run_file(path), name, None)
-    if not callable(function):
-        raise ValueError(f"{path!r} must define a function {name!r}, but does not: check the name")
-
-    def score(answer: str, truth: str) -> float:
-        texts = f"answer {SHOWN.repr(answer)} and truth {SHOWN.repr(truth)}"
-        call = f"{SHOWN.repr(metric)} must return a finite number, but with {texts}"
-        try:
-            value = function(answer, truth)
-            number = math.nan if isinstance(value, str | bytes) else float(value)
-        except (Exception, SystemExit) as error:  # a user's own code may raise anything
-            raise ValueError(f"{call} raised {one_line(error)}: fix it") from error
-        if not math.isfinite(number):
-            raise ValueError(f"{call} returned {SHOWN.repr(value)}: fix it")
-        return number
-
-    score("a", "a")
-    return score
-
-
-def run_file(path: str) -> types.ModuleType:
-    """A user's Python file as a module. An import would prefer a compiled file beside it. Raises ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f"a metric of one's own must be in an existing Python file, but got {path!r}: check the path")
-    module = types.ModuleType(f"metric_{Path(path).stem}")
-    module.__file__ = os.path.abspath(path)
-    sys.modules[module.__name__] = module  # dataclasses look it up
-    try:
-        with open(path, "rb") as file:
-            exec(compile(file.read(), module.__file__, "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:  # a user's own code may raise anything
-        raise ValueError(f"{path!r} must be importable, but raised {one_line(error)}: fix it") from error
-    return module
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and message, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -16,6 +16,7 @@ from train_fn.scoring.evaluation import Predictions, predict
 from train_fn.scoring.scores import metrics_of
 from train_fn.support.ranks import gather
 from train_fn.trial.adapter_files import load_adapter
+from train_fn.trial.applied import TrialFailed
 
 MAX_GENERATED = 200
 
@@ -26,7 +27,12 @@ def evaluate(
     """Metrics of the adapted base on one part of the data, and its predictions."""
     samples = getattr(splits, part)
     predicted = predict(base, samples, splits, batch_size, generated_indices(splits, part))
-    return metrics_of(predicted, samples, splits, class_balanced), predicted
+    try:
+        return metrics_of(predicted, samples, splits, class_balanced), predicted
+    except ValueError as error:
+        if not splits.own_metric:
+            raise
+        raise TrialFailed(f"a metric of one's own failed: {error}") from error
 
 
 def generated_indices(splits: Splits, part: str) -> list[int]:

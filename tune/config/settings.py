@@ -55,8 +55,8 @@ def readable_by(read: Callable[[str], Any], words: str) -> TextRule:
 
 GOAL = readable_by(
     goal,
-    f"one of {', '.join([*METRICS, *COSTS])}, also of one task or kind of task (such as open/token_f1), with a minus "
-    f"before it where less is better",
+    f"one of {', '.join([*METRICS, *COSTS])}, also of one task or kind of task (such as open/token_f1), or a "
+    f"function of a Python file (my.py:score), with a minus before it where less is better",
 )
 SCORE_RULE = readable_by(
     comparison,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,20 @@ from train_fn.data.tasks import TaskRules
 from train_fn.model.checkpoint import base_hash, resolve_model
 from train_fn.model.preflight import base_problems
 from train_fn.model.unchanged import data_hash
+from train_fn.scoring.metrics import METRICS
+from train_fn.scoring.own_metric import is_own_metric, read_own_metric, scorer
 from train_fn.support.files import DamagedFile, file_hash
 from train_fn.support.storage import Storage
 from train_fn.worker import versions
 from tune.config.paths import SettingsError, study_directory
 from tune.config.settings import DataSettings, Settings, flag
 from tune.config.space import space_hash
-from tune.config.trust import remember_space
+from tune.config.trust import check_metric_trust, remember_metric, remember_space
 from tune.config.uris import tracking_uri
 from tune.plan.checks import check_goals, check_model_type, check_name, shipped, usual_goal, with_plain_names
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
-from tune.records.goals import Goal, goal
+from tune.records.goals import COSTS, Goal, goal
 from tune.records.journal import Journal, StudyLock
 from tune.records.plan import read_plan
 from tune.tracking.store_check import check_store
@@ -75,6 +77,10 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         task_rules(data),
     )
     splits = dataclasses.replace(splits, max_new_tokens=data.max_new_tokens)
+    try:
+        splits = with_own_metric(splits, settings.study.metric)
+    except ValueError as error:
+        problems.append(f"`--metric` {error}")
     problems += check_model_type(settings.model.model)
     if not problems and not shipped(settings):
         say("Checking the base model, and what its processor makes of the data")
@@ -115,7 +121,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "versions": versions(),
         "git": git_state(),
     }
-    mark_space(settings, say)
+    mark_programs(settings, splits, say)
     lock = take_lock(directory)
     journal = Journal(directory / "journal.jsonl")
     return Study(settings, name, directory, goals, splits, report, plan, storage, journal, lock, lease)
@@ -137,6 +143,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     problems = check_journal(directory, journal)
     images = list(splits.images)
     problems += unreadable_images(images, settings.data.max_image_pixels)
+    problems += check_metric_trust(splits.own_metric)
     if problems:
         raise SettingsError(problems)
     base = resolve_model(settings.model.model)
@@ -158,7 +165,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
         plan["base_hash"] = base_hash(base)
     plan |= {"settings": settings.to_dict(), "first_points": settings.first_points}
     storage = Storage.under(settings.study.storage, directory)
-    mark_space(settings, say)
+    mark_programs(settings, splits, say)
     return Study(
         settings=settings,
         name=directory.name,
@@ -197,6 +204,20 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
     if problems:
         raise SettingsError(problems)
     return parts
+
+
+def with_own_metric(splits: Splits, metrics: Sequence[str]) -> Splits:
+    """The splits with the user's own metric, if --metric names one. Raises ValueError if it cannot be used."""
+    own = [text.removeprefix("-") for text in metrics if is_own_metric(text)]
+    if not own:
+        return splits
+    metric = read_own_metric(own[0])
+    if len(own) > 1 or metric.name in {*METRICS, *COSTS}:
+        raise ValueError(f"must name one function of one's own, of a new name, but got {', '.join(own)}: change it")
+    score = scorer(metric)
+    for answer in dict.fromkeys(sample.answer for sample in splits.validation):
+        score(answer, answer)  # what it cannot take is known before the first trial
+    return dataclasses.replace(splits, own_metric=metric)
 
 
 def split_rules(data: DataSettings) -> SplitRules:
@@ -239,11 +260,20 @@ def with_absolute_paths(settings: Settings) -> Settings:
         model = dataclasses.replace(model, model=str(Path(model.model).resolve()))
     if study.space.endswith(".py"):
         study = dataclasses.replace(study, space=str(Path(study.space).resolve()))
+    study = dataclasses.replace(study, metric=tuple(map(absolute_metric, study.metric)))
     if study.first_points:
         study = dataclasses.replace(study, first_points=str(Path(study.first_points).resolve()))
     if prior := study_directory(study.warm_start, study.results) if study.warm_start else None:
         study = dataclasses.replace(study, warm_start=str(prior.resolve()))
     return dataclasses.replace(settings, study=study, model=model)
+
+
+def absolute_metric(text: str) -> str:
+    """A --metric, with an absolute path if it is a user's own."""
+    if not is_own_metric(text):
+        return text
+    path, _, name = text.removeprefix("-").rpartition(":")
+    return f"{'-' if text.startswith('-') else ''}{Path(path).resolve()}:{name}"
 
 
 def check_journal(directory: Path, journal: Journal) -> list[str]:
@@ -288,9 +318,11 @@ def take_lease(storage: Storage, new: bool = False) -> Lease:
     return lease
 
 
-def mark_space(settings: Settings, say: Callable[[str], None]) -> None:
-    """Mark the space as one with which this user has begun a study (see `trust`). A failure costs only a message."""
+def mark_programs(settings: Settings, splits: Splits, say: Callable[[str], None]) -> None:
+    """Mark the space and the user's own metric as programs with which this user has begun a study (see `trust`). A
+    failure costs only a message."""
     try:
         remember_space(settings.study.space)
+        remember_metric(splits.own_metric)
     except OSError as error:
         say(f"The next --resume needs --space again, since the user's cache cannot be written: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from train_fn.scoring.metrics import METRICS
+from train_fn.scoring.own_metric import is_own_metric
 
 COSTS = {"trainable_params": "min", "train_s": "min"}  # goals that are no metrics
 Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
@@ -13,6 +14,8 @@ Goal = tuple[str, str]  # a metric or cost, and "max" or "min"
 def goal(text: str) -> Goal:
     """A --metric such as auroc or -trainable_params, as its name and "max" or "min". Raises ValueError."""
     name = text.removeprefix("-")
+    if is_own_metric(name):
+        return name.rpartition(":")[2], "min" if text.startswith("-") else "max"
     if metric_of(name) not in METRICS and name not in COSTS:
         raise ValueError(f"{text!r} is no goal")
     return name, "min" if text.startswith("-") else COSTS.get(name) or mode_of(name)
@@ -24,8 +27,9 @@ def metric_of(name: str) -> str:
 
 
 def mode_of(name: str) -> str:
-    """The direction, "max" or "min", in which a metric gets better."""
-    return METRICS[metric_of(name)].mode
+    """The direction, "max" or "min", in which a metric gets better; "max" for a user's own."""
+    metric = METRICS.get(metric_of(name))
+    return metric.mode if metric else "max"
 
 
 def sign(mode: str) -> int:

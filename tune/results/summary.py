@@ -129,7 +129,7 @@ class Summary:
         """How the winner compares with the guide's defaults on the test, or why that is unknown."""
         optimistic = "what is shown are validation scores, and they are optimistic"
         if gain := self.test_score("difference"):
-            return comparison_sentence(gain, self.metric)
+            return comparison_sentence(gain, self.metric, self.goals[0][1])
         if self.study["state"] == "INTERRUPTED" and not self.study["test"]:
             return f"The study was interrupted, so the test images were not looked at: {optimistic}."
         if self.winner is self.guide:
@@ -169,15 +169,16 @@ def read_record(trial: Mapping[str, Any]) -> TrialRecord:
     return record
 
 
-def comparison_sentence(gain: Score, metric: str) -> str:
+def comparison_sentence(gain: Score, metric: str, mode: str = "") -> str:
     """Whether the winner beats the guide's defaults on the test.
 
     Args:
         gain: the paired difference, winner minus guide, with its interval.
         metric: its metric.
+        mode: "max" or "min"; "": as usual for the metric.
     """
     low, high = gain["interval"]
-    better = (gain["value"] < 0) == (mode_of(metric) == "min")
+    better = (gain["value"] < 0) == ((mode or mode_of(metric)) == "min")
     significant = low > 0 or high < 0
     text = ("better than" if better else "worse than") if significant else "not distinguishable from"
     return (
