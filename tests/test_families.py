@@ -29,11 +29,11 @@ from train_fn.data.images import read_image
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.samples import Sample
 from train_fn.model.base import Base, load_base
-from train_fn.model.batches import answer_losses, collate
-from train_fn.model.preflight import base_problems
+from train_fn.model.batches import answer_losses, collate, process
+from train_fn.model.preflight import base_problems, text_problems
 from train_fn.model.processors import image_only
-from train_fn.model.prompts import answer_tail
-from train_fn.scoring.evaluation import score_candidates
+from train_fn.model.prompts import answer_tail, end_tokens
+from train_fn.scoring.evaluation import generate, score_candidates
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.engine import build_engine
 from train_fn.trial.loop import run_trial
@@ -603,3 +603,57 @@ def test_named_parts_are_used(unusual) -> None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 7 * 2
     assert all(name.startswith("base_model.model.model.language_model.layers.1.") for name in trained)
+
+
+# ------------------------------------------------------------------------------------------------ open answers, images
+
+
+def test_generated_answers_are_the_models_own(base, unlike) -> None:
+    ends = sorted(end_tokens(base.processor.tokenizer))
+    for sample in unlike:
+        inputs = process(base, sample)
+        with torch.no_grad():
+            whole = base.model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=ends)
+        wanted = base.processor.tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert generate(base, [sample], 12) == [wanted.strip()]
+        assert generate(base, [sample] * 3, 12) == [wanted.strip()] * 3
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["images first", "images within the text"])
+def test_several_images_with_an_earlier_turn(base, unlike, placed) -> None:
+    """A conversation about two images has the loss of the model itself, on inputs that its processor alone has made."""
+    images = [sample.image for sample in unlike]
+    first = "Compare <image> with <image>." if placed else "Compare them."
+    sample = Sample((*images,), "What is the second?", "Malignant mass", turns=((first, "unlike"),))
+    assert text_problems(base.processor, [sample]) == []
+    parts: list[dict[str, str]] = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Compare them."}]
+    if placed:
+        parts = [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "with"}]
+        parts += [{"type": "image"}, {"type": "text", "text": "."}]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "unlike"}]},
+        {"role": "user", "content": [{"type": "text", "text": "What is the second?"}]},
+    ]
+    prompt = base.processor.apply_chat_template(turns, add_generation_prompt=True)
+    bos = base.processor.tokenizer.bos_token
+    inputs = base.processor(
+        images=[[read_image(image) for image in images]],
+        text=[prompt],
+        return_tensors="pt",
+        add_special_tokens=not (bool(bos) and prompt.startswith(bos)),
+    )
+    answer, _ = answer_tail(base, sample.prompt, sample.answer)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
+    more = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in more:
+            more[name] = torch.cat([more[name], torch.zeros(1, len(answer), dtype=more[name].dtype)], 1)
+    with torch.no_grad():
+        logits = base.model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[0]
+    own = torch.nn.functional.cross_entropy(logits[-len(answer) - 1 : -1].float(), torch.tensor(answer))
+    other = unlike[0]
+    with torch.no_grad():
+        losses = answer_losses(base, collate(base, [other, sample, other], with_answers=True))
+    assert losses[1].item() == pytest.approx(own.item(), abs=2e-4)
+    assert losses[0].item() == pytest.approx(losses[2].item(), abs=1e-5)
