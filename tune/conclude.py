@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from train_fn.scoring.answers import answer_lines
+from train_fn.support.files import write_file
 from tune.plan.prepare import Study
 from tune.results.outcome import Outcome
 from tune.signals import StopSignals
@@ -44,6 +47,7 @@ def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: di
         tracking.close(timeout_s=10)
         return  # the journal is in the same folder: writing to it would wait for minutes
     export_search(study, outcome)
+    artifacts += export_predictions(study, outcome)
     if outcome.records and report:
         from tune.results.report import write_report
 
@@ -89,6 +93,23 @@ def end_of_study(
     tracking.notify()
     for sentence in tracking.notes(timeout_s):
         outcome.note(sentence)
+
+
+def export_predictions(study: Study, outcome: Outcome) -> list[Path]:
+    """Write predictions.jsonl: question, truth and answers of each test sample. A failure costs a note.
+
+    Returns: its path; nothing before the test.
+    """
+    if not outcome.predictions:
+        return []
+    path = study.directory / "predictions.jsonl"
+    lines = answer_lines(study.splits.test, study.splits, outcome.predictions)
+    try:
+        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    except OSError as error:
+        outcome.note(f"predictions.jsonl could not be written: {error}")
+        return []
+    return [path]
 
 
 def export_search(study: Study, outcome: Outcome) -> None:

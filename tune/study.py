@@ -7,9 +7,11 @@ import dataclasses
 import math
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from train_fn.data.samples import MAX_GENERATED, PARTS
 from train_fn.data.splits_file import save_splits
 from train_fn.support.files import file_hash
 from train_fn.worker import versions
@@ -127,11 +129,15 @@ def set_up(study: Study, say: Callable[[str], None]) -> Layout:
     except OSError as error:
         ray.shutdown()
         raise SettingsError([f"`--results` must be a folder that can be written, but {error}: make room"]) from error
-    images = ", ".join(f"{part} {len(getattr(study.splits, part))}" for part in ("train", "validation", "test"))
+    splits = study.splits
+    what = "images" if len(splits.images) == len(splits.samples) else "questions"
+    sizes = ", ".join(f"{part} {len(getattr(splits, part)):,}" for part in PARTS)
     say(
         f"Study {study.name}: {study.settings.study.trials} trials on {layout.lanes} lane(s) of "
-        f"{layout.workers_per_trial} {'GPU' if layout.use_gpu else 'CPU'} worker(s); images: {images}"
+        f"{layout.workers_per_trial} {'GPU' if layout.use_gpu else 'CPU'} worker(s); {what}: {sizes}"
     )
+    for sentence in task_sentences(study):
+        say(sentence)
     for sentence in study.data_report.sentences():
         say(f"Data: {sentence}")
     say(f"Starting the lanes (logs in {session_folder() / 'logs'})")
@@ -226,6 +232,23 @@ def open_session(study: Study, params: dict[str, Any], tags: dict[str, Any], sta
     study.journal.write("session", params=params, tags=tags, startup_s=time.perf_counter() - started)
     target = target_of(study.directory, study.plan)
     return Tracking(dataclasses.replace(target, may_write=study.lease.ours), study.journal.events)
+
+
+def task_sentences(study: Study) -> list[str]:
+    """What is asked and what is tuned on; nothing for one question with a closed set of answers."""
+    splits = study.splits
+    if len(splits.tasks) == 1 and splits.tasks[0].kind in ("closed", "binary"):
+        return []
+    sizes = Counter(sample.task for sample in splits.samples)
+    named = ", ".join(f"{task.name or 'all'} ({task.kind}, {sizes[task.name]:,} questions)" for task in splits.tasks)
+    lines = [f"Tasks: {named}; tuned on {study.metric} (--metric chooses another)"]
+    written = sum(not splits.task_of(sample).candidates for sample in splits.validation)
+    if written > MAX_GENERATED:
+        lines.append(
+            f"After each epoch the model writes its answers to a fixed sample of {MAX_GENERATED} of the {written:,} "
+            f"validation questions without candidates; on the test to all"
+        )
+    return lines
 
 
 def study_params(study: Study, layout: Layout) -> dict[str, Any]:

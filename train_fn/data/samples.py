@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 PLACEHOLDER = "<image>"  # stands for an image within a question
 PARTS = ("train", "validation", "test")
+MAX_GENERATED = 200  # validation answers that are generated after each epoch
 KINDS = ("closed", "binary", "ordinal", "multilabel", "open", "numeric")
 
 

@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from train_fn.data.samples import Splits
+from train_fn.data.samples import MAX_GENERATED, Splits
 from train_fn.model.base import Base
 from train_fn.scoring.evaluation import Predictions, predict
 from train_fn.scoring.scores import metrics_of
 from train_fn.support.ranks import gather
 from train_fn.trial.adapter_files import load_adapter
 from train_fn.trial.applied import TrialFailed
-
-MAX_GENERATED = 200
 
 
 def evaluate(

@@ -27,10 +27,7 @@ def print_summary(outcome: Outcome) -> None:
     print_table(title, ["trial", *summary.parameters, *summary.metrics, "train s", "state"], rows, justify="right")
     print_lines(search_lines(summary))
     if tests:
-        rows = [
-            [name, *(format_score(scores.get(name)) for scores in tests.values())]
-            for name in next(iter(tests.values()))
-        ]
+        rows = [[name, *(format_score(scores.get(name)) for scores in tests.values())] for name in summary.test_metrics]
         print_table("Test scores (95 % bootstrap interval)", ["metric", *map(summary.title, tests)], rows)
     print_lines(result_lines(summary))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from train_fn.data.samples import PARTS
 from train_fn.data.splitting import DataReport
 from train_fn.support.files import write_file
 from train_fn.support.text import plain, plain_values
@@ -40,16 +41,16 @@ def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     pictures, paths = draw(view, folder)
     paths += write_explorer(view, folder / "explore.html")
-    parts = ("train", "validation", "test")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     text = page.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")).render(
         summary=view.summary,
         study=study,
         pictures=pictures,
         explorer=any(path.suffix == ".html" for path in paths),
-        num_images={part: len(getattr(view.splits, part)) if view.splits else "?" for part in parts},
+        num_images={part: len(getattr(view.splits, part)) if view.splits else "?" for part in PARTS},
         mistakes=mistakes(view),
         written_answers=written_answers(view),
+        tasks=task_rows(view),
         data_sentences=DataReport(**study["data_report"]).sentences(),
         format_metric=format_metric,
         format_score=format_score,
@@ -111,6 +112,21 @@ def mistakes(view: View) -> list[tuple[str, str, str, float]]:
             image = view.splits.test[tested.indices[i]].image
             found.append((plain(image), names[tested.truth[i]], names[answers[i]], float(confidence[i])))
     return sorted(found, key=lambda mistake: -mistake[3])[:10]
+
+
+def task_rows(view: View) -> list[dict[str, Any]]:
+    """Each task with its number of samples in the three parts."""
+    if not view.splits:
+        return []
+    return [
+        {
+            "name": task.name,
+            "kind": task.kind,
+            "answers": plain(", ".join(task.candidates)[:MAX_SHOWN]) or "written by the model",
+            "counts": [sum(s.task == task.name for s in getattr(view.splits, part)) for part in PARTS],
+        }
+        for task in view.splits.tasks
+    ]
 
 
 def written_answers(view: View, most: int = 50) -> list[list[str]]:

@@ -21,6 +21,11 @@ from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
 
 Score = dict[str, Any]  # "value" and "interval" (low, high) of a test metric; None where undefined
+KNOWN_FOR = {
+    "closed": "auroc", "binary": "auroc", "ordinal": "quadratic_kappa", "multilabel": "label_f1", "open": "token_f1",
+    "numeric": "mae",
+}  # fmt: skip
+"""The score that each kind of task is known for."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ class Summary:
     def records(self) -> list[TrialRecord]:
         """All trials, by number."""
         return [read_record(trial) for trial in self.study["trials"]]
+
+    @cached_property
+    def test_metrics(self) -> list[str]:
+        """The rows of a short table of test scores. Of several tasks: the plain names, and of each task its accuracy and
+        the score that its kind is known for."""
+        names = dict.fromkeys(name for scores in self.study["test"].values() for name in scores)
+        tasks = self.study.get("tasks", [])
+        if len(tasks) < 2:
+            return list(names)
+        shown = {f"{task['name']}/{metric}" for task in tasks for metric in ("accuracy", KNOWN_FOR[task["kind"]])}
+        return [name for name in names if "/" not in name or name in shown or name == self.metric]
 
     @cached_property
     def ranked(self) -> list[TrialRecord]:
