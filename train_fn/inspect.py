@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
+from train_fn.data.copies import MAX_DISTANCE, MIN_CORRELATION, copy_groups, copy_pairs
 from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
 from train_fn.data.manifest import MAX_CANDIDATES, answer_set, asked_by_default, divide, read_manifest, shorten
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--split-seed", type=int, default=0, help="seed of the split [0]")
     parser.add_argument("--contradictions", choices=("keep", "drop", "train"), default="keep", help="as in a study")
     parser.add_argument("--copies-distance", type=int, default=MAX_DISTANCE, help="as in a study; -1: no near-copies")
+    parser.add_argument("--copies-correlation", type=float, default=MIN_CORRELATION, help="as in a study [0.65]")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_PIXELS, help=f"as in a study [{MAX_PIXELS}]")
     options = parser.parse_args(list(argv))
     if min(fractions := (options.val_fraction, options.test_fraction)) <= 0 or not sum(fractions) < 1:
@@ -58,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--split-seed must be a whole number from 0 to {2**32 - 1}, but got {options.split_seed}")
     if not -1 <= options.copies_distance <= 16:
         parser.error(f"--copies-distance must be from -1 to 16, but got {options.copies_distance}")
+    if not 0 <= options.copies_correlation <= 1:
+        parser.error(f"--copies-correlation must be from 0 to 1, but got {options.copies_correlation}")
     if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
         parser.error(f"--max-image-pixels must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
     if options.busi and (options.image_root or not options.write):
@@ -164,13 +167,16 @@ def inspect(options: argparse.Namespace) -> int:
             sound["data"], sound.get("val_data"), sound.get("test_data"),
             val_fraction=options.val_fraction, test_fraction=options.test_fraction,
             seed=options.split_seed, contradictions=options.contradictions, copies_distance=options.copies_distance,
+            copies_correlation=options.copies_correlation,
         )  # fmt: skip
         problems += found
     console = Console(markup=False, emoji=False, highlight=False)  # a file may be called [red]
     if not console.is_terminal:
         console.width = 100
     if entries:
-        for title, columns, rows in tables(entries, root.resolve(), splits, report, options.copies_distance):
+        for title, columns, rows in tables(
+            entries, root.resolve(), splits, report, options.copies_distance, options.copies_correlation
+        ):
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
@@ -187,7 +193,12 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def tables(
-    entries: list[dict[str, Any]], root: Path, splits: Splits | None, report: DataReport | None, copies_distance: int
+    entries: list[dict[str, Any]],
+    root: Path,
+    splits: Splits | None,
+    report: DataReport | None,
+    copies_distance: int,
+    copies_correlation: float,
 ) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
     """Title, columns and rows of each table."""
     counts = {"all": Counter(entry["answer"] for entry in entries)}
@@ -214,7 +225,7 @@ def tables(
 
     samples = [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]
     paths, images = different_images(samples)
-    pairs = copy_pairs(paths, copies_distance)
+    pairs = copy_pairs(paths, copies_distance, None, copies_correlation)
     numbers = copy_groups(len(paths), pairs)
     members: dict[int, list[Sample]] = {}
     for group, sample in zip(numbers[images].tolist(), samples, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs, leaking_samples
+from train_fn.data.copies import MAX_DISTANCE, MIN_CORRELATION, copy_groups, copy_pairs, leaking_samples
 from train_fn.data.manifest import answer_set, plain_form
 from train_fn.data.samples import Sample, Splits
 from train_fn.settings import SHOWN
@@ -87,7 +87,8 @@ class DataReport:
         if self.largest_group > LARGE_GROUP * self.num_images:
             lines.append(
                 f"{self.largest_group} of {self.num_images} images are one group of near-copies and stay in one part, "
-                f"so the parts may have other sizes than requested: lower --copies-distance (-1: no copies)"
+                f"so the parts may have other sizes than requested: raise --copies-correlation, or give "
+                f"--copies-distance -1 (no copies), if they are none"
             )
         lines += [
             f"{count} {name} images have a near-copy in another part" for name, count in self.leaked.items() if count
@@ -108,6 +109,7 @@ def make_splits(
     seed: int,
     contradictions: str = "keep",
     copies_distance: int = MAX_DISTANCE,
+    copies_correlation: float = MIN_CORRELATION,
     hash_cache: Path | None = None,
 ) -> tuple[Splits, DataReport, list[str]]:
     """Make the three parts, without near-copies across them.
@@ -117,7 +119,7 @@ def make_splits(
             between such parts are counted.
         contradictions: the treatment of near-copies with different answers to one question: "keep", "drop", or "train"
             (only there).
-        copies_distance: see `copies.copy_pairs`.
+        copies_distance, copies_correlation: see `copies.copy_pairs`.
         hash_cache: file with cached thumbnails. Not given: the user's cache.
 
     Returns:
@@ -129,7 +131,7 @@ def make_splits(
     index = {answer: number for number, answer in enumerate(candidates)}
     samples = [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in everything]
     paths, images = different_images(samples)
-    pairs = copy_pairs(paths, copies_distance, hash_cache)
+    pairs = copy_pairs(paths, copies_distance, hash_cache, copies_correlation)
     image_groups = copy_groups(len(paths), pairs)
     groups = image_groups[images]
     mixed = contradictory_groups(samples, images, pairs, image_groups)
@@ -234,12 +236,18 @@ def report_copies(
     )
 
 
-def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int = MAX_DISTANCE) -> list[Splits]:
+def fold_splits(
+    splits: Splits,
+    num_folds: int,
+    seed: int,
+    copies_distance: int = MAX_DISTANCE,
+    copies_correlation: float = MIN_CORRELATION,
+) -> list[Splits]:
     """Splits for cross-validation: training and validation images are divided into folds, near-copies together, and
     each fold is the validation part once. The test part stays."""
     samples = [*splits.train, *splits.validation]
     paths, images = different_images(samples)
-    groups = copy_groups(len(paths), copy_pairs(paths, copies_distance))[images]
+    groups = copy_groups(len(paths), copy_pairs(paths, copies_distance, None, copies_correlation))[images]
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
     folds = split_indices([sample.label for sample in samples], shares, seed, [int(group) for group in groups])
     chosen = [set(indices) for indices in folds.values()]

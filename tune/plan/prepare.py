@@ -75,6 +75,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         seed=data.split_seed,
         contradictions=data.contradictions,
         copies_distance=data.copies_distance,
+        copies_correlation=data.copies_correlation,
     )
     problems += check_model_type(settings.model.model)
     if not problems and not shipped(settings):
