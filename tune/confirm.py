@@ -7,7 +7,7 @@ from typing import Any
 
 from train_fn.data.splitting import fold_splits
 from train_fn.jobs import JobFailed, TrainJob
-from tune.plan.prepare import Study
+from tune.plan.prepare import Study, split_rules
 from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
@@ -38,8 +38,7 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     import ray
 
     settings = study.settings.study
-    data = study.settings.data
-    folds = fold_splits(study.splits, settings.folds, data.split_seed, data.copies_distance) if settings.folds else []
+    folds = fold_splits(study.splits, settings.folds, split_rules(study.settings.data)) if settings.folds else []
     left = confirmations_left(study, outcome)
     numbers = ", ".join(str(number) for number in dict.fromkeys(record.number for record, _ in left))
     if left:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs, leaking_samples
+from train_fn.data.copies import MAX_DISTANCE, MIN_CORRELATION, copy_groups, copy_pairs, leaking_samples
 from train_fn.data.samples import PARTS, Sample, Splits
 from train_fn.data.tasks import TaskRules, find_tasks
 from train_fn.settings import SHOWN
@@ -95,7 +95,8 @@ class DataReport:
         if self.largest_group > LARGE_GROUP * self.num_images:
             lines.append(
                 f"{self.largest_group} of {self.num_images} images are one group of near-copies and stay in one part, "
-                f"so the parts may have other sizes than requested: lower --copies-distance (-1: no copies)"
+                f"so the parts may have other sizes than requested: raise --copies-correlation, or give "
+                f"--copies-distance -1 (no copies), if they are none"
             )
         if self.num_groups:
             lines.append(
@@ -121,7 +122,8 @@ class SplitRules:
     contradictions: str = "keep"
     """Treatment of near-copies with different answers to one question: "keep", "drop", or "train" (only there)."""
     copies_distance: int = MAX_DISTANCE
-    """See `copies.copy_pairs`."""
+    """See `copies.copy_pairs`, as for `copies_correlation`."""
+    copies_correlation: float = MIN_CORRELATION
 
 
 def make_splits(
@@ -147,7 +149,7 @@ def make_splits(
     found = find_tasks([sample for part in sources for sample in part], tasks or TaskRules())
     samples, problems = found.samples, found.problems
     paths, uses = different_images(samples)
-    pairs = copy_pairs(paths, rules.copies_distance, hash_cache)
+    pairs = copy_pairs(paths, rules.copies_distance, hash_cache, rules.copies_correlation)
     links = Links.between(samples, uses, len(paths), pairs)
     mixed = contradictory_groups(samples, uses, pairs, links.of_sample)
     pool = range(len(sources[0]))
@@ -340,14 +342,16 @@ def report_copies(
     )
 
 
-def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int = MAX_DISTANCE) -> list[Splits]:
+def fold_splits(splits: Splits, num_folds: int, rules: SplitRules) -> list[Splits]:
     """Splits for cross-validation: training and validation samples are divided into folds, linked ones together, and
     each fold is the validation part once. The test part stays."""
     samples = [*splits.train, *splits.validation]
     paths, uses = different_images(samples)
-    links = Links.between(samples, uses, len(paths), copy_pairs(paths, copies_distance))
+    links = Links.between(
+        samples, uses, len(paths), copy_pairs(paths, rules.copies_distance, None, rules.copies_correlation)
+    )
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
-    folds = split_indices(strata_of(samples), shares, seed, links.of_sample.tolist())
+    folds = split_indices(strata_of(samples), shares, rules.seed, links.of_sample.tolist())
     chosen = [set(indices) for indices in folds.values()]
     return [
         replace(

@@ -94,6 +94,9 @@ class DataSettings:
     """Near-copies with different answers: keep them, drop them (in no part), or train on them only."""
     copies_distance: Annotated[int, Range(-1, 16)] = 8
     """Bits (of 64) in which the perceptual hashes of near-copies may differ. -1: no image is a copy of another."""
+    copies_correlation: Annotated[float, Range(0, 1)] = 0.65
+    """Correlation of two images with near hashes, without what they share with similar images, at which they are
+    near-copies. Higher: fewer; 1: equal images only."""
     max_image_pixels: Annotated[int, Range(1, 178_956_970)] = 50_000_000  # Pillow's own limit
     """Maximum pixels of an image, checked before it is decoded."""
     split_seed: Annotated[int, Range(0, MAX_SEED)] = 0

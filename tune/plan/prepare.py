@@ -228,6 +228,7 @@ def split_rules(data: DataSettings) -> SplitRules:
         seed=data.split_seed,
         contradictions=data.contradictions,
         copies_distance=data.copies_distance,
+        copies_correlation=data.copies_correlation,
     )
 
 

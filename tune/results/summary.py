@@ -53,8 +53,8 @@ class Summary:
 
     @cached_property
     def test_metrics(self) -> list[str]:
-        """The rows of a short table of test scores. Of several tasks: the plain names, and of each task its accuracy and
-        the score that its kind is known for."""
+        """The rows of a short table of test scores. Of several tasks: the plain names, and of each task its accuracy
+        and the score that its kind is known for."""
         names = dict.fromkeys(name for scores in self.study["test"].values() for name in scores)
         tasks = self.study.get("tasks", [])
         if len(tasks) < 2:
