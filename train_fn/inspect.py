@@ -19,17 +19,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
 from train_fn.data.formats import is_class_folder
-from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
+from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_facts, image_problems, image_size
 from train_fn.data.manifest import MAX_CANDIDATES, answer_set, asked_by_default, divide, read_manifest, shorten
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.rows import COLUMN
 from train_fn.data.samples import Sample, Splits
 from train_fn.data.splitting import LARGE_GROUP, DataReport, contradictory_groups, different_images, make_splits
 from train_fn.data.stored_images import stored_images_folder
+from train_fn.settings import FRAME, WINDOW, ImageOptions
 from train_fn.support.text import plain
 
 
@@ -51,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--contradictions", choices=("keep", "drop", "train"), default="keep", help="as in a study")
     parser.add_argument("--copies-distance", type=int, default=MAX_DISTANCE, help="as in a study; -1: no near-copies")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_PIXELS, help=f"as in a study [{MAX_PIXELS}]")
+    parser.add_argument("--window", default="auto", help="as in a study [auto]")
+    parser.add_argument("--frames", default="", help="as in a study")
     options = parser.parse_args(list(argv))
     if min(fractions := (options.val_fraction, options.test_fraction)) <= 0 or not sum(fractions) < 1:
         parser.error(f"--val-fraction and --test-fraction must be above 0 and below 1 together, but got {fractions}")
@@ -60,6 +61,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--copies-distance must be from -1 to 16, but got {options.copies_distance}")
     if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
         parser.error(f"--max-image-pixels must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
+    for name, rule in (("window", WINDOW), ("frames", FRAME)):
+        if (value := getattr(options, name)) and not rule.holds(value):
+            parser.error(f"--{name} must be {rule.words}, but got {value!r}")
     if options.busi and (options.image_root or not options.write):
         parser.error("--busi must be given with --write, and without --image-root: that is the BUSI folder")
     options.columns = tuple(part.strip() for part in options.columns.split(",") if part.strip())
@@ -154,7 +158,8 @@ def inspect(options: argparse.Namespace) -> int:
     parts, found = divide(parts, options.question)
     problems += found
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
-    bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr))
+    reading = ImageOptions(options.window or "auto", options.frames)
+    bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr), options=reading)
     problems += shorten(list(bad.values()))
     sound = {name: [e for e in entries or [] if e["image"] not in bad] for name, entries in parts.items()}
     entries = [entry for part in sound.values() for entry in part]
@@ -164,13 +169,14 @@ def inspect(options: argparse.Namespace) -> int:
             sound["data"], sound.get("val_data"), sound.get("test_data"),
             val_fraction=options.val_fraction, test_fraction=options.test_fraction,
             seed=options.split_seed, contradictions=options.contradictions, copies_distance=options.copies_distance,
+            options=reading,
         )  # fmt: skip
         problems += found
     console = Console(markup=False, emoji=False, highlight=False)  # a file may be called [red]
     if not console.is_terminal:
         console.width = 100
     if entries:
-        for title, columns, rows in tables(entries, root.resolve(), splits, report, options.copies_distance):
+        for title, columns, rows in tables(entries, root.resolve(), splits, report, options.copies_distance, reading):
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
@@ -187,7 +193,12 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def tables(
-    entries: list[dict[str, Any]], root: Path, splits: Splits | None, report: DataReport | None, copies_distance: int
+    entries: list[dict[str, Any]],
+    root: Path,
+    splits: Splits | None,
+    report: DataReport | None,
+    copies_distance: int,
+    reading: ImageOptions,
 ) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
     """Title, columns and rows of each table."""
     counts = {"all": Counter(entry["answer"] for entry in entries)}
@@ -203,9 +214,8 @@ def tables(
 
     sizes: dict[str, list[tuple[int, int]]] = {}
     for path in sorted({entry["image"] for entry in entries}):
-        with Image.open(path) as image:
-            kind = f"{image.format} {image.mode}"
-        sizes.setdefault(kind, []).append(image_size(path))
+        facts = image_facts(path)
+        sizes.setdefault(f"{facts.format} {facts.mode}", []).append(image_size(path, reading))
     rows = []
     for kind, seen in sorted(sizes.items()):
         spans = [f"{min(side)} / {median(side):g} / {max(side)}" for side in zip(*seen, strict=True)]
@@ -214,7 +224,7 @@ def tables(
 
     samples = [Sample(entry["image"], entry["text"], entry["answer"], -1) for entry in entries]
     paths, images = different_images(samples)
-    pairs = copy_pairs(paths, copies_distance)
+    pairs = copy_pairs(paths, copies_distance, options=reading)
     numbers = copy_groups(len(paths), pairs)
     members: dict[int, list[Sample]] = {}
     for group, sample in zip(numbers[images].tolist(), samples, strict=True):

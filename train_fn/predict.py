@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"`--max-image-pixels` must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
     question = options.question or task.question
     samples = [s for path in options.inputs for s in find_samples(path, options.image_root, question)]
-    faults = image_problems((sample.image for sample in samples), options.max_image_pixels)
+    images = (sample.image for sample in samples)
+    faults = image_problems(images, options.max_image_pixels, options=settings.image_options)
     if len(faults) == len({sample.image for sample in samples}):
         raise InputError("; ".join(shorten(list(faults.values()))))
     failed = 0

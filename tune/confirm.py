@@ -39,7 +39,10 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
 
     settings = study.settings.study
     data = study.settings.data
-    folds = fold_splits(study.splits, settings.folds, data.split_seed, data.copies_distance) if settings.folds else []
+    folds = []
+    if settings.folds:
+        options = study.settings.model.image_options
+        folds = fold_splits(study.splits, settings.folds, data.split_seed, data.copies_distance, options)
     left = confirmations_left(study, outcome)
     numbers = ", ".join(str(number) for number in dict.fromkeys(record.number for record, _ in left))
     if left:

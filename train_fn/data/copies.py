@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from train_fn.data.images import upright
+from train_fn.data.images import AS_USUAL, read_image
+from train_fn.settings import ImageOptions
 from train_fn.support.cache import cache_folder, read_cache, write_cache
 from train_fn.support.files import file_hash
 
@@ -43,15 +44,15 @@ MIN_CONTRAST = 3.0
 MAX_LEVELS = 3
 BLOCK = 2**26  # entries of the distance matrix held at once
 PAIRS_AT_ONCE = 20_000
-CACHE = "thumbnails-1.json"
+CACHE = "thumbnails-2.json"
 
 
 # ------------------------------------------------------------------------------------------------ thumbnails, hashes
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """Grey levels [32, 32] uint8 of the upright image."""
-    return np.asarray(upright(image).convert("L").resize((32, 32), Image.Resampling.LANCZOS))
+    """Grey levels [32, 32] uint8 of an upright image."""
+    return np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS))
 
 
 def perceptual_hashes(pixels: np.ndarray) -> np.ndarray:
@@ -76,17 +77,19 @@ def dct_matrix(size: int) -> np.ndarray:
 DCT = dct_matrix(32)[:8]
 
 
-def read_thumbnails(paths: Sequence[str], cache: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_thumbnails(
+    paths: Sequence[str], cache: Path | None = None, options: ImageOptions = AS_USUAL
+) -> tuple[np.ndarray, np.ndarray]:
     """Thumbnails [N, 32, 32] uint8 and the shorter side [N] of each image, from the cache where a file of the same
     content was seen before."""
     cache = cache or cache_folder() / CACHE
     cached = read_cache(cache)
 
     def one(path: str) -> tuple[str, list[Any]]:
-        content = file_hash(path)
+        content = file_hash(path) + ("" if options == AS_USUAL else f" {options}")
         if content not in cached:
-            with Image.open(path) as image:
-                return content, [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
+            image = read_image(path, options)
+            return content, [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
         return content, cached[content]
 
     with ThreadPoolExecutor(8) as pool:
@@ -101,16 +104,22 @@ def read_thumbnails(paths: Sequence[str], cache: Path | None = None) -> tuple[np
 # ------------------------------------------------------------------------------------------------ pairs
 
 
-def copy_pairs(paths: Sequence[str], max_distance: int = MAX_DISTANCE, cache: Path | None = None) -> np.ndarray:
+def copy_pairs(
+    paths: Sequence[str],
+    max_distance: int = MAX_DISTANCE,
+    cache: Path | None = None,
+    options: ImageOptions = AS_USUAL,
+) -> np.ndarray:
     """All pairs of near-copies among different images: indices [M, 2], the first below the second.
 
     Args:
         max_distance: bits in which the hashes of copies may differ; -1: no image counts as a copy.
         cache: file with cached thumbnails. Not given: the user's cache.
+        options: how images are read.
     """
     if max_distance < 0 or not paths:
         return np.empty((0, 2), dtype=np.int64)
-    pixels, sides = read_thumbnails(paths, cache)
+    pixels, sides = read_thumbnails(paths, cache, options)
     pairs = near_pairs(perceptual_hashes(pixels), max_distance)
     return pairs[confirmed(pixels, sides, pairs)]
 

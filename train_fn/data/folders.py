@@ -11,7 +11,8 @@ from train_fn.data.rows import PARTS
 from train_fn.data.tables import AS_CSV, MAX_ENTRIES, SUPPORTED, Records
 from train_fn.settings import SHOWN
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".dcm", ".jp2", ".j2k", ".ppm",
+                  ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".avif")  # fmt: skip
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 LEFT_BY_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data.formats import keys_of, read_records, read_rows
-from train_fn.data.images import MAX_PIXELS, image_problems
+from train_fn.data.images import AS_USUAL, MAX_PIXELS, image_problems
 from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, part
 from train_fn.data.tables import MAX_ENTRIES, Records
-from train_fn.settings import SHOWN
+from train_fn.settings import SHOWN, ImageOptions
 
 FIELDS: dict[str, Any] = {"image": str, "text": str, "answer": str, "label": (int, str)}
 MAX_CANDIDATES = 20  # more different answers are no closed set: such data is tuned on the loss
@@ -199,10 +199,13 @@ def shorten(problems: list[str], most: int = 20) -> list[str]:
 
 
 def unreadable_images(
-    paths: Iterable[str], max_pixels: int = MAX_PIXELS, log: Callable[[str], None] = lambda text: None
+    paths: Iterable[str],
+    max_pixels: int = MAX_PIXELS,
+    log: Callable[[str], None] = lambda text: None,
+    options: ImageOptions = AS_USUAL,
 ) -> list[str]:
     """The `image_problems`, shortened. `log` is called with lines of progress."""
-    return shorten(list(image_problems(paths, max_pixels, log).values()))
+    return shorten(list(image_problems(paths, max_pixels, log, options=options).values()))
 
 
 def plain_form(text: str) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs, leaking_samples
+from train_fn.data.images import AS_USUAL
 from train_fn.data.manifest import answer_set, plain_form
 from train_fn.data.samples import Sample, Splits
-from train_fn.settings import SHOWN
+from train_fn.settings import SHOWN, ImageOptions
 from train_fn.support.files import DamagedFile, read_json, write_json
 
 LARGE_GROUP = 0.1  # a group of near-copies with a larger share of the images makes the parts uneven
@@ -109,6 +110,7 @@ def make_splits(
     contradictions: str = "keep",
     copies_distance: int = MAX_DISTANCE,
     hash_cache: Path | None = None,
+    options: ImageOptions = AS_USUAL,
 ) -> tuple[Splits, DataReport, list[str]]:
     """Make the three parts, without near-copies across them.
 
@@ -119,6 +121,7 @@ def make_splits(
             (only there).
         copies_distance: see `copies.copy_pairs`.
         hash_cache: file with cached thumbnails. Not given: the user's cache.
+        options: how images are read.
 
     Returns:
         The parts, the report on near-copies, and every reason why the parts cannot be used.
@@ -129,7 +132,7 @@ def make_splits(
     index = {answer: number for number, answer in enumerate(candidates)}
     samples = [Sample(e["image"], e["text"], e["answer"], index.get(e["answer"], -1)) for e in everything]
     paths, images = different_images(samples)
-    pairs = copy_pairs(paths, copies_distance, hash_cache)
+    pairs = copy_pairs(paths, copies_distance, hash_cache, options)
     image_groups = copy_groups(len(paths), pairs)
     groups = image_groups[images]
     mixed = contradictory_groups(samples, images, pairs, image_groups)
@@ -234,12 +237,18 @@ def report_copies(
     )
 
 
-def fold_splits(splits: Splits, num_folds: int, seed: int, copies_distance: int = MAX_DISTANCE) -> list[Splits]:
+def fold_splits(
+    splits: Splits,
+    num_folds: int,
+    seed: int,
+    copies_distance: int = MAX_DISTANCE,
+    options: ImageOptions = AS_USUAL,
+) -> list[Splits]:
     """Splits for cross-validation: training and validation images are divided into folds, near-copies together, and
     each fold is the validation part once. The test part stays."""
     samples = [*splits.train, *splits.validation]
     paths, images = different_images(samples)
-    groups = copy_groups(len(paths), copy_pairs(paths, copies_distance))[images]
+    groups = copy_groups(len(paths), copy_pairs(paths, copies_distance, options=options))[images]
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
     folds = split_indices([sample.label for sample in samples], shares, seed, [int(group) for group in groups])
     chosen = [set(indices) for indices in folds.values()]

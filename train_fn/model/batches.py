@@ -23,7 +23,7 @@ from train_fn.support.profile import phase
 def num_patches(base: Base, image: str) -> int:
     """P, which is also the image's number of tokens in the prompt, from the size in the file's header."""
     if image not in base.patches:
-        width, height = image_size(image)
+        width, height = image_size(image, base.settings.image_options)
         processor = base.processor.image_processor
         base.patches[image] = processor.get_number_of_image_patches(height, width) // processor.merge_size**2
     return base.patches[image]
@@ -35,7 +35,7 @@ def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
     if base.counts_patches:
         return (num_patches(base, sample.image),)
     if sample.image not in base.sizes:
-        base.sizes[sample.image] = image_size(sample.image)
+        base.sizes[sample.image] = image_size(sample.image, base.settings.image_options)
     width, height = base.sizes[sample.image]
     return width * height, width, height
 
@@ -52,7 +52,8 @@ def image_features(base: Base, image: str) -> torch.Tensor:
     if cached is not None:
         return cached
     tower = base.model.get_submodule(base.vision_tower).eval()
-    pixels = base.processor.image_processor([read_image(image)], return_tensors="pt").to(base.device)
+    picture = read_image(image, base.settings.image_options)
+    pixels = base.processor.image_processor([picture], return_tensors="pt").to(base.device)
     with phase("encoder"):
         computed = tower(
             pixel_values=pixels["pixel_values"].to(base.model.dtype),
@@ -167,7 +168,8 @@ def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
     """The processor's output for one prompt: input_ids [1, S], pixel_values, and other inputs of the model."""
     text = prompt_text(base.processor, sample.text)
     begins = special_tokens(base.processor, text)
-    return dict(base.processor(images=[read_image(sample.image)], text=[text], return_tensors="pt", **begins))
+    pictures = [read_image(sample.image, base.settings.image_options)]
+    return dict(base.processor(images=pictures, text=[text], return_tensors="pt", **begins))
 
 
 def pad_and_join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

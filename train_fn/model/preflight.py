@@ -44,7 +44,8 @@ def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits)
     problems = text_problems(
         processor, [s.text for s in samples], [s.answer for s in samples], closed=bool(splits.candidates)
     )
-    images = [] if problems else processed_image_problems(processor, samples)  # images are processed with questions
+    # Images are processed with questions.
+    images = [] if problems else processed_image_problems(processor, samples, settings)
     return [*problems, *images, *skeleton_problems(settings, trial, processor)]
 
 
@@ -171,33 +172,60 @@ def rendering_problems(processor: Any, questions: Sequence[str], answers: Sequen
 # ------------------------------------------------------------------------------------------------ images
 
 
-def processed_image_problems(processor: Any, samples: Sequence[Sample]) -> list[str]:
-    """Images that the processor refuses. It gets the largest, the smallest and the most elongated, and after each that
-    it refuses the next in that order."""
+def processed_image_problems(processor: Any, samples: Sequence[Sample], settings: ModelSettings) -> list[str]:
+    """Images that the processor refuses.
+
+    Where the processor can count the patches of a size, it does so for every size among the images. Then it gets the
+    largest, the smallest and the most elongated image, and after each that it refuses the next in that order.
+    """
     from types import SimpleNamespace
 
     from train_fn.model.batches import process
 
-    base: Base = SimpleNamespace(processor=processor)  # type: ignore[assignment]  # `process` uses no other part
-    first = {sample.image: sample for sample in samples}
-    sizes = {image: image_size(image) for image in first}
-    problems: dict[str, str] = {}
-    orders: tuple[Callable[[str], float], ...] = (
-        lambda image: -sizes[image][0] * sizes[image][1],
-        lambda image: min(sizes[image]),
-        lambda image: -max(sizes[image]) / min(sizes[image]),
+    base: Base = SimpleNamespace(processor=processor, settings=settings)  # type: ignore[assignment]  # for `process`
+    by_size: dict[tuple[int, int], dict[str, Sample]] = {}
+    for sample in samples:
+        images = by_size.setdefault(image_size(sample.image, settings.image_options), {})
+        images.setdefault(sample.image, sample)
+
+    def refusal(size: tuple[int, int]) -> str:
+        try:
+            process(base, next(iter(by_size[size].values())))
+        except Exception as error:  # processors raise anything for images that they refuse
+            return one_line(error)
+        return ""
+
+    refused = uncountable_sizes(processor.image_processor, by_size)
+    if refused and not refusal(next(iter(refused))):  # it takes what it cannot count: then counting shows nothing
+        refused = {}
+    orders: tuple[Callable[[tuple[int, int]], float], ...] = (
+        lambda size: -size[0] * size[1],
+        lambda size: min(size),
+        lambda size: -max(size) / min(size),
     )
     for order in orders:
-        for image in sorted(first, key=order):
-            if image in problems:
-                continue
-            try:
-                process(base, first[image])
-                break
-            except Exception as error:  # processors raise anything for images that they refuse
-                width, height = sizes[image]
-                problems[image] = (
-                    f"image {Path(image)} ({width} x {height}) must be accepted by the model's processor, but that "
-                    f"raises {one_line(error)}: change it or take its entry out"
-                )
-    return shorten(list(problems.values()))
+        for size in sorted(by_size, key=order):
+            if size not in refused:
+                if not (error := refusal(size)):
+                    break
+                refused[size] = error
+    return shorten([
+        f"image {Path(image)} ({size[0]} x {size[1]}) must be accepted by the model's processor, but that raises "
+        f"{error}: change it or take its entry out"
+        for size, error in refused.items()
+        for image in by_size[size]
+    ])  # fmt: skip
+
+
+def uncountable_sizes(image_processor: Any, sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    """The error for each size (width, height) whose patches the processor, if it can count, cannot count."""
+    errors: dict[tuple[int, int], str] = {}
+    if not (count := getattr(image_processor, "get_number_of_image_patches", None)):
+        return errors
+    for width, height in sizes:
+        try:
+            if count(height, width) < 1:
+                errors[width, height] = "ValueError: the image has no patches"
+        except Exception as error:  # as for `process`
+            errors[width, height] = one_line(error)
+    return errors

@@ -78,7 +78,7 @@ def measure(
 
     base = skeleton(settings, torch.bfloat16 if on_gpu else torch.float32)
     text = base.model.config.get_text_config()
-    sides = {sample: image_size(sample.image) for sample in samples}
+    sides = {sample: image_size(sample.image, settings.image_options) for sample in samples}
     largest = {max(sides, key=lambda s: measured(sides[s])) for measured in (math.prod, min, max)}
     question = max((sample.text for sample in samples), key=len)
     prompts = [process(base, dataclasses.replace(sample, text=question))["input_ids"].shape[1] for sample in largest]

@@ -75,6 +75,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         seed=data.split_seed,
         contradictions=data.contradictions,
         copies_distance=data.copies_distance,
+        options=settings.model.image_options,
     )
     problems += check_model_type(settings.model.model)
     if not problems and not shipped(settings):
@@ -136,7 +137,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
         raise SettingsError([f"the study's files must be whole, but {error}"]) from error
     problems = check_journal(directory, journal)
     images = [sample.image for sample in (*splits.train, *splits.validation, *splits.test)]
-    problems += unreadable_images(images, settings.data.max_image_pixels)
+    problems += unreadable_images(images, settings.data.max_image_pixels, options=settings.model.image_options)
     if problems:
         raise SettingsError(problems)
     base = resolve_model(settings.model.model)
@@ -194,7 +195,7 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, 
     images = [entry["image"] for entries in parts.values() for entry in entries or []]
     if images:
         say(f"Checking {len(images)} images")
-    problems += unreadable_images(images, data.max_image_pixels, say)
+    problems += unreadable_images(images, data.max_image_pixels, say, settings.model.image_options)
     if problems:
         raise SettingsError(problems)
     return parts
