@@ -35,7 +35,8 @@ def dicom(path: Path, pixels: np.ndarray = STORED, syntax: str = ExplicitVRLittl
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, SecondaryCaptureImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
-    data = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    little = syntax != ExplicitVRBigEndian
+    data = FileDataset(str(path), {}, bytes(128), meta, syntax == ImplicitVRLittleEndian, little)
     colours = pixels.ndim > 2 and pixels.shape[-1] == 3
     frames = pixels.ndim - 2 - colours
     bits = pixels.dtype.itemsize * 8
@@ -84,8 +85,8 @@ WINDOWS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "a threshold": ({"WindowCenter": 2000, "WindowWidth": 1}, [0, 0, 255, 255, 255]),
     "a width of 0": ({"WindowCenter": 2000, "WindowWidth": 0}, [0, 64, 128, 191, 255]),
     "of rescaled values": (
-        {"WindowCenter": 40.5, "WindowWidth": 401, "RescaleSlope": 0.1, "RescaleIntercept": -60},
-        [64, 128, 191, 255, 255],
+        {"WindowCenter": 40.5, "WindowWidth": 1001, "RescaleSlope": 0.5, "RescaleIntercept": -960},
+        [0, 0, 128, 255, 255],
     ),
     "inverted": ({"PhotometricInterpretation": "MONOCHROME1"}, [255, 191, 127, 64, 0]),
 }
@@ -193,11 +194,8 @@ def test_the_frame_is_chosen(tmp_path) -> None:
     said: list[str] = []
     assert image_problems([path], log=said.append, options=ImageOptions(frames="middle")) == {}
     assert said == ["Using frame middle of 1 images that hold several, of 1 in all"]
-    assert (
-        levels(path, ImageOptions(frames="middle"))
-        == levels(path, ImageOptions(frames="2"))[:]
-        == [255, 191, 128, 64, 0]
-    )
+    for choice in ("middle", "2"):
+        assert levels(path, ImageOptions(frames=choice)) == [255, 191, 128, 64, 0]
     assert levels(path, ImageOptions(frames="first")) == [0, 64, 128, 191, 255]
     (problem,) = image_problems([path]).values()
     assert "several frames or pages (3): choose one with --frames" in problem
@@ -209,9 +207,9 @@ def test_the_frame_is_chosen(tmp_path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "huge sides": ({"Rows": 65535, "Columns": 65535}, ["at most 50,000,000 pixels, but has 65535 x 65535"]),
-    "more rows than its pixels": ({"Rows": 400}, ["must be decodable", "pixel data"]),
+    "more rows than its pixels": ({"Rows": 400}, ["must be decodable"]),
     "many frames": ({"NumberOfFrames": 2_000_000_000}, ["2,000,000,000"]),
-    "pixels cut off": ({"PixelData": STORED.tobytes()[:-8]}, ["must be decodable", "pixel data"]),
+    "pixels cut off": ({"PixelData": STORED.tobytes()[:-8]}, ["must be decodable"]),
     "no pixels": ({"PixelData": None}, ["must be decodable"]),
     "no rows": ({"Rows": None}, ["5 x None", "take its entry out"]),
     "a report": ({"PhotometricInterpretation": None, "Rows": None}, ["must hold a grey or colour picture"]),
