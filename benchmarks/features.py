@@ -86,7 +86,7 @@ def measure_preparation(image_tokens: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from train_fn.data.images import AS_USUAL, read_image
+    from train_fn.data.images import read_image
     from train_fn.model.features import FeatureStore
     from train_fn.model.hulumed import HulumedImageProcessor
 
@@ -99,7 +99,7 @@ def measure_preparation(image_tokens: int) -> None:
         store.keep(image, torch.zeros(image_tokens, 1152, dtype=torch.bfloat16))
         ends = [time.process_time()]
         for _ in range(10):
-            processor([read_image(image, AS_USUAL)], return_tensors="pt")
+            processor([read_image(image)], return_tensors="pt")
         ends.append(time.process_time())
         for _ in range(10):
             torch.cat([store.find(image, (image_tokens, 1152))])

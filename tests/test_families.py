@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from train_fn.data.images import AS_USUAL, read_image
+from train_fn.data.images import read_image
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.samples import Sample
 from train_fn.model.base import Base, load_base
@@ -428,7 +428,7 @@ def expected_names(base: Base, settings: TrialSettings) -> set[str]:
 @torch.no_grad()
 def own_logits(base: Base, sample: Sample, tail: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own logits [S, V] and the token ids [S] of a whole conversation, prepared by the processor alone."""
-    image = {"type": "image", "image": read_image(sample.image, AS_USUAL)}
+    image = {"type": "image", "image": read_image(sample.image)}
     turn = {"role": "user", "content": [image, {"type": "text", "text": sample.text}]}
     prompt = base.processor.apply_chat_template([turn], add_generation_prompt=True)
     begun = bool(base.processor.tokenizer.bos_token) and prompt.startswith(base.processor.tokenizer.bos_token)
@@ -551,7 +551,7 @@ def test_candidate_scores_equal_a_full_forward_pass(base, family, few, unlike) -
 
 def test_the_prompt_is_the_processors_own(base, unlike) -> None:
     for sample in unlike:
-        image = {"type": "image", "image": read_image(sample.image, AS_USUAL)}
+        image = {"type": "image", "image": read_image(sample.image)}
         turn = {"role": "user", "content": [image, {"type": "text", "text": sample.text}]}
         theirs = base.processor.apply_chat_template(
             [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import struct
 import time
@@ -17,6 +19,7 @@ from train_fn.data.copies import read_thumbnails
 from train_fn.data.images import AS_USUAL, image_facts, image_problems, image_size, read_image
 from train_fn.settings import ImageOptions
 
+ROOT = Path(__file__).parents[1]
 PIXELS = np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)  # not square, so that a turn shows
 KINDS = {"jpg": {"quality": 95}, "png": {}, "webp": {"lossless": True}, "tif": {}}
 
@@ -71,6 +74,27 @@ def test_the_size_of_a_png_is_read_without_decoding_it(tmp_path, monkeypatch) ->
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda *args: pytest.fail("decoded"))
     assert image_size(str(tmp_path / "a.png"), AS_USUAL) == (50, 30)
+
+
+def test_no_reader_forgets_the_options() -> None:
+    """The defaults are for people: a study, an adapter and `inspect` have options of their own."""
+    from train_fn.data import copies, images, manifest, splitting
+
+    names = {
+        images: ("read_image", "image_size", "image_problems"),
+        copies: ("read_thumbnails", "copy_pairs"),
+        splitting: ("make_splits", "fold_splits"),
+        manifest: ("unreadable_images",),
+    }
+    signatures = {n: inspect.signature(getattr(module, n)) for module, its in names.items() for n in its}
+    called = []
+    for file in [*(ROOT / "train_fn").rglob("*.py"), *(ROOT / "tune").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and (name := ast.unparse(node.func).split(".")[-1]) in signatures:
+                given = signatures[name].bind_partial(*node.args, **{str(k.arg): k.value for k in node.keywords})
+                assert "options" in given.arguments, f"{file}:{node.lineno}: {ast.unparse(node)}"
+                called.append(name)
+    assert set(called) == set(signatures)
 
 
 def test_a_turned_copy_is_the_same_picture(tmp_path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train_fn.data.images import AS_USUAL, read_image
+from train_fn.data.images import read_image
 from train_fn.data.samples import Sample, Splits
 from train_fn.jobs import EpochReport
 from train_fn.model.base import load_base
@@ -201,7 +201,7 @@ def test_the_path_never_reaches_the_model(base, splits, tmp_path) -> None:
 def test_the_batch_gives_the_models_own_logits(base, splits) -> None:
     samples = splits.validation[:4]
     batch = base.processor(
-        images=[read_image(samples[0].image, AS_USUAL)],
+        images=[read_image(samples[0].image)],
         text=[base.processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": samples[0].text}]}],
             add_generation_prompt=True)],
@@ -254,7 +254,7 @@ import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 from pathlib import Path
-from train_fn.data.images import AS_USUAL, read_image
+from train_fn.data.images import read_image
 from train_fn.model.checkpoint import resolve_model
 from train_fn.model.processors import load_processor
 base = AutoModelForImageTextToText.from_pretrained(resolve_model("nano"), dtype=torch.float32)
@@ -265,8 +265,7 @@ for image in {[s.image for s in samples]!r}:
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
     row = []
     for answer in {list(splits.candidates)!r}:
-        images, text = [read_image(image, AS_USUAL)], [prompt + answer + "<|im_end|>"]
-        inputs = processor(images=images, text=text, return_tensors="pt")
+        inputs = processor(images=[read_image(image)], text=[prompt + answer + "<|im_end|>"], return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0].log_softmax(-1)
         ids = inputs["input_ids"][0]

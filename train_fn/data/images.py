@@ -61,7 +61,7 @@ class ImageFacts:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_image(path: str, options: ImageOptions) -> Image.Image:
+def read_image(path: str, options: ImageOptions = AS_USUAL) -> Image.Image:
     """The decoded image as RGB, upright.
 
     Raises:
@@ -143,7 +143,7 @@ def on_white(image: Image.Image) -> Image.Image:
 # ------------------------------------------------------------------------------------------------ headers
 
 
-def image_size(path: str, options: ImageOptions) -> tuple[int, int]:
+def image_size(path: str, options: ImageOptions = AS_USUAL) -> tuple[int, int]:
     """Width and height in pixels of the upright image, from the file's header."""
     if is_dicom(path):
         return read_header(path).size
