@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     MPEG2MPML,
     DeflatedExplicitVRLittleEndian,
@@ -17,6 +20,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
@@ -56,6 +60,13 @@ def dicom(path: Path, pixels: np.ndarray = STORED, syntax: str = ExplicitVRLittl
         data.compress(RLELossless)
     data.save_as(path, enforce_file_format=True)
     return str(path)
+
+
+def encoded(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    """The pixels as an image file in one of Pillow's formats."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, kind, **options)
+    return content.getvalue()
 
 
 def levels(path: str, options: ImageOptions = AS_USUAL) -> list[int]:
@@ -150,14 +161,8 @@ def test_transfer_syntaxes(tmp_path, syntax) -> None:
 
 
 def test_jpeg_2000_inside(tmp_path) -> None:
-    import io
-
-    from PIL import Image
-    from pydicom.encaps import encapsulate
-
-    content = io.BytesIO()
-    Image.fromarray(STORED).save(content, "JPEG2000", no_jp2=True)
-    path = dicom(tmp_path / "a", syntax=JPEG2000Lossless, PixelData=encapsulate([content.getvalue()]), BitsStored=16)
+    inside = encapsulate([encoded(STORED, "JPEG2000", no_jp2=True)])
+    path = dicom(tmp_path / "a", syntax=JPEG2000Lossless, PixelData=inside, BitsStored=16)
     assert levels(path) == [0, 64, 128, 191, 255]
 
 
@@ -177,6 +182,24 @@ def test_colours(tmp_path) -> None:
     assert "--window" in problem and "YBR_FULL" in problem
 
 
+@pytest.mark.parametrize(
+    ("syntax", "kind", "form", "tolerance"),
+    [
+        (JPEGBaseline8Bit, "JPEG", "YBR_FULL_422", 1),
+        (JPEG2000Lossless, "JPEG2000", "YBR_RCT", 0),
+        (JPEG2000Lossless, "JPEG2000", "RGB", 0),
+    ],
+)
+def test_compressed_colours(tmp_path, syntax, kind, form, tolerance) -> None:
+    rows, columns = np.mgrid[:64, :64]
+    pixels = np.stack([columns * 4, rows * 4, 255 - columns * 4], -1).astype(np.uint8)
+    options = {"quality": 95} if kind == "JPEG" else {"no_jp2": True, "mct": form == "YBR_RCT"}
+    inside = encapsulate([encoded(pixels, kind, **options)])
+    path = dicom(tmp_path / "a", pixels, syntax, PixelData=inside, PhotometricInterpretation=form, BitsStored=8)
+    assert image_problems([path]) == {}
+    assert np.abs(np.asarray(read_image(path)).astype(int) - pixels).mean() <= tolerance
+
+
 def test_a_palette(tmp_path) -> None:
     tables = {
         f"{name}PaletteColorLookupTable{part}": value
@@ -193,7 +216,7 @@ def test_the_frame_is_chosen(tmp_path) -> None:
     assert image_facts(path) == ImageFacts("DICOM", "MONOCHROME2 12 bit", (5, 4), False, 3)
     said: list[str] = []
     assert image_problems([path], log=said.append, options=ImageOptions(frames="middle")) == {}
-    assert said == ["Using frame middle of 1 images that hold several, of 1 in all"]
+    assert said == ["Using frame middle of each of the 1 images that hold several"]
     for choice in ("middle", "2"):
         assert levels(path, ImageOptions(frames=choice)) == [255, 191, 128, 64, 0]
     assert levels(path, ImageOptions(frames="first")) == [0, 64, 128, 191, 255]
@@ -223,8 +246,6 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 def compressed(elements: dict[str, Any]) -> dict[str, Any]:
     """With pixels that a compressed transfer syntax can hold."""
-    from pydicom.encaps import encapsulate
-
     if elements.get("syntax") in (JPEGLosslessSV1, JPEGLSLossless, MPEG2MPML):
         return elements | {"PixelData": encapsulate([b"\xff\xd8\xff\xd9"])}
     return elements
@@ -252,14 +273,8 @@ def test_damaged_bytes_are_no_traceback(tmp_path) -> None:
 
 
 def test_a_frame_inside_that_is_larger_than_the_header_says(tmp_path) -> None:
-    import io
-
-    from PIL import Image
-    from pydicom.encaps import encapsulate
-
-    content = io.BytesIO()
-    Image.fromarray(np.zeros((900, 900), np.uint16)).save(content, "JPEG2000", no_jp2=True)
-    path = dicom(tmp_path / "a", syntax=JPEG2000Lossless, PixelData=encapsulate([content.getvalue()]), BitsStored=16)
+    inside = encapsulate([encoded(np.zeros((900, 900), np.uint16), "JPEG2000", no_jp2=True)])
+    path = dicom(tmp_path / "a", syntax=JPEG2000Lossless, PixelData=inside, BitsStored=16)
     (problem,) = image_problems([path]).values()
     assert "must be decodable" in problem
 
@@ -280,6 +295,8 @@ def test_bytes_and_folders_of_dicom(tmp_path) -> None:
 
     (tmp_path / "normal").mkdir()
     path = dicom(tmp_path / "normal" / "a.dcm")
+    dicom(tmp_path / "normal" / "IM00001")
+    dicom(tmp_path / "normal" / "1.2.840.1")
     assert store_image(Path(path).read_bytes()).suffix == ".dcm"
     records, problems = read_class_folders(tmp_path)
-    assert len(records) == 1 and not problems and pydicom.dcmread(path).Rows == 4
+    assert len(records) == 3 and not problems and pydicom.dcmread(path).Rows == 4

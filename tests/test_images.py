@@ -321,7 +321,7 @@ def test_the_frame_is_chosen(tmp_path) -> None:
     said: list[str] = []
     everything = [*paths, str(tmp_path / "single.png")]
     assert image_problems(everything, log=said.append, options=ImageOptions(frames="3")) == {}
-    assert said == ["Using frame 3 of 3 images that hold several, of 4 in all"]
+    assert said == ["Using frame 3 of each of the 3 images that hold several"]
     problems = image_problems(everything, options=ImageOptions(frames="5"))
     assert problems.keys() == set(paths) and all("must have frame 5" in text for text in problems.values())
 

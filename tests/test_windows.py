@@ -101,7 +101,7 @@ def test_a_study_reads_them_so(scans, tmp_path) -> None:
         prepare(parse(argv), print)
     said: list[str] = []
     study = prepare(parse([*argv, "--frames", "2"]), said.append)
-    assert "Using frame 2 of 24 images that hold several, of 24 in all" in said
+    assert "Using frame 2 of each of the 24 images that hold several" in said
     assert study.settings.model.image_options == ImageOptions("0,5000", "2")
     assert study.plan["settings"]["model"]["window"] == "0,5000"
 

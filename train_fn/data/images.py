@@ -199,7 +199,8 @@ def image_problems(
     """
     different = sorted(set(paths))
     started, one_large = time.monotonic(), threading.Lock()
-    by_header, of_several = [0], [0]
+    by_header: list[str] = []
+    of_several: list[str] = []
 
     def check(path: str) -> str:
         if not os.path.isfile(path):  # reading a pipe or a device could block for ever
@@ -221,8 +222,8 @@ def image_problems(
             size, frames = header.size, header.frames
             problem = header_problem(size, header.kind.startswith("MONO"), header.kind, frames, max_pixels, options)
             if not problem:
-                of_several[0] += frames > 1
-                within_limits(size, lambda: read_image(path, options))
+                note(path, frames)
+                within_limits(path, size, lambda: read_image(path, options))
             return problem
         with open_image(path) as image:
             for _ in range(2):  # the header of the file, then that of the frame
@@ -232,13 +233,17 @@ def image_problems(
                     break
                 seek_frame(image, options)
             if not problem:
-                of_several[0] += frames > 1
-                within_limits(image.size, lambda: decode(image, options))
+                note(path, frames)
+                within_limits(path, image.size, lambda: decode(image, options))
             return problem
 
-    def within_limits(size: tuple[int, int], decoding: Callable[[], object]) -> None:
+    def note(path: str, frames: int) -> None:
+        if frames > 1:
+            of_several.append(path)
+
+    def within_limits(path: str, size: tuple[int, int], decoding: Callable[[], object]) -> None:
         if time.monotonic() - started > max_seconds:
-            by_header[0] += 1
+            by_header.append(path)
         elif size[0] * size[1] < LARGE:
             decoding()
         else:
@@ -255,10 +260,10 @@ def image_problems(
             if time.monotonic() - logged > PROGRESS_S:
                 logged = time.monotonic()
                 log(f"Checked {number:,} of {len(different):,} images")
-    if by_header[0]:
-        log(f"Checked {by_header[0]:,} of {len(different):,} images by their headers only, after {max_seconds:.0f} s")
-    if of_several[0]:
-        log(f"Using frame {options.frames} of {of_several[0]:,} images that hold several, of {len(different):,} in all")
+    if by_header:
+        log(f"Checked {len(by_header):,} of {len(different):,} images by their headers only, after {max_seconds:.0f} s")
+    if of_several:
+        log(f"Using frame {options.frames} of each of the {len(of_several):,} images that hold several")
     return problems
 
 
