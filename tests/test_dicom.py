@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels import get_decoder
 from pydicom.uid import (
     MPEG2MPML,
     DeflatedExplicitVRLittleEndian,
@@ -254,6 +255,8 @@ def compressed(elements: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(("elements", "words"), REFUSED.values(), ids=REFUSED)
 def test_refused_with_its_name(tmp_path, elements, words) -> None:
     path = dicom(tmp_path / "scan", **compressed(elements))
+    if "pip install" in " ".join(words) and get_decoder(elements["syntax"]).is_available:
+        pytest.skip("a decoder that is no requirement is installed")
     (problem,) = image_problems([path]).values()
     assert path in problem and all(word in problem for word in words), problem
 
