@@ -60,7 +60,7 @@ def fill(rank: int, settings: ModelSettings, images: Sequence[str], cache_home: 
 
 def key(base: Base) -> str:
     tower, config = base.model.get_submodule(base.vision_tower), base.model.config.vision_config
-    return features_key(tower, config, base.processor.image_processor, base.device)
+    return features_key(tower, config, base.processor.image_processor, base.device, base.settings.image_options)
 
 
 def tower_calls(base: Base) -> list[int]:

@@ -591,7 +591,7 @@ def test_a_folder_of_parts(classes: Path, tmp_path: Path) -> None:
     [
         ("loose.png", "must hold its images in folders of classes, but 'loose.png' lies beside them"),
         ("empty/", "class folder empty/ must hold images"),
-        ("normal/4.dcm", "class folder normal/ must hold images only, but has 1x .dcm"),
+        ("normal/4.psd", "class folder normal/ must hold images only, but has 1x .psd"),
         ("normal/3_mask.png", "class folder normal/ must hold no masks, but has '3_mask.png' (1 masks)"),
         ("normal/train/3.png", "must have parts above the classes, but has train/ in normal/"),
     ],

@@ -123,7 +123,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text named .png": (written("text.png", b"no image"), "must be decodable: cannot identify"),
     "empty file": (written("empty.png", b""), "must be decodable: cannot identify"),
     "PostScript, a program": (written("eps.png", POSTSCRIPT), "must be decodable: cannot identify"),
-    "16 bits, of which Pillow keeps only white": (sixteen_bits, "must have 8 bits a channel"),
+    "16 bits, which are read by a window": (sixteen_bits, ""),
 }
 
 

@@ -227,6 +227,39 @@ def test_images_that_the_processor_refuses_are_found_among_those_it_takes(tmp_pa
     assert all("accepted by the model's processor" in problem and "aspect ratio" in problem for problem in problems)
 
 
+def test_every_size_is_counted_once(tmp_path, monkeypatch) -> None:
+    """An image of a usual shape that the processor's arithmetic refuses, and its refusal when it is processed."""
+    import transformers.models.video_llama_3.image_processing_pil_video_llama_3 as processing
+
+    plain, counted = processing.smart_resize, []
+
+    def smart_resize(height: int, width: int, *args: Any, **options: Any) -> Any:
+        counted.append((width, height))
+        if (width, height) == (300, 200):
+            raise ValueError("no multiple of anything")
+        return plain(height, width, *args, **options)
+
+    monkeypatch.setattr(processing, "smart_resize", smart_resize)
+    splits, more = splits_of(tmp_path), []
+    for number, size in enumerate([(300, 200), (900, 500), (60, 50), (300, 200), *[(310, 210)] * 20]):
+        Image.new("L", size, 90).save(tmp_path / f"more{number}.png")
+        more.append(Sample(str(tmp_path / f"more{number}.png"), QUESTION, CLASSES[0], 0))
+    problems = problems_of(replace(splits, test=(*splits.test, *more)))
+    assert [Path(problem.split()[1]).name for problem in problems] == ["more0.png", "more3.png"]
+    assert all("(300 x 200)" in text and "no multiple of anything" in text for text in problems)
+    assert counted.count((310, 210)) == 1
+
+
+def test_a_size_that_cannot_be_counted_but_is_processed_is_no_problem(tmp_path, monkeypatch) -> None:
+    from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
+
+    def broken(self: Any, height: int, width: int, images_kwargs: Any) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(VideoLlama3ImageProcessorPil, "get_number_of_image_patches", broken)
+    assert problems_of(splits_of(tmp_path)) == []
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [

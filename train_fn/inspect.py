@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
 from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
@@ -59,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--contradictions", choices=("keep", "drop", "train"), default="keep", help="as in a study")
     parser.add_argument("--copies-distance", type=int, default=MAX_DISTANCE, help="as in a study; -1: no near-copies")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_PIXELS, help=f"as in a study [{MAX_PIXELS}]")
+    parser.add_argument("--window", default="auto", help="as in a study [auto]")
+    parser.add_argument("--frames", default="", help="as in a study")
     options = parser.parse_args(list(argv))
     if min(fractions := (options.val_fraction, options.test_fraction)) <= 0 or not sum(fractions) < 1:
         parser.error(f"--val-fraction and --test-fraction must be above 0 and below 1 together, but got {fractions}")
@@ -68,6 +68,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--copies-distance must be from -1 to 16, but got {options.copies_distance}")
     if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
         parser.error(f"--max-image-pixels must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
+    for name, rule in (("window", WINDOW), ("frames", FRAME)):
+        if (value := getattr(options, name)) and not rule.holds(value):
+            parser.error(f"--{name} must be {rule.words}, but got {value!r}")
     if options.busi and (options.image_root or not options.write):
         parser.error("--busi must be given with --write, and without --image-root: that is the BUSI folder")
     options.columns = tuple(part.strip() for part in options.columns.split(",") if part.strip())

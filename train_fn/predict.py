@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train_fn.data.folders import DATA_SUFFIXES, IMAGE_SUFFIXES
+from train_fn.data.folders import DATA_SUFFIXES, IMAGE_SUFFIXES, is_image
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
 from train_fn.data.manifest import read_manifest
 from train_fn.data.samples import Sample
@@ -90,7 +90,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"`--max-image-pixels` must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
     question = options.question or task.question
     samples = [s for path in options.inputs for s in find_samples(path, options.image_root, question)]
-    faults = image_problems((sample.image for sample in samples), options.max_image_pixels)
+    images = (sample.image for sample in samples)
+    faults = image_problems(images, options.max_image_pixels, options=settings.image_options)
     if len(faults) == len({sample.image for sample in samples}):
         raise InputError("; ".join(shorten(list(faults.values()))))
     failed = 0
@@ -107,7 +108,7 @@ def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sam
     """The images of a path: one image, all images of a folder, or those of a manifest with their own questions."""
     if path.is_dir():
         # For `x.png` on a foreign disk, macOS writes a file `._x.png` with its notes.
-        files = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("._"))
+        files = (p for p in path.rglob("*") if is_image(p) and not p.name.startswith("._"))
         images = sorted(files)
         if not images:
             raise InputError(f"folder {path} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none")

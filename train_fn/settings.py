@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import reprlib
 import typing
@@ -86,6 +87,19 @@ PATH = TextRule(
     "a path of at most 3,000 bytes, each part of at most 255",
     lambda text: len(text.encode()) <= 3000 and all(len(part.encode()) <= 255 for part in text.split("/")),
 )
+
+
+def is_window(text: str) -> bool:
+    """Whether a text is "auto" or two numbers in rising order."""
+    try:
+        low, high = (-1.0, 1.0) if text == "auto" else map(float, text.split(","))
+    except ValueError:
+        return False
+    return low < high and math.isfinite(high - low)
+
+
+WINDOW = TextRule("auto, or two numbers in rising order, such as -160,240", is_window)
+FRAME = matching(r"first|middle|[1-9]\d{0,5}", "first, middle, or the number of a frame (the first is 1)")
 
 
 @functools.cache
@@ -257,6 +271,22 @@ class TrialSettings:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class ImageOptions:
+    """How image files become pictures; see the fields of these names in `ModelSettings`."""
+
+    window: str = "auto"
+    frames: str = ""
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The values of a grey image that become black and white; None: they follow from each image."""
+        if self.window == "auto":
+            return None
+        low, high = map(float, self.window.split(","))
+        return low, high
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The frozen base that all trials of a study share."""
@@ -284,6 +314,13 @@ class ModelSettings:
     """Images in one forward pass of an evaluation."""
     max_image_tokens: Annotated[int, Range(0, 10**6)] = 0
     """Maximum tokens of one image; larger images are scaled down. 0: the model's own limit."""
+    window: Annotated[str, WINDOW] = "auto"
+    """LOW,HIGH: the values that become black and white in grey images of more than 8 bits, as stored; for DICOM as
+    rescaled (Hounsfield units of a CT). auto: DICOM's own window, else each image's range without its darkest and
+    brightest 0.1%. The window belongs to the adapter, which needs images of the same kind."""
+    frames: Annotated[str, FRAME] = ""
+    """The frame or page that is used of files with several (DICOM, TIFF, GIF, ...): first, middle, or its number from
+    1. Not given: such files are refused."""
     upright_images: bool = False
     """Hulu-Med only: keep an image's shape. Its weights were trained on images whose height and width the original
     implementation swaps when it resizes, which is the default here."""
@@ -296,3 +333,8 @@ class ModelSettings:
     def base_dtype(self) -> str:
         """The number format, from `dtype` or the guide's names for it."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """How the images of this base are read, in training and in use."""
+        return ImageOptions(self.window, self.frames)

@@ -62,8 +62,8 @@ SHEET_COLUMNS, SHEET_SIDE, CAPTION = 6, 160, 14  # pixels of a contact sheet
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """Grey levels [32, 32] uint8 of the upright image."""
-    return np.asarray(upright(image).convert("L").resize((32, 32), Image.Resampling.LANCZOS))
+    """Grey levels [32, 32] uint8 of an upright image."""
+    return np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS))
 
 
 def perceptual_hashes(pixels: np.ndarray) -> np.ndarray:
@@ -88,17 +88,19 @@ def dct_matrix(size: int) -> np.ndarray:
 DCT = dct_matrix(32)[:8]
 
 
-def read_thumbnails(paths: Sequence[str], cache: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_thumbnails(
+    paths: Sequence[str], cache: Path | None = None, options: ImageOptions = AS_USUAL
+) -> tuple[np.ndarray, np.ndarray]:
     """Thumbnails [N, 32, 32] uint8 and the shorter side [N] of each image, from the cache where a file of the same
     content was seen before."""
     cache = cache or cache_folder() / CACHE
     cached = read_cache(cache)
 
     def one(path: str) -> tuple[str, list[Any]]:
-        content = file_hash(path)
+        content = file_hash(path) + ("" if options == AS_USUAL else f" {options}")
         if content not in cached:
-            with Image.open(path) as image:
-                return content, [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
+            image = read_image(path, options)
+            return content, [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
         return content, cached[content]
 
     with ThreadPoolExecutor(8) as pool:
@@ -130,7 +132,7 @@ def copy_pairs(
     """
     if max_distance < 0 or not paths:
         return np.empty((0, 2), dtype=np.int64)
-    pixels, sides = read_thumbnails(paths, cache)
+    pixels, sides = read_thumbnails(paths, cache, options)
     pairs = near_pairs(perceptual_hashes(pixels), max_distance)
     return pairs[confirmed(pixels, sides, pairs, min_correlation)]
 

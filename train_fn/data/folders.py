@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from train_fn.data.dicom import is_dicom
 from train_fn.data.rows import PARTS
 from train_fn.data.tables import AS_CSV, MAX_ENTRIES, SUPPORTED, Records
 from train_fn.settings import SHOWN
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".dcm", ".jp2", ".j2k", ".ppm",
+                  ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".avif")  # fmt: skip
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 LEFT_BY_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
 
@@ -48,12 +50,20 @@ def visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in LEFT_BY_SYSTEMS)
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file has an image's suffix, or is DICOM, whose files often have none."""
+    try:
+        return path.suffix.lower() in IMAGE_SUFFIXES or (path.is_file() and is_dicom(str(path)))
+    except OSError:
+        return False
+
+
 def read_classes(top: Path, folder: Path, split: str) -> tuple[Records, list[str]]:
     """The records of the class folders in a folder. `top` is the folder that messages name paths from."""
     records: Records = []
     problems = []
     inside = visible(folder)
-    if loose := [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]:
+    if loose := [path for path in inside if path.is_file() and is_image(path)]:
         problems.append(
             f"manifest {folder} must hold its images in folders of classes, but {SHOWN.repr(loose[0].name)}"
             f"{f' (and {len(loose) - 1:,} more)' if loose[1:] else ''} lies beside them: move it"
@@ -73,7 +83,7 @@ def read_classes(top: Path, folder: Path, split: str) -> tuple[Records, list[str
                 problems.append(
                     f"manifest {top} must have parts above the classes, but has {wrong[0]}/ in {path.name}/: move it"
                 )
-        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        images = [file for file in files if is_image(file)]
         problems += class_problems(path.relative_to(top), files, images)
         records += [
             (str(image.relative_to(top)), {"image": image, "answer": path.name} | ({"split": split} if split else {}))
@@ -89,7 +99,7 @@ def class_problems(name: Path, files: list[Path], images: list[Path]) -> list[st
         problems.append(
             f"class folder {name}/ must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none: take it out"
         )
-    if other := Counter(file.suffix or file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES):
+    if other := Counter(file.suffix or file.name for file in sorted(set(files) - set(images))):
         listed = ", ".join(f"{count}x {suffix}" for suffix, count in other.most_common(5))
         problems.append(f"class folder {name}/ must hold images only, but has {listed}: convert them or take them out")
     whole = {(image.parent, image.stem) for image in images}

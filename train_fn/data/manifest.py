@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data.formats import keys_of, read_records, read_rows
-from train_fn.data.images import MAX_PIXELS, image_problems
+from train_fn.data.images import AS_USUAL, MAX_PIXELS, image_problems
 from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, part
 from train_fn.data.samples import Sample
 from train_fn.data.tables import MAX_ENTRIES, Records
@@ -193,7 +193,10 @@ def asked_by_default(parts: Mapping[str, list[Sample] | None]) -> str:
 
 
 def unreadable_images(
-    paths: Iterable[str], max_pixels: int = MAX_PIXELS, log: Callable[[str], None] = lambda text: None
+    paths: Iterable[str],
+    max_pixels: int = MAX_PIXELS,
+    log: Callable[[str], None] = lambda text: None,
+    options: ImageOptions = AS_USUAL,
 ) -> list[str]:
     """The `image_problems`, shortened. `log` is called with lines of progress."""
     return shorten(list(image_problems(paths, max_pixels, log).values()))

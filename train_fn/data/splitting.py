@@ -133,6 +133,7 @@ def make_splits(
     rules: SplitRules,
     tasks: TaskRules | None = None,
     hash_cache: Path | None = None,
+    options: ImageOptions = AS_USUAL,
 ) -> tuple[Splits, DataReport, list[str]]:
     """Make the three parts. Near-copies, and samples that share an image or a group, stay in one part.
 
@@ -141,6 +142,7 @@ def make_splits(
         val_data: the validation part, if the user provides it; it stays as it is, as does `test_data`. Copies between
             such parts are counted.
         hash_cache: file with cached thumbnails. Not given: the user's cache.
+        options: how images are read.
 
     Returns:
         The parts, the report on near-copies, and every reason why the parts cannot be used.

@@ -9,15 +9,23 @@ from pathlib import Path
 
 from train_fn.support.cache import cache_folder
 
-# The first bytes of each format that `images.FORMATS` reads.
+# The first bytes of each format that `images` reads, but for TGA, which has no mark.
 BEGINNINGS = (
     (rb"\x89PNG\r\n\x1a\n", ".png"),
     (rb"\xff\xd8\xff", ".jpg"),
     (rb"GIF8", ".gif"),
     (rb"BM", ".bmp"),
-    (rb"II\*\0|MM\0\*", ".tif"),
+    (rb"II[*+]\0|MM\0[*+]", ".tif"),
     (rb"RIFF....WEBP", ".webp"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", ".jp2"),
+    (rb"P[1-6]\s", ".ppm"),
+    (rb"\0\0\x01\0", ".ico"),
+    (rb"....ftypavi[fs]", ".avif"),
+    (rb".{128}DICM", ".dcm"),
 )
+
+
+NAMES = ", ".join(suffix[1:].upper() for _, suffix in BEGINNINGS)
 
 
 class BadImage(ValueError):
@@ -35,11 +43,9 @@ def store_image(content: bytes) -> Path:
     Raises:
         BadImage: the bytes are no image, or the cache cannot be written.
     """
-    suffix = next((suffix for begin, suffix in BEGINNINGS if re.match(begin, content[:16], re.DOTALL)), "")
+    suffix = next((suffix for begin, suffix in BEGINNINGS if re.match(begin, content[:132], re.DOTALL)), "")
     if not suffix:
-        raise BadImage(
-            f"its {len(content):,} bytes begin with {content[:8]!r}, as no PNG, JPEG, BMP, GIF, TIFF or WEBP"
-        )
+        raise BadImage(f"its {len(content):,} bytes begin with {content[:8]!r}, as no format that is read ({NAMES})")
     digest = hashlib.sha256(content).hexdigest()
     try:
         path = stored_images_folder() / digest[:2] / f"{digest}{suffix}"

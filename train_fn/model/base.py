@@ -82,7 +82,7 @@ class Base:
         if self.settings.feature_cache_gib == 0:
             return None
         tower, config = self.model.get_submodule(self.vision_tower), self.model.config.vision_config
-        key = features_key(tower, config, self.processor.image_processor, self.device)
+        key = features_key(tower, config, self.processor.image_processor, self.device, self.settings.image_options)
         return FeatureStore(key, int(self.settings.feature_cache_gib * 2**30))
 
 

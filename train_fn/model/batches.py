@@ -23,7 +23,7 @@ from train_fn.support.profile import phase
 def num_patches(base: Base, image: str) -> int:
     """P, which is also the image's number of tokens in the prompt, from the size in the file's header."""
     if image not in base.patches:
-        width, height = image_size(image)
+        width, height = image_size(image, base.settings.image_options)
         processor = base.processor.image_processor
         base.patches[image] = processor.get_number_of_image_patches(height, width) // processor.merge_size**2
     return base.patches[image]
@@ -53,7 +53,8 @@ def image_features(base: Base, image: str) -> torch.Tensor:
     if cached is not None:
         return cached
     tower = base.model.get_submodule(base.vision_tower).eval()
-    pixels = base.processor.image_processor([read_image(image)], return_tensors="pt").to(base.device)
+    picture = read_image(image, base.settings.image_options)
+    pixels = base.processor.image_processor([picture], return_tensors="pt").to(base.device)
     with phase("encoder"):
         computed = tower(
             pixel_values=pixels["pixel_values"].to(base.model.dtype),

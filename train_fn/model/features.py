@@ -29,6 +29,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from train_fn.data.images import READING
+from train_fn.settings import ImageOptions
 from train_fn.support.cache import cache_folder
 from train_fn.support.files import file_hash
 
@@ -36,7 +38,9 @@ WRITES_PER_COUNT = 16  # files that a process writes before it measures the cach
 GRACE_S = 60  # a file used up to this long before a process began counts as used by it; covers coarse file clocks
 
 
-def features_key(tower: torch.nn.Module, tower_config: Any, image_processor: Any, device: torch.device) -> str:
+def features_key(
+    tower: torch.nn.Module, tower_config: Any, image_processor: Any, device: torch.device, options: ImageOptions
+) -> str:
     """A hash [64 hexadecimal digits] of everything that features depend on beside the image.
 
     These are the tower's weights and configuration, the preparation of images (settings and code), library versions,
@@ -60,7 +64,7 @@ def features_key(tower: torch.nn.Module, tower_config: Any, image_processor: Any
             inspect.getsource(type(image_processor)),
             f"torch {torch.__version__}, transformers {transformers.__version__}, Pillow {PIL.__version__}",
             f"{device.type}: {hardware}",
-            "pixels: upright",  # as `images.read_image` reads them
+            f"pixels: {READING}, {options}",  # as `images.read_image` reads them
         ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -203,9 +203,12 @@ def rendering_problems(
 # ------------------------------------------------------------------------------------------------ images
 
 
-def processed_image_problems(processor: Any, samples: Sequence[Sample]) -> list[str]:
-    """Images that the processor refuses. It gets the largest, the smallest and the most elongated, and after each that
-    it refuses the next in that order."""
+def processed_image_problems(processor: Any, samples: Sequence[Sample], settings: ModelSettings) -> list[str]:
+    """Images that the processor refuses.
+
+    Where the processor can count the patches of a size, it does so for every size among the images. Then it gets the
+    largest, the smallest and the most elongated image, and after each that it refuses the next in that order.
+    """
     from types import SimpleNamespace
 
     from train_fn.model.batches import process
@@ -220,16 +223,28 @@ def processed_image_problems(processor: Any, samples: Sequence[Sample]) -> list[
         lambda image: -max(sizes[image]) / min(sizes[image]),
     )
     for order in orders:
-        for image in sorted(first, key=order):
-            if image in problems:
-                continue
-            try:
-                process(base, first[image])
-                break
-            except Exception as error:  # processors raise anything for images that they refuse
-                width, height = sizes[image]
-                problems[image] = (
-                    f"image {Path(image)} ({width} x {height}) must be accepted by the model's processor, but that "
-                    f"raises {one_line(error)}: change it or take its entry out"
-                )
-    return shorten(list(problems.values()))
+        for size in sorted(by_size, key=order):
+            if size not in refused:
+                if not (error := refusal(size)):
+                    break
+                refused[size] = error
+    return shorten([
+        f"image {Path(image)} ({size[0]} x {size[1]}) must be accepted by the model's processor, but that raises "
+        f"{error}: change it or take its entry out"
+        for size, error in refused.items()
+        for image in by_size[size]
+    ])  # fmt: skip
+
+
+def uncountable_sizes(image_processor: Any, sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    """The error for each size (width, height) whose patches the processor, if it can count, cannot count."""
+    errors: dict[tuple[int, int], str] = {}
+    if not (count := getattr(image_processor, "get_number_of_image_patches", None)):
+        return errors
+    for width, height in sizes:
+        try:
+            if count(height, width) < 1:
+                errors[width, height] = "ValueError: the image has no patches"
+        except Exception as error:  # as for `process`
+            errors[width, height] = one_line(error)
+    return errors
