@@ -21,7 +21,7 @@ from typing import Any
 
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
 from train_fn.data.formats import is_class_folder
-from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems, image_size
+from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_facts, image_problems, image_size
 from train_fn.data.manifest import Parts, asked_by_default, divide, read_manifest
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.rows import COLUMN
@@ -36,6 +36,7 @@ from train_fn.data.splitting import (
 )
 from train_fn.data.stored_images import stored_images_folder
 from train_fn.data.tasks import MAX_ANSWERS
+from train_fn.settings import FRAME, WINDOW, ImageOptions
 from train_fn.support.text import plain, shorten
 
 
@@ -170,7 +171,8 @@ def inspect(options: argparse.Namespace) -> int:
     parts, found = divide(parts, options.question)
     problems += found
     images = [image for samples in parts.values() for sample in samples or [] for image in sample.images]
-    bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr))
+    reading = ImageOptions(options.window or "auto", options.frames)
+    bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr), options=reading)
     problems += shorten(list(bad.values()))
     sound = {name: [s for s in samples or [] if not bad.keys() & set(s.images)] for name, samples in parts.items()}
     samples = [sample for part in sound.values() for sample in part]
@@ -186,6 +188,7 @@ def inspect(options: argparse.Namespace) -> int:
                 seed=options.split_seed,
                 contradictions=options.contradictions,
                 copies_distance=options.copies_distance,
+                images=reading,
             ),
         )
         problems += found
@@ -193,7 +196,7 @@ def inspect(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = 100
     if samples:
-        for title, columns, rows in tables(samples, root.resolve(), splits, report, options.copies_distance):
+        for title, columns, rows in tables(samples, root.resolve(), splits, report, options.copies_distance, reading):
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
@@ -210,7 +213,12 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def tables(
-    samples: list[Sample], root: Path, splits: Splits | None, report: DataReport | None, copies_distance: int
+    samples: list[Sample],
+    root: Path,
+    splits: Splits | None,
+    report: DataReport | None,
+    copies_distance: int,
+    reading: ImageOptions,
 ) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
     """Title, columns and rows of each table."""
     counts = {"all": Counter(sample.answer for sample in samples)}
@@ -225,9 +233,8 @@ def tables(
 
     sizes: dict[str, list[tuple[int, int]]] = {}
     for path in sorted({image for sample in samples for image in sample.images}):
-        with Image.open(path) as image:
-            kind = f"{image.format} {image.mode}"
-        sizes.setdefault(kind, []).append(image_size(path))
+        facts = image_facts(path)
+        sizes.setdefault(f"{facts.format} {facts.mode}", []).append(image_size(path, reading))
     rows = []
     for kind, seen in sorted(sizes.items()):
         spans = [f"{min(side)} / {median(side):g} / {max(side)}" for side in zip(*seen, strict=True)]
@@ -235,7 +242,7 @@ def tables(
     yield "Image files", ["format and mode", "files", "width min / median / max", "height min / median / max"], rows
 
     paths, uses = different_images(samples)
-    pairs = copy_pairs(paths, copies_distance)
+    pairs = copy_pairs(paths, copies_distance, options=reading)
     numbers = copy_groups(len(paths), pairs)
     of_sample = numbers[[its[0] for its in uses]]
     members: dict[int, list[Sample]] = {}

@@ -73,7 +73,8 @@ class AdapterModel(PythonModel):
                 except ValueError as error:
                     rule = "must be a path with a suffix or the base64 of an image file"
                     problems.append(f"row {row}: `image` {rule}, but got {image[:60]!r}: {error}")
-            problems += image_problems(sample.image for sample in samples).values()
+            images = (sample.image for sample in samples)
+            problems += image_problems(images, options=self.task.model.image_options).values()
             problems += text_problems(self.base.processor, samples, [candidates])
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))

@@ -38,7 +38,7 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     import ray
 
     settings = study.settings.study
-    folds = fold_splits(study.splits, settings.folds, split_rules(study.settings.data)) if settings.folds else []
+    folds = fold_splits(study.splits, settings.folds, split_rules(study.settings)) if settings.folds else []
     left = confirmations_left(study, outcome)
     numbers = ", ".join(str(number) for number in dict.fromkeys(record.number for record, _ in left))
     if left:

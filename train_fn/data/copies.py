@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from train_fn.data.images import read_image, upright
+from train_fn.data.images import AS_USUAL, read_image
+from train_fn.settings import ImageOptions
 from train_fn.support.cache import cache_folder, read_cache, write_cache
 from train_fn.support.files import file_hash
 
@@ -54,7 +55,7 @@ MAX_LEVELS = 3
 BLOCK = 2**26  # entries of the distance matrix held at once
 PAIRS_AT_ONCE = 4_000
 ROWS_AT_ONCE = 1_000
-CACHE = "thumbnails-1.json"
+CACHE = "thumbnails-2.json"
 SHEET_COLUMNS, SHEET_SIDE, CAPTION = 6, 160, 14  # pixels of a contact sheet
 
 
@@ -120,6 +121,7 @@ def copy_pairs(
     max_distance: int = MAX_DISTANCE,
     cache: Path | None = None,
     min_correlation: float = MIN_CORRELATION,
+    options: ImageOptions = AS_USUAL,
 ) -> np.ndarray:
     """All pairs of near-copies among different images: indices [M, 2], the first below the second.
 
@@ -129,6 +131,7 @@ def copy_pairs(
         max_distance: bits in which the hashes of copies may differ; -1: no image counts as a copy.
         cache: file with cached thumbnails. Not given: the user's cache.
         min_correlation: see `MIN_CORRELATION`.
+        options: how images are read.
     """
     if max_distance < 0 or not paths:
         return np.empty((0, 2), dtype=np.int64)

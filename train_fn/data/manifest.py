@@ -19,7 +19,7 @@ from train_fn.data.images import AS_USUAL, MAX_PIXELS, image_problems
 from train_fn.data.rows import DEFAULT_QUESTION, BadRecord, part
 from train_fn.data.samples import Sample
 from train_fn.data.tables import MAX_ENTRIES, Records
-from train_fn.settings import SHOWN
+from train_fn.settings import SHOWN, ImageOptions
 from train_fn.support.text import shorten
 
 Parts = dict[str, list[Sample] | None]
@@ -199,4 +199,4 @@ def unreadable_images(
     options: ImageOptions = AS_USUAL,
 ) -> list[str]:
     """The `image_problems`, shortened. `log` is called with lines of progress."""
-    return shorten(list(image_problems(paths, max_pixels, log).values()))
+    return shorten(list(image_problems(paths, max_pixels, log, options=options).values()))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from train_fn.data.copies import MAX_DISTANCE, MIN_CORRELATION, copy_groups, copy_pairs, leaking_samples
+from train_fn.data.images import AS_USUAL
 from train_fn.data.samples import PARTS, Sample, Splits
 from train_fn.data.tasks import TaskRules, find_tasks
-from train_fn.settings import SHOWN
+from train_fn.settings import SHOWN, ImageOptions
 from train_fn.support.text import plain_form
 
 LARGE_GROUP = 0.1  # a group of near-copies with a larger share of the images makes the parts uneven
@@ -124,6 +125,8 @@ class SplitRules:
     copies_distance: int = MAX_DISTANCE
     """See `copies.copy_pairs`, as for `copies_correlation`."""
     copies_correlation: float = MIN_CORRELATION
+    images: ImageOptions = AS_USUAL
+    """How images are read."""
 
 
 def make_splits(
@@ -133,7 +136,6 @@ def make_splits(
     rules: SplitRules,
     tasks: TaskRules | None = None,
     hash_cache: Path | None = None,
-    options: ImageOptions = AS_USUAL,
 ) -> tuple[Splits, DataReport, list[str]]:
     """Make the three parts. Near-copies, and samples that share an image or a group, stay in one part.
 
@@ -142,7 +144,6 @@ def make_splits(
         val_data: the validation part, if the user provides it; it stays as it is, as does `test_data`. Copies between
             such parts are counted.
         hash_cache: file with cached thumbnails. Not given: the user's cache.
-        options: how images are read.
 
     Returns:
         The parts, the report on near-copies, and every reason why the parts cannot be used.
@@ -151,7 +152,7 @@ def make_splits(
     found = find_tasks([sample for part in sources for sample in part], tasks or TaskRules())
     samples, problems = found.samples, found.problems
     paths, uses = different_images(samples)
-    pairs = copy_pairs(paths, rules.copies_distance, hash_cache, rules.copies_correlation)
+    pairs = copy_pairs(paths, rules.copies_distance, hash_cache, rules.copies_correlation, rules.images)
     links = Links.between(samples, uses, len(paths), pairs)
     mixed = contradictory_groups(samples, uses, pairs, links.of_sample)
     pool = range(len(sources[0]))
@@ -350,7 +351,10 @@ def fold_splits(splits: Splits, num_folds: int, rules: SplitRules) -> list[Split
     samples = [*splits.train, *splits.validation]
     paths, uses = different_images(samples)
     links = Links.between(
-        samples, uses, len(paths), copy_pairs(paths, rules.copies_distance, None, rules.copies_correlation)
+        samples,
+        uses,
+        len(paths),
+        copy_pairs(paths, rules.copies_distance, None, rules.copies_correlation, rules.images),
     )
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
     folds = split_indices(strata_of(samples), shares, rules.seed, links.of_sample.tolist())

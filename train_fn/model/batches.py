@@ -36,7 +36,7 @@ def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
         return (sum(num_patches(base, image) for image in sample.images),)
     for image in sample.images:
         if image not in base.sizes:
-            base.sizes[image] = image_size(image)
+            base.sizes[image] = image_size(image, base.settings.image_options)
     sizes = [base.sizes[image] for image in sample.images]
     return sum(width * height for width, height in sizes), *sizes[0]
 
@@ -170,7 +170,7 @@ def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
     """The processor's output for one prompt: input_ids [1, S], pixel_values, and other inputs of the model."""
     text = prompt_text(base.processor, sample.prompt)
     begins = special_tokens(base.processor, text)
-    images = [read_image(image) for image in sample.images]
+    images = [read_image(image, base.settings.image_options) for image in sample.images]
     # Nested: one list of images for each text. Some processors would otherwise take each image for another sample.
     return dict(base.processor(images=[images], text=[text], return_tensors="pt", **begins))
 

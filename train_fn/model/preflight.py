@@ -42,7 +42,8 @@ def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits)
     except ValueError as error:
         return [str(error)]
     problems = text_problems(processor, splits.samples, [task.candidates for task in splits.tasks])
-    images = [] if problems else processed_image_problems(processor, splits.samples)  # processed with questions
+    # Images are processed with questions.
+    images = [] if problems else processed_image_problems(processor, splits.samples, settings)
     return [*problems, *images, *skeleton_problems(settings, trial, processor)]
 
 
@@ -213,14 +214,28 @@ def processed_image_problems(processor: Any, samples: Sequence[Sample], settings
 
     from train_fn.model.batches import process
 
-    base: Base = SimpleNamespace(processor=processor)  # type: ignore[assignment]  # `process` uses no other part
-    first = {image: replace(sample, images=(image,), turns=()) for sample in samples for image in sample.images}
-    sizes = {image: image_size(image) for image in first}
-    problems: dict[str, str] = {}
-    orders: tuple[Callable[[str], float], ...] = (
-        lambda image: -sizes[image][0] * sizes[image][1],
-        lambda image: min(sizes[image]),
-        lambda image: -max(sizes[image]) / min(sizes[image]),
+    base: Base = SimpleNamespace(processor=processor, settings=settings)  # type: ignore[assignment]  # for `process`
+    by_size: dict[tuple[int, int], dict[str, Sample]] = {}
+    for sample in samples:
+        for path in sample.images:
+            images = by_size.setdefault(image_size(path, settings.image_options), {})
+            question = sample.question.replace(PLACEHOLDER, " ")
+            images.setdefault(path, replace(sample, images=(path,), question=question, turns=()))
+
+    def refusal(size: tuple[int, int]) -> str:
+        try:
+            process(base, next(iter(by_size[size].values())))
+        except Exception as error:  # processors raise anything for images that they refuse
+            return one_line(error)
+        return ""
+
+    refused = uncountable_sizes(processor.image_processor, by_size)
+    if refused and not refusal(next(iter(refused))):  # it takes what it cannot count: then counting shows nothing
+        refused = {}
+    orders: tuple[Callable[[tuple[int, int]], float], ...] = (
+        lambda size: -size[0] * size[1],
+        lambda size: min(size),
+        lambda size: -max(size) / min(size),
     )
     for order in orders:
         for size in sorted(by_size, key=order):

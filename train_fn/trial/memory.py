@@ -79,7 +79,7 @@ def measure(
     base = skeleton(settings, torch.bfloat16 if on_gpu else torch.float32)
     text = base.model.config.get_text_config()
     # The most images of one sample, each as large as the largest one, and the longest words.
-    sides = {image: image_size(image) for sample in samples for image in sample.images}
+    sides = {image: image_size(image, settings.image_options) for sample in samples for image in sample.images}
     largest = {max(sides, key=lambda image: measured(sides[image])) for measured in (math.prod, min, max)}
     longest = max(
         samples, key=lambda s: (len(s.images), len(s.question) + sum(map(len, (s.system, *sum(s.turns, ())))))

@@ -73,7 +73,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         parts["data"] or [],
         parts["val_data"],
         parts["test_data"],
-        split_rules(data),
+        split_rules(settings),
         task_rules(data),
     )
     splits = dataclasses.replace(splits, max_new_tokens=data.max_new_tokens)
@@ -142,7 +142,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
         raise SettingsError([f"the study's files must be whole, but {error}"]) from error
     problems = check_journal(directory, journal)
     images = list(splits.images)
-    problems += unreadable_images(images, settings.data.max_image_pixels)
+    problems += unreadable_images(images, settings.data.max_image_pixels, options=settings.model.image_options)
     problems += check_metric_trust(splits.own_metric)
     if problems:
         raise SettingsError(problems)
@@ -200,7 +200,7 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
     images = [image for samples in parts.values() for sample in samples or [] for image in sample.images]
     if images:
         say(f"Checking {len(set(images))} images")
-    problems += unreadable_images(images, data.max_image_pixels, say)
+    problems += unreadable_images(images, data.max_image_pixels, say, settings.model.image_options)
     if problems:
         raise SettingsError(problems)
     return parts
@@ -220,8 +220,9 @@ def with_own_metric(splits: Splits, metrics: Sequence[str]) -> Splits:
     return dataclasses.replace(splits, own_metric=metric)
 
 
-def split_rules(data: DataSettings) -> SplitRules:
+def split_rules(settings: Settings) -> SplitRules:
     """How the data is divided."""
+    data = settings.data
     return SplitRules(
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
@@ -229,6 +230,7 @@ def split_rules(data: DataSettings) -> SplitRules:
         contradictions=data.contradictions,
         copies_distance=data.copies_distance,
         copies_correlation=data.copies_correlation,
+        images=settings.model.image_options,
     )
 
 
