@@ -17,7 +17,8 @@ from typing import Any
 from train_fn.data.manifest import asked_by_default, divide, read_manifest, unreadable_images
 from train_fn.data.samples import Splits
 from train_fn.data.splitting import DataReport, load_splits, make_splits
-from train_fn.model.checkpoint import base_hash, resolve_model
+from train_fn.model.checkpoint import base_hash
+from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.preflight import base_problems
 from train_fn.model.unchanged import data_hash
 from train_fn.support.files import DamagedFile, file_hash
@@ -29,6 +30,7 @@ from tune.config.space import space_hash
 from tune.config.trust import remember_space
 from tune.config.uris import tracking_uri
 from tune.plan.checks import check_goals, check_model_type, check_name, shipped
+from tune.plan.hub_names import download_base, fetch_again, find_named, manifest_path
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
 from tune.records.goals import Goal, goal
@@ -63,10 +65,14 @@ class Study:
 
 def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     """A new study: read, check and split the data. Raises SettingsError with every problem."""
+    settings, base, problems = find_named(settings, say)
     data = settings.data
-    parts = read_manifests(settings, say)
+    try:
+        parts = read_manifests(settings, say)
+    except SettingsError as error:
+        raise SettingsError([*problems, *error.problems]) from error
     say("Looking for near-copies")
-    splits, report, problems = make_splits(
+    splits, report, found = make_splits(
         parts["data"] or [],
         parts["val_data"],
         parts["test_data"],
@@ -76,7 +82,9 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         contradictions=data.contradictions,
         copies_distance=data.copies_distance,
     )
-    problems += check_model_type(settings.model.model)
+    problems += found if problems else [*found, *check_model_type(settings.model.model)]
+    if not problems and base:
+        problems += download_base(base, say)
     if not problems and not shipped(settings):
         say("Checking the base model, and what its processor makes of the data")
         problems += base_problems(settings.model, settings.trial, splits)
@@ -109,7 +117,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "positive_label": positive,
         "class_counts": {part: splits.class_counts(part) for part in ("train", "validation", "test")},
         "data_hash": data_hash(splits),
-        "base_hash": base_hash(resolve_model(settings.model.model)),
+        "base_hash": base_hash(settings.model.model),
         "space_hash": space_hash(settings.study.space),
         "first_points": settings.first_points,
         "versions": versions(),
@@ -139,11 +147,12 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     problems += unreadable_images(images, settings.data.max_image_pixels)
     if problems:
         raise SettingsError(problems)
-    base = resolve_model(settings.model.model)
+    base = settings.model.model
+    fetch_again(base, say)
     hashes = {
         "splits_hash": ("splits.json", file_hash(directory / "splits.json")),
         "data_hash": ("the images, questions and answers", data_hash(splits)),
-        "base_hash": (f"the base model {settings.model.model}", base_hash(base, plan["format"])),
+        "base_hash": (f"the base model {base}", base_hash(base, plan["format"])),
         "space_hash": (f"the space {settings.study.space}", space_hash(settings.study.space)),
     }
     problems = [
@@ -178,14 +187,14 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
 def read_manifests(settings: Settings, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]] | None]:
     """The entries of --data, --val-data and --test-data; None where there is none. Raises SettingsError."""
     data = settings.data
-    manifest = generate_phantoms(settings, say) if data.data == "phantoms" else Path(data.data)
+    manifest = generate_phantoms(settings, say) if data.data == "phantoms" else manifest_path(data.data)
     root = Path(data.image_root) if data.image_root else manifest.parent
     parts: dict[str, list[dict[str, Any]] | None] = {}
     problems: list[str] = []
     for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
         parts[name] = None
         if path:
-            parts[name], found = read_manifest(Path(path), root, data.columns, data.question)
+            parts[name], found = read_manifest(manifest_path(str(path)), root, data.columns, data.question)
             problems += [f"`{flag(name)}`: {text}" for text in found]
     parts, found = divide(parts, data.question)
     problems += found
@@ -213,7 +222,7 @@ def generate_phantoms(settings: Settings, say: Callable[[str], None]) -> Path:
 def with_absolute_paths(settings: Settings) -> Settings:
     """The settings with absolute paths: workers, and a study that goes on, may run in another folder."""
     study, model = settings.study, settings.model
-    if model.model != "nano":
+    if model.model != "nano" and not is_hub_model(model.model):
         model = dataclasses.replace(model, model=str(Path(model.model).resolve()))
     if study.space.endswith(".py"):
         study = dataclasses.replace(study, space=str(Path(study.space).resolve()))
