@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -49,6 +51,8 @@ class Hub:
     refs: dict[str, dict[str, str]] = field(default_factory=dict)
     answers: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)  # instead of a repository's own
     gated: set[str] = field(default_factory=set)
+    redirects: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)  # that are announced for each file
     asked: list[str] = field(default_factory=list)
 
     def add(self, path: str, files: dict[str, bytes], commit: str = OLD) -> None:
@@ -64,6 +68,8 @@ class Hub:
         kind = "datasets" if words[0] == "datasets" else ""
         words = words[1:] if words[0] in ("models", "datasets") else words
         path, rest = "/".join(filter(None, (kind, *words[:2]))), words[2:]
+        if path in self.redirects:
+            return self.send(handler, 307, b"", {"Location": handler.path.replace(path, self.redirects[path], 1)})
         if path in self.answers:
             status, headers = self.answers[path]
             return self.send(handler, status, b"<html>", headers)
@@ -88,7 +94,8 @@ class Hub:
         if content is None:
             return self.send(handler, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
-        return self.send(handler, 200, content, etag)
+        length = {"Content-Length": str(self.lengths[path])} if path in self.lengths else {}
+        return self.send(handler, 200, content, etag | length)
 
     def send(self, handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
         handler.send_response(status)
@@ -318,7 +325,10 @@ def test_offline_and_not_in_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     use_cache(monkeypatch, Path(constants.HF_HOME), "http://127.0.0.1:1")
+    begun = time.monotonic()
     assert "http://127.0.0.1:1 cannot be reached (ConnectError" in refusal("lab/nano")
+    assert "http://127.0.0.1:1 cannot be reached (ConnectError" in refusal(f"lab/nano@{OLD}")
+    assert time.monotonic() - begun < 5
     assert "HF_HOME" in refusal("lab/nano")
 
 
@@ -328,15 +338,36 @@ def test_a_full_disk_is_noticed_before_and_during_the_download(hub: Hub, monkeyp
         assert "which has 0.0 MB free: make room, or set HF_HOME" in refusal("lab/nano")
     assert not list(Path(constants.HF_HUB_CACHE).glob("models--lab--nano/snapshots/*/model.safetensors"))
 
-    def full(*args: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    snapshot = find("lab/nano")
+    of_xet = RuntimeError("Task error: No space left on device (os error 28)")
+    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), of_xet):
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.file_download.http_get", Mock(side_effect=error))
+            with pytest.raises(HubError, match=r"must fit on the disk of .* that is full: make room, or set HF_HOME"):
+                download(snapshot)
+    assert fetch("lab/nano") == snapshot.name  # with room again
 
+
+def test_a_download_that_breaks_off_goes_on_later(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = find("lab/nano")
     with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.file_download.http_get", full)
-        with pytest.raises(HubError, match=r"must fit on the disk of .* that is full: make room, or set HF_HOME"):
+        error = RuntimeError("Task error: CAS Client Error: error sending request")  # of hf_xet
+        patch.setattr("huggingface_hub.file_download.http_get", Mock(side_effect=error))
+        with pytest.raises(HubError, match=r"must be downloaded whole, but .*CAS Client.*: run `hf download lab/nano`"):
             download(snapshot)
-    assert fetch("lab/nano") == snapshot.name  # with room again
+    hub.lengths["lab/nano"] = 10**7  # longer than what comes
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    with pytest.raises(HubError, match=r"the hub, but http\S+ cannot be reached \(Rem.* of its 7 files .*hf down"):
+        download(snapshot)
+    assert not (snapshot.directory / "model.safetensors").exists()
+    hub.lengths.clear()
+    assert fetch("lab/nano") == snapshot.name and base_hash(snapshot.name) == base_hash(CHECKPOINT)
+
+
+def test_an_id_in_other_letters_follows_the_hub(hub: Hub) -> None:
+    hub.redirects["Lab/Nano"] = "lab/nano"
+    name = fetch("Lab/Nano")
+    assert name == f"Lab/Nano@{OLD}" and base_hash(name) == base_hash(CHECKPOINT)
 
 
 def test_a_cache_that_cannot_be_written(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -457,6 +488,19 @@ def test_a_prediction_without_its_base_is_one_sentence(hub: Hub, monkeypatch: py
     go_offline(monkeypatch)
     with pytest.raises(InputError, match=r"the base model 'lab/nano' must be .* HF_HUB_OFFLINE is set"):
         find_base(ModelSettings(model="lab/nano"))
+
+
+def test_one_trial_without_ray_names_what_is_wrong(
+    hub: Hub, splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from train_fn.data.splitting import save_splits
+    from train_fn.main import main
+
+    save_splits(splits, tmp_path / "splits.json")
+    trial = {"splits": str(tmp_path / "splits.json"), "output": str(tmp_path / "out"), "trial": {}}
+    (tmp_path / "trial.json").write_text(json.dumps(trial | {"model": {"model": "lab/nnao"}}))
+    assert main([str(tmp_path / "trial.json")]) == 2
+    assert "the base model 'lab/nnao' must be a folder or a model of the hub" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ nodes

@@ -113,6 +113,8 @@ def asked(its: Repository) -> Snapshot:
 
     api = HfApi()
     revision = api.resolve_revision(its.id, repo_type=its.kind, revision=its.revision or None)
+    if COMMIT.fullmatch(its.revision):  # nothing has been asked yet, and the listing would try for half a minute
+        api.repo_info(its.id, repo_type=its.kind, revision=its.revision)
     tree = api.list_repo_tree(its.id, recursive=True, revision=revision.resolved, repo_type=its.kind)
     sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile) and its.wants(file.path)}
     if its.kind == "model" and "config.json" in sizes:
@@ -161,6 +163,7 @@ def download(snapshot: Snapshot, say: Callable[[str], None] = lambda text: None)
         )
     except errors() as error:
         raise HubError(explain(its, error, snapshot)) from error
+    is_complete(snapshot)  # raises for a file of another size than the hub's listing
 
 
 def literal(path: str) -> str:

@@ -19,7 +19,8 @@ def errors() -> tuple[type[Exception], ...]:
     """What `huggingface_hub` raises for a hub that refuses, fails or is no hub, and for a full disk."""
     from huggingface_hub.errors import HTTPError, RevisionResolutionError
 
-    return HTTPError, RevisionResolutionError, OSError, ValueError, KeyError  # the last two: answers of other servers
+    # ValueError and KeyError: answers of other servers. RuntimeError: from hf_xet, for whatever ends a download.
+    return HTTPError, RevisionResolutionError, OSError, ValueError, KeyError, RuntimeError
 
 
 def explain(its: Repository, error: Exception, local: Snapshot | None) -> str:
@@ -30,7 +31,7 @@ def explain(its: Repository, error: Exception, local: Snapshot | None) -> str:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     is_model, site = its.kind == "model", endpoint()
     rule = f"{its.text!r} must be {'a folder or a model of the hub' if is_model else 'a data set of the hub'}"
-    no_folder = "there is no such folder here, and " if is_model else ""
+    no_folder = "there is no such folder here, and " if is_model and not local else ""
     status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
     # Without a token the hub answers 401 for a repository that is private, and for one that does not exist.
     said = error.response.headers.get("X-Error-Message", "") if isinstance(error, hub.HfHubHTTPError) else ""
@@ -52,13 +53,14 @@ def explain(its: Repository, error: Exception, local: Snapshot | None) -> str:
         why = "HF_HUB_OFFLINE is set" if offline else f"{site} cannot be reached ({one_line(error)})"
         fix = f"run `{fetch_command(its)}` with a network{' (HF_HUB_OFFLINE=0)' * offline}, or set HF_HOME to a cache"
         return f"{rule}, but {no_folder}{why}, and the cache {cache_root()} {in_cache(its, local)}: {fix} that has it"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or f"os error {errno.ENOSPC}" in str(error):  # hf_xet has the number only in its text
         fix = "make room, or set HF_HOME to a folder on another disk"
         return f"{its.text!r} must fit on the disk of {cache_root()}, but that is full: {fix}"
     if isinstance(error, OSError) and error.errno:
         why = f"{error.filename or cache_root()}: {error.strerror}"
         return f"{its.text!r} needs a cache that can be written, but {why}: set HF_HOME to another folder"
-    if isinstance(error, OSError):  # a file of another length than announced
+    if isinstance(error, OSError | RuntimeError):  # broken off, or of another length than announced
         return f"{its.text!r} must be downloaded whole, but {one_line(error)}: run `{fetch_command(its)}`"
     return f"{rule}, but {site} does not answer as a hub ({one_line(error)}): check HF_ENDPOINT and the proxy"
 
