@@ -509,6 +509,9 @@ def test_one_trial_without_ray_names_what_is_wrong(
 def test_a_node_fetches_the_base_in_a_process_of_its_own(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"lab/nano@{OLD}"
     fetch_apart(name)
+    hub.add("datasets/lab/pets", {"m.csv": CSV})
+    fetch_apart("hf://lab/pets")  # the command that a message advises
+    assert data_path("hf://lab/pets").read_bytes() == CSV
     assert base_hash(name) == base_hash(CHECKPOINT)
     shutil.rmtree(constants.HF_HUB_CACHE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -563,7 +566,7 @@ DATA: dict[str, tuple[dict[str, bytes], str, str, int]] = {
                              "load.py": b"raise SystemExit"}, "", "d/m.csv", 2),
     "one parquet": ({"data/train-00000-of-00001.parquet": parquet(3), "dataset_infos.json": b"{}"}, "",
                     "data/train-00000-of-00001.parquet", 3),
-    "folders by class": ({"all/cat/0.png": png(0), "all/dog/1.png": png(1)}, "", "all", 2),
+    "folders by class": ({"all/cat/0.png": png(0), "all/dog/1.PNG": png(1), "all/dog/.x.png": b"x"}, "", "all", 2),
     "one of two folders": ({"small/m.csv": CSV, "small/images/0.png": png(0), "small/images/1.png": png(1),
                             "large/x.parquet": b"x"}, ":small", "small/m.csv", 2),
 }  # fmt: skip
@@ -622,7 +625,7 @@ def test_problems_of_data_on_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(SettingsError, match=r"`--data` must be .*hf://OWNER/NAME"):
             parse([*argv, text])
     go_offline(monkeypatch)
-    assert "`hf download lab/pets --repo-type dataset`" in refusal("hf://lab/pets")
+    assert "`python -m train_fn.model.hub hf://lab/pets`" in refusal("hf://lab/pets")
 
 
 @pytest.mark.skipif(not os.environ.get("HULUMED_FIXTURES"), reason="no HULUMED_FIXTURES")

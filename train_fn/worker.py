@@ -30,7 +30,7 @@ from train_fn.settings import ModelSettings
 from train_fn.support.storage import Storage
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
-DOWNLOAD_TIMEOUT_S = 6 * 3600  # for a node to download a base that it lacks
+DOWNLOAD_TIMEOUT_S = 6 * 3600  # for a node to download a base; the dispatcher waits less, and can report the reason
 PREEMPTED = Path("/tmp/vlm-tune-leave")  # the node's watcher for spot notices makes this file: see cluster.yaml
 
 

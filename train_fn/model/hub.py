@@ -3,7 +3,7 @@
 The local cache comes first: a snapshot that is complete there needs no network. `find` asks the hub for names and sizes
 only, so that a study refuses what it cannot use before gigabytes are downloaded. Pickles and code are never fetched.
 
-`python -m train_fn.model.hub OWNER/NAME@REVISION` downloads a model in a process of its own.
+`python -m train_fn.model.hub NAME` downloads what NAME stands for, in a process of its own.
 """
 
 from __future__ import annotations
@@ -152,23 +152,20 @@ def download(snapshot: Snapshot, say: Callable[[str], None] = lambda text: None)
     from huggingface_hub import snapshot_download
 
     its = snapshot.repository
+    wanted, unwanted = its.patterns
     say(f"Downloading {snapshot.name}: {len(missing)} files, {gigabytes(sum(missing.values()))}, to {cache_root()}")
     try:
         snapshot_download(
             its.id,
             repo_type=its.kind,
             revision=snapshot.commit,
-            allow_patterns=list(map(literal, snapshot.sizes)),
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
             local_dir=snapshot.directory if its.kind == "dataset" else None,
         )
     except errors() as error:
         raise HubError(explain(its, error, snapshot)) from error
     is_complete(snapshot)  # raises for a file of another size than the hub's listing
-
-
-def literal(path: str) -> str:
-    """A pattern that matches one path only."""
-    return re.sub(r"([*?[])", r"[\1]", path)
 
 
 def fetch(name: str, say: Callable[[str], None] = lambda text: None) -> str:

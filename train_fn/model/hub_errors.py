@@ -66,9 +66,10 @@ def explain(its: Repository, error: Exception, local: Snapshot | None) -> str:
 
 
 def fetch_command(its: Repository) -> str:
-    """The command that downloads a repository with the hub's own tool."""
-    kind = " --repo-type dataset" if its.kind == "dataset" else ""
-    return f"hf download {its.id}{kind}{f' --revision {its.revision}' if its.revision else ''}"
+    """The command that downloads a repository to where it is looked for."""
+    if its.kind == "dataset":  # not in the hub's own cache
+        return f"python -m train_fn.model.hub {its.text}"
+    return f"hf download {its.id}{f' --revision {its.revision}' if its.revision else ''}"
 
 
 def page(its: Repository) -> str:

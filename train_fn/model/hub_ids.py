@@ -50,13 +50,19 @@ class Repository:
             return Path(constants.HF_ASSETS_CACHE, "vlm-tune", name, commit)
         return Path(constants.HF_HUB_CACHE, name, "snapshots", commit)
 
+    @property
+    def patterns(self) -> tuple[list[str], list[str]]:
+        """Patterns of the files that are used, and of exceptions from them. A `*` matches slashes, too."""
+        if self.kind == "model":
+            return [*MODEL_FILES], ["*/*"]
+        within = f"{self.folder}/*" if self.folder else "*"
+        suffixes = (suffix for lower in TABLES + IMAGES for suffix in (lower, lower.upper()))
+        return [within + suffix for suffix in suffixes], ["dataset_infos.json", ".*", "*/.*"]
+
     def wants(self, path: str) -> bool:
         """Whether a file of the repository is used."""
-        if self.kind == "model":
-            return "/" not in path and any(fnmatch(path, pattern) for pattern in MODEL_FILES)
-        inside = not self.folder or path.startswith(f"{self.folder}/")
-        hidden = any(part.startswith(".") for part in path.split("/")) or path == "dataset_infos.json"
-        return inside and not hidden and path.lower().endswith(TABLES + IMAGES)
+        wanted, unwanted = self.patterns
+        return any(fnmatch(path, pattern) for pattern in wanted) and not any(fnmatch(path, p) for p in unwanted)
 
 
 @dataclass(frozen=True)
