@@ -6,6 +6,7 @@ TRIAL.json holds {"splits": path of a study's splits.json, "output": folder, "tr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,6 +15,9 @@ from typing import Any
 
 from train_fn.data.splits_file import load_splits
 from train_fn.jobs import EpochReport
+from train_fn.model.hub import fetch
+from train_fn.model.hub_errors import HubError
+from train_fn.model.hub_ids import is_hub_model
 from train_fn.settings import ModelSettings, TrialSettings, broken_rules
 
 
@@ -31,7 +35,13 @@ def main(argv: list[str]) -> int:
         print(f"{argv[0]} must describe a trial, but {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if problems := [*trial.problems(world_size), *broken_rules(model).values()]:
+    problems = [*trial.problems(world_size), *broken_rules(model).values()]
+    if not problems and is_hub_model(model.model):
+        try:
+            model = dataclasses.replace(model, model=fetch(model.model))
+        except HubError as error:
+            problems.append(f"the base model {error}")
+    if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
     import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -24,6 +25,9 @@ from train_fn.data.manifest import read_manifest
 from train_fn.data.samples import Sample
 from train_fn.model.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
 from train_fn.model.checkpoint import file_problems, resolve_model
+from train_fn.model.hub import fetch
+from train_fn.model.hub_errors import HubError
+from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.preflight import checked_processor, text_problems
 from train_fn.settings import DTYPES, ModelSettings
 from train_fn.support.files import DamagedFile, replace_folder
@@ -191,12 +195,22 @@ def adapted_base(settings: ModelSettings, adapter: Path) -> Iterator[Base]:
 
 
 def find_base(settings: ModelSettings) -> Path:
-    """The folder of the base. Raises InputError if there is none, or if its files are damaged."""
+    """The folder of the base, which is downloaded if it is on the hub.
+
+    Raises:
+        InputError: there is none, or its files are damaged.
+    """
+    if is_hub_model(settings.model):
+        try:
+            fetch(settings.model, functools.partial(print, file=sys.stderr))
+        except HubError as error:
+            raise InputError(f"the base model {error}") from error
     directory = resolve_model(settings.model)
     if not (directory / "config.json").is_file():
         raise InputError(
-            f"the base model must be a folder with config.json, but got {settings.model!r}: name its folder with "
-            f"`--model`, or for an MLflow model in the environment variable {BASE_VARIABLE}"
+            f"the base model must be a folder with config.json, or a model of the hub (OWNER/NAME), but got "
+            f"{settings.model!r}: name it with `--model`, or for an MLflow model in the environment variable "
+            f"{BASE_VARIABLE}"
         )
     if problems := file_problems(directory):
         raise InputError("; ".join(problems))

@@ -292,8 +292,9 @@ class ModelSettings:
     """The frozen base that all trials of a study share."""
 
     model: Annotated[str, PATH] = "nano"
-    """Directory of the base model (an image-text-to-text model that transformers loads), or `nano`: the small one
-    that ships with this project."""
+    """Base model (an image-text-to-text model that transformers loads): its folder, its id on the Hugging Face hub
+    (OWNER/NAME or OWNER/NAME@REVISION; a folder of that name comes first), or `nano`: the small one that ships with
+    this project."""
     use_qlora: bool = False
     """Hold the language model's linear layers in 4 bit (QLoRA, arXiv:2305.14314: nf4, double quantisation); vision
     tower and projector stay as they are."""

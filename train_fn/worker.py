@@ -23,12 +23,14 @@ from typing import Any
 
 from train_fn.data.samples import Splits
 from train_fn.jobs import EpochReport, Job, ScoreJob, ScoreReport, TrainJob
+from train_fn.model.hub import fetch_apart
+from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.unchanged import Inputs
-from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings
 from train_fn.support.storage import Storage
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
+DOWNLOAD_TIMEOUT_S = 6 * 3600  # for a node to download a base; the dispatcher waits less, and can report the reason
 PREEMPTED = Path("/tmp/vlm-tune-leave")  # the node's watcher for spot notices makes this file: see cluster.yaml
 
 
@@ -78,8 +80,8 @@ def check_node(config: LaneConfig) -> None:
     missing = [image for image in config.splits.images if not os.access(image, os.R_OK)]
     problems += [f"{len(missing)} images cannot be read, {missing[0]} among them"] if missing else []
     if config.inputs and not missing:
-        directory = CHECKPOINT if config.model.model == "nano" else Path(config.model.model)
-        problems += filter(None, (config.inputs.changed_base(directory), config.inputs.changed_images(config.splits)))
+        base = config.inputs.changed_base(config.model.model)
+        problems += filter(None, (base, config.inputs.changed_images(config.splits)))
     if not config.storage.uri and not os.access(config.storage.directory, os.W_OK):
         problems.append(
             f"{config.storage.directory} cannot be written: it must be one folder for all nodes, or give --storage"
@@ -97,7 +99,6 @@ def lane_loop(options: dict[str, Any]) -> None:
     Args:
         options: {"config": LaneConfig}.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import ray
     import ray.train
@@ -151,9 +152,6 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     import ray.train.torch
     import torch
 
-    from train_fn.model.base import base_gib, load_base
-
-    importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = ray.train.torch.get_device()
@@ -165,6 +163,14 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
         # With several threads the order of a sum may otherwise depend on their timing.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if is_hub_model(config.model.model):
+        check_collectives(DOWNLOAD_TIMEOUT_S)  # the lane's other workers may have to wait for this node's download
+        fetch_apart(config.model.model)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
+
+    from train_fn.model.base import base_gib, load_base
+
+    importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
     check_collectives(config.collective_timeout_s)
     check_node(config)
     base = load_base(config.model, device)

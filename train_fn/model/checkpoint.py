@@ -1,4 +1,5 @@
-"""A model's files on disk: whether they are complete, and their hash. Needs neither torch nor transformers."""
+"""A model's files on disk: where they are, whether they are complete, and their hash. Needs neither torch nor
+transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from train_fn.model.hub import local_directory
+from train_fn.model.hub_ids import is_hub_model, read_name
 from train_fn.nano import CHECKPOINT as NANO
 from train_fn.support.cache import cache_folder, read_cache, write_cache
 from train_fn.support.files import DamagedFile, file_hash, read_json
@@ -25,9 +28,11 @@ UNREAD = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".py", ".bin",
           ".onnx", ".h5", ".msgpack", ".lock", ".metadata")  # fmt: skip
 
 
-def resolve_model(model: str) -> Path:
-    """The folder of the model that `--model` names."""
-    return NANO if model == "nano" else Path(model)
+def resolve_model(model: str | Path) -> Path:
+    """The folder of the model that `--model` names. One of the hub must have been fetched (`train_fn.model.hub`)."""
+    if model == "nano":
+        return NANO
+    return local_directory(str(model)) if is_hub_model(model) else Path(model)
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -94,8 +99,16 @@ def file_problems(directory: Path) -> list[str]:
     return problems
 
 
-def hashed_files(directory: Path) -> Iterator[Path]:
-    """The files of a model directory that can change weights or prompts, subfolders included, in order."""
+def hashed_files(model: str | Path) -> Iterator[Path]:
+    """The files of a model that can change weights or prompts, subfolders included, in order.
+
+    Of a model of the hub only the files that are fetched: another program may have put more into the cache.
+    """
+    directory = resolve_model(model)
+    if is_hub_model(model):
+        repository = read_name(str(model))
+        yield from (path for path in sorted(directory.glob("*")) if repository.wants(path.name) and path.is_file())
+        return
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -104,13 +117,13 @@ def hashed_files(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def base_files(directory: Path) -> dict[str, str]:
-    """sha256 of each of the `hashed_files` of a model directory, by name.
+def base_files(model: str | Path) -> dict[str, str]:
+    """sha256 of each of the `hashed_files` of a model, by name.
 
     Hashes of weights are cached by path, size, inode and times of change, because 8 GB take some seconds. A program can
     forge all of these but ctime. Small files are read each time.
     """
-    cache = cache_folder() / "hashes.json"
+    cache, directory = cache_folder() / "hashes.json", resolve_model(model)
     cached = read_cache(cache)
 
     def one(path: Path) -> tuple[str, str, str]:
@@ -122,15 +135,15 @@ def base_files(directory: Path) -> dict[str, str]:
         return name, key, cached.get(key) or file_hash(path)
 
     with ThreadPoolExecutor(4) as pool:
-        files = list(pool.map(one, hashed_files(directory)))
+        files = list(pool.map(one, hashed_files(model)))
     if fresh := {key: value for _, key, value in files if key and key not in cached}:
         write_cache(cache, cached | fresh)
     return {name: value for name, _, value in files}
 
 
-def base_hash(directory: Path, version: int = 2) -> str:
+def base_hash(model: str | Path, version: int = 2) -> str:
     """sha256 over `base_files`. Version 1, in plans of the first release, covers the weights and *.json only."""
-    files = base_files(directory)
+    files = base_files(model)
     if version == 1:
         files = {
             name: files[name]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train_fn.data.samples import Splits
-from train_fn.model.checkpoint import base_files
+from train_fn.model.checkpoint import base_files, resolve_model
 from train_fn.support.files import file_hash
 
 Stamps = dict[str, tuple[int, int]]
@@ -56,13 +56,13 @@ class Inputs:
     stamps: Stamps
 
     @classmethod
-    def seen(cls, splits: Splits, directory: Path, data_hash: str, base_hash: str) -> Inputs:
+    def seen(cls, splits: Splits, model: str | Path, data_hash: str, base_hash: str) -> Inputs:
         """Their present state; the two hashes come from the study's plan."""
         return cls(data_hash, base_hash, base_files(directory), image_stamps(splits.images))
 
-    def changed_base(self, directory: Path) -> str:
+    def changed_base(self, model: str | Path) -> str:
         """A message with the name of a base file that differs from the study's; "" if all are the same."""
-        now = base_files(directory)
+        now, directory = base_files(model), resolve_model(model)
         other = sorted(name for name in now.keys() | self.base_files if now.get(name) != self.base_files.get(name))
         return changed(f"{directory / other[0]}", len(other), "files of the base") if other else ""
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 
 from train_fn.model.adapters import TENSOR, WEIGHTS, BadAdapter, check_files, read_config, read_shapes
 from train_fn.model.base import Base
+from train_fn.model.hub_ids import peft_reference
 from train_fn.model.hulumed import native_name, original_name
 from train_fn.settings import TrialSettings
 from train_fn.support.files import write_file
@@ -34,6 +35,8 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
     state = get_peft_model_state_dict(model, save_embedding_layers=False)  # else PEFT may ask the hub
     config: Any = copy.copy(model.peft_config["default"])
     config.inference_mode = True
+    for name, value in peft_reference(base.settings.model, str(base.model.name_or_path)).items():
+        setattr(config, name, value)  # PEFT has put the folder of a hub model on this machine there
     if settings.train_projector:
         # PEFT saves every module whose name ends with the entry, so the last part of the name is enough.
         config.modules_to_save = [renamed(base, base.projector + ".").rstrip(".").rpartition(".")[2]]

@@ -140,7 +140,7 @@ def build_parser(everything: bool) -> argparse.ArgumentParser:
     """The help of the basic options, or of all, in groups. It parses nothing: `parse` reports all problems at once."""
     rest = len(FIELDS) - len(BASIC)
     parser = argparse.ArgumentParser(
-        usage="python tune/run.py [--model FOLDER --data MANIFEST] [OPTION]...",
+        usage="python tune/run.py [--model FOLDER|ID --data MANIFEST] [OPTION]...",
         description="Search the LoRA configuration of a vision-language model on a small labelled image set.",
         epilog="" if everything else f"--help-all shows the other {rest} options, by group.",
         add_help=False,

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from train_fn.data.formats import is_class_folder
+from train_fn.model.hub_ids import is_hub_data, is_hub_model, name_problem
 from train_fn.settings import SHOWN, broken_rules
 from train_fn.support.files import DamagedFile, read_json, unwritable
 from tune.config.paths import study_directory
@@ -36,8 +37,8 @@ def check(settings: Settings) -> list[str]:
     ]
     if not (settings.command.show or settings.command.doctor) and "results" not in broken:
         problems += check_writable(Path(study.results))
-    if model.model != "nano" and "model" not in broken:
-        problems += check_model_directory(Path(model.model))
+    if "model" not in broken:
+        problems += check_model(model.model)
     problems += settings.trial.problems(max(1, study.workers_per_trial), flag)
     if not {"space", "workers_per_trial"} & broken.keys():
         problems += check_space(settings)
@@ -50,7 +51,8 @@ def rules_between(settings: Settings) -> list[Rule]:
     phantoms = data.data == "phantoms"
     goes_on = settings.command.resume or settings.command.replay  # its manifest has been read, and may be gone
     goals = [text.removeprefix("-") for text in study.metric]
-    manifest = ("must be an existing manifest, or a folder of images by class", "check the path")
+    manifest = ("must be an existing manifest, a folder of images by class, or hf://OWNER/NAME[@REVISION][:FOLDER]",
+                "check the path")  # fmt: skip
     given = [path for path in (data.data, data.val_data, data.test_data) if path]
     rules: list[Rule] = [
         ("lanes_per_gpu", study.lanes_per_gpu == 1 or study.workers_per_trial == 1,
@@ -94,8 +96,8 @@ def rules_between(settings: Settings) -> list[Rule]:
 
 
 def is_present(path: str) -> bool:
-    """Whether a path is a file or a folder: a pipe or a device could be read for ever."""
-    return os.path.isfile(path) or os.path.isdir(path)
+    """Whether a path is a file or a folder (a pipe or a device could be read for ever), or names data on the hub."""
+    return os.path.isfile(path) or os.path.isdir(path) or is_hub_data(path)
 
 
 def check_writable(results: Path) -> list[str]:
@@ -106,9 +108,24 @@ def check_writable(results: Path) -> list[str]:
     return [f"`--results` must be a folder in which files can be made, but {what}: choose another folder"]
 
 
-def check_model_directory(directory: Path) -> list[str]:
-    """Problems of a base model's directory that show without transformers."""
-    where = f"`--model` {str(directory)!r}"
+def check_model(model: str) -> list[str]:
+    """Problems of `--model` that show without transformers. The hub is asked later (`tune.plan.hub_names`)."""
+    if model == "nano" or is_hub_model(model):
+        return []
+    if not os.path.lexists(model):
+        return [name_problem(model)]
+    directory = Path(model)
+    problems = check_config(directory, model)
+    if not problems and not list(directory.glob("*.safetensors")):
+        problems.append(
+            f"`--model` {model!r} must hold its weights as *.safetensors: convert them (pickled weights are not read)"
+        )
+    return problems
+
+
+def check_config(directory: Path, model: str) -> list[str]:
+    """Problems of a base model's config.json. model: its name in messages."""
+    where = f"`--model` {model!r}"
     if not os.path.isfile(directory / "config.json"):
         return [f"{where} must be a model directory with a config.json: give the folder of the base model, or nano"]
     try:
@@ -117,9 +134,6 @@ def check_model_directory(directory: Path) -> list[str]:
         return [f"{where} must be readable, but its config.json: {error.strerror}: change its permissions"]
     except DamagedFile as error:
         return [f"{where}: {error}"]
-    problems = []
     if not isinstance(config.get("model_type"), str):
-        problems.append(f"{where}: config.json must name a model_type: download the model again")
-    if not list(directory.glob("*.safetensors")):
-        problems.append(f"{where} must hold its weights as *.safetensors: convert them (pickled weights are not read)")
-    return problems
+        return [f"{where}: config.json must name a model_type: download the model again"]
+    return []

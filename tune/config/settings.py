@@ -73,7 +73,8 @@ class DataSettings:
 
     data: Annotated[str, PATH] = "phantoms"
     """JSON list or JSON Lines of {"image", "text", "answer", "label"}, of LLaVA conversations or of messages; CSV, TSV,
-    parquet, a data set saved by `datasets`, or a folder of images by class. phantoms: generated ultrasound phantoms."""
+    parquet, a data set saved by `datasets`, a folder of images by class, or one of these on the Hugging Face hub
+    (hf://OWNER/NAME[@REVISION][:FOLDER]). phantoms: generated ultrasound phantoms."""
     image_root: Annotated[str, PATH] = ""
     """Folder from which the manifest's image paths start. Not given: the manifest's own folder."""
     columns: Annotated[tuple[str, ...], COLUMN] = ()

@@ -71,9 +71,10 @@ def check_node(node: Facts, driver: Facts, need: Need) -> Iterator[tuple]:
     other = [f"{key[8:]} {theirs.get(key)}, driver {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
     fix = "all nodes must have the driver's versions: pip install -e . there, in the same state of the project"
     yield "versions", "; ".join(other) or f"all {len(ours)} equal", fix if other else ""
-    same = node["model"] == driver["model"]
+    same, absent = node["model"] == driver["model"], node.get("fetches") and "config.json" not in node["model"]
     fix = "the model must lie under the same path with the same files: put it on a shared file system"
-    yield "model", f"{len(node['model'])} files" if same else "missing or different", "" if same else fix
+    found = f"{len(node['model'])} files" if same else "to be downloaded" if absent else "missing or different"
+    yield "model", found, "" if same or absent else fix
     missing = node["missing"]
     fix = f"images must be as the driver sees them, but not {', '.join(missing[:1])}: put them on a shared file system"
     yield "images", f"{node['num_images'] - len(missing)} of {node['num_images']} readable", fix if missing else ""

@@ -14,7 +14,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from train_fn.model.checkpoint import resolve_model
+from train_fn.model.checkpoint import hashed_files, resolve_model
+from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.memory import GIB
 from train_fn.support.files import file_hash
 from train_fn.support.storage import Storage
@@ -74,7 +75,7 @@ def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) 
     return facts
 
 
-def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> Facts:
+def node_facts(model: str, images: dict[str, int], storage: Storage | None) -> Facts:
     """What this machine has of what a study needs. images: bytes by path, on the driver."""
     import psutil
     import torch
@@ -83,8 +84,11 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
 
     sources = [path for part in ("tune", "train_fn", "search_spaces") for path in sorted((ROOT / part).rglob("*.py"))]
     project = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()[:12]
-    files = {path.name: path.stat().st_size for pattern in ("*.safetensors", "*.json") for path in model.glob(pattern)}
-    config, session = model / "config.json", session_folder()
+    patterns, directory = ("*.safetensors", "*.json"), resolve_model(model)
+    # Of a model of the hub only what a study fetches: see `hashed_files`.
+    paths = hashed_files(model) if is_hub_model(model) else (p for pattern in patterns for p in directory.glob(pattern))
+    files = {path.name: path.stat().st_size for path in paths}
+    config, session = directory / "config.json", session_folder()
     results = storage.directory if storage else ROOT
     existing = next(folder for folder in (results, *results.parents) if folder.exists())
     return {
@@ -92,6 +96,7 @@ def node_facts(model: Path, images: dict[str, int], storage: Storage | None) -> 
         "versions": versions() | {"version_project": project},
         # Sizes only: hashing gigabytes on every node would take minutes. A study hashes them when it begins.
         "model": files | ({"config": file_hash(config)} if config.is_file() else {}),
+        "fetches": is_hub_model(model),
         "num_images": len(images),
         "missing": [
             path for path, size in images.items() if not os.access(path, os.R_OK) or os.path.getsize(path) != size

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from train_fn.model.checkpoint import hash_of, resolve_model
+from train_fn.model.checkpoint import hash_of
 from train_fn.model.unchanged import Inputs
 from train_fn.worker import LaneConfig, lane_loop, versions
 from tune.config.paths import SettingsError
@@ -158,10 +158,8 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
 
 def inputs_of(study: Study) -> Inputs:
     """Images and base as the driver sees them now. Raises SettingsError when the base has changed since plan.json."""
-    directory = resolve_model(study.settings.model.model)
-    inputs = Inputs.seen(study.splits, directory, study.plan["data_hash"], study.plan["base_hash"])
+    model = study.settings.model.model
+    inputs = Inputs.seen(study.splits, model, study.plan["data_hash"], study.plan["base_hash"])
     if hash_of(inputs.base_files) != inputs.base_hash:
-        raise SettingsError(
-            [f"the base model {directory} must stay as the study was begun with, but has changed since"]
-        )
+        raise SettingsError([f"the base model {model} must stay as the study was begun with, but has changed since"])
     return inputs

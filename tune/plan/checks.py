@@ -32,7 +32,7 @@ def check_model_type(model: str) -> list[str]:
         return []
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES
 
-    kind = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    kind = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind in TYPES or kind in ("hulumed_qwen2", "hulumed_qwen3"):
         return []
     return [

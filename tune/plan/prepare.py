@@ -66,10 +66,14 @@ class Study:
 
 def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     """A new study: read, check and split the data. Raises SettingsError with every problem."""
+    settings, base, problems = find_named(settings, say)
     data = settings.data
-    parts = read_manifests(settings, say)
+    try:
+        parts = read_manifests(settings, say)
+    except SettingsError as error:
+        raise SettingsError([*problems, *error.problems]) from error
     say("Looking for near-copies")
-    splits, report, problems = make_splits(
+    splits, report, found = make_splits(
         parts["data"] or [],
         parts["val_data"],
         parts["test_data"],
@@ -115,7 +119,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "tasks": [dataclasses.asdict(task) for task in splits.tasks],
         "class_counts": {part: splits.class_counts(part) for part in ("train", "validation", "test")},
         "data_hash": data_hash(splits),
-        "base_hash": base_hash(resolve_model(settings.model.model)),
+        "base_hash": base_hash(settings.model.model),
         "space_hash": space_hash(settings.study.space),
         "first_points": settings.first_points,
         "versions": versions(),
@@ -146,11 +150,12 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     problems += check_metric_trust(splits.own_metric)
     if problems:
         raise SettingsError(problems)
-    base = resolve_model(settings.model.model)
+    base = settings.model.model
+    fetch_again(base, say)
     hashes = {
         "splits_hash": ("splits.json", file_hash(directory / "splits.json")),
         "data_hash": ("the images, questions and answers", data_hash(splits)),
-        "base_hash": (f"the base model {settings.model.model}", base_hash(base, plan["format"])),
+        "base_hash": (f"the base model {base}", base_hash(base, plan["format"])),
         "space_hash": (f"the space {settings.study.space}", space_hash(settings.study.space)),
     }
     problems = [
@@ -184,14 +189,14 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
 def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
     """The samples of --data, --val-data and --test-data; None where there is none. Raises SettingsError."""
     data = settings.data
-    manifest = generate_phantoms(settings, say) if data.data == "phantoms" else Path(data.data)
+    manifest = generate_phantoms(settings, say) if data.data == "phantoms" else manifest_path(data.data)
     root = Path(data.image_root) if data.image_root else manifest.parent
     parts: Parts = {}
     problems: list[str] = []
     for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
         parts[name] = None
         if path:
-            parts[name], found = read_manifest(Path(path), root, data.columns, data.question)
+            parts[name], found = read_manifest(manifest_path(str(path)), root, data.columns, data.question)
             problems += [f"`{flag(name)}`: {text}" for text in found]
     parts, found = divide(parts, data.question)
     problems += found
@@ -259,7 +264,7 @@ def generate_phantoms(settings: Settings, say: Callable[[str], None]) -> Path:
 def with_absolute_paths(settings: Settings) -> Settings:
     """The settings with absolute paths: workers, and a study that goes on, may run in another folder."""
     study, model = settings.study, settings.model
-    if model.model != "nano":
+    if model.model != "nano" and not is_hub_model(model.model):
         model = dataclasses.replace(model, model=str(Path(model.model).resolve()))
     if study.space.endswith(".py"):
         study = dataclasses.replace(study, space=str(Path(study.space).resolve()))
