@@ -243,7 +243,7 @@ def test_every_size_is_counted_once(tmp_path, monkeypatch) -> None:
     splits, more = splits_of(tmp_path), []
     for number, size in enumerate([(300, 200), (900, 500), (60, 50), (300, 200), *[(310, 210)] * 20]):
         Image.new("L", size, 90).save(tmp_path / f"more{number}.png")
-        more.append(Sample(str(tmp_path / f"more{number}.png"), QUESTION, CLASSES[0], 0))
+        more.append(Sample((str(tmp_path / f"more{number}.png"),), QUESTION, CLASSES[0], 0))
     problems = problems_of(replace(splits, test=(*splits.test, *more)))
     assert [Path(problem.split()[1]).name for problem in problems] == ["more0.png", "more3.png"]
     assert all("(300 x 200)" in text and "no multiple of anything" in text for text in problems)

@@ -15,7 +15,7 @@ from PIL import Image
 from train_fn.data.copies import copy_pairs, read_thumbnails
 from train_fn.data.images import AS_USUAL, read_image
 from train_fn.data.phantoms import phantom
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import Sample, Splits, closed_set
 from train_fn.model.adapters import read_task
 from train_fn.model.base import load_base
 from train_fn.model.batches import image_features, num_patches, process
@@ -54,8 +54,8 @@ def test_training_reads_them_so(scans, base) -> None:
     own = load_base(SETTINGS, torch.device("cpu"))
     plain = replace(base, settings=replace(base.settings, feature_cache_gib=0))
     for deep, picture in scans:
-        inputs = process(own, Sample(deep, QUESTION, "", -1))
-        expected = process(plain, Sample(picture, QUESTION, "", -1))
+        inputs = process(own, Sample((deep,), QUESTION, ""))
+        expected = process(plain, Sample((picture,), QUESTION, ""))
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
         assert num_patches(own, deep) == num_patches(plain, picture)
         assert torch.equal(image_features(own, deep), image_features(plain, picture))
@@ -123,8 +123,8 @@ def test_the_adapter_keeps_them(scans, base, tmp_path, capsys) -> None:
     from train_fn.trial.adapter_files import save_adapter
     from train_fn.trial.outputs import save_task
 
-    sample = Sample(scans[0][0], QUESTION, "yes", 0)
-    splits = Splits((sample,), (sample,), (sample,), ("yes", "no"))
+    sample = Sample((scans[0][0],), QUESTION, "yes", 0)
+    splits = Splits((sample,), (sample,), (sample,), closed_set(("yes", "no")))
     trial = TrialSettings(lora_r=4, lora_alpha=8)
     folders: dict[str, Path] = {}
     for name, settings in (("own", SETTINGS), ("plain", ModelSettings(feature_cache_gib=0))):

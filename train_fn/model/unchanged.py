@@ -58,7 +58,7 @@ class Inputs:
     @classmethod
     def seen(cls, splits: Splits, model: str | Path, data_hash: str, base_hash: str) -> Inputs:
         """Their present state; the two hashes come from the study's plan."""
-        return cls(data_hash, base_hash, base_files(directory), image_stamps(splits.images))
+        return cls(data_hash, base_hash, base_files(model), image_stamps(splits.images))
 
     def changed_base(self, model: str | Path) -> str:
         """A message with the name of a base file that differs from the study's; "" if all are the same."""

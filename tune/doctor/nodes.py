@@ -55,7 +55,8 @@ def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) 
     splits = study.splits if study else None
     samples = [*splits.train, *splits.validation, *splits.test] if splits else []
     images = {image: os.path.getsize(image) for sample in samples for image in sample.images}
-    arguments = (resolve_model(settings.model.model).resolve(), images, storage)
+    model = (study.settings if study else settings).model.model
+    arguments = (model if is_hub_model(model) else str(resolve_model(model).resolve()), images, storage)
     facts = {"driver": node_facts(*arguments)}
     task: Any = ray.remote(node_facts)
     asked_at, answers = time.time(), {}

@@ -11,6 +11,7 @@ import numpy as np
 
 from train_fn.data.samples import Splits
 from train_fn.data.tasks import MAX_ANSWERS
+from train_fn.model.checkpoint import resolve_model
 from train_fn.scoring.metrics import METRICS
 from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings

@@ -19,7 +19,8 @@ from train_fn.data.samples import Splits
 from train_fn.data.splits_file import load_splits
 from train_fn.data.splitting import DataReport, SplitRules, make_splits
 from train_fn.data.tasks import TaskRules
-from train_fn.model.checkpoint import base_hash, resolve_model
+from train_fn.model.checkpoint import base_hash
+from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.preflight import base_problems
 from train_fn.model.unchanged import data_hash
 from train_fn.scoring.metrics import METRICS
@@ -33,6 +34,7 @@ from tune.config.space import space_hash
 from tune.config.trust import check_metric_trust, remember_metric, remember_space
 from tune.config.uris import tracking_uri
 from tune.plan.checks import check_goals, check_model_type, check_name, shipped, usual_goal, with_plain_names
+from tune.plan.hub_names import fetch_again, find_named, manifest_path
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
 from tune.records.goals import COSTS, Goal, goal
@@ -84,8 +86,10 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     try:
         splits = with_own_metric(splits, settings.study.metric)
     except ValueError as error:
-        problems.append(f"`--metric` {error}")
-    problems += check_model_type(settings.model.model)
+        found.append(f"`--metric` {error}")
+    problems += found if problems else [*found, *check_model_type(settings.model.model)]
+    if not problems and base:
+        problems += download_base(base, say)
     if not problems and not shipped(settings):
         say("Checking the base model, and what its processor makes of the data")
         problems += base_problems(settings.model, settings.trial, splits)
