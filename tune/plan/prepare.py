@@ -34,7 +34,7 @@ from tune.config.space import space_hash
 from tune.config.trust import check_metric_trust, remember_metric, remember_space
 from tune.config.uris import tracking_uri
 from tune.plan.checks import check_goals, check_model_type, check_name, shipped, usual_goal, with_plain_names
-from tune.plan.hub_names import fetch_again, find_named, manifest_path
+from tune.plan.hub_names import download_base, fetch_again, find_named, manifest_path
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
 from tune.records.goals import COSTS, Goal, goal
