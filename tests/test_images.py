@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import os
 import struct
 import time
@@ -389,6 +390,32 @@ def test_refused_by_its_header(tmp_path, monkeypatch, name, make, words) -> None
     monkeypatch.setattr("train_fn.data.images.decode", lambda *args: pytest.fail("decoded"))
     (problem,) = image_problems([str(tmp_path / name)]).values()
     assert words in problem and str(tmp_path / name) in problem
+
+
+def test_headers_that_promise_more_than_the_file_holds(tmp_path) -> None:
+    content = io.BytesIO()
+    Image.new("RGBA", (9000, 9000)).save(content, "PNG")
+    entry = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, content.tell(), 22)
+    files = {
+        "an icon of 16 x 16.ico": (entry + content.getvalue(), "but has 9000 x 9000"),
+        "60,000 x 60,000.pgm": (b"P5 60000 60000 65535\n" + bytes(100), "exceeds limit"),
+        "7,000 x 7,000.pgm": (b"P5 7000 7000 65535\n" + bytes(100), "truncated"),
+    }
+    for name, (written, words) in files.items():
+        (tmp_path / name).write_bytes(written)
+        assert words in image_problems([str(tmp_path / name)])[str(tmp_path / name)], name
+
+
+def test_a_tiff_whose_pages_never_end(tmp_path) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(PIXELS).save(path)
+    content = bytearray(path.read_bytes())
+    (first,) = struct.unpack("<I", content[4:8])
+    (entries,) = struct.unpack("<H", content[first : first + 2])
+    after = first + 2 + 12 * entries
+    content[after : after + 4] = content[4:8]  # the next page is this one
+    path.write_bytes(content)
+    assert image_facts(str(path)).frames == 1 and image_problems([str(path)]) == {}
 
 
 ACCEPTED: dict[str, Callable[[Path], object]] = {
