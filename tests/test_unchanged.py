@@ -33,7 +33,7 @@ def study(tmp_path: Path, splits) -> tuple[Path, Splits, Inputs]:
         image = tmp_path / f"{number}.png"
         shutil.copyfile(sample.image, image)
         os.utime(image, ns=(10**18, 10**18))
-        samples.append(replace(sample, image=str(image)))
+        samples.append(replace(sample, images=(str(image),)))
     own = Splits(tuple(samples[:2]), tuple(samples[2:4]), tuple(samples[4:]), splits.tasks)
     return model, own, Inputs.seen(own, model, data_hash(own), base_hash(model))
 
