@@ -43,15 +43,16 @@ SAME_CORRELATION, SAME_DETAIL = 0.98, 0.8
 FRAMES_CORRELATION = 0.95  # of neighbours in a film
 # A cropped copy is found by comparing these shares of height and width of the two images, and a moved one by moving one
 # of them by at most MAX_SHIFT pixels of its thumbnail.
-CROPS = ((1.0, 1.0), (0.95, 1.0), (1.0, 0.95), (0.9, 1.0), (1.0, 0.9))
+CROPS = ((0.95, 1.0), (1.0, 0.95), (0.9, 1.0), (1.0, 0.9))
 MAX_SHIFT = 3
+WORTH_CROPPING = 0.2
 NOISE = 3.0  # grey levels; weaker detail counts less
 # Images smaller than SMALL_SIDE, or with less contrast than MIN_CONTRAST grey levels, are copies only if they differ by
 # at most MAX_LEVELS grey levels.
 SMALL_SIDE = 32
 MIN_CONTRAST = 3.0
 MAX_LEVELS = 3
-BLOCK = 2**26  # entries of the distance matrix held at once
+BLOCK = 2**23  # entries of the distance matrix held at once
 PAIRS_AT_ONCE = 4_000
 ROWS_AT_ONCE = 1_000
 CACHE = "thumbnails-1.json"
@@ -193,19 +194,25 @@ def correlations(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def aligned_correlations(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """The largest correlation [M] of each pair over `CROPS` and shifts; otherwise as `correlations`."""
+    """The largest correlation [M] of each pair over shifts and, if that is at least WORTH_CROPPING, over `CROPS`."""
     from scipy import fft
 
     shifts = np.arange(-MAX_SHIFT, MAX_SHIFT + 1)
-    values = []
-    for block in blocks(images, pairs):
-        best = np.full(len(block), -1, dtype=np.float32)
+
+    def largest(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Over all shifts, of the spectra of two stacks of images."""
+        return fft.irfft2(first * second.conj(), workers=-1)[:, shifts[:, None], shifts].max((1, 2))
+
+    spectra = fft.rfft2(images, workers=-1)
+    values = np.concatenate([np.zeros(0), *(largest(block[:, 0], block[:, 1]) for block in blocks(spectra, pairs))])
+    worth = np.flatnonzero(values >= WORTH_CROPPING)
+    start = 0
+    for block in blocks(images, pairs[worth]):
+        chosen = worth[start : (start := start + len(block))]
         for crop in CROPS:
             first, second = (fft.rfft2(unit_length(enlarged(block[:, i], crop[i])), workers=-1) for i in (0, 1))
-            by_shift = fft.irfft2(first * second.conj(), workers=-1)[:, shifts[:, None], shifts]
-            best = np.maximum(best, by_shift.max((1, 2)))
-        values.append(best)
-    return np.concatenate(values) if values else np.zeros(0)
+            values[chosen] = np.maximum(values[chosen], largest(first, second))
+    return values
 
 
 def enlarged(images: np.ndarray, share: float) -> np.ndarray:
