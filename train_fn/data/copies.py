@@ -25,7 +25,7 @@ from train_fn.support.cache import cache_folder, read_cache, write_cache
 from train_fn.support.files import file_hash
 
 # Of the 64 bits of a hash, how many may differ between copies. On BUSI, pairs that differ in up to 8 bits are copies by
-# eye. From 10 bits on, others are proposed as well, but not confirmed. Unrelated images differ in about 32 bits.
+# eye. From 10 bits on, false ones are proposed, too; they are not confirmed. Unrelated images differ in about 32 bits.
 MAX_DISTANCE = 8
 # Near hashes mean the same coarse structure, which any two right eyes or any two sevens have, too. So what an image
 # shares with its lookalikes, the images of the set that correlate most with it, is removed. The rest is compared at two
