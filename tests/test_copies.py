@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,11 +11,16 @@ import pytest
 from entries import as_entry, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageEnhance
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageOps
 
 from train_fn.data.copies import (
+    MAX_DISTANCE,
+    MIN_CORRELATION,
+    confirmed,
+    contact_sheet,
     copy_groups,
     copy_pairs,
+    largest_groups,
     leaking_samples,
     near_pairs,
     perceptual_hashes,
@@ -247,6 +253,71 @@ def test_the_caller_sets_the_distance(tmp_path, image) -> None:
     paths = saved(tmp_path, [image, image, marked(image)])
     assert len(copy_pairs(paths)) == 3 and len(copy_pairs(paths, -1)) == 0
     assert copy_pairs(paths, 0).tolist()[0] == [0, 1]
+
+
+def test_written_digits_are_hardly_ever_copies_however_much_they_are_enlarged() -> None:
+    """Real handwriting of 8 x 8 pixels, enlarged: as near as two images can be that are no copies."""
+    from sklearn.datasets import load_digits
+
+    digits = [Image.fromarray((image * 15.9).astype(np.uint8)) for image in load_digits().images]
+    digits = [digit.resize((64, 64), Image.Resampling.BICUBIC) for digit in digits]
+    pixels = np.array([thumbnail(image) for image in [*digits, *(digit.resize((40, 40)) for digit in digits[:10])]])
+    pairs = near_pairs(perceptual_hashes(pixels))
+    found = pairs[confirmed(pixels, np.full(len(pixels), 40), pairs)]
+    assert {(number, 1797 + number) for number in range(10)} <= set(map(tuple, found.tolist()))
+    assert len(pairs) > 1400 and len(found) < 250
+    assert np.bincount(copy_groups(len(pixels), pairs)).max() > 100  # a group of look-alikes by hashes alone
+    assert np.bincount(copy_groups(len(pixels), found)).max() <= 10
+
+
+def test_moved_and_cropped_copies_are_found_among_lookalikes(tmp_path) -> None:
+    eyes = [eye_ground(number, 128) for number in range(100)]
+    moved = [ImageChops.offset(eye, 4, 0) for eye in eyes[:10]]  # one pixel of the thumbnail
+    cropped = [eye.crop((3, 3, 125, 125)) for eye in eyes[10:20]]
+    paths = saved(tmp_path, [*eyes, *moved, *cropped])
+    found = set(map(tuple, copy_pairs(paths, 16, tmp_path / "cache.json").tolist()))
+    assert {(number, 100 + number) for number in range(20)} <= found and len(found) <= 22
+
+
+def test_a_mirrored_image_is_no_copy(tmp_path, image) -> None:
+    assert len(copy_pairs(saved(tmp_path, [image, ImageOps.mirror(image)]))) == 0
+
+
+def test_the_caller_sets_the_correlation(tmp_path, image) -> None:
+    blurred = image.resize((20, 20)).resize(image.size)
+    paths = saved(tmp_path, [image, image, blurred])
+    found = [len(copy_pairs(paths, 16, None, least)) for least in (0.3, MIN_CORRELATION, 1.0)]
+    assert found == [3, 3, 1]
+    frames = saved(tmp_path, [image, image.point(lambda level: level + 5 * (level > 120))])
+    assert [len(copy_pairs(frames, 16, None, least)) for least in (MIN_CORRELATION, 1.0)] == [1, 0]
+    assert DataSettings().copies_correlation == MIN_CORRELATION and DataSettings().copies_distance == MAX_DISTANCE
+
+
+# ------------------------------------------------------------------------------------------------ groups, pictures
+
+
+def test_the_largest_groups_come_first_and_single_images_are_none() -> None:
+    groups = np.array([4, 1, 4, 2, 7, 1, 4])
+    assert [group.tolist() for group in largest_groups(groups)] == [[0, 2, 6], [1, 5]]
+    assert [group.tolist() for group in largest_groups(groups, 1)] == [[0, 2, 6]]
+    assert largest_groups(np.arange(3)) == largest_groups(np.zeros(0, dtype=int)) == []
+
+
+def test_a_contact_sheet_shows_each_image_upright(tmp_path) -> None:
+    colours = ["red", "lime", "blue", "yellow", "cyan", "magenta", "gray"]
+    paths = saved(tmp_path, [Image.new("RGB", (400, 400), colour) for colour in colours])
+    half = Image.new("RGB", (400, 200), "red")
+    half.paste("blue", (200, 0, 400, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter: red above blue
+    half.save(tmp_path / "turned.png", exif=exif)
+    sheet = Image.open(io.BytesIO(contact_sheet([*paths, str(tmp_path / "turned.png")])))
+    assert (sheet.format, sheet.size) == ("PNG", (6 * 160, 2 * 174))
+    centres = [sheet.getpixel((160 * (index % 6) + 80, 174 * (index // 6) + 92)) for index in range(7)]
+    assert centres == [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in colours]
+    assert [sheet.getpixel((160 + 40, 174 + at)) for at in (40, 130)] == [(255, 0, 0), (0, 0, 255)]
+    assert sheet.crop((0, 0, 160, 14)).getcolors() != [(160 * 14, (255, 255, 255))]  # the number
+    assert Image.open(io.BytesIO(contact_sheet(paths, most=3))).size == (3 * 160, 174)
 
 
 # ------------------------------------------------------------------------------------------------ several questions

@@ -26,15 +26,15 @@ from train_fn.support.cache import cache_folder, read_cache, write_cache
 from train_fn.support.files import file_hash
 
 # Of the 64 bits of a hash, how many may differ between copies. On BUSI, pairs that differ in up to 8 bits are copies by
-# eye, and false ones begin at 10; two unrelated images differ in about 32.
+# eye. From 10 bits on, false ones are proposed, too; they are not confirmed. Unrelated images differ in about 32 bits.
 MAX_DISTANCE = 8
 # Near hashes mean the same coarse structure, which any two right eyes or any two sevens have, too. So what an image
 # shares with its lookalikes, the images of the set that correlate most with it, is removed. The rest is compared at two
-# scales: the whole, and the detail. A pair is confirmed if the whole correlates MIN_CORRELATION and the detail at most
-# DETAIL_LESS less, or if the detail alone correlates DETAIL_ALONE more. On BUSI all 135 pairs are confirmed;
+# scales: the whole, and the detail. A pair is confirmed if the whole correlates MIN_CORRELATION and the detail at
+# least that less DETAIL_LESS, or if the detail alone correlates DETAIL_ALONE more. On BUSI all 135 pairs are confirmed;
 # benchmarks/README.md has the figures of other sets.
 MIN_CORRELATION = 0.65
-DETAIL_LESS, DETAIL_ALONE = 0.10, 0.05
+DETAIL_LESS, DETAIL_ALONE = 0.20, 0.05
 NUM_LOOKALIKES = 40
 MIN_IMAGES = 20  # in a smaller set nothing can be called shared
 SAMPLE = 5_000  # images of a large set among which lookalikes are searched
@@ -44,15 +44,16 @@ SAME_CORRELATION, SAME_DETAIL = 0.98, 0.8
 FRAMES_CORRELATION = 0.95  # of neighbours in a film
 # A cropped copy is found by comparing these shares of height and width of the two images, and a moved one by moving one
 # of them by at most MAX_SHIFT pixels of its thumbnail.
-CROPS = ((1.0, 1.0), (0.95, 1.0), (1.0, 0.95), (0.9, 1.0), (1.0, 0.9))
+CROPS = ((0.95, 1.0), (1.0, 0.95), (0.9, 1.0), (1.0, 0.9))
 MAX_SHIFT = 3
+WORTH_CROPPING = 0.2
 NOISE = 3.0  # grey levels; weaker detail counts less
 # Images smaller than SMALL_SIDE, or with less contrast than MIN_CONTRAST grey levels, are copies only if they differ by
 # at most MAX_LEVELS grey levels.
 SMALL_SIDE = 32
 MIN_CONTRAST = 3.0
 MAX_LEVELS = 3
-BLOCK = 2**26  # entries of the distance matrix held at once
+BLOCK = 2**23  # entries of the distance matrix held at once
 PAIRS_AT_ONCE = 4_000
 ROWS_AT_ONCE = 1_000
 CACHE = "thumbnails-2.json"
@@ -165,8 +166,8 @@ def confirmed(
     coarse = correlations(unit_length(whole - shared(whole)), pairs)
     alike = (coarse >= min_correlation) & (fine >= min_correlation - DETAIL_LESS)
     alike |= fine >= min_correlation + DETAIL_ALONE
-    same = np.flatnonzero(unchanged >= SAME_CORRELATION)
-    alike[same] |= aligned_correlations(detail, pairs[same]) >= SAME_DETAIL
+    same = np.flatnonzero(unchanged >= max(SAME_CORRELATION, min_correlation))
+    alike[same] |= aligned_correlations(detail, pairs[same]) >= max(SAME_DETAIL, min_correlation)
     return (levels <= MAX_LEVELS) | (alike & ~featureless[pairs].any(1))
 
 
@@ -198,19 +199,25 @@ def correlations(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def aligned_correlations(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """The largest correlation [M] of each pair over `CROPS` and shifts; otherwise as `correlations`."""
+    """The largest correlation [M] of each pair over shifts and, if that is at least WORTH_CROPPING, over `CROPS`."""
     from scipy import fft
 
     shifts = np.arange(-MAX_SHIFT, MAX_SHIFT + 1)
-    values = []
-    for block in blocks(images, pairs):
-        best = np.full(len(block), -1, dtype=np.float32)
+
+    def largest(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Over all shifts, of the spectra of two stacks of images."""
+        return fft.irfft2(first * second.conj(), workers=-1)[:, shifts[:, None], shifts].max((1, 2))
+
+    spectra = fft.rfft2(images, workers=-1)
+    values = np.concatenate([np.zeros(0), *(largest(block[:, 0], block[:, 1]) for block in blocks(spectra, pairs))])
+    worth = np.flatnonzero(values >= WORTH_CROPPING)
+    start = 0
+    for block in blocks(images, pairs[worth]):
+        chosen = worth[start : (start := start + len(block))]
         for crop in CROPS:
             first, second = (fft.rfft2(unit_length(enlarged(block[:, i], crop[i])), workers=-1) for i in (0, 1))
-            by_shift = fft.irfft2(first * second.conj(), workers=-1)[:, shifts[:, None], shifts]
-            best = np.maximum(best, by_shift.max((1, 2)))
-        values.append(best)
-    return np.concatenate(values) if values else np.zeros(0)
+            values[chosen] = np.maximum(values[chosen], largest(first, second))
+    return values
 
 
 def enlarged(images: np.ndarray, share: float) -> np.ndarray:
