@@ -20,7 +20,8 @@ MAX_ENTRIES = 1_000_000  # near-copies are searched among all pairs of images
 HEADER = 65_536  # bytes in which a table's header must end
 SUPPORTED = (
     "JSON (a list of objects with image, text and answer, with conversations, or with messages), JSON Lines, CSV or "
-    "TSV with a header, parquet, a data set saved by `datasets`, or a folder of images by class"
+    "TSV with a header, parquet, a data set saved by `datasets`, a folder of images by class, or a folder with such "
+    "files"
 )
 AS_CSV = "save it as CSV with the header image,question,answer"
 
@@ -65,6 +66,8 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
     problem = f"manifest {path} must be a JSON list of at least one entry, but holds "
     if not isinstance(value, dict):
         return [], [problem + ("an empty list" if value == [] else f"a {type(value).__name__}")]
+    if path.suffix in (".jsonl", ".ndjson") and value:
+        return [(f"{path.name} line 1", value)], []
     lists = [name for name, entries in value.items() if isinstance(entries, list) and entries]
     if len(lists) > 1:
         fix = "write a list of {image, text, answer}"
