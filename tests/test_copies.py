@@ -150,7 +150,7 @@ def test_contradictions_are_reported_and_treated(tmp_path, treatment) -> None:
 
 def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
     manifest, root = busi
-    entries = list(map(as_entry, read_manifest(manifest, root)[0]))
+    entries = list(map(as_entry, read_manifest(manifest, root).samples))
     for seed in range(20):
         splits, report, problems = split(
             entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=seed, hash_cache=tmp_path / "cache.json"

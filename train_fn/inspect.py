@@ -1,6 +1,6 @@
 """A look at the data: `python -m train_fn.inspect --data PATH` shows it, and whether a study can start with it.
 
-With `--write MANIFEST` it first converts data of any format to the guide's JSON.
+With `--write MANIFEST.jsonl` it first converts data of any format to JSON Lines, or to the guide's JSON (.json).
 `--busi FOLDER --write MANIFEST` first makes a manifest of the BUSI images as downloaded: subfolders normal, benign and
 malignant; masks are left out.
 """
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from train_fn.data.convert import write_manifest
 from train_fn.data.copies import MAX_DISTANCE, copy_groups, copy_pairs
 from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_facts, image_problems, image_size
@@ -34,7 +33,6 @@ from train_fn.data.splitting import (
     different_images,
     make_splits,
 )
-from train_fn.data.stored_images import stored_images_folder
 from train_fn.data.tasks import MAX_ANSWERS
 from train_fn.settings import FRAME, WINDOW, ImageOptions
 from train_fn.support.text import plain, shorten
@@ -46,8 +44,11 @@ def main(argv: Sequence[str]) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="file or folder of labelled images, as in a study")
     source.add_argument("--busi", type=Path, help="folder of the BUSI images: make its manifest, then inspect that")
-    parser.add_argument("--write", type=Path, help="the manifest to make of --busi or --data, as the guide's JSON")
+    parser.add_argument(
+        "--write", type=Path, help="manifest to make of --busi or --data: .jsonl, or .json (the guide's)"
+    )
     parser.add_argument("--columns", default="", help="columns with other than usual names, such as question=text")
+    parser.add_argument("--group-field", default="", help="column of what may not be divided, such as patient_id")
     parser.add_argument("--question", default="", help="the question of BUSI [the guide's], or as in a study")
     parser.add_argument("--image-root", type=Path, help="folder that a manifest's paths start from [the manifest's]")
     parser.add_argument("--val-data", type=Path, help="validation images")
@@ -75,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
     if options.busi and (options.image_root or not options.write):
         parser.error("--busi must be given with --write, and without --image-root: that is the BUSI folder")
     options.columns = tuple(part.strip() for part in options.columns.split(",") if part.strip())
+    options.columns += (f"group={options.group_field}",) if options.group_field else ()
     roles = [text.partition("=")[0] for text in options.columns]
     if not all(map(COLUMN.holds, options.columns)) or len(set(roles)) < len(roles):
         parser.error(f"--columns must be {COLUMN.words}, each role once, but got {options.columns}")
@@ -89,50 +91,16 @@ def main(argv: Sequence[str]) -> int:
     elif options.write:
         if options.val_data or options.test_data:
             parser.error("--write converts --data only: leave --val-data and --test-data out")
-        if problems := write_manifest(options):
+        root, problems = write_manifest(
+            options.write, options.data, options.image_root, options.columns, options.question
+        )
+        if problems:
             parser.exit(2, "\n  - ".join(["The manifest cannot be made:", *map(plain, problems)]) + "\n")
-        given = f" --image-root {shlex.quote(str(options.image_root))}" if options.image_root else ""
+        options.columns, options.question, options.image_root = (), "", root
+        given = f" --image-root {shlex.quote(str(root))}" if root else ""
         print(f"Written; for a study: --data {shlex.quote(str(options.write))}{given}")
         options.data = options.write
     return inspect(options)
-
-
-def write_manifest(options: argparse.Namespace) -> list[str]:
-    """Write the guide's JSON of --data to --write. Returns every reason why that failed.
-
-    Image paths are relative to the manifest's folder, or else to the folder that holds all images; this becomes the
-    image root of the options. Images from bytes are copied into a folder beside the manifest.
-    """
-    manifest: Path = options.write
-    root: Path = options.image_root or options.data.parent
-    samples, problems = read_manifest(options.data, root, options.columns, options.question)
-    problems = problems or divide({"data": samples}, options.question)[1]
-    entries: list[dict[str, Any]] = [
-        {"image": s.image, "text": s.question, "answer": s.answer, "label": s.label}
-        | ({"split": s.split} if s.split else {})
-        for s in samples
-    ]
-    options.columns, options.question = (), ""
-    if problems:
-        return problems
-    folder, stored = manifest.parent.resolve(), stored_images_folder().resolve()
-    copies = folder / f"{manifest.stem}_images"
-    try:
-        with manifest.open("x", encoding="utf-8") as file:
-            for entry in entries:
-                if (image := Path(entry["image"])).is_relative_to(stored):
-                    copies.mkdir(exist_ok=True)
-                    entry["image"] = shutil.copyfile(image, copies / image.name)
-            images = [Path(entry["image"]) for entry in entries]
-            options.image_root = None
-            if not all(image.is_relative_to(folder) for image in images):
-                folder = options.image_root = Path(os.path.commonpath([image.parent for image in images]))
-            for entry, image in zip(entries, images, strict=True):
-                entry["image"] = image.relative_to(folder).as_posix()
-            json.dump(entries, file, indent=2)
-    except OSError as error:
-        return [f"`--write` must name a new file, but got {manifest}: {error.strerror}; choose another"]
-    return []
 
 
 def write_busi(folder: Path, manifest: Path, question: str) -> list[str]:
@@ -161,18 +129,23 @@ def inspect(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    root: Path = options.image_root or options.data.parent
+    folder = options.data if options.data.is_dir() else options.data.parent
+    root: Path = options.image_root or folder
     parts: Parts = {}
     problems = []
+    notes: list[str] = []
     for name in ("data", "val_data", "test_data"):
         if path := getattr(options, name):
-            parts[name], found = read_manifest(path, root, options.columns, options.question)
-            problems += [f"`--{name.replace('_', '-')}`: {text}" for text in found]
+            its_root = options.image_root or (path if path.is_dir() else options.data.parent)
+            reading = read_manifest(path, its_root, options.columns, options.question)
+            parts[name] = reading.samples
+            notes += reading.notes
+            problems += [f"`--{name.replace('_', '-')}`: {text}" for text in reading.problems]
     parts, found = divide(parts, options.question)
     problems += found
     images = [image for samples in parts.values() for sample in samples or [] for image in sample.images]
-    reading = ImageOptions(options.window or "auto", options.frames)
-    bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr), options=reading)
+    usual = ImageOptions(options.window or "auto", options.frames)
+    bad = image_problems(images, options.max_image_pixels, lambda text: print(text, file=sys.stderr), options=usual)
     problems += shorten(list(bad.values()))
     sound = {name: [s for s in samples or [] if not bad.keys() & set(s.images)] for name, samples in parts.items()}
     samples = [sample for part in sound.values() for sample in part]
@@ -188,7 +161,7 @@ def inspect(options: argparse.Namespace) -> int:
                 seed=options.split_seed,
                 contradictions=options.contradictions,
                 copies_distance=options.copies_distance,
-                images=reading,
+                images=usual,
             ),
         )
         problems += found
@@ -196,11 +169,13 @@ def inspect(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = 100
     if samples:
-        for title, columns, rows in tables(samples, root.resolve(), splits, report, options.copies_distance, reading):
+        for title, columns, rows in tables(samples, root.resolve(), splits, report, options.copies_distance, usual):
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*(plain(str(cell)) for cell in row))
             console.print(table)
+    for note in dict.fromkeys(notes):
+        console.print("  " + plain(note), soft_wrap=True)
     if asked := asked_by_default(parts):
         console.print("  " + asked, soft_wrap=True)
     for problem in problems:

@@ -118,10 +118,10 @@ def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sam
             raise InputError(f"folder {path} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none")
         return [Sample((str(image),), question, "") for image in images]
     if path.suffix.lower() in DATA_SUFFIXES:
-        samples, problems = read_manifest(path, image_root or path.parent, question=question)
-        if problems:
-            raise InputError("; ".join(problems))
-        return samples
+        reading = read_manifest(path, image_root or path.parent, question=question)
+        if reading.problems:
+            raise InputError("; ".join(reading.problems))
+        return reading.samples
     if not path.is_file():  # reading a pipe or a device could block for ever
         raise InputError(f"{path} must be an image, a folder or a manifest, but is none")
     return [Sample((str(path),), question, "")]
