@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from train_fn.data.phantoms import phantom
 from train_fn.model.adapters import BadAdapter, read_config, read_shapes, read_task
 from train_fn.model.targets import target_problems
-from train_fn.predict import NotFinite, label_probabilities, main
+from train_fn.predict import main
+from train_fn.scoring.answering import answer_samples
 from train_fn.settings import TrialSettings
 from train_fn.trial.adapter_files import load_adapter, save_adapter
 from train_fn.trial.lora import adapted
@@ -203,12 +204,12 @@ def test_scores_that_are_not_finite_are_no_answer(base, splits) -> None:
         before = weight.clone()
         weight.fill_(float("nan"))
         try:
-            with pytest.raises(NotFinite, match="must be finite"):
-                label_probabilities(base, splits.test[0], splits.candidates)
+            (answer,) = answer_samples(base, splits.test[:1], splits.by_name, 4)
+            assert "must be finite" in answer.error and not answer.probabilities
         finally:
             weight.copy_(before)
-    answer = label_probabilities(base, splits.test[0], splits.candidates)
-    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    (answer,) = answer_samples(base, splits.test[:1], splits.by_name, 4)
+    assert sum(answer.probabilities) == pytest.approx(1) and not answer.error
 
 
 @pytest.fixture

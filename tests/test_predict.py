@@ -80,7 +80,7 @@ def test_merged_model_answers_as_base_and_adapter(trained, splits, tmp_path) -> 
     whole = load_base(ModelSettings(model=str(merged)), torch.device("cpu"))
     from train_fn.scoring.evaluation import predict
 
-    ours = predict(whole, splits.test, splits.candidates, 16)["scores"]
+    ours = predict(whole, splits.test, splits, 16)["scores"]
     assert np.allclose(ours, scores, atol=1e-4)
     again = run("--adapter", adapter, "--merge-into", merged)
     assert again.returncode == 2 and "--merge-into" in again.stderr
@@ -115,7 +115,7 @@ def test_qlora_merges_onto_the_unquantised_base(base, splits, tmp_path) -> None:
     from train_fn.scoring.evaluation import predict
 
     whole = load_base(ModelSettings(model=str(tmp_path / "merged")), torch.device("cpu"))
-    merged = predict(whole, splits.test, splits.candidates, 16)["scores"]
+    merged = predict(whole, splits.test, splits, 16)["scores"]
     plain = score_adapter(base, splits, "test", 16, adapter)["scores"]
     assert np.allclose(merged, plain, atol=1e-4)  # exactly the adapter on the unquantised base,
     assert not np.allclose(merged, scores, atol=1e-4)  # whose weights differ from those of the training
