@@ -181,6 +181,42 @@ def test_without_candidates_the_answer_is_generated(load, store, base, splits, i
     assert any(found["answer"])
 
 
+def test_an_adapter_of_several_tasks_answers_each(load, store, base, splits, images, tmp_path) -> None:
+    tasks = (replace(splits.tasks[0], name="finding"), Task("benign", "binary", ("no", "yes")), Task("open"))
+    questions = ("What is it?", "Is it benign?", "Describe it.")
+    train = [
+        replace(splits.train[0], question=question, task=task.name, answer=answer, label=0)
+        for task, question, answer in zip(tasks, questions, ("Normal", "no", "a mass"), strict=True)
+    ]
+    several = replace(splits, train=tuple(train), tasks=tasks, max_new_tokens=4)
+    adapter = write_adapter(base, several, tmp_path / "several", 3)
+    model = load(log_model(store[0], new_run(store[0]), adapter, tags=TAGS))
+    both = [images[0], inline(images[1])]
+    rows = [
+        (images[0], questions[0], None),
+        (json.dumps(both), questions[1], None),
+        (images[0], "Unheard of?", "Benign"),
+        (images[0], questions[2], None),
+    ]
+    found = model.predict(pd.DataFrame(rows, columns=["image", "text", "question_type"]))
+    assert list(found.columns) == ["answer", "probabilities"]
+    asked = [Sample((images[0],), rows[0][1], ""), Sample(tuple(images[:2]), rows[1][1], "")]
+    asked += [Sample((images[0],), rows[2][1], "", question_type="Benign"), Sample((images[0],), rows[3][1], "")]
+    expected = ask(adapter, asked)
+    for row, answer, candidates in zip(
+        range(4), expected, (splits.candidates, ("no", "yes"), ("no", "yes"), ()), strict=True
+    ):
+        its = json.loads(found["probabilities"][row])
+        assert tuple(its) == candidates and list(its.values()) == pytest.approx(answer.probabilities, abs=1e-5)
+        assert found["answer"][row] == (max(its, key=its.get) if its else answer.text)
+    assert [model.metadata.signature.outputs.input_names(), model.metadata.signature.inputs.input_names()] == [
+        ["answer", "probabilities"],
+        ["image", "text", "question_type"],
+    ]
+    direct = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [both], "text": [questions[1]]}))
+    assert direct["probabilities"][0] == found["probabilities"][1]
+
+
 def test_input_that_is_not_an_image_is_refused(loaded, images) -> None:
     from mlflow.exceptions import MlflowException
 
