@@ -241,7 +241,7 @@ def uneven_parts(
         if wanted >= MIN_SHARE and abs(len(parts[name]) - wanted) > UNEVEN * wanted:
             lines.append(
                 f"The {name} part has {len(parts[name]):,} of {num_divided:,} samples instead of {wanted:,.0f}: "
-                f"near-copies, images of one question and groups stay together, and {largest}: look whether they belong "
+                f"near-copies, images of one question and groups stay together, and {largest}: see whether they belong "
                 f"together, raise --copies-correlation, or change --split-seed"
             )
     return lines
