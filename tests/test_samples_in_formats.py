@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_formats import IMAGES, WORDS, lines, noise, refusal, samples_of, save_arrow
 
 from train_fn.data.convert import as_entry, write_manifest
-from train_fn.data.manifest import read_manifest
+from train_fn.data.manifest import divide, read_manifest
 from train_fn.data.samples import PARTS, PLACEHOLDER, Sample
 from train_fn.inspect import main
 
@@ -319,10 +319,12 @@ def test_groups_are_found_and_confirmed_by_a_line(root: Path, tmp_path: Path) ->
         "another column)",
     ]
     reading = read_manifest(patients(tmp_path, "group", 2), root)  # such as control and treatment
-    assert {sample.group for sample in reading.samples} == {""}
-    assert "has 2 different values only, so it groups nothing: add --group-field group" in reading.notes[0]
+    assert "has 2 different values only and groups nothing if other data has no more" in reading.notes[0]
+    for more, named, groups in ((None, False, {""}), (None, True, {"0", "1"}), (["2"], False, {"0", "1"})):
+        parts = {"data": reading.samples, "test_data": more and [replace(reading.samples[0], group="2")]}
+        assert {sample.group for sample in divide(parts, "", named)[0]["data"] or []} == groups
     reading = read_manifest(tmp_path / "m", root, ("group=group",))
-    assert {sample.group for sample in reading.samples} == {"0", "1"} and len(reading.notes) == 1
+    assert reading.notes == ["Grouped by group: entries with the same value (2 different) stay in one part"]
     made = [{"image": "a.png", "question": "q", "answer": "a", "study_id": n, "subject_id": n // 2} for n in range(8)]
     (tmp_path / "m").write_text(json.dumps(made))
     assert {sample.group for sample in samples_of(tmp_path / "m", root)} == {"0", "1", "2", "3"}
