@@ -141,7 +141,7 @@ def inspect(options: argparse.Namespace) -> int:
             parts[name] = reading.samples
             notes += reading.notes
             problems += [f"`--{name.replace('_', '-')}`: {text}" for text in reading.problems]
-    parts, found = divide(parts, options.question)
+    parts, found = divide(parts, options.question, "group" in [text.partition("=")[0] for text in options.columns])
     problems += found
     images = [image for samples in parts.values() for sample in samples or [] for image in sample.images]
     usual = ImageOptions(options.window or "auto", options.frames)
