@@ -147,7 +147,9 @@ def test_an_unknown_question_is_generated_without_an_open_task(adapter) -> None:
 def test_answers_are_assigned_as_their_task_writes_them() -> None:
     task = replace(NAMED, tasks=(Task("", "multilabel", ("a; b", "c"), separator=";"),))
     sample = task.assign(Sample(("x",), "?", "B;A"))
-    assert sample.label == 0
+    assert sample.label == 0 and sample.answer == "A; B"
+    unsorted = replace(task, tasks=(Task("", "multilabel", ("b; a", "c"), separator=";"),))  # of an older adapter
+    assert unsorted.assign(Sample(("x",), "?", "a;b")).label == 0
     assert task.assign(Sample(("x",), "?", "b")).label == -1 == task.assign(Sample(("x",), "?", "")).label
 
 
@@ -289,7 +291,7 @@ def test_ctrl_c_prints_one_line(adapter, several, monkeypatch) -> None:
     monkeypatch.setattr("train_fn.predict.answer_samples", interrupted)
     found = run("--adapter", adapter, several.test[0].image)
     assert found.returncode == 130 and "Traceback" not in found.stderr
-    assert found.stderr.splitlines()[-1] == "Stopped by Ctrl-C; the answers so far are complete"
+    assert found.stderr.splitlines()[-1] == "Stopped by Ctrl-C"
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -401,6 +403,9 @@ def test_right_answers_of_each_kind() -> None:
     for name, text, truth, right in given:
         told = summary([(Sample(("x",), "?", truth, task=name), Answer(text=text))], tasks)
         assert told.startswith(f"{int(right)} of 1 answers are right"), (name, text)
+    chosen = {"": Task("", "multilabel", ("a", "b"), separator=",")}
+    told = summary([(Sample(("x",), "?", "a, c"), Answer((0.9, 0.1)))], chosen)  # a set that is no candidate
+    assert told.startswith("0 of 1 answers are right; exact_match 0 label_f1 ")
 
 
 # ------------------------------------------------------------------------------------------------ generation

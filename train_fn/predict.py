@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         clear_progress()
-        print("Stopped by Ctrl-C; the answers so far are complete", file=sys.stderr)
+        print("Stopped by Ctrl-C", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end

@@ -87,7 +87,8 @@ class AdapterModel(PythonModel):
                 samples.append(self.task.assign(sample))
             sound = [sample for sample in samples if sample.images]
             problems += image_problems(image for sample in sound for image in sample.images).values()
-            problems += text_problems(self.base.processor, sound, [task.candidates for task in self.task.tasks])
+            if sound:
+                problems += text_problems(self.base.processor, sound, [task.candidates for task in self.task.tasks])
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))
             # These grow with every question and path, a server runs without end, and a file may change between calls.
