@@ -137,9 +137,11 @@ def test_the_task_of_a_question(question, question_type, name) -> None:
     assert NAMED.task_of(question, question_type).name == name
 
 
-def test_an_unknown_question_is_generated_without_an_open_task(adapter) -> None:
+def test_an_unknown_question_is_generated_without_an_open_task() -> None:
     closed = replace(NAMED, tasks=NAMED.tasks[:2])
     assert closed.task_of("What is wrong?") == Task() == closed.by_name[""]
+    numeric = replace(NAMED, tasks=(*NAMED.tasks[:2], Task("size", "numeric")))
+    assert numeric.task_of("What is wrong?") == Task()
     only = replace(NAMED, tasks=NAMED.tasks[:1])
     assert only.task_of("What is wrong?") is only.tasks[0]
 
@@ -232,10 +234,10 @@ def test_a_bad_row_does_not_lose_the_others(adapter, several, tmp_path) -> None:
         content = Path(sample.image).read_bytes()
         (tmp_path / f"{number}.png").write_bytes(content[:300] if number == 3 else content)
     rows = [row | {"image": f"{number}.png"} for number, row in enumerate(rows_of(several.test[:4]))]
-    rows[1]["image"] = "nowhere.png"
+    rows[1]["image"] = "nowhere\x1b[31m.png"
     rows[2]["question"] = "<|image_pad|> Why?"
     found = run("--adapter", adapter, write_table(tmp_path / "some.csv", rows), "--no-generate")
-    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert found.returncode == 1 and "Traceback" not in found.stderr and "\x1b[31m" not in found.stderr
     lines = lines_of(found)
     assert ["error" in line for line in lines] == [False, True, True]
     assert "'<|image_pad|>'" in lines[1]["error"] and "decodable" in lines[2]["error"]

@@ -93,9 +93,9 @@ class AdapterTask:
 
     @functools.cached_property
     def unknown(self) -> Task:
-        """The task of a question that no task has: the only one whose answers are generated, or an unnamed one."""
-        written = [task for task in self.tasks if not task.candidates]
-        return written[0] if len(written) == 1 else Task()
+        """The task of a question that no task has: the only open one, or an unnamed open one."""
+        found = [task for task in self.tasks if task.kind == "open"]
+        return found[0] if len(found) == 1 else Task()
 
     @functools.cached_property
     def by_question(self) -> dict[str, list[Task]]:
