@@ -236,7 +236,7 @@ def test_what_is_written_is_read_as_the_same_samples(name: str, root: Path, tmp_
     made = [replace(s, split="train", group="", images=tuple(str(root / name) for name in s.images)) for s in made]
     write_json(entry)(made, tmp_path / "x", root)
     (tmp_path / name).unlink(missing_ok=True)
-    image_root, problems = write_manifest(tmp_path / name, tmp_path / "x", root)
+    image_root, problems, _ = write_manifest(tmp_path / name, tmp_path / "x", root)
     assert not problems
     found, before = samples_of(tmp_path / name, image_root), samples_of(tmp_path / "x", root)
     assert [replace(sample, source="") for sample in found] == [replace(sample, source="") for sample in before]
@@ -499,7 +499,9 @@ def test_inspect_writes_json_lines_with_all_fields(root: Path, tmp_path: Path, c
     out = tmp_path / "out.jsonl"
     main(["--data", str(root / "m"), "--write", str(out), "--copies-distance", "-1"])
     text = capsys.readouterr().out
-    assert f"--data {out} --image-root {root}" in text and "Grouped by group" in text
+    assert (
+        f"--data {out} --image-root {root}" in text and "Grouped by patient: entries with the same value (5 dif" in text
+    )
     assert json.loads(out.read_text().splitlines()[0]) == {
         "image": ["a.png", "a.png"], "question": "Is <image> newer than <image>, 0?", "answer": "no",
         "system": "Be brief.", "turns": [["Hello.", "Hello."]], "id": "0", "group": "0",

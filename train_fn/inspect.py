@@ -91,11 +91,13 @@ def main(argv: Sequence[str]) -> int:
     elif options.write:
         if options.val_data or options.test_data:
             parser.error("--write converts --data only: leave --val-data and --test-data out")
-        root, problems = write_manifest(
+        root, problems, notes = write_manifest(
             options.write, options.data, options.image_root, options.columns, options.question
         )
         if problems:
             parser.exit(2, "\n  - ".join(["The manifest cannot be made:", *map(plain, problems)]) + "\n")
+        for note in notes:
+            print(plain(note))
         options.columns, options.question, options.image_root = (), "", root
         given = f" --image-root {shlex.quote(str(root))}" if root else ""
         print(f"Written; for a study: --data {shlex.quote(str(options.write))}{given}")

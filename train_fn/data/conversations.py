@@ -59,7 +59,7 @@ def conversation_rows(source: str, record: Mapping[str, Any], key: str, names: M
             continue
         speakers.append(role)
         texts.append(text)
-        learned.append(turn.get("loss") is None or turn["loss"] != 0)  # also of questions, where it means nothing
+        learned.append(turn.get("loss") is None or turn["loss"] != 0)
     beside = texts_beside(record, names)
     beside["system"] = "\n".join(filter(None, map(str.strip, [*system, beside.get("system", "")])))
     if any(role != ("user", "assistant")[number % 2] for number, role in enumerate(speakers)):

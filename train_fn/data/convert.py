@@ -21,7 +21,7 @@ def write_manifest(
     columns: Sequence[str] = (),
     question: str = "",
     multilabel: str = "",
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Path | None, list[str], list[str]]:
     """Read data of any format and write its samples.
 
     Image paths start from the manifest's folder if that holds all images, else from the folder that holds all images.
@@ -33,12 +33,13 @@ def write_manifest(
         data, image_root, columns, question, multilabel: as in `read_manifest`.
 
     Returns:
-        The image root that goes with the manifest, None if that is its own folder; and every reason why there is none.
+        The image root that goes with the manifest, None if that is its own folder; every reason why there is no
+        manifest; and what the user should know about the data.
     """
     reading = read_manifest(data, image_root, columns, question, multilabel=multilabel)
     problems = reading.problems or divide({"data": reading.samples}, question)[1]
     if problems:
-        return None, problems
+        return None, problems, reading.notes
     guides = manifest.suffix == ".json"
     with_labels = guides or any(sample.label != sample.answer for sample in reading.samples)
     folder, stored = manifest.parent.resolve(), stored_images_folder().resolve()
@@ -63,8 +64,8 @@ def write_manifest(
             else:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     except OSError as error:
-        return None, [f"`--write` must name a new file, but got {manifest}: {error.strerror}; choose another"]
-    return root, []
+        return None, [f"`--write` must name a new file, but got {manifest}: {error.strerror}; choose another"], []
+    return root, [], reading.notes
 
 
 def as_entry(sample: Sample, images: list[str], guides: bool, with_label: bool) -> dict[str, Any]:
