@@ -16,9 +16,9 @@ from typing import Any
 
 from train_fn.data.manifest import Parts, asked_by_default, divide, read_manifest, unreadable_images
 from train_fn.data.samples import Splits
+from train_fn.data.settings import split_rules, task_rules
 from train_fn.data.splits_file import load_splits
-from train_fn.data.splitting import DataReport, SplitRules, make_splits
-from train_fn.data.tasks import TaskRules
+from train_fn.data.splitting import DataReport, make_splits
 from train_fn.model.checkpoint import base_hash, resolve_model
 from train_fn.model.preflight import base_problems
 from train_fn.model.unchanged import data_hash
@@ -26,7 +26,7 @@ from train_fn.support.files import DamagedFile, file_hash
 from train_fn.support.storage import Storage
 from train_fn.worker import versions
 from tune.config.paths import SettingsError, study_directory
-from tune.config.settings import DataSettings, Settings, flag
+from tune.config.settings import Settings, flag
 from tune.config.space import space_hash
 from tune.config.trust import remember_space
 from tune.config.uris import tracking_uri
@@ -197,29 +197,6 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
     if problems:
         raise SettingsError(problems)
     return parts
-
-
-def split_rules(data: DataSettings) -> SplitRules:
-    """How the data is divided."""
-    return SplitRules(
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        seed=data.split_seed,
-        contradictions=data.contradictions,
-        copies_distance=data.copies_distance,
-    )
-
-
-def task_rules(data: DataSettings) -> TaskRules:
-    """What the user says about the answers."""
-    return TaskRules(
-        max_answers=data.max_answers,
-        ordinal=data.ordinal,
-        multilabel=data.multilabel,
-        numeric=data.numeric,
-        merge_variants=data.merge_variants,
-        positive=data.positive_label,
-    )
 
 
 def generate_phantoms(settings: Settings, say: Callable[[str], None]) -> Path:
