@@ -76,6 +76,11 @@ def dct_matrix(size: int) -> np.ndarray:
 DCT = dct_matrix(32)[:8]
 
 
+def thumbnail_entry(image: Image.Image) -> list[Any]:
+    """What the cache keeps of an image: its shorter side and its thumbnail."""
+    return [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
+
+
 def read_thumbnails(paths: Sequence[str], cache: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Thumbnails [N, 32, 32] uint8 and the shorter side [N] of each image, from the cache where a file of the same
     content was seen before."""
@@ -86,7 +91,7 @@ def read_thumbnails(paths: Sequence[str], cache: Path | None = None) -> tuple[np
         content = file_hash(path)
         if content not in cached:
             with Image.open(path) as image:
-                return content, [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
+                return content, thumbnail_entry(image)
         return content, cached[content]
 
     with ThreadPoolExecutor(8) as pool:

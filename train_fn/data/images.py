@@ -56,6 +56,7 @@ def image_problems(
     max_pixels: int = MAX_PIXELS,
     log: Callable[[str], None] = lambda text: None,
     max_seconds: float = MAX_CHECK_S,
+    seen: Callable[[str, Image.Image], object] = lambda path, image: None,
 ) -> dict[str, str]:
     """The problem of every image that cannot be used, by path.
 
@@ -65,6 +66,7 @@ def image_problems(
         max_pixels: the most pixels an image may have; at most `PILLOWS_LIMIT`.
         log: called with a line of progress every 10 s.
         max_seconds: time after which the remaining images are checked by their headers only.
+        seen: called in several threads with each file that was decoded without a problem, not turned yet.
     """
     different = sorted(set(paths))
     started, one_large, by_header = time.monotonic(), threading.Lock(), [0]
@@ -80,9 +82,11 @@ def image_problems(
                     by_header[0] += 1
                 elif image.width * image.height < LARGE:
                     decode(image)
+                    seen(path, image)
                 else:
                     with one_large:
                         decode(image)
+                        seen(path, image)
         except MemoryError:
             return f"image {path} must fit the memory, but {Path(path).stat().st_size:,} bytes do not: scale it down"
         except Exception as error:  # decoders raise anything for damaged bytes

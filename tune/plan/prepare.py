@@ -78,7 +78,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     problems += check_model_type(settings.model.model)
     if not problems and not shipped(settings):
         say("Checking the base model, and what its processor makes of the data")
-        problems += base_problems(settings.model, settings.trial, splits)
+        problems += base_problems(settings.model, settings.trial, splits, say)
     settings = with_plain_names(settings, splits)
     goals = tuple(goal(text) for text in settings.study.metric or (usual_goal(splits),))
     problems += check_goals(settings, goals, splits)
