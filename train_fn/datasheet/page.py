@@ -1,0 +1,185 @@
+"""The facts about a data set as one HTML page with thumbnails. It needs no other file and no network.
+
+The page's words are in page.html.jinja. Every name and text of the data is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from train_fn.data.images import read_image
+from train_fn.data.samples import Sample, Task
+from train_fn.datasheet.facts import DataSheet
+from train_fn.datasheet.tables import Table, all_tables, visible
+from train_fn.support.files import write_file
+from train_fn.support.text import plain
+
+SIDE = 112  # pixels of a thumbnail
+MAX_EXAMPLES = 96  # thumbnails of examples, of all tasks together
+EXAMPLES = 6  # of one answer
+ANSWERS = 12  # of one task
+GROUPS = 8  # groups of each kind
+MEMBERS = 6  # pictures of a group
+MAX_BEYOND = 50  # samples that exceed the model's limit
+MAX_TEXT = 200  # characters of a text
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with its words."""
+
+    name: str
+    data: str
+    """The thumbnail as a data: URI; "" if it cannot be read any more."""
+    answers: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pictures side by side."""
+
+    title: str
+    pictures: list[Picture]
+    num_more: int = 0
+    """Images that are not shown."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows of pictures under a heading."""
+
+    title: str
+    rows: list[Row]
+    num_more: int = 0
+    """Rows that are not shown."""
+
+
+def write_page(sheet: DataSheet, path: Path) -> None:
+    """Write the page. Raises OSError."""
+    import jinja2
+
+    pictures = Pictures(sheet)
+    tables = [plain_table(table) for table in all_tables(sheet)] if sheet.samples else []
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    text = page.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")).render(
+        name=plain(sheet.root.name),
+        num_samples=len(sheet.samples),
+        num_images=len(sheet.files),
+        num_tasks=len(sheet.tasks),
+        num_unreadable=len(sheet.unreadable),
+        num_copies=sum(map(len, sheet.copies.groups)),
+        num_groups=len(sheet.groups),
+        recognised=[plain(text) for text in sheet.recognised],
+        problems=[plain(text, keep="\n") for text in sheet.problems],
+        remarks=[plain(text) for text in sheet.remarks],
+        tables=tables,
+        sheets=[one for one in sheets(sheet, pictures) if one.rows],
+        beyond=beyond(sheet),
+        unreadable=[(plain(sheet.shown(path)), plain(text)) for path, text in sheet.unreadable.items()],
+    )
+    write_file(path, text)
+
+
+def plain_table(table: Table) -> Table:
+    """The table with printable text."""
+    rows = [[plain(cell, keep="\n") for cell in row] for row in table.rows]
+    return Table(plain(table.title), table.columns, rows)
+
+
+def sheets(sheet: DataSheet, pictures: Pictures) -> list[Sheet]:
+    """All pictures of the page."""
+    copies, groups = sheet.copies, sheet.groups
+    shares = MAX_EXAMPLES // max(1, len(sheet.tasks))
+    made = [example_sheet(sheet, task, pictures, shares) for task in sheet.tasks]
+    mixed = [
+        pictures.row("", list(dict.fromkeys(image for sample in its for image in sample.images)))
+        for its in copies.contradictory[:GROUPS]
+    ]
+    made.append(Sheet("Contradictory near-copies", mixed, len(copies.contradictory) - len(mixed)))
+    alike = [pictures.row(f"{len(its)} images", its) for its in copies.groups[:GROUPS]]
+    made.append(Sheet("Largest groups of near-copies", alike, len(copies.groups) - len(alike)))
+    named = [
+        pictures.row(
+            f"{group.name}: {len(group.samples)} samples, {', '.join(group.parts) or 'no part'}",
+            list(dict.fromkeys(image for sample in group.samples for image in sample.images)),
+        )
+        for group in groups[: GROUPS // 2]
+    ]
+    made.append(Sheet("Largest groups that the data names", named, len(groups) - len(named)))
+    return made
+
+
+def example_sheet(sheet: DataSheet, task: Task, pictures: Pictures, most: int) -> Sheet:
+    """Examples of each answer of a task, drawn with a fixed seed.
+
+    Args:
+        most: the most pictures.
+    """
+    by_answer: dict[str, list[Sample]] = {}
+    for sample in sheet.of_task(task):
+        by_answer.setdefault(sample.answer, []).append(sample)
+    order = [answer for answer in task.candidates if answer in by_answer]
+    order += sorted(by_answer.keys() - set(order), key=lambda answer: -len(by_answer[answer]))
+    shown = order[:ANSWERS]
+    each = max(1, min(EXAMPLES, most // max(1, len(shown))))
+    rows = []
+    for answer in shown[:most]:
+        samples = by_answer[answer]
+        images = list(dict.fromkeys(sample.image for sample in samples))
+        chosen = random.Random(0).sample(images, min(each, len(images)))
+        title = plain(f"{visible(answer)[:MAX_TEXT]} ({len(samples):,})")
+        rows.append(Row(title, [pictures.of(image, False) for image in chosen]))
+    name = f" of task {task.name}" if task.name else ""
+    return Sheet(f"Examples{name} by answer", rows, len(order) - len(rows))
+
+
+class Pictures:
+    """Thumbnails of a data set, each made once."""
+
+    def __init__(self, sheet: DataSheet) -> None:
+        self.sheet = sheet
+        self.made: dict[str, str] = {}
+        self.answers: dict[str, list[str]] = {}
+        for sample in sheet.samples:
+            for image in sample.images:
+                self.answers.setdefault(image, []).append(sample.answer)
+
+    def row(self, title: str, images: Sequence[str]) -> Row:
+        """A row of a group's first images with their answers."""
+        return Row(plain(title), [self.of(image) for image in images[:MEMBERS]], max(0, len(images) - MEMBERS))
+
+    def of(self, image: str, with_answers: bool = True) -> Picture:
+        """The picture of an image."""
+        if image not in self.made:
+            self.made[image] = thumbnail(image)
+        answers = list(dict.fromkeys(map(visible, self.answers.get(image, [])))) if with_answers else []
+        return Picture(plain(self.sheet.shown(image)), self.made[image], plain(" | ".join(answers)[:MAX_TEXT]))
+
+
+def thumbnail(path: str) -> str:
+    """A small upright image as a data: URI; "" if it cannot be read any more."""
+    try:
+        image = read_image(path)
+    except Exception:  # decoders raise anything, and the file may be gone since it was checked
+        return ""
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def beyond(sheet: DataSheet) -> list[tuple[str, str, int]]:
+    """The longest samples that exceed the model's limit: image, question, tokens."""
+    if not sheet.tokens:
+        return []
+    totals = sheet.tokens.totals
+    longest = sorted(sheet.tokens.beyond, key=lambda index: -totals[index])[:MAX_BEYOND]
+    samples = [(sheet.samples[index], totals[index]) for index in longest]
+    return [(plain(sheet.shown(s.image)), plain(s.question[:MAX_TEXT]), total) for s, total in samples]
