@@ -194,7 +194,7 @@ def inspect(options: argparse.Namespace, data: DataSettings, model: ModelSetting
             recognised += [f"`{flag(name)}`: {text}" for notes in more for text in notes]
     parts, found = divide(parts, options.question)
     problems += found
-    sheet = make_sheet(parts, root.resolve(), data, recognised, problems, progress)
+    sheet = make_sheet(options.data.resolve().name, parts, root.resolve(), data, recognised, problems, progress)
     if model:
         sheet = with_model(sheet, model, progress)
     show(sheet)
@@ -224,9 +224,10 @@ def show(sheet: DataSheet) -> None:
     for text in sheet.recognised:
         console.print(plain(text), soft_wrap=True)
     for table in all_tables(sheet) if sheet.samples else ():
-        shown = Table(*table.columns, title=plain(table.title), title_justify="left")
+        shown = Table(*table.columns)
         for row in table.rows:
             shown.add_row(*(plain(cell, keep="\n") for cell in row))
+        console.print(plain(table.title))
         console.print(shown)
     for remark in sheet.remarks:
         console.print("  " + plain(remark), soft_wrap=True)

@@ -20,6 +20,7 @@ from train_fn.data.samples import PARTS, Sample, Splits, Task
 from train_fn.data.splitting import DataReport, contradictory_groups, different_images
 from train_fn.support.cache import cache_folder, read_cache, write_cache
 from train_fn.support.files import file_hash
+from train_fn.support.text import plain_form
 
 if TYPE_CHECKING:
     from train_fn.datasheet.tokens import TokenLengths
@@ -46,7 +47,7 @@ class Copies:
     groups: list[list[str]]
     """The images of each group of two at least, the largest group first."""
     contradictory: list[list[Sample]]
-    """The samples of each group in which the same question has several answers."""
+    """Of each group in which the same question has several answers, the samples with such a question."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class NamedGroup:
 class DataSheet:
     """All that is shown of a data set."""
 
+    name: str
     root: Path
     """The folder that shown paths start from."""
     recognised: list[str]
@@ -157,7 +159,16 @@ def find_copies(samples: Sequence[Sample], distance: int) -> Copies:
     for number, sample in zip(of_sample.tolist(), samples, strict=True):
         if number in members:
             members[number].append(sample)
-    return Copies(len(pairs), [[paths[index] for index in group] for group in groups], list(members.values()))
+    contradictory = list(map(contradicting, members.values()))
+    return Copies(len(pairs), [[paths[index] for index in group] for group in groups], contradictory)
+
+
+def contradicting(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples whose question has several answers among them."""
+    answers: dict[str, set[str]] = {}
+    for sample in samples:
+        answers.setdefault(plain_form(sample.question), set()).add(sample.answer)
+    return [sample for sample in samples if len(answers[plain_form(sample.question)]) > 1]
 
 
 def named_groups(samples: Sequence[Sample], splits: Splits | None) -> list[NamedGroup]:

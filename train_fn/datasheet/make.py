@@ -17,6 +17,7 @@ from train_fn.support.text import shorten
 
 
 def make_sheet(
+    name: str,
     parts: Parts,
     root: Path,
     data: DataSettings,
@@ -27,6 +28,7 @@ def make_sheet(
     """All facts about the data that need no model.
 
     Args:
+        name: the name of the data.
         root: the folder that shown paths start from.
         recognised: what was recognised in the files.
         problems: those of the files and options.
@@ -53,6 +55,7 @@ def make_sheet(
         remarks += together.notes
         problems += together.problems
     return DataSheet(
+        name=name,
         root=root,
         recognised=recognised,
         samples=together.samples,
@@ -71,12 +74,13 @@ def make_sheet(
 
 
 def asked_shares(data: DataSettings, parts: Parts) -> dict[str, float]:
-    """The share of each part that is made of --data; none of parts that the user provides."""
-    shares = {"validation": data.val_fraction, "test": data.test_fraction}
-    given = [name for name, option in (("validation", "val_data"), ("test", "test_data")) if parts.get(option)]
-    if given:
-        return {}
-    return {"train": 1 - sum(shares.values()), **shares}
+    """The share of all samples that each part should get, without those parts that the data or the user sets."""
+    pool, total = len(parts.get("data") or []), sum(len(samples or []) for samples in parts.values())
+    fractions = {"validation": data.val_fraction, "test": data.test_fraction}
+    options = {"validation": "val_data", "test": "test_data"}
+    free = {name: fraction for name, fraction in fractions.items() if not parts.get(options[name])}
+    shares = {"train": 1 - sum(free.values()), **free} if free else {}
+    return {name: share * pool / max(1, total) for name, share in shares.items()}
 
 
 def with_model(sheet: DataSheet, model: ModelSettings, log: Callable[[str], None]) -> DataSheet:

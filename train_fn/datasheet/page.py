@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import io
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -29,6 +31,7 @@ GROUPS = 8  # groups of each kind
 MEMBERS = 6  # pictures of a group
 MAX_BEYOND = 50  # samples that exceed the model's limit
 MAX_TEXT = 200  # characters of a text
+NUMBERS = re.compile(r"[\d.,%/ ]+|\d+% of the test images")
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ def write_page(sheet: DataSheet, path: Path) -> None:
     import jinja2
 
     pictures = Pictures(sheet)
-    tables = [plain_table(table) for table in all_tables(sheet)] if sheet.samples else []
+    tables = [shown_table(table) for table in all_tables(sheet)] if sheet.samples else []
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     text = page.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")).render(
-        name=plain(sheet.root.name),
+        name=plain(sheet.name),
         num_samples=len(sheet.samples),
         num_images=len(sheet.files),
         num_tasks=len(sheet.tasks),
@@ -87,29 +90,31 @@ def write_page(sheet: DataSheet, path: Path) -> None:
     write_file(path, text)
 
 
-def plain_table(table: Table) -> Table:
-    """The table with printable text."""
+def shown_table(table: Table) -> dict[str, Any]:
+    """The table with printable text, and whether each column holds numbers only."""
     rows = [[plain(cell, keep="\n") for cell in row] for row in table.rows]
-    return Table(plain(table.title), table.columns, rows)
+    numbers = [all(NUMBERS.fullmatch(row[column]) for row in rows) for column in range(len(table.columns))]
+    return {"title": plain(table.title), "columns": table.columns, "rows": rows, "numbers": numbers}
 
 
 def sheets(sheet: DataSheet, pictures: Pictures) -> list[Sheet]:
     """All pictures of the page."""
     copies, groups = sheet.copies, sheet.groups
-    shares = MAX_EXAMPLES // max(1, len(sheet.tasks))
-    made = [example_sheet(sheet, task, pictures, shares) for task in sheet.tasks]
-    mixed = [
-        pictures.row("", list(dict.fromkeys(image for sample in its for image in sample.images)))
-        for its in copies.contradictory[:GROUPS]
-    ]
+    most = MAX_EXAMPLES // max(1, len(sheet.tasks))
+    made = [example_sheet(sheet, task, pictures, most) for task in sheet.tasks]
+    mixed = [pictures.row("", its) for its in copies.contradictory[:GROUPS]]
     made.append(Sheet("Contradictory near-copies", mixed, len(copies.contradictory) - len(mixed)))
-    alike = [pictures.row(f"{len(its)} images", its) for its in copies.groups[:GROUPS]]
+    of_image: dict[str, list[Sample]] = {}
+    for sample in sheet.samples:
+        for image in sample.images:
+            of_image.setdefault(image, []).append(sample)
+    alike = [
+        pictures.row(f"{len(its)} images", [sample for image in its for sample in of_image[image]], set(its))
+        for its in copies.groups[:GROUPS]
+    ]
     made.append(Sheet("Largest groups of near-copies", alike, len(copies.groups) - len(alike)))
     named = [
-        pictures.row(
-            f"{group.name}: {len(group.samples)} samples, {', '.join(group.parts) or 'no part'}",
-            list(dict.fromkeys(image for sample in group.samples for image in sample.images)),
-        )
+        pictures.row(f"{group.name}: {', '.join(group.parts) or 'in no part'}", group.samples)
         for group in groups[: GROUPS // 2]
     ]
     made.append(Sheet("Largest groups that the data names", named, len(groups) - len(named)))
@@ -117,27 +122,29 @@ def sheets(sheet: DataSheet, pictures: Pictures) -> list[Sheet]:
 
 
 def example_sheet(sheet: DataSheet, task: Task, pictures: Pictures, most: int) -> Sheet:
-    """Examples of each answer of a task, drawn with a fixed seed.
+    """Examples of each answer of a task, or of answers that are all different, drawn with a fixed seed.
 
     Args:
         most: the most pictures.
     """
+    samples = sheet.of_task(task)
+    title = f"Examples{f' of task {task.name}' if task.name else ''}"
     by_answer: dict[str, list[Sample]] = {}
-    for sample in sheet.of_task(task):
+    for sample in samples:
         by_answer.setdefault(sample.answer, []).append(sample)
+    if not task.candidates and len(by_answer) > ANSWERS:
+        chosen = random.Random(0).sample(samples, min(ANSWERS, most, len(samples)))
+        return Sheet(title, [Row("", [pictures.of(sample.image, [sample]) for sample in chosen])] if chosen else [])
     order = [answer for answer in task.candidates if answer in by_answer]
-    order += sorted(by_answer.keys() - set(order), key=lambda answer: -len(by_answer[answer]))
-    shown = order[:ANSWERS]
-    each = max(1, min(EXAMPLES, most // max(1, len(shown))))
+    order += sorted(by_answer.keys() - set(order), key=lambda answer: (-len(by_answer[answer]), answer))
+    each = max(1, min(EXAMPLES, most // max(1, min(ANSWERS, len(order)))))
     rows = []
-    for answer in shown[:most]:
-        samples = by_answer[answer]
-        images = list(dict.fromkeys(sample.image for sample in samples))
-        chosen = random.Random(0).sample(images, min(each, len(images)))
-        title = plain(f"{visible(answer)[:MAX_TEXT]} ({len(samples):,})")
-        rows.append(Row(title, [pictures.of(image, False) for image in chosen]))
-    name = f" of task {task.name}" if task.name else ""
-    return Sheet(f"Examples{name} by answer", rows, len(order) - len(rows))
+    for answer in order[: min(ANSWERS, most)]:
+        images = list(dict.fromkeys(sample.image for sample in by_answer[answer]))
+        shown = random.Random(0).sample(images, min(each, len(images)))
+        heading = plain(f"{visible(answer)} ({len(by_answer[answer]):,})")
+        rows.append(Row(heading, [pictures.of(image, []) for image in shown]))
+    return Sheet(f"{title} by answer", rows, len(order) - len(rows))
 
 
 class Pictures:
@@ -146,21 +153,27 @@ class Pictures:
     def __init__(self, sheet: DataSheet) -> None:
         self.sheet = sheet
         self.made: dict[str, str] = {}
-        self.answers: dict[str, list[str]] = {}
-        for sample in sheet.samples:
+
+    def row(self, title: str, samples: Sequence[Sample], images: set[str] | None = None) -> Row:
+        """A row of the first images of samples, with the answers.
+
+        Args:
+            images: those of the samples' images that belong to the row; None: all.
+        """
+        by_image: dict[str, list[Sample]] = {}
+        for sample in samples:
             for image in sample.images:
-                self.answers.setdefault(image, []).append(sample.answer)
+                if images is None or image in images:
+                    by_image.setdefault(image, []).append(sample)
+        shown = [self.of(image, its) for image, its in list(by_image.items())[:MEMBERS]]
+        return Row(plain(title), shown, len(by_image) - len(shown))
 
-    def row(self, title: str, images: Sequence[str]) -> Row:
-        """A row of a group's first images with their answers."""
-        return Row(plain(title), [self.of(image) for image in images[:MEMBERS]], max(0, len(images) - MEMBERS))
-
-    def of(self, image: str, with_answers: bool = True) -> Picture:
-        """The picture of an image."""
+    def of(self, image: str, samples: Sequence[Sample]) -> Picture:
+        """The picture of an image, with the answers of samples."""
         if image not in self.made:
             self.made[image] = thumbnail(image)
-        answers = list(dict.fromkeys(map(visible, self.answers.get(image, [])))) if with_answers else []
-        return Picture(plain(self.sheet.shown(image)), self.made[image], plain(" | ".join(answers)[:MAX_TEXT]))
+        answers = " | ".join(dict.fromkeys(visible(sample.answer) for sample in samples))
+        return Picture(plain(self.sheet.shown(image)), self.made[image], plain(answers[:MAX_TEXT]))
 
 
 def thumbnail(path: str) -> str:

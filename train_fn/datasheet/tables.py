@@ -15,6 +15,8 @@ from train_fn.settings import SHOWN
 from train_fn.support.text import plain, shorten
 
 MAX_ROWS = 20  # answers of a table
+MAX_OPEN = 8  # answers of a task without a closed set
+MAX_ANSWER = 100  # characters of an answer
 MAX_GROUPS = 5
 MAX_CONTRADICTORY = 50
 
@@ -50,12 +52,14 @@ def spread(values: Iterable[float]) -> str:
 
 
 def num_words(texts: Iterable[str]) -> str:
-    """Minimum, median and maximum of the words of texts."""
-    return spread(len(text.replace(PLACEHOLDER, " ").split()) for text in texts)
+    """Minimum, median and maximum of the words of texts; one number if they are equal."""
+    numbers = [len(text.replace(PLACEHOLDER, " ").split()) for text in texts]
+    return spread(numbers) if len(set(numbers)) > 1 else f"{numbers[0]:,}"
 
 
 def visible(answer: str) -> str:
-    """An answer, quoted where blanks at its ends would not be seen."""
+    """An answer, shortened, and quoted where blanks at its ends would not be seen."""
+    answer = answer if len(answer) <= MAX_ANSWER else f"{answer[:MAX_ANSWER]}..."
     return answer if answer == answer.strip() else repr(answer)
 
 
@@ -71,7 +75,8 @@ def task_table(sheet: DataSheet, task: Task) -> Table:
     for part in PARTS if sheet.splits else ():
         counts[part] = Counter(sample.answer for sample in getattr(sheet.splits, part) if sample.task == task.name)
     questions = Counter(sample.question for sample in samples)
-    answers = task.candidates or [answer for answer, _ in counts["all"].most_common(MAX_ROWS)]
+    closed = task.candidates or len(counts["all"]) <= MAX_ROWS
+    answers = task.candidates or [answer for answer, _ in counts["all"].most_common(MAX_ROWS if closed else MAX_OPEN)]
     rows: list[list[Any]] = [
         [visible(answer), *(count[answer] for count in counts.values())] for answer in list(answers)[:MAX_ROWS]
     ]
@@ -81,9 +86,9 @@ def task_table(sheet: DataSheet, task: Task) -> Table:
         open_set = open_set and "; no small closed set of answers: a study tunes on the loss"
     asked = "" if len(questions) > 1 or not questions else f" {SHOWN.repr(next(iter(questions)))}"
     title = (
-        f"Task {task.name or 'of all samples'}: {task.kind}, {many(len(samples), 'sample')} of "
-        f"{many(len(questions), 'question')}{asked}{open_set}; words a question (min / median / max): "
-        f"{num_words(s.question for s in samples)}, an answer: {num_words(s.answer for s in samples)}"
+        f"Task{task.name and f' {task.name}'} ({task.kind}): {many(len(samples), 'sample')}, "
+        f"{many(len(questions), 'question')}{asked}{open_set}; words a question "
+        f"{num_words(s.question for s in samples)}, an answer {num_words(s.answer for s in samples)}"
     )
     return Table(title, ["answer", *counts], rows)
 
@@ -98,9 +103,8 @@ def file_table(sheet: DataSheet) -> Table:
          spread(-(-f.num_bytes // 1024) for f in its)]
         for kind, its in sorted(kinds.items())
     ]  # fmt: skip
-    columns = ["format and mode", "files", "width min / median / max", "height min / median / max", "turned by EXIF",
-               "KiB"]  # fmt: skip
-    return Table("Image files", columns, rows)
+    columns = ["format and mode", "files", "width", "height", "turned by EXIF", "KiB"]
+    return Table("Image files (min / median / max)", columns, rows)
 
 
 def part_table(sheet: DataSheet) -> Table:
@@ -115,7 +119,7 @@ def part_table(sheet: DataSheet) -> Table:
         rows.append([name, len(part), images, f"{len(part) / max(1, total):.1%}"])
         wanted = (asked or 0) * total
         misses = wanted >= MIN_SHARE and abs(len(part) - wanted) > UNEVEN * wanted
-        rows[-1].append("given" if asked is None else f"{asked:.1%}{', missed' if misses else ''}")
+        rows[-1].append("set by the data" if asked is None else f"{asked:.1%}{', missed' if misses else ''}")
     return Table("Parts", ["part", "samples", "images", "share", "asked for"], rows)
 
 
