@@ -59,7 +59,7 @@ def token_lengths(
         directory: the model's folder.
         sizes: width and height of each image, by path.
     """
-    from train_fn.model.prompts import prompt_text, special_tokens
+    from train_fn.model.prompts import end_tokens, prompt_text, special_tokens
     from train_fn.model.words import token_ids
 
     tokenizer = processor.tokenizer
@@ -68,12 +68,16 @@ def token_lengths(
     rendered = [prompt_text(processor, prompt) for prompt in prompts]
     begins = special_tokens(processor, rendered[0])
     length_of_prompt = dict(zip(prompts, lengths(tokenizer, rendered, begins), strict=True))
-    length_of_answer = dict(zip(answers, map(len, token_ids(tokenizer, answers)), strict=True))
+    ends = end_tokens(tokenizer)
+    length_of_answer = {
+        answer: 1 + next((at for at, token in enumerate(ids) if token in ends), len(ids))
+        for answer, ids in zip(answers, token_ids(tokenizer, answers), strict=True)
+    }
     by_size = image_tokens(processor, samples[0].prompt.question, sorted(set(sizes.values())))
     # The placeholder of an image is one token of the prompt's text.
     return TokenLengths(
         prompts=[length_of_prompt[s.prompt] + sum(by_size[sizes[i]] - 1 for i in s.images) for s in samples],
-        answers=[length_of_answer[sample.answer] + 1 for sample in samples],
+        answers=[length_of_answer[sample.answer] for sample in samples],
         images=[by_size[size] for size in sizes.values()],
         limit=position_limit(directory),
     )

@@ -238,9 +238,7 @@ def rendering_problems(
 def why_alike(answers: Sequence[str], early: dict[str, tuple[str, str, bool]]) -> str:
     """The words at which answers with the same tokens end, if there are any; `early`: of `early_ends`."""
     words = list(dict.fromkeys(early[answer][1] for answer in answers if answer in early))
-    return (
-        f" (an answer ends at a word that it does not know: {', '.join(map(SHOWN.repr, words[:5]))})" if words else ""
-    )
+    return f" (they end at unknown words: {', '.join(map(SHOWN.repr, words[:5]))})" if words else ""
 
 
 # ------------------------------------------------------------------------------------------------ images
