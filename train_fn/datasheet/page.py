@@ -29,7 +29,6 @@ EXAMPLES = 6  # of one answer
 ANSWERS = 12  # of one task
 GROUPS = 8  # groups of each kind
 MEMBERS = 6  # pictures of a group
-MAX_BEYOND = 50  # samples that exceed the model's limit
 MAX_TEXT = 200  # characters of a text
 NUMBERS = re.compile(r"[\d.,%/ ]+|\d+% of the test images")
 
@@ -84,7 +83,6 @@ def write_page(sheet: DataSheet, path: Path) -> None:
         remarks=[plain(text) for text in sheet.remarks],
         tables=tables,
         sheets=[one for one in sheets(sheet, pictures) if one.rows],
-        beyond=beyond(sheet),
         unreadable=[(plain(sheet.shown(path)), plain(text)) for path, text in sheet.unreadable.items()],
     )
     write_file(path, text)
@@ -186,13 +184,3 @@ def thumbnail(path: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def beyond(sheet: DataSheet) -> list[tuple[str, str, int]]:
-    """The longest samples that exceed the model's limit: image, question, tokens."""
-    if not sheet.tokens:
-        return []
-    totals = sheet.tokens.totals
-    longest = sorted(sheet.tokens.beyond, key=lambda index: -totals[index])[:MAX_BEYOND]
-    samples = [(sheet.samples[index], totals[index]) for index in longest]
-    return [(plain(sheet.shown(s.image)), plain(s.question[:MAX_TEXT]), total) for s, total in samples]

@@ -43,6 +43,8 @@ def all_tables(sheet: DataSheet) -> Iterator[Table]:
         yield from group_tables(sheet)
     if sheet.tokens:
         yield token_table(sheet)
+        if sheet.tokens.beyond:
+            yield beyond_table(sheet)
 
 
 def spread(values: Iterable[float]) -> str:
@@ -206,6 +208,19 @@ def token_table(sheet: DataSheet) -> Table:
     limit = f"{tokens.limit:,}" if tokens.limit else "not given by its configuration"
     beyond = f"; {many(len(tokens.beyond), 'sample')} beyond it" if tokens.limit else ""
     return Table(f"Tokens (the model's limit: {limit}{beyond})", ["", "median", "95 %", "max"], rows)
+
+
+def beyond_table(sheet: DataSheet) -> Table:
+    """The longest samples that exceed the model's limit."""
+    assert sheet.tokens, "asked for only with a model"
+    totals = sheet.tokens.totals
+    longest = sorted(sheet.tokens.beyond, key=lambda index: -totals[index])[:MAX_ROWS]
+    rows = [
+        [sheet.shown(sheet.samples[index].image), SHOWN.repr(sheet.samples[index].question), f"{totals[index]:,}"]
+        for index in longest
+    ]
+    title = f"Longest samples beyond the model's limit ({len(rows)} of {len(sheet.tokens.beyond)})"
+    return Table(title, ["image", "question", "tokens"], rows)
 
 
 def quantiles(values: Sequence[int]) -> tuple[float, float, float]:

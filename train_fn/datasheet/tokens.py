@@ -105,8 +105,11 @@ def image_tokens(processor: Any, question: str, sizes: Sequence[tuple[int, int]]
     step = max(1, -(-len(by_pixels) // MAX_SIZES))
     counted: dict[tuple[int, int], int] = {}
     for size in dict.fromkeys([*by_pixels[::step], *by_pixels[-1:]]):
-        image = Image.new("RGB", size, "gray")
-        encoded = processor(images=[[image]], text=[text], return_tensors="pt", **begins)
+        images = [[Image.new("RGB", size, "gray")]]
+        try:
+            encoded = processor(images=images, text=[text], return_tensors="pt", **begins)
+        except Exception:  # processors raise anything for images that they refuse; the preflight reports those
+            continue
         counted[size] = encoded["input_ids"].shape[1] - alone + 1
     nearest = sorted(counted)
     return {
