@@ -188,10 +188,8 @@ def inspect(options: argparse.Namespace, data: DataSettings, model: ModelSetting
     problems = []
     for name in ("data", "val_data", "test_data"):
         if path := getattr(options, name):
-            more: list[list[str]]  # facts that the user should know
-            parts[name], found, *more = read_manifest(path, root, options.columns, options.question)
+            parts[name], found = read_manifest(path, root, options.columns, options.question)
             problems += [f"`{flag(name)}`: {text}" for text in found]
-            recognised += [f"`{flag(name)}`: {text}" for notes in more for text in notes]
     parts, found = divide(parts, options.question)
     problems += found
     sheet = make_sheet(options.data.resolve().name, parts, root.resolve(), data, recognised, problems, progress)
