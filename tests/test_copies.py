@@ -29,6 +29,7 @@ from train_fn.data.copies import (
 )
 from train_fn.data.manifest import read_manifest
 from train_fn.data.phantoms import phantom
+from train_fn.data.settings import DataSettings
 from train_fn.data.splitting import split_indices
 
 
