@@ -419,9 +419,9 @@ def test_each_image_is_opened_once(mixed, monkeypatch) -> None:
     opened: list[str] = []
     original = Image.open
 
-    def counting(path: Any, *args: Any, **options: Any) -> Image.Image:
-        opened.append(str(path))
-        return original(path, *args, **options)
+    def counting(file: Any, *args: Any, **options: Any) -> Image.Image:
+        opened.append(str(getattr(file, "name", file)))
+        return original(file, *args, **options)
 
     monkeypatch.setattr(Image, "open", counting)
     images = sorted(map(str, mixed.parent.glob("*.*g")))
