@@ -308,7 +308,7 @@ def test_token_lengths_are_those_that_the_model_gets(mixed, options) -> None:
     samples = [Sample((image,), "Is it a mass?", ["yes", "no . yes"][n % 2]) for n, image in enumerate(images)]
     samples.append(Sample(tuple(images[:2]), "Which?", "Benign", system="You are a doctor"))
     found = token_lengths(processor, directory, samples, {image: image_size(image) for image in images})
-    view: Any = SimpleNamespace(processor=processor)
+    view: Any = SimpleNamespace(processor=processor, settings=ModelSettings(**options))
     assert found.prompts == [process(view, sample)["input_ids"].shape[1] for sample in samples]
     assert found.answers == [len(tokenize_answer(processor, s.prompt, s.answer)[0]) for s in samples]
     assert found.limit == 2048 and not found.beyond and len(found.images) == 6
