@@ -37,7 +37,7 @@ def measure_epochs(model: str, manifest: Path) -> None:
     from train_fn.settings import ModelSettings, TrialSettings
     from train_fn.trial.loop import run_trial
 
-    entries, _ = read_manifest(manifest, manifest.parent)
+    entries = read_manifest(manifest, manifest.parent).samples
     splits = make_splits(entries, None, None, SplitRules(val_fraction=0.25, test_fraction=0.25, seed=0))[0]
     settings, metrics = TrialSettings(num_train_epochs=EPOCHS, lora_r=8, save_steps=0), defaultdict(list)
     for gib in (0.0, 4.0):
@@ -62,7 +62,7 @@ def fill(model: str, manifest: Path) -> list[torch.Tensor]:
     from train_fn.model.batches import image_features
     from train_fn.settings import ModelSettings
 
-    images = [sample.image for sample in read_manifest(manifest, manifest.parent)[0]]
+    images = [sample.image for sample in read_manifest(manifest, manifest.parent).samples]
     base = load_base(ModelSettings(model=model), torch.device("cpu"))
     started = time.process_time()
     assert base.features

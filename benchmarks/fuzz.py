@@ -228,7 +228,8 @@ def manifests(count: int, seed: int, folder: Path) -> Tally:
         path.write_text(text, encoding="utf-8")
 
         def check(sound: bool = sound) -> str:
-            found, problems = read_manifest(path, path.parent)
+            reading = read_manifest(path, path.parent)
+            found, problems = reading.samples, reading.problems
             problems = problems + unreadable_images([sample.image for sample in found])
             if not problems:
                 rules = SplitRules(val_fraction=0.2, test_fraction=0.2, seed=0)

@@ -92,7 +92,7 @@ def prepare(folder: Path, images: int, image_tokens: int) -> Any:
     from train_fn.data.splitting import SplitRules, make_splits
 
     manifest = generate(folder / "phantoms", images, 0)
-    entries, _ = read_manifest(manifest, manifest.parent)
+    entries = read_manifest(manifest, manifest.parent).samples
     side = round(image_tokens**0.5) * 14
     for entry in entries:
         with Image.open(entry["image"]) as image:

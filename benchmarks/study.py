@@ -136,7 +136,7 @@ def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
 
     data, splits_file = DataSettings(), folder / "splits.json"
     manifest = Path(generate(folder / "phantoms", num_phantoms, data.split_seed))
-    entries, _ = read_manifest(manifest, manifest.parent)
+    entries = read_manifest(manifest, manifest.parent).samples
     rules = SplitRules(val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=data.split_seed)
     save_splits(make_splits(entries, None, None, rules, hash_cache=folder / "hashes.json")[0], splits_file)
     drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))

@@ -48,9 +48,11 @@ def splits(phantoms: Path):
     from train_fn.data.manifest import read_manifest
     from train_fn.data.splitting import SplitRules, make_splits
 
-    entries, problems = read_manifest(phantoms, phantoms.parent)
-    assert not problems
-    made, _, problems = make_splits(entries, None, None, SplitRules(val_fraction=0.25, test_fraction=0.25, seed=0))
+    reading = read_manifest(phantoms, phantoms.parent)
+    assert not reading.problems
+    made, _, problems = make_splits(
+        reading.samples, None, None, SplitRules(val_fraction=0.25, test_fraction=0.25, seed=0)
+    )
     assert not problems
     return made
 

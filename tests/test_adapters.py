@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from train_fn.data.phantoms import phantom
+from train_fn.data.samples import closed_set
 from train_fn.model.adapters import BadAdapter, read_config, read_shapes, read_task
 from train_fn.model.targets import target_problems
-from train_fn.predict import NotFinite, label_probabilities, main
+from train_fn.predict import main
+from train_fn.scoring.answering import answer_samples
 from train_fn.settings import TrialSettings
 from train_fn.trial.adapter_files import load_adapter, save_adapter
 from train_fn.trial.lora import adapted
@@ -82,6 +84,12 @@ def task(**values: object) -> Callable[[Path], object]:
     return change("task.json", values)
 
 
+def tasks(*changes: dict) -> Callable[[Path], object]:
+    """A task.json with a sound task for each change, and the change in it."""
+    sound = {"kind": "open", "candidates": [], "separator": "", "questions": ["Why?"]}
+    return task(candidates=[], tasks=[sound | {"name": f"task {n}"} | change for n, change in enumerate(changes)])
+
+
 NANO = {"model": "nano"}
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 800232\n"
 WEIGHTS = "adapter_model.safetensors"
@@ -121,6 +129,29 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "candidates that are text": (task(candidates="Benign"), "`candidates` must be a list"),
     "candidates that are numbers": (task(candidates=[1, 2]), "`candidates` must be texts"),
     "a candidate twice": (task(candidates=["no", "no"]), "`candidates` must differ"),
+    "candidates without end": (task(candidates=["x"] * 3_000_000), "`candidates` must be a list of at most 1000"),
+    "a candidate without end": (task(candidates=["x" * 10_000_000, "y"]), "`candidates` must be texts"),
+    "candidates that are half characters": (task(candidates=["\ud800", "y"]), "`candidates` must be texts"),
+    "other candidates than the task's": (task(candidates=["no", "yes"]), "must be those of the only task"),
+    "tokens without end": (task(max_new_tokens=10**9), "`max_new_tokens` must be a whole number"),
+    "tokens that are a truth value": (task(max_new_tokens=True), "`max_new_tokens` must be a whole number"),
+    "tasks that are text": (task(tasks="open"), "`tasks` must be a list of 1 to 10,000 tasks"),
+    "no tasks": (task(tasks=[]), "`tasks` must be a list of 1 to 10,000 tasks"),
+    "tasks without end": (task(tasks=[0] * 1_000_000), "`tasks` must be a list of 1 to 10,000 tasks"),
+    "a task that is a list": (task(tasks=[[]]), "`tasks[0]` must be an object"),
+    "many wrong tasks": (task(tasks=[0] * 10_000), "and 9980 more like these"),
+    "a task of another kind": (tasks({"kind": "haiku"}), "`tasks[0].kind` must be one of"),
+    "a kind that is a list": (tasks({"kind": []}), "`tasks[0].kind` must be one of"),
+    "a task without a name": (tasks({}, {"name": ""}), "`tasks[1].name` must be text"),
+    "a name twice": (tasks({"name": "a"}, {"name": "a"}), "the names of `tasks` must differ"),
+    "a candidate twice in a task": (tasks({}, {"candidates": ["a", "a"]}), "`tasks[1].candidates` must differ"),
+    "a closed task without candidates": (tasks({"kind": "closed"}, {}), "`tasks[0]` must have candidates"),
+    "an open task with candidates": (tasks({"candidates": ["a", "b"]}, {}), "`tasks[0]` must have no candidates"),
+    "sets without a separator": (tasks({"kind": "multilabel"}), "`tasks[0].separator` must be text"),
+    "a separator that is a number": (tasks({"separator": 3}), "`tasks[0].separator` must be text"),
+    "questions without end": (tasks({"questions": ["?"] * 1001}), "`tasks[0].questions` must be a list of at most"),
+    "questions that are numbers": (tasks({"questions": [1]}), "`tasks[0].questions` must be a list of at most"),
+    "a file without end": (lambda a: os.truncate(a / "task.json", 65_000_000), "must have at most 64,000,000 bytes"),
     "no model": (task(model="nano"), "`model` must be an object"),
     "a setting that is not there": (task(model=NANO | {"trust_remote_code": True}), "no setting 'trust_remote_code'"),
     "a setting of another type": (task(model=NANO | {"use_qlora": "no"}), "`model.use_qlora` must be true or false"),
@@ -192,6 +223,10 @@ def test_older_and_newer_folders_are_read(adapter) -> None:
     assert (found.r, found.lora_alpha, found.use_dora) == (4, 8, False) and read_shapes(adapter, found)
     (adapter / "task.json").write_text(json.dumps({"model": NANO, "question": "?", "candidates": [], "format": 9}))
     assert read_task(adapter).model.model == "nano" and read_task(adapter).candidates == ()
+    (adapter / "task.json").write_text(json.dumps({"model": NANO, "question": "?", "candidates": ["no", "yes"]}))
+    older = read_task(adapter)
+    assert older.tasks == closed_set(["no", "yes"]) and older.max_new_tokens == 64
+    assert older.task_of("Whatever?").candidates == ("no", "yes") == older.columns[:2]
 
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -203,12 +238,12 @@ def test_scores_that_are_not_finite_are_no_answer(base, splits) -> None:
         before = weight.clone()
         weight.fill_(float("nan"))
         try:
-            with pytest.raises(NotFinite, match="must be finite"):
-                label_probabilities(base, splits.test[0], splits.candidates)
+            (answer,) = answer_samples(base, splits.test[:1], splits.by_name, 4)
+            assert "must be finite" in answer.error and not answer.probabilities
         finally:
             weight.copy_(before)
-    answer = label_probabilities(base, splits.test[0], splits.candidates)
-    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    (answer,) = answer_samples(base, splits.test[:1], splits.by_name, 4)
+    assert sum(answer.probabilities) == pytest.approx(1) and not answer.error
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from train_fn.data.copies import (
 )
 from train_fn.data.manifest import read_manifest
 from train_fn.data.phantoms import phantom
-from train_fn.data.settings import DataSettings
 from train_fn.data.splitting import split_indices
+from tune.config.settings import DataSettings
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_contradictions_are_reported_and_treated(tmp_path, treatment) -> None:
 
 def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
     manifest, root = busi
-    entries = list(map(as_entry, read_manifest(manifest, root)[0]))
+    entries = list(map(as_entry, read_manifest(manifest, root).samples))
     for seed in range(20):
         splits, report, problems = split(
             entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=seed, hash_cache=tmp_path / "cache.json"

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def read(folder: Path, content: object) -> list[str]:
     path = folder / "m.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return read_manifest(path, folder)[1]
+    return read_manifest(path, folder).problems
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,8 @@ def test_every_fault_of_any_manifest_is_named(folder: Path, places: dict[int, tu
         entries[number] = faulty
     path = folder / "m.json"
     path.write_text(json.dumps(entries))
-    valid, problems = read_manifest(path, folder)
+    reading = read_manifest(path, folder)
+    valid, problems = reading.samples, reading.problems
     assert len(valid) == len(entries) - len(places)
     for number, (_, named) in places.items():
         its = [problem for problem in problems if re.match(rf"m\.json entry {number}\b", problem)]
@@ -264,7 +265,8 @@ def test_every_fault_of_any_manifest_is_named(folder: Path, places: dict[int, tu
 ))  # fmt: skip
 def test_a_file_that_is_no_manifest_is_named(folder: Path, content: bytes) -> None:
     (folder / "m.json").write_bytes(content)
-    valid, problems = read_manifest(folder / "m.json", folder)
+    reading = read_manifest(folder / "m.json", folder)
+    valid, problems = reading.samples, reading.problems
     assert not valid and problems and all("m.json" in problem for problem in problems)
 
 

@@ -1,5 +1,5 @@
 """Formats of labelled image data: recognised by their content, the same entries from each, and one sentence for
-everything that is not understood or that cannot be trained with yet."""
+everything that is not understood or that cannot be trained with."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from PIL import Image
 
 from train_fn.data.manifest import divide, read_manifest
 from train_fn.data.rows import DEFAULT_QUESTION, PARTS
+from train_fn.data.samples import Sample
 from train_fn.inspect import main
 from tune.config.cli import parse
 from tune.config.paths import SettingsError
@@ -54,10 +55,15 @@ def rows(*answers: str, **more: Any) -> list[dict[str, Any]]:
     ]
 
 
+def samples_of(path: Path, root: Path | None = None, *columns: str, **options: Any) -> list[Sample]:
+    """The samples of data without faults."""
+    reading = read_manifest(path, root, columns, **options)
+    assert reading.problems == []
+    return reading.samples
+
+
 def read(path: Path, root: Path, *columns: str, question: str = "") -> list[dict[str, Any]]:
-    samples, problems = read_manifest(path, root, columns, question)
-    assert problems == []
-    return list(map(as_entry, samples))
+    return list(map(as_entry, samples_of(path, root, *columns, question=question)))
 
 
 def divided(parts: dict[str, Any], question: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -68,8 +74,7 @@ def divided(parts: dict[str, Any], question: str = "") -> tuple[dict[str, Any], 
 
 def refusal(path: Path, root: Path, *columns: str) -> str:
     """The one problem of data that is refused."""
-    _, problems = read_manifest(path, root, columns)
-    (problem,) = problems
+    (problem,) = read_manifest(path, root, columns).problems
     assert len(problem) < 1000 and "\n" not in problem and "Traceback" not in problem
     return problem
 
@@ -322,9 +327,9 @@ def test_a_manifest_for_predict_is_asked_the_adapters_question(root: Path) -> No
 
     try:
         path = table(root, "image,class\na.png,x\nb c.png,y\n")
-        assert {sample.question for sample in find_samples(path, None, "Is it?")} == {"Is it?"}
+        assert {sample.question for sample in find_samples(path, None, "Is it?")[0]} == {"Is it?"}
         path = table(root, "image,question,class\na.png,Why?,x\nb c.png,Why?,y\n")
-        assert {sample.question for sample in find_samples(path, None, "Is it?")} == {"Why?"}
+        assert {sample.question for sample in find_samples(path, None, "Is it?")[0]} == {"Why?"}
     finally:
         (root / "x.csv").unlink()
 
@@ -361,17 +366,17 @@ def turns(*texts: str, roles: str = "ua") -> list[dict[str, str]]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"messages": turns("<image><image>q", "a"), "images": ["a.png", "a.png"]}, " must have one image, but has 2"),
     ({"messages": turns("<image>q", "a"), "images": ["a.png"] * 2}, "but has 2 and 1: write <image> once for each"),
     ({"messages": turns("<image>q", "a")}, "but has 0 and 1"),
-    ({"messages": turns("q", "a"), "images": ["a.png"]}, "but has 1 and 0"),
     ({"messages": turns("<image>q", "<image>"), "images": ["a.png"]}, "but has 1 and 2"),
-    ({"messages": turns("q <image>", "a"), "images": ["a.png"]}, "<image> at the beginning of its question"),
+    ({"messages": turns("q", "<image>"), "images": ["a.png"]}, "in its questions only, but has it in '<image>'"),
+    ({"messages": turns("<image>", "q", "a", roles="sua"), "images": ["a.png"]}, "<image> in its questions only"),
+    ({"messages": turns("<image>q", "a", "<image>r", "b", roles="uaua"), "images": "a.png"}, "but has 1 and 2"),
+    ({"messages": turns("q", "a", "r", "b", roles="uaua")}, " must have an image, but has none"),
+    ({"messages": [*turns("<image>q", roles="u"), {"role": "assistant", "content": "a", "loss": False}],
+      "images": ["a.png"]}, 'but each has "loss": false: take the entry out'),
+    ({"messages": turns("<image>q", "a"), "images": "a.png", "system": ["Be kind."]}, "text as its system prompt, but"),
     ({"messages": turns("q", "a"), "images": []}, " must have an image, but has none"),
-    ({"messages": turns("<image>q", "a", "r", "b", roles="uaua"), "images": "a.png"},
-     " must have one question and answer, but has 2"),
-    ({"messages": turns("Be kind.", "<image>q", "a", roles="sua"), "images": "a.png"}, " must have no system prompt"),
-    ({"messages": turns("<image>q", "a"), "system": "Be kind.", "images": "a.png"}, " must have no system prompt"),
     ({"messages": turns("<image>q", roles="u"), "images": "a.png"}, " must have an answer, but has none"),
     ({"messages": turns("<image>q", ""), "images": "a.png"}, " must have an answer, but has none"),
     ({"messages": turns("a", "<image>q", roles="au"), "images": "a.png"},
@@ -387,18 +392,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": turns("<image>q", "a"), "images": "a.png", "videos": ["v"]}, " must have images only, but has v"),
     ({"messages": turns("<image>q", "a"), "images": [["a.png"]]}, "an image's path or bytes, but has [['a.png']]"),
     ({"conversations": [{"from": "alien", "value": "q"}], "image": "a.png"}, "turns of from (system, human"),
-    ({"conversations": [{"from": "human", "value": "q"}], "image": "a.png"}, "but has 1 and 0"),
+    ({"conversations": [{"from": "human", "value": "q"}], "image": "a.png"}, " must have an answer, but has none"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("write", [json.dumps, lines])
 @pytest.mark.parametrize(("entry", "words"), REFUSED, ids=[words for _, words in REFUSED])
-def test_what_cannot_be_trained_with_yet_is_refused_with_its_entry(root, tmp_path, entry, words, write) -> None:
+def test_what_cannot_be_trained_with_is_refused_with_its_entry(root, tmp_path, entry, words, write) -> None:
     good = {"messages": turns("<image>q", "a"), "images": ["a.png"]}
     if "conversations" in entry:
         good = llava(rows("x")[0])
     (tmp_path / "m").write_text(write([good, entry, entry]))
-    entries, problems = read_manifest(tmp_path / "m", root)
+    reading = read_manifest(tmp_path / "m", root)
+    entries, problems = reading.samples, reading.problems
     where = "entry 1" if write is json.dumps else "line 2"
     assert len(entries) == 1 and any(words in p and f"m {where} (and 1 more) " in p for p in problems), problems
 
@@ -414,10 +420,12 @@ def test_query_and_response_with_what_stands_beside_them(root: Path, tmp_path: P
     made = {"query": "<image>q", "response": "a", "images": ["a.png"], "history": [], "system": ""}
     (tmp_path / "m").write_text(lines([made] * 2))
     assert read(tmp_path / "m", root)[0]["text"] == "q"
-    (tmp_path / "m").write_text(lines([made | {"history": [["q", "a"]]}, made]))
-    assert "m line 1 must have one question and answer, but has 2" in refusal(tmp_path / "m", root)
-    (tmp_path / "m").write_text(lines([made | {"system": "Be kind."}, made]))
-    assert "m line 1 must have no system prompt" in refusal(tmp_path / "m", root)
+    (tmp_path / "m").write_text(lines([made | {"history": [["<image>p", "b"]], "query": "q", "system": "Be kind."}]))
+    (tmp_path / "m").rename(tmp_path / "m.jsonl")  # a single line
+    (sample,) = samples_of(tmp_path / "m.jsonl", root)
+    assert (sample.question, sample.turns, sample.system) == ("q", (("p", "b"),), "Be kind.")
+    (tmp_path / "m").write_text(lines([made | {"history": ["p", "b"]}, made]))
+    assert "m line 1 must have pairs of question and answer as its history" in refusal(tmp_path / "m", root)
 
 
 VALUES = st.recursive(
@@ -439,7 +447,8 @@ KEYS = ["image", "images", "messages", "conversations", "question", "text", "ans
 def test_any_values_give_entries_or_sentences(root: Path, tmp_path: Path, made: list[Any]) -> None:
     for content in (json.dumps(made), lines(made)):
         (tmp_path / "m").write_text(content)
-        entries, problems = read_manifest(tmp_path / "m", root)
+        reading = read_manifest(tmp_path / "m", root)
+        entries, problems = reading.samples, reading.problems
         assert entries or problems
         assert all(len(problem) < 1000 and "\n" not in problem for problem in problems)
         for entry in entries:
@@ -458,7 +467,8 @@ def test_damaged_bytes_give_sentences(root: Path, tmp_path: Path, write: str) ->
         for place in rng.integers(0, len(whole), rng.integers(1, 20)):
             damaged[place] = rng.integers(256)
         file.write_bytes(damaged)
-        entries, problems = read_manifest(path, root)
+        reading = read_manifest(path, root)
+        entries, problems = reading.samples, reading.problems
         assert entries or problems
         assert all(len(problem) < 1000 for problem in problems)
 
@@ -489,7 +499,7 @@ def test_image_bytes_are_written_once_under_their_hash(root: Path, tmp_path: Pat
     assert all(os.stat(image).st_mtime_ns == before[image] for image in images - {cut}) and os.path.getsize(cut)
     (tmp_path / "none").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
-    assert "the cache cannot be written" in read_manifest(path, root)[1][0]
+    assert "the cache cannot be written" in read_manifest(path, root).problems[0]
 
 
 def test_classes_of_datasets_are_answered_by_name(root: Path, tmp_path: Path) -> None:
@@ -611,7 +621,7 @@ def test_folders_without_classes(tmp_path: Path) -> None:
     noise(tmp_path / "a.png", 0)
     assert "1x .png: move the images into a folder for each class" in refusal(tmp_path, tmp_path)
     (tmp_path / "m.csv").write_text("")
-    assert f"give {tmp_path / 'm.csv'}" in refusal(tmp_path, tmp_path)
+    assert f"manifest {tmp_path / 'm.csv'} must be" in refusal(tmp_path, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ nonsense
@@ -635,7 +645,8 @@ def nonsense(number: int) -> bytes:
 @pytest.mark.parametrize("number", range(60))
 def test_nonsense_gets_one_sentence(root: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "m.json").write_bytes(nonsense(number))
-    entries, problems = read_manifest(tmp_path / "m.json", root)
+    reading = read_manifest(tmp_path / "m.json", root)
+    entries, problems = reading.samples, reading.problems
     assert not entries and problems and all("m.json" in text and len(text) < 1000 for text in problems)
     assert len(problems) == 1 or nonsense(number).count(b"\n"), problems
 

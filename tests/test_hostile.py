@@ -23,8 +23,8 @@ MOST_SECONDS = 20  # on a busy machine; alone, each takes well under one second,
 def answer(manifest: Path, root: Path) -> str:
     """The first problem that a study would report, or ""."""
     started = time.perf_counter()
-    entries, problems = read_manifest(manifest, root)
-    problems = problems or unreadable_images([sample.image for sample in entries])
+    reading = read_manifest(manifest, root)
+    problems = reading.problems or unreadable_images([sample.image for sample in reading.samples])
     seconds = time.perf_counter() - started
     assert seconds < MOST_SECONDS and all(len(problem) < 1000 for problem in problems)
     first = problems[0].replace(str(root.parent), "") if problems else ""
@@ -203,7 +203,7 @@ def test_a_manifest_that_is_no_file_is_refused(root: Path) -> None:
 @pytest.mark.parametrize("image_root", ["none", "good.png", "x\0", "x" * 5000, "/dev/null"])
 def test_an_image_root_that_is_no_folder_is_refused(root: Path, image_root: str) -> None:
     (root / "m.json").write_bytes(b"[" + ENTRY + b"]")
-    assert "must be a folder" in read_manifest(root / "m.json", root / image_root)[1][0]
+    assert "must be a folder" in read_manifest(root / "m.json", root / image_root).problems[0]
 
 
 def test_problems_of_entries_and_of_images_are_reported_together(tmp_path: Path) -> None:

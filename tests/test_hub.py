@@ -428,7 +428,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_downloaded(
 
 
 def test_a_study_that_goes_on_fetches_the_same_commit_again(hub: Hub, phantoms: Path, tmp_path: Path) -> None:
-    from train_fn.data.splitting import save_splits
+    from train_fn.data.splits_file import save_splits
     from train_fn.support.files import file_hash
     from tune.plan.prepare import prepare, resume
     from tune.records.plan import save_plan
@@ -493,7 +493,7 @@ def test_a_prediction_without_its_base_is_one_sentence(hub: Hub, monkeypatch: py
 def test_one_trial_without_ray_names_what_is_wrong(
     hub: Hub, splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from train_fn.data.splitting import save_splits
+    from train_fn.data.splits_file import save_splits
     from train_fn.main import main
 
     save_splits(splits, tmp_path / "splits.json")

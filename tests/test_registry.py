@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ import pytest
 import torch
 from PIL import Image
 
-from train_fn.data.samples import Sample
+from train_fn.data.samples import Sample, Task
+from train_fn.model.adapters import read_task
 from train_fn.nano import CHECKPOINT
-from train_fn.predict import InputError, predict_lines
+from train_fn.predict import InputError, answers_of
+from train_fn.scoring.answering import Answer
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.adapter_files import save_adapter
 from train_fn.trial.lora import adapted
@@ -47,6 +50,13 @@ def write_adapter(base, splits, directory: Path, seed: int) -> Path:
     return directory
 
 
+def ask(adapter: Path, samples: Sequence[Sample]) -> list[Answer]:
+    """What `train_fn.predict --no-generate` answers."""
+    task = read_task(adapter)
+    assigned = [task.assign(replace(sample, answer="")) for sample in samples]
+    return list(answers_of(ModelSettings(), adapter, assigned, task, {}, 8, generate_all=False))
+
+
 def inline(path: str) -> str:
     return base64.b64encode(Path(path).read_bytes()).decode()
 
@@ -64,8 +74,7 @@ def images(splits) -> list[str]:
 @pytest.fixture(scope="module")
 def expected(adapter, splits) -> np.ndarray:
     """The probabilities that `train_fn.predict` gives the images: [4, C]."""
-    lines = predict_lines(ModelSettings(), adapter, splits.test[:4], splits.candidates, generate=False)
-    return np.array([list(line["probabilities"].values()) for line in lines])
+    return np.array([answer.probabilities for answer in ask(adapter, splits.test[:4])])
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +166,55 @@ def test_the_loaded_model_predicts_as_predict_does(loaded, images, expected, spl
 
     question = "Is this benign?"
     asked = [Sample((images[0],), question, "", -1)]
-    (line,) = predict_lines(ModelSettings(), adapter, asked, splits.candidates, generate=False)
-    other = np.array([expected[1], list(line["probabilities"].values())])
+    (answer,) = ask(adapter, asked)
+    other = np.array([expected[1], answer.probabilities])
     found = loaded.predict(pd.DataFrame({"image": [images[1], inline(images[0])], "text": [None, question]}))
     assert same(found, other, splits.candidates)
     assert not np.allclose(other[1], expected[0], atol=1e-3)
 
 
 def test_without_candidates_the_answer_is_generated(load, store, base, splits, images, tmp_path) -> None:
-    adapter = write_adapter(base, replace(splits, candidates=()), tmp_path / "open", 2)
+    opened = replace(splits, tasks=(Task(),), max_new_tokens=4)
+    adapter = write_adapter(base, opened, tmp_path / "open", 2)
     found = load(log_model(store[0], new_run(store[0]), adapter, tags=TAGS)).predict(pd.DataFrame({"image": images}))
-    lines = list(predict_lines(ModelSettings(), adapter, splits.test[:4], (), generate=True))
-    assert found.to_dict("list") == {"answer": [line["generated"] for line in lines]}
+    assert found.to_dict("list") == {"answer": [answer.text for answer in ask(adapter, splits.test[:4])]}
     assert any(found["answer"])
+
+
+def test_an_adapter_of_several_tasks_answers_each(load, store, base, splits, images, tmp_path) -> None:
+    tasks = (replace(splits.tasks[0], name="finding"), Task("benign", "binary", ("no", "yes")), Task("open"))
+    questions = ("What is it?", "Is it benign?", "Describe it.")
+    train = [
+        replace(splits.train[0], question=question, task=task.name, answer=answer, label=0)
+        for task, question, answer in zip(tasks, questions, ("Normal", "no", "a mass"), strict=True)
+    ]
+    several = replace(splits, train=tuple(train), tasks=tasks, max_new_tokens=4)
+    adapter = write_adapter(base, several, tmp_path / "several", 3)
+    model = load(log_model(store[0], new_run(store[0]), adapter, tags=TAGS))
+    both = [images[0], inline(images[1])]
+    rows = [
+        (images[0], questions[0], None),
+        (json.dumps(both), questions[1], None),
+        (images[0], "Unheard of?", "Benign"),
+        (images[0], questions[2], None),
+    ]
+    found = model.predict(pd.DataFrame(rows, columns=["image", "text", "question_type"]))
+    assert list(found.columns) == ["answer", "probabilities"]
+    asked = [Sample((images[0],), rows[0][1], ""), Sample(tuple(images[:2]), rows[1][1], "")]
+    asked += [Sample((images[0],), rows[2][1], "", question_type="Benign"), Sample((images[0],), rows[3][1], "")]
+    expected = ask(adapter, asked)
+    for row, answer, candidates in zip(
+        range(4), expected, (splits.candidates, ("no", "yes"), ("no", "yes"), ()), strict=True
+    ):
+        its = json.loads(found["probabilities"][row])
+        assert tuple(its) == candidates and list(its.values()) == pytest.approx(answer.probabilities, abs=1e-5)
+        assert found["answer"][row] == (max(its, key=its.get) if its else answer.text)
+    assert [model.metadata.signature.outputs.input_names(), model.metadata.signature.inputs.input_names()] == [
+        ["answer", "probabilities"],
+        ["image", "text", "question_type"],
+    ]
+    direct = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [both], "text": [questions[1]]}))
+    assert direct["probabilities"][0] == found["probabilities"][1]
 
 
 def test_input_that_is_not_an_image_is_refused(loaded, images) -> None:

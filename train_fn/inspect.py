@@ -3,7 +3,7 @@
 `--model FOLDER` also checks and counts the words as tokens, and `--html PAGE` shows all of it with pictures. The
 options about data are those of a study.
 
-With `--write MANIFEST` it first converts data of any format to the guide's JSON.
+With `--write MANIFEST.jsonl` it first converts data of any format to JSON Lines, or to the guide's JSON (.json).
 `--busi FOLDER --write MANIFEST` first makes a manifest of the BUSI images as downloaded: subfolders normal, benign and
 malignant; masks are left out.
 """
@@ -13,19 +13,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train_fn.data.convert import write_manifest
 from train_fn.data.formats import is_class_folder
 from train_fn.data.manifest import Parts, divide, read_manifest
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.settings import DataSettings
-from train_fn.data.stored_images import stored_images_folder
 from train_fn.datasheet.facts import DataSheet
 from train_fn.datasheet.make import make_sheet, with_model
 from train_fn.datasheet.page import write_page
@@ -52,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     if options.busi and (options.image_root or not options.write):
         parser.error("--busi must be given with --write, and without --image-root: that is the BUSI folder")
     data, model = read_options(parser, options)
-    options.columns, options.question = data.columns, data.question
+    options.columns, options.question = data.all_columns, data.question
     try:
         for name in PATHS:
             setattr(options, name, local_path(text) if (text := getattr(options, name)) else None)
@@ -69,9 +67,13 @@ def main(argv: Sequence[str]) -> int:
     elif options.write:
         if options.val_data or options.test_data:
             parser.error("--write converts --data only: leave --val-data and --test-data out")
-        if problems := write_manifest(options):
+        root, problems = write_manifest(
+            options.write, options.data, options.image_root, options.columns, options.question
+        )
+        if problems:
             parser.exit(2, "\n  - ".join(["The manifest cannot be made:", *map(plain, problems)]) + "\n")
-        given = f" --image-root {shlex.quote(str(options.image_root))}" if options.image_root else ""
+        options.columns, options.question, options.image_root = (), "", root
+        given = f" --image-root {shlex.quote(str(root))}" if root else ""
         print(f"Written; for a study: --data {shlex.quote(str(options.write))}{given}")
         options.data = options.write
     return inspect(options, data, model)
@@ -86,7 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line: options of its own, and those of a study that concern the data."""
     parser = argparse.ArgumentParser(prog="python -m train_fn.inspect", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--busi", type=Path, help="folder of the BUSI images: make its manifest, then inspect that")
-    parser.add_argument("--write", type=Path, help="the manifest to make of --busi or --data, as the guide's JSON")
+    parser.add_argument(
+        "--write", type=Path, help="manifest to make of --busi or --data: .jsonl, or .json (the guide's)"
+    )
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write all of it, with pictures, to this HTML file")
     for group, names in ((DataSettings, DATA_OPTIONS), (ModelSettings, MODEL_OPTIONS)):
         section = parser.add_argument_group((group.__doc__ or "").partition(".")[0])
@@ -124,52 +128,14 @@ def read_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         problems.append(
             f"`--val-fraction` and `--test-fraction` must be below 1 together, but got {together:g}: lower one"
         )
-    roles = [text.partition("=")[0] for text in data.columns]
+    roles = [text.partition("=")[0] for text in data.all_columns]
     if len(set(roles)) < len(roles):
-        problems.append(f"`--columns` must name each role only once, but got {data.columns}: leave one out")
+        problems.append(f"`--columns` must name each role only once, but got {data.all_columns}: leave one out")
     if options.image_root and options.data and is_class_folder(options.data):
         problems.append("`--image-root` goes with a manifest: leave it out, since the images of a folder need none")
     if problems:
         parser.error("\n  - ".join(["", *map(plain, problems)]))
     return data, made[1]
-
-
-def write_manifest(options: argparse.Namespace) -> list[str]:
-    """Write the guide's JSON of --data to --write. Returns every reason why that failed.
-
-    Image paths are relative to the manifest's folder, or else to the folder that holds all images; this becomes the
-    image root of the options. Images from bytes are copied into a folder beside the manifest.
-    """
-    manifest: Path = options.write
-    root: Path = options.image_root or options.data.parent
-    samples, problems = read_manifest(options.data, root, options.columns, options.question)
-    problems = problems or divide({"data": samples}, options.question)[1]
-    entries: list[dict[str, Any]] = [
-        {"image": s.image, "text": s.question, "answer": s.answer, "label": s.label}
-        | ({"split": s.split} if s.split else {})
-        for s in samples
-    ]
-    options.columns, options.question = (), ""
-    if problems:
-        return problems
-    folder, stored = manifest.parent.resolve(), stored_images_folder().resolve()
-    copies = folder / f"{manifest.stem}_images"
-    try:
-        with manifest.open("x", encoding="utf-8") as file:
-            for entry in entries:
-                if (image := Path(entry["image"])).is_relative_to(stored):
-                    copies.mkdir(exist_ok=True)
-                    entry["image"] = shutil.copyfile(image, copies / image.name)
-            images = [Path(entry["image"]) for entry in entries]
-            options.image_root = None
-            if not all(image.is_relative_to(folder) for image in images):
-                folder = options.image_root = Path(os.path.commonpath([image.parent for image in images]))
-            for entry, image in zip(entries, images, strict=True):
-                entry["image"] = image.relative_to(folder).as_posix()
-            json.dump(entries, file, indent=2)
-    except OSError as error:
-        return [f"`--write` must name a new file, but got {manifest}: {error.strerror}; choose another"]
-    return []
 
 
 def write_busi(folder: Path, manifest: Path, question: str) -> list[str]:
@@ -195,19 +161,21 @@ def write_busi(folder: Path, manifest: Path, question: str) -> list[str]:
 
 def inspect(options: argparse.Namespace, data: DataSettings, model: ModelSettings) -> int:
     """Print the tables that the data allows, then every reason why a study cannot start. Returns the exit code."""
-    root: Path = options.image_root or options.data.parent
+    root: Path = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
     parts: Parts = {}
     recognised: list[str] = []
     problems = []
     for name in ("data", "val_data", "test_data"):
         if path := getattr(options, name):
-            parts[name], found = read_manifest(path, root, options.columns, options.question)
-            problems += [f"`{flag(name)}`: {text}" for text in found]
+            its_root = options.image_root or (path if path.is_dir() else options.data.parent)
+            reading = read_manifest(path, its_root, options.columns, options.question, multilabel=data.multilabel)
+            parts[name] = reading.samples
+            recognised += reading.notes
+            problems += [f"`{flag(name)}`: {text}" for text in reading.problems]
     parts, found = divide(parts, options.question)
     problems += found
-    sheet = make_sheet(
-        options.data.resolve().name, parts, root.resolve(), data, recognised, problems, progress, model.image_options
-    )
+    name, recognised = options.data.resolve().name, list(dict.fromkeys(recognised))
+    sheet = make_sheet(name, parts, root.resolve(), data, recognised, problems, progress, model.image_options)
     if options.model:
         sheet = with_model(sheet, model, progress)
     show(sheet)

@@ -1,7 +1,11 @@
-"""Use an adapter: `python -m train_fn.predict --adapter DIR IMAGE|FOLDER|MANIFEST ...`, one JSON line an image.
+"""Use an adapter: `python -m train_fn.predict --adapter DIR IMAGE|FOLDER|DATA ...`, one JSON line a sample.
 
-Base model, question and candidate answers come from the adapter's task.json unless options replace them. With
-`--merge-into DIR` the adapter is instead merged into a full checkpoint in the base's own layout.
+Base model, questions and candidate answers come from the adapter's task.json unless options replace them. A line has
+`id`, `image` (or `images`), `question`, `task` and `truth`, each if it is there; the `answer`; the `probabilities` of
+the candidates; and what the model writes itself, as `generated`. `label` repeats the likeliest candidate. With truths,
+a last line on stderr says how many answers are right.
+
+With `--merge-into DIR` the adapter is instead merged into a full checkpoint in the base's own layout.
 """
 
 from __future__ import annotations
@@ -10,57 +14,71 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from train_fn.data.folders import DATA_SUFFIXES, IMAGE_SUFFIXES, is_image
+from train_fn.data.formats import is_class_folder
 from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
 from train_fn.data.manifest import read_manifest
-from train_fn.data.samples import Sample
-from train_fn.model.adapters import BadAdapter, check_files, read_config, read_shapes, read_task
+from train_fn.data.rows import COLUMN
+from train_fn.data.samples import Sample, closed_set
+from train_fn.model.adapters import (
+    MOST_NEW_TOKENS,
+    AdapterTask,
+    BadAdapter,
+    check_files,
+    read_config,
+    read_shapes,
+    read_task,
+)
 from train_fn.model.checkpoint import file_problems, resolve_model
 from train_fn.model.hub import fetch
 from train_fn.model.hub_errors import HubError
 from train_fn.model.hub_ids import is_hub_model
-from train_fn.model.preflight import checked_processor, text_problems
+from train_fn.model.preflight import checked_processor, text_problems, unreadable_prompts
+from train_fn.scoring.answering import BATCH_SIZE, Answer, answer_samples, summary
+from train_fn.scoring.answers import described
 from train_fn.settings import DTYPES, ModelSettings
 from train_fn.support.files import DamagedFile, replace_folder
-from train_fn.support.text import shorten
+from train_fn.support.text import plain_form, shorten
 
 if TYPE_CHECKING:
     from train_fn.model.base import Base
 
 BASE_VARIABLE = "VLM_TUNE_BASE"
+MAX_BATCH_SIZE = 1024
+FEW = 20  # samples for which no progress is shown
 
 
 class InputError(Exception):
     """The command line is wrong, or a file that it names cannot be used."""
 
 
-class NotFinite(ValueError):
-    """The model's scores of an image are not finite."""
-
-
 def main(argv: Sequence[str]) -> int:
     """Predict or merge.
 
     Returns:
-        The exit code: 0; 1 when some of the images could not be answered; 2 for bad input.
+        The exit code: 0; 1 when some of the samples could not be read or answered; 2 for bad input; 130 after Ctrl-C;
+        141 when the reader of the answers has ended, as in `| head`.
     """
     parser = argparse.ArgumentParser(prog="python -m train_fn.predict", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("inputs", nargs="*", type=Path, help="images, folders of images, or manifests")
+    parser.add_argument("inputs", nargs="*", type=Path, help="images, folders of images, or data in any format")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--model", default="", help="base model, if not the one the adapter was trained on")
     parser.add_argument("--image-root", type=Path, help="folder that a manifest's paths start from [the manifest's]")
+    parser.add_argument("--columns", default="", help="columns with other than usual names, such as question=text")
     parser.add_argument("--question", default="", help="question, if not the one of the training images")
-    parser.add_argument("--candidates", default="", help="answers to choose from, comma-separated")
-    parser.add_argument("--no-generate", action="store_true", help="leave out the generated answer")
+    parser.add_argument("--candidates", default="", help="answers to choose from, comma-separated, to every question")
+    parser.add_argument("--multilabel", default="", help='separator between the labels of an answer, such as ";"')
+    parser.add_argument("--no-generate", action="store_true", help="generate no answer where there are candidates")
+    parser.add_argument("--max-new-tokens", type=int, help="most tokens of a generated answer [as in training]")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"samples a batch [{BATCH_SIZE}]")
     parser.add_argument("--merge-into", type=Path, help="write base and adapter as one checkpoint to this folder")
     parser.add_argument("--dtype", default="", choices=DTYPES, help="number format of base or merged checkpoint")
     parser.add_argument(
@@ -72,6 +90,13 @@ def main(argv: Sequence[str]) -> int:
     except (InputError, BadAdapter, DamagedFile) as error:
         print(f"Cannot predict: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        clear_progress()
+        print("Stopped by Ctrl-C; the answers so far are complete", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
+        return 141
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,68 +110,159 @@ def run(options: argparse.Namespace) -> int:
     if options.merge_into:
         merge(settings, options.adapter, options.merge_into)
         return 0
-    if not options.inputs:
-        raise InputError("nothing to predict: name an image, a folder or a manifest")
-    candidates = tuple(filter(None, map(str.strip, options.candidates.split(","))))
-    if len(set(candidates)) < len(candidates):
-        raise InputError(f"`--candidates` must differ from each other, but got {options.candidates!r}: name each once")
-    if not 1 <= options.max_image_pixels <= PILLOWS_LIMIT:
-        raise InputError(f"`--max-image-pixels` must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}")
+    columns = words_of(options.columns)
+    if problems := option_problems(options, columns):
+        raise InputError("; ".join(problems))
+    task = replace(task, max_new_tokens=options.max_new_tokens or task.max_new_tokens)
+    if candidates := words_of(options.candidates):
+        task = replace(task, tasks=closed_set(candidates))
+    if options.multilabel:
+        task = with_separator(task, options.multilabel)
     question = options.question or task.question
-    samples = [s for path in options.inputs for s in find_samples(path, options.image_root, question)]
-    images = (sample.image for sample in samples)
+    samples: list[Sample] = []
+    num_failed = 0
+    for path in options.inputs:
+        found, problems = find_samples(path, options.image_root, question, columns, task.candidates, options.multilabel)
+        samples += found
+        num_failed += len(problems)
+        for problem in problems:
+            print(f"Cannot read: {problem}", file=sys.stderr)
+    images = (image for sample in samples for image in sample.images)
     faults = image_problems(images, options.max_image_pixels, options=settings.image_options)
-    if len(faults) == len({sample.image for sample in samples}):
+    if all(faults.keys() & set(sample.images) for sample in samples):
         raise InputError("; ".join(shorten(list(faults.values()))))
-    failed = 0
-    answers = candidates or task.candidates
-    for line in predict_lines(settings, options.adapter, samples, answers, not options.no_generate, faults):
-        if "error" in line:
-            failed += 1
-            print(f"Cannot answer {line['image']}: {line['error']}", file=sys.stderr)
-        print(json.dumps(line), flush=True)
-    return 1 if failed else 0
+    samples = [task.assign(sample) for sample in samples]
+    answered: list[tuple[Sample, Answer]] = []
+    generate_all = not options.no_generate
+    found_answers = answers_of(settings, options.adapter, samples, task, faults, options.batch_size, generate_all)
+    for sample, answer in zip(samples, found_answers, strict=True):
+        clear_progress()
+        if answer.error:
+            num_failed += 1
+            print(f"Cannot answer {sample.source or sample.image}: {answer.error}", file=sys.stderr)
+        print(json.dumps(line_of(sample, answer, task)), flush=True)
+        answered.append((sample, answer))
+        show_progress(len(answered), len(samples))
+    clear_progress()
+    if text := summary(answered, task.by_name):
+        print(text, file=sys.stderr)
+    return 1 if num_failed else 0
 
 
-def find_samples(path: Path, image_root: Path | None, question: str) -> list[Sample]:
-    """The images of a path: one image, all images of a folder, or those of a manifest with their own questions."""
-    if path.is_dir():
+def words_of(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated option."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def option_problems(options: argparse.Namespace, columns: Sequence[str]) -> list[str]:
+    """Every option that cannot be used, as a sentence each."""
+    candidates = words_of(options.candidates)
+    roles = [text.partition("=")[0] for text in columns]
+    most, separator = options.max_new_tokens, options.multilabel
+    checks = [
+        (bool(options.inputs), "nothing to predict: name an image, a folder or a manifest"),
+        (
+            len(set(candidates)) == len(candidates),
+            f"`--candidates` must differ from each other, but got {options.candidates!r}: name each once",
+        ),
+        (
+            all(map(COLUMN.holds, columns)) and len(set(roles)) == len(roles),
+            f"`--columns` must be {COLUMN.words}, each role once, but got {options.columns!r}: correct it",
+        ),
+        (
+            not any(map(str.isalnum, separator)) and not separator.isspace(),
+            f"`--multilabel` must be a separator without letters or digits, but got {separator!r}: correct it",
+        ),
+        (
+            most is None or 1 <= most <= MOST_NEW_TOKENS,
+            f"`--max-new-tokens` must be from 1 to {MOST_NEW_TOKENS:,}, but got {most}: correct it",
+        ),
+        (
+            1 <= options.batch_size <= MAX_BATCH_SIZE,
+            f"`--batch-size` must be from 1 to {MAX_BATCH_SIZE:,}, but got {options.batch_size}: correct it",
+        ),
+        (
+            1 <= options.max_image_pixels <= PILLOWS_LIMIT,
+            f"`--max-image-pixels` must be from 1 to {PILLOWS_LIMIT}, but got {options.max_image_pixels}",
+        ),
+    ]
+    return [problem for holds, problem in checks if not holds]
+
+
+def with_separator(task: AdapterTask, separator: str) -> AdapterTask:
+    """The task of an adapter, with answers that are sets of labels instead of classes and texts."""
+    other = ("ordinal", "numeric")
+    tasks = tuple(t if t.kind in other else replace(t, kind="multilabel", separator=separator) for t in task.tasks)
+    return replace(task, tasks=tasks)
+
+
+def find_samples(
+    path: Path,
+    image_root: Path | None,
+    question: str,
+    columns: Sequence[str] = (),
+    candidates: Collection[str] = (),
+    multilabel: str = "",
+) -> tuple[list[Sample], list[str]]:
+    """The samples of a path: one image, all images of a folder, or data in any format of a study.
+
+    Args:
+        image_root: the folder that the paths in a manifest start from; None: the manifest's own.
+        question: what is asked about images, and about data without questions.
+        columns: `--columns`.
+        candidates: an image in a folder of such a name, inside `path`, has it as its true answer.
+        multilabel: `--multilabel`, which joins lists of answers.
+
+    Returns:
+        The samples, at least one; and every reason why others cannot be read.
+
+    Raises:
+        InputError: there is none.
+    """
+    if is_class_folder(path):
         # For `x.png` on a foreign disk, macOS writes a file `._x.png` with its notes.
         files = (p for p in path.rglob("*") if is_image(p) and not p.name.startswith("._"))
         images = sorted(files)
         if not images:
             raise InputError(f"folder {path} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none")
-        return [Sample((str(image),), question, "") for image in images]
-    if path.suffix.lower() in DATA_SUFFIXES:
-        samples, problems = read_manifest(path, image_root or path.parent, question=question)
-        if problems:
-            raise InputError("; ".join(problems))
-        return samples
+        truths = {plain_form(answer): answer for answer in candidates}
+        classes = ["" if image.parent == path else plain_form(image.parent.name) for image in images]
+        return [
+            Sample((str(image),), question, truths.get(name, "")) for image, name in zip(images, classes, strict=True)
+        ], []
+    if path.is_dir() or path.suffix.lower() in DATA_SUFFIXES:
+        reading = read_manifest(path, image_root, columns, question, multilabel=multilabel, answers_optional=True)
+        if not reading.samples:
+            raise InputError("; ".join(reading.problems))
+        for note in reading.notes:
+            print(note, file=sys.stderr)
+        return reading.samples, reading.problems
     if not path.is_file():  # reading a pipe or a device could block for ever
         raise InputError(f"{path} must be an image, a folder or a manifest, but is none")
-    return [Sample((str(path),), question, "")]
+    return [Sample((str(path),), question, "")], []
 
 
-def predict_lines(
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def answers_of(
     settings: ModelSettings,
     adapter: Path,
     samples: Sequence[Sample],
-    candidates: Sequence[str],
-    generate: bool,
-    faults: Mapping[str, str] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Answer each image.
+    task: AdapterTask,
+    faults: Mapping[str, str],
+    batch_size: int,
+    generate_all: bool,
+) -> Iterator[Answer]:
+    """Answer each sample.
 
     Args:
-        generate: whether the model also generates an answer of its own.
+        samples: from `AdapterTask.assign`.
         faults: errors of images that cannot be read, by path.
-
-    Yields:
-        For each image its path (`image`) and, with candidates, their `probabilities` and the likeliest as `label`; with
-        `generate`, the answer as `generated`. For an image that cannot be answered, its path and the `error`.
+        generate_all: whether the model also generates an answer of its own where there are candidates.
 
     Raises:
-        InputError: the base cannot be loaded, or cannot read a question or candidate.
+        InputError: the base cannot be loaded, or cannot read any question, or cannot read a candidate.
         BadAdapter: the adapter is damaged or does not fit the base.
     """
     find_base(settings)
@@ -154,22 +270,50 @@ def predict_lines(
         processor = checked_processor(settings)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if problems := text_problems(processor, samples, [candidates]):
+    tasks = task.by_name
+    asked = list({sample.prompt: replace(sample, answer="") for sample in samples}.values())
+    unreadable = unreadable_prompts(processor, asked)
+    if len(unreadable) == len(asked):
+        raise InputError("; ".join(shorten(list(dict.fromkeys(unreadable.values())))))
+    sets = [tasks[name].candidates for name in dict.fromkeys(sample.task for sample in samples)]
+    plain = next(sample for sample in asked if sample.prompt not in unreadable)
+    if problems := text_problems(processor, [plain], sets):
         raise InputError("; ".join(problems))
+    errors = [unreadable.get(sample.prompt, "") for sample in samples]
+    for number, sample in enumerate(samples):
+        errors[number] = next((faults[image] for image in sample.images if image in faults), errors[number])
+    sound = [sample for sample, error in zip(samples, errors, strict=True) if not error]
     # Each image is used once, so its features need no cache.
     with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:
-        for sample in samples:
-            line: dict[str, Any] = {"image": sample.image}
-            try:
-                if faults and sample.image in faults:
-                    raise ValueError(faults[sample.image])
-                if candidates:
-                    line |= label_probabilities(base, sample, candidates)
-                if generate:
-                    line["generated"] = generated_answer(base, sample)
-            except (ValueError, MemoryError) as error:  # among them BatchFailed: the processor refuses this image
-                line = {"image": sample.image, "error": str(error) or type(error).__name__}
-            yield line
+        answers = answer_samples(base, sound, tasks, task.max_new_tokens, batch_size, generate_all)
+        for fault in errors:
+            yield Answer(error=fault) if fault else next(answers)
+
+
+def line_of(sample: Sample, answer: Answer, task: AdapterTask) -> dict[str, Any]:
+    """The line of a sample."""
+    line = described(sample)
+    if answer.error:
+        return line | {"error": answer.error}
+    line |= answer.as_dict(task.by_name[sample.task])
+    if answer.probabilities:
+        line["label"] = line["answer"]  # its name before there were other answers
+    return line if answer.text is None else line | {"generated": answer.text}
+
+
+def show_progress(num_answered: int, num_samples: int) -> None:
+    """Write progress over itself on stderr, if that is a terminal and the answers go elsewhere."""
+    if num_samples > FEW and sys.stderr.isatty() and not sys.stdout.isatty():
+        print(f"\rAnswered {num_answered:,} of {num_samples:,}", end="", file=sys.stderr, flush=True)
+
+
+def clear_progress() -> None:
+    """Remove the line of `show_progress`."""
+    if sys.stderr.isatty() and not sys.stdout.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ the base
 
 
 @contextlib.contextmanager
@@ -217,37 +361,7 @@ def find_base(settings: ModelSettings) -> Path:
     return directory
 
 
-def label_probabilities(base: Base, sample: Sample, candidates: Sequence[str]) -> dict[str, Any]:
-    """The probability of each candidate, and the likeliest one. Raises NotFinite."""
-    from train_fn.scoring.evaluation import score_candidates
-    from train_fn.scoring.scores import probabilities
-
-    scores = score_candidates(base, [sample], candidates).double().cpu().numpy()
-    if not np.isfinite(scores).all():
-        raise NotFinite(f"the model's scores must be finite, but are {scores[0].tolist()}: try --dtype float32")
-    found = probabilities(scores)[0]
-    return {
-        "label": candidates[int(found.argmax())],
-        "probabilities": dict(zip(candidates, found.tolist(), strict=True)),
-    }
-
-
-def generated_answer(base: Base, sample: Sample, most_tokens: int = 64) -> str:
-    """The model's own answer, decoded greedily."""
-    import torch
-
-    from train_fn.model.batches import process
-
-    inputs = {
-        name: value.to(base.device, base.model.dtype if value.is_floating_point() else None)
-        for name, value in process(base, sample).items()
-    }
-    tokenizer = base.processor.tokenizer
-    with torch.no_grad():
-        tokens = base.model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=most_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+# ------------------------------------------------------------------------------------------------ merging
 
 
 def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
@@ -273,39 +387,17 @@ def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
             f"{error.filename}): choose another"
         ) from error
     try:
+        from train_fn.trial.merging import write_merged
+
         write_merged(settings, source, adapter, partial)
         replace_folder(partial, directory)
+    except BadAdapter:
+        raise
+    except ValueError as error:  # the base does not load
+        raise InputError(str(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"Merged model: {directory}", file=sys.stderr)
-
-
-def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory: Path) -> None:
-    """Write the merged checkpoint of `merge`; `source` is the base's folder."""
-    import torch
-    from safetensors.torch import save_file
-
-    from train_fn.model.base import choose_dtype, load_base
-    from train_fn.model.hulumed import original_name
-    from train_fn.trial.adapter_files import merged_adapter
-
-    plain = replace(settings, use_qlora=False, dtype="float32", bf16=False, fp16=False)
-    base = load_base(plain, torch.device("cpu"))
-    stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    own = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-    if own not in DTYPES:
-        raise InputError(f"`dtype` in {source / 'config.json'} must be one of {', '.join(DTYPES)}, but is {own!r}")
-    dtype = choose_dtype(own if settings.base_dtype == "auto" else settings.base_dtype, torch.device("cpu"))
-    merged_adapter(base, adapter)
-    for file in source.iterdir():  # tokenizer, processor, configuration: everything but the weights
-        if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):
-            shutil.copyfile(file, directory / file.name)
-    model = base.model.to(dtype)  # type: ignore[arg-type]
-    if base.hulumed:
-        tensors = {original_name(name): p.detach().contiguous() for name, p in model.named_parameters()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    else:
-        model.save_pretrained(directory)
 
 
 if __name__ == "__main__":

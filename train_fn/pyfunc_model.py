@@ -1,9 +1,14 @@
 """An adapter as an MLflow model. MLflow copies this file into the model and runs it wherever the model is loaded.
 
 Input: a table with the column `image`, which holds a path (with its suffix) or the base64 of an image file, also as a
-data URL; and optionally the column `text`, the question. An empty or missing question is that of the training images.
-Output: for each row the probability of every candidate answer, in a column of that name, and `answer`, the likeliest.
-An adapter without candidates gives only `answer`, which it generates.
+data URL; or several images as a list of these, or as the JSON text of a list. Optional columns are `text`, the
+question, and `question_type`, the type of question as in the training data. An empty or missing question is the most
+frequent one of the training.
+Output, by the tasks that the adapter was trained on:
+- One task with candidates: the probability of every candidate in a column of that name, and `answer`, the likeliest.
+- One task without: `answer`, which the model generates.
+- Several: `answer`, and `probabilities`, the JSON text of an object with those of the candidates; it is empty where the
+  answer is generated.
 
 The frozen base is no part of the model: it is loaded from the folder of the training, or from VLM_TUNE_BASE.
 
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -23,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
@@ -32,7 +39,8 @@ from train_fn.data.images import image_problems
 from train_fn.data.samples import Sample
 from train_fn.model.adapters import read_task
 from train_fn.model.preflight import text_problems
-from train_fn.predict import BASE_VARIABLE, adapted_base, generated_answer, label_probabilities
+from train_fn.predict import BASE_VARIABLE, adapted_base
+from train_fn.scoring.answering import answer_samples
 from train_fn.support.text import shorten
 
 ROOT_VARIABLE = "VLM_TUNE_IMAGE_ROOT"
@@ -61,34 +69,59 @@ class AdapterModel(PythonModel):
         Raises:
             MlflowException: an image or a question cannot be used; the message has every problem.
         """
-        candidates = self.task.candidates
         samples: list[Sample] = []
         problems: list[str] = []
-        texts = model_input["text"] if "text" in model_input else [None] * len(model_input)
+        questions, types = (texts_of(model_input, name) for name in ("text", "question_type"))
         with self.lock, tempfile.TemporaryDirectory() as folder:
-            for row, (image, text) in enumerate(zip(map(str, model_input["image"]), texts, strict=True)):
-                question = text if isinstance(text, str) and text.strip() else self.task.question
-                try:
-                    samples.append(Sample((image_file(image, f"{folder}/row {row}"),), question, ""))
-                except ValueError as error:
-                    rule = "must be a path with a suffix or the base64 of an image file"
-                    problems.append(f"row {row}: `image` {rule}, but got {image[:60]!r}: {error}")
-            images = (sample.image for sample in samples)
+            for row, (images, question, its) in enumerate(zip(model_input["image"], questions, types, strict=True)):
+                paths = []
+                several = images_of(images) or [""]
+                for number, image in enumerate(several):
+                    name = f"row {row}" if len(several) == 1 else f"row {row} image {number}"
+                    try:
+                        paths.append(image_file(image, f"{folder}/{name}"))
+                    except ValueError as error:
+                        rule = "must be a path with a suffix or the base64 of an image file"
+                        problems.append(f"{name}: `image` {rule}, but got {image[:60]!r}: {error}")
+                sample = Sample(tuple(paths), question or self.task.question, "", question_type=its)
+                samples.append(self.task.assign(sample))
+            sound = [sample for sample in samples if sample.images]
+            images = (image for sample in sound for image in sample.images)
             problems += image_problems(images, options=self.task.model.image_options).values()
-            problems += text_problems(self.base.processor, samples, [candidates])
+            problems += text_problems(self.base.processor, sound, [task.candidates for task in self.task.tasks])
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))
             # These grow with every question and path, a server runs without end, and a file may change between calls.
-            self.base.tokens.clear()
-            self.base.patches.clear()
-            try:
-                if not candidates:
-                    return pd.DataFrame({"answer": [generated_answer(self.base, sample) for sample in samples]})
-                found = [label_probabilities(self.base, sample, candidates) for sample in samples]
-            except ValueError as error:  # NotFinite, or from a processor that refuses an image
-                raise MlflowException.invalid_parameter_value(str(error).replace(f"{folder}/", "")) from error
-        rows = [[*line["probabilities"].values(), line["label"]] for line in found]
-        return pd.DataFrame(rows, columns=[*candidates, "answer"])
+            for kept in (self.base.tokens, self.base.patches, self.base.sizes):
+                kept.clear()
+            answers = list(answer_samples(self.base, samples, self.task.by_name, self.task.max_new_tokens))
+            for row, answer in enumerate(answers):
+                if answer.error:
+                    text = f"row {row}: {answer.error}".replace(f"{folder}/", "")
+                    raise MlflowException.invalid_parameter_value(text)
+        rows = []
+        for sample, answer in zip(samples, answers, strict=True):
+            line = answer.as_dict(self.task.by_name[sample.task])
+            found = line.get("probabilities", {})
+            if len(self.task.tasks) > 1:
+                rows.append([line["answer"], json.dumps(found, ensure_ascii=False)])
+            else:
+                rows.append([*found.values(), line["answer"]])
+        return pd.DataFrame(rows, columns=list(self.task.columns))
+
+
+def texts_of(table: pd.DataFrame, name: str) -> list[str]:
+    """The texts of an optional column; "" where there is none."""
+    values = table[name] if name in table else [""] * len(table)
+    return [value if isinstance(value, str) and value.strip() else "" for value in values]
+
+
+def images_of(value: Any) -> list[str]:
+    """The images in a cell: one, or those of a list, which may be written as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):  # a path may begin so, too
+            value = json.loads(value)
+    return [str(item) for item in value] if isinstance(value, list | tuple | np.ndarray) else [str(value)]
 
 
 def image_file(value: str, target: str) -> str:

@@ -3,10 +3,23 @@ LLaMA-Factory, OpenAI), whose content may be text or a list of parts."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from train_fn.data.rows import PLACEHOLDER, BadRecord, Row, image_paths, part, refuse_other_media, without_placeholders
+from train_fn.data.rows import (
+    BadRecord,
+    Row,
+    check_placeholders,
+    image_columns,
+    image_paths,
+    place_images,
+    refuse_other_media,
+    refuse_placeholders,
+    texts_beside,
+)
+from train_fn.data.samples import PLACEHOLDER
 from train_fn.settings import SHOWN
 
 KEYS = {"conversations": ("from", "value"), "messages": ("role", "content")}
@@ -17,48 +30,66 @@ ROLES = {
 }  # fmt: skip
 
 
-def conversation_row(source: str, record: Mapping[str, Any], key: str, names: Mapping[str, str]) -> Row:
-    """The row of a record with a conversation.
+def conversation_rows(source: str, record: Mapping[str, Any], key: str, names: Mapping[str, str]) -> list[Row]:
+    """A row for each answer of a record with a conversation, with the turns before it.
+
+    An answer with `"loss": false` (ms-swift) is context only, and so are answers before the first image.
 
     Args:
         key: the column of the conversation, one of KEYS.
-        names: the columns of image and split, from `rows.resolve`.
+        names: the columns of the image and of what stands beside the conversation, from `rows.resolve`.
 
     Raises:
         BadRecord: the conversation is malformed, or its placeholders do not match its images.
     """
     refuse_other_media(record)
-    said: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
-    named = record.get(names["image"]) if "image" in names else None
+    columns = image_columns(names)
+    named = record.get(columns[0]) if len(columns) == 1 else [record.get(column) for column in columns]
     paths = list(named) if isinstance(named, list) else [named]
-    order = []
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise BadRecord(f" must have a list as {key}, but has {SHOWN.repr(turns)}: correct it or take the entry out")
-    for turn in turns:
+    written = record.get(key)
+    if not isinstance(written, list) or not written:
+        raise BadRecord(f" must have a list as {key}, but has {SHOWN.repr(written)}: correct it or take the entry out")
+    system, speakers, texts, learned = [], [], [], []
+    for turn in written:
         # LLaMA-Factory and others also write messages with from and value, or conversations with role and content.
         own = isinstance(turn, dict) and KEYS[key][0] in turn
         role, text = read_turn(turn, KEYS[key] if own else OTHER[key], paths)
-        said[role].append(text)
-        order.append(role)
-    if isinstance(system := record.get("system"), str):
-        said["system"].append(system)
-    speakers = [role for role in order if role != "system"]
+        if role == "system":
+            system.append(text)
+            continue
+        speakers.append(role)
+        texts.append(text)
+        learned.append(turn.get("loss") is None or turn["loss"] != 0)  # also of questions, where it means nothing
+    beside = texts_beside(record, names)
+    beside["system"] = "\n".join(filter(None, map(str.strip, [*system, beside.get("system", "")])))
     if any(role != ("user", "assistant")[number % 2] for number, role in enumerate(speakers)):
         raise BadRecord(
             f" must have question and answer in turn, but has {', '.join(speakers)[:99]}: correct the order"
         )
     images = image_paths(paths)
-    placeholders = sum(text.count(PLACEHOLDER) for texts in said.values() for text in texts)
-    question, answer = said["user"][0] if said["user"] else "", said["assistant"][0] if said["assistant"] else ""
-    if len(images) < 2 and len(said["user"]) < 2:  # others are refused as a whole, with their own sentence
-        # LLaVA itself moves an image from the end of the question to its beginning.
-        question = without_placeholders(question, placeholders, len(images), at_end=key == "conversations")
-    elif placeholders != len(images):
-        without_placeholders("", placeholders, len(images))
-    split = part(record.get(names["split"])) if "split" in names else ""
-    system = "\n".join(filter(None, map(str.strip, said["system"])))
-    return Row(images, question, answer, None, split, source, system, max(map(len, (said["user"], said["assistant"]))))
+    questions, answers = list(map(str.strip, texts[::2])), texts[1::2]
+    total = sum(text.count(PLACEHOLDER) for text in (*questions, *answers, beside["system"]))
+    if total:
+        check_placeholders(total, len(images))
+        refuse_placeholders(beside["system"], *answers)
+    if answers and not any(learned[1::2]):
+        raise BadRecord(' must have an answer to learn, but each has "loss": false: take the entry out')
+    rows = []
+    turns: list[tuple[str, str]] = []
+    num_images = 0 if total else len(images)
+    for number, (question, answer) in enumerate(itertools.zip_longest(questions or [""], answers, fillvalue="")):
+        num_images += question.count(PLACEHOLDER)
+        is_last = number == max(len(questions), 1) - 1
+        if (num_images or is_last) and learned[2 * number + 1 : 2 * number + 2] != [False]:
+            row = Row(images[:num_images], question, answer, None, source, tuple(turns), **beside)
+            rows.append(place_images(row, at_end=key == "conversations"))
+        turns.append((question, answer))
+    if len(rows) < 2:
+        return rows
+    return [
+        replace(row, source=f"{source} answer {len(row.turns) + 1}", id=row.id and f"{row.id}#{len(row.turns) + 1}")
+        for row in rows
+    ]
 
 
 def read_turn(turn: Any, keys: tuple[str, str], paths: list[Any]) -> tuple[str, str]:

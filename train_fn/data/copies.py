@@ -308,8 +308,11 @@ def largest_groups(groups: np.ndarray, most: int = 5) -> list[np.ndarray]:
     return [np.flatnonzero(groups == numbers[index]) for index in order if sizes[index] > 1]
 
 
-def contact_sheet(paths: Sequence[str], most: int = 12) -> bytes:
-    """The first `most` images side by side, as PNG: upright, six in a row, numbered from 1, without their names."""
+def contact_sheet(paths: Sequence[str], most: int = 12, options: ImageOptions = AS_USUAL) -> bytes:
+    """The first `most` images side by side, as PNG: upright, six in a row, numbered from 1, without their names.
+
+    options: how images are read.
+    """
     shown = paths[:most]
     columns = min(len(shown), SHEET_COLUMNS)
     height = SHEET_SIDE + CAPTION
@@ -318,7 +321,7 @@ def contact_sheet(paths: Sequence[str], most: int = 12) -> bytes:
     for index, path in enumerate(shown):
         left, top = index % SHEET_COLUMNS * SHEET_SIDE, index // SHEET_COLUMNS * height
         draw.text((left + 4, top + 1), str(index + 1), fill="black")
-        image = read_image(path)
+        image = read_image(path, options)
         image.thumbnail((SHEET_SIDE - 4, SHEET_SIDE - 4))
         sheet.paste(image, (left + 2, top + CAPTION))
     buffer = io.BytesIO()

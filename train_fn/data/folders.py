@@ -1,4 +1,5 @@
-"""Folders of images by class: the name of the folder is the answer. `train/`, `val/` and `test/` may lie above."""
+"""Folders: of images by class, whose name is the answer, below `train/`, `val/` and `test/` or not; and of data files,
+with their images or without."""
 
 from __future__ import annotations
 
@@ -6,16 +7,82 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from train_fn.data.dicom import is_dicom
 from train_fn.data.rows import PARTS
-from train_fn.data.tables import AS_CSV, MAX_ENTRIES, SUPPORTED, Records
+from train_fn.data.tables import MAX_ENTRIES, SUPPORTED, Records
 from train_fn.settings import SHOWN
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".dcm", ".jp2", ".j2k", ".ppm",
                   ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".avif")  # fmt: skip
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an image folder of `datasets`
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "config.json", "README.json")  # notes about data
 LEFT_BY_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
+
+
+class DataFile(NamedTuple):
+    """A data file in a folder."""
+
+    path: Path
+    below: str
+    """Folder that its image paths start from, within the whole; "": the whole."""
+    split: str
+    """The part that its name, or its folder's, names; "": none."""
+
+
+def data_files(folder: Path) -> tuple[list[DataFile], list[str], str]:
+    """The data files in a folder, in its `data/`, or in its folders of parts; the first of these that has any.
+
+    Returns:
+        The files; every problem; and a fact that the user should know, or "". Raises OSError.
+    """
+    inside = visible(folder)
+    note = ""
+    if files := [DataFile(path, "", "") for path in data_in(inside)]:
+        others = [path.name for path in inside if path.name.casefold() not in ("data", *PARTS) and path.is_dir()]
+        if len(others) > 1:
+            note = (
+                f"Reading {files[0].path.name} of {folder}; without it, {others[0]}/ and {others[1]}/ could be classes"
+            )
+    elif (data := folder / "data").is_dir():
+        files = [DataFile(path, "", "") for path in data_in(visible(data))]
+    if not files:
+        parts = [path for path in inside if path.name.casefold() in PARTS and path.is_dir()]
+        by_part = {path.name: data_in(visible(path)) for path in parts}
+        files = [DataFile(path, name, name) for name, paths in by_part.items() for path in paths]
+        if files and (without := [name for name, paths in by_part.items() if not paths]):
+            return [], [
+                f"manifest {folder} must have a data file in each of its parts, but {without[0]}/ has none: add it"
+            ], ""  # fmt: skip
+    if len(kinds := {file.path.suffix.lower(): file.path.name for file in files}) > 1:
+        return [], [
+            f"manifest {folder} must have data files of one kind, but has {' and '.join(sorted(kinds.values())[:2])}: "
+            f"give one as --data"
+        ], ""  # fmt: skip
+    if len(files) > 1 and not files[0].below:
+        files = [DataFile(file.path, "", part_in_name(file.path.name)) for file in files]
+        if len({bool(file.split) for file in files}) > 1:
+            one, other = (next(f.path.name for f in files if bool(f.split) is named) for named in (True, False))
+            return [], [
+                f"manifest {folder} must have data files that all name their part (train, val, test), or none, but has "
+                f"{one} and {other}: give one as --data"
+            ], ""  # fmt: skip
+    return files, [], note
+
+
+def data_in(paths: list[Path]) -> list[Path]:
+    """The data files among files: the metadata of an image folder, or else all."""
+    if metadata := [path for path in paths if path.name in METADATA and path.is_file()]:
+        return metadata[:1]
+    return [p for p in paths if p.suffix.lower() in DATA_SUFFIXES and p.name not in NO_DATA and p.is_file()]
+
+
+def part_in_name(name: str) -> str:
+    """The part that a file's name names, as in train-00000-of-00003.parquet; "" if none or several."""
+    found = {PARTS[word] for word in re.split(r"[^a-z]+", name.casefold()) if word in PARTS}
+    return found.pop() if len(found) == 1 else ""
 
 
 def read_class_folders(folder: Path) -> tuple[Records, list[str]]:
@@ -26,6 +93,13 @@ def read_class_folders(folder: Path) -> tuple[Records, list[str]]:
         if not folders:
             return [], [what_is_missing(folder, inside)]
         parts = [path for path in folders if path.name.casefold() in PARTS]
+        classes = {its.name for path in parts or [folder] for its in visible(path) if its.is_dir()}
+        if len(classes) == 1:
+            return [], [
+                f"manifest {folder} must hold a folder for each of two or more classes, but has {classes.pop()}/ only: "
+                f"add the others, or write the answers into {folder / 'metadata.csv'} with the header "
+                f"file_name,question,answer"
+            ]
         if not parts:
             return read_classes(folder, folder, "")
         if len(parts) < len(folders):
@@ -117,8 +191,10 @@ def class_problems(name: Path, files: list[Path], images: list[Path]) -> list[st
 
 def what_is_missing(folder: Path, inside: list[Path]) -> str:
     """The problem of a folder without folders."""
-    data = [path.name for path in inside if path.suffix.lower() in DATA_SUFFIXES]
-    fix = f"give {folder / data[0]}" if data else f"move the images into a folder for each class, or {AS_CSV}"
+    fix = (
+        f"move the images into a folder for each class, or list them in {folder / 'metadata.csv'} with the header "
+        f"file_name,question,answer"
+    )
     counts = Counter(path.suffix or path.name for path in inside).most_common(3)
     holds = ", ".join(f"{count:,}x {suffix}" for suffix, count in counts) or "nothing"
     return f"manifest {folder} must be an existing file or folder of data ({SUPPORTED}), but holds {holds}: {fix}"

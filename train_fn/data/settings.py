@@ -27,7 +27,11 @@ class DataSettings:
     """Folder from which the manifest's image paths start. Not given: the manifest's own folder."""
     columns: Annotated[tuple[str, ...], COLUMN] = ()
     """Columns (or keys) of --data that have other than the usual names, such as question=text,answer=class; roles:
-    image, question, answer, label, split. The split names the part: train, validation or test."""
+    image (of several images: image=a+b), question, answer, label, split (the part: train, validation or test), id,
+    question_type, group, system (the system prompt)."""
+    group_field: str = ""
+    """Column (or key) of what may not be divided between the parts, such as patient_id: the same as --columns
+    group=NAME. Not given: group, patient_id, subject_id, study_id or another usual name."""
     question: str = ""
     """What is asked about each image where the data has no questions, as in a folder of images by class. Not given:
     What does this image show?"""
@@ -68,6 +72,11 @@ class DataSettings:
     has."""
     num_phantoms: Annotated[int, Range(30, 100_000)] = 240
     """Images to generate for --data phantoms."""
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """`columns`, and the one of `group_field`."""
+        return (*self.columns, *([f"group={self.group_field}"] if self.group_field else []))
 
 
 def split_rules(data: DataSettings, images: ImageOptions) -> SplitRules:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.data.copies import MAX_DISTANCE, MIN_CORRELATION, copy_groups, copy_pairs, leaking_samples
+from train_fn.data.copies import MAX_DISTANCE, MIN_CORRELATION, copy_groups, copy_pairs, largest_groups, leaking_samples
 from train_fn.data.images import AS_USUAL
 from train_fn.data.samples import PARTS, Sample, Splits
 from train_fn.data.tasks import TaskRules, find_tasks
@@ -21,6 +21,7 @@ from train_fn.support.text import plain_form
 
 LARGE_GROUP = 0.1  # a group of near-copies with a larger share of the images makes the parts uneven
 UNEVEN = 0.2  # a part that misses its share by more is reported
+SHOWN_GROUPS, SHOWN_IMAGES = 3, 12  # of the largest groups
 MIN_SHARE = 10  # samples of a part below which that says nothing
 
 
@@ -86,6 +87,9 @@ class DataReport:
     """Images in the largest group of all that stay in one part: near-copies, images of one sample or named group."""
     notes: tuple[str, ...] = ()
     """Further facts about tasks and parts."""
+    shown: tuple[tuple[str, ...], ...] = ()
+    """Images of the largest groups, if one is large or makes a part uneven: people should look whether they belong
+    together."""
 
     def sentences(self) -> list[str]:
         """The facts as sentences."""
@@ -179,8 +183,12 @@ def make_splits(
     splits = Splits(made["train"], made["validation"], made["test"], found.tasks)
     problems += part_problems(splits)
     report = report_copies(samples, uses, pairs, links, mixed, parts, len(left_out))
-    notes = [*found.notes, *lacking_answers(splits), *uneven_parts(parts, fractions, len(divided))]
-    return splits, replace(report, notes=tuple(notes)), problems
+    uneven = uneven_parts(parts, fractions, len(divided))
+    if uneven or report.largest_linked > LARGE_GROUP * report.num_images:
+        groups = [its[:SHOWN_IMAGES] for its in largest_groups(links.of_image, SHOWN_GROUPS)]
+        report = replace(report, shown=tuple(tuple(paths[i] for i in its.tolist()) for its in groups))
+    report = replace(report, notes=(*found.notes, *lacking_answers(splits), *uneven))
+    return splits, report, problems
 
 
 def strata_of(samples: Sequence[Sample]) -> list[int]:

@@ -7,11 +7,12 @@ import io
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.rows import listed, resolve
+from train_fn.data.rows import PARTS, listed, resolve
 from train_fn.settings import SHOWN
 
 Records = list[tuple[str, Any]]
@@ -20,7 +21,8 @@ MAX_ENTRIES = 1_000_000  # near-copies are searched among all pairs of images
 HEADER = 65_536  # bytes in which a table's header must end
 SUPPORTED = (
     "JSON (a list of objects with image, text and answer, with conversations, or with messages), JSON Lines, CSV or "
-    "TSV with a header, parquet, a data set saved by `datasets`, or a folder of images by class"
+    "TSV with a header, parquet, a data set saved by `datasets`, a folder of images by class, or a folder with such "
+    "files"
 )
 AS_CSV = "save it as CSV with the header image,question,answer"
 
@@ -32,6 +34,8 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
         path: names the file in messages.
         columns: `--columns`.
     """
+    if fix := unpacked(path, content[:300]):
+        return [], [f"manifest {path} must be {SUPPORTED}, but begins with {content[:4]!r}: {fix[:300]}"]
     try:
         text = content.decode("utf-8-sig")  # editors on Windows write a mark at the beginning
     except UnicodeDecodeError as error:
@@ -65,15 +69,45 @@ def read_text_records(path: Path, content: bytes, columns: Sequence[str]) -> tup
     problem = f"manifest {path} must be a JSON list of at least one entry, but holds "
     if not isinstance(value, dict):
         return [], [problem + ("an empty list" if value == [] else f"a {type(value).__name__}")]
-    lists = [name for name, entries in value.items() if isinstance(entries, list) and entries]
-    if len(lists) > 1:
-        fix = "write a list of {image, text, answer}"
+    if path.suffix in (".jsonl", ".ndjson") and value:
+        return [(f"{path.name} line 1", value)], []
+    return [], [f"{problem}a dict with {listed(value)} (supported: {SUPPORTED}): {list_of(path.name, value)[:300]}"]
+
+
+def list_of(name: str, value: dict[str, Any]) -> str:
+    """How the dict that a JSON file holds becomes a list of entries.
+
+    Args:
+        name: the file's name.
+    """
+    lists = [key for key, entries in value.items() if isinstance(entries, list) and entries]
+    has_roles = bool(resolve(list(value))[0])
+    if value and all(isinstance(its, dict) for its in value.values()):
+        columns = "[dict(zip(d, r)) for r in zip(*(c.values() for c in d.values()))]"  # as pandas writes a table
+        entries = columns if has_roles else "[{'id': k} | d[k] for k in d]"
+    elif len(lists) > 1 and all(key.casefold() in PARTS for key in value):
+        entries = "[e | {'split': k} for k in d for e in d[k]]"
+    elif len(lists) > 1 and len(lists) == len(value) and has_roles:
+        entries = "[dict(zip(d, r)) for r in zip(*d.values())]"
+    elif len(lists) == 1:
+        program = f"import json; json.dump(json.load(open({name!r}))[{lists[0]!r}], open('list.json', 'w'))"
+        return f'write its list as a file, with python -c "{program}"'
     elif lists:
-        program = f"import json; json.dump(json.load(open({path.name!r}))[{lists[0]!r}], open('list.json', 'w'))"
-        fix = f'write its list as a file, with python -c "{program}"'
+        return "write a list of {image, text, answer}"
     else:
-        fix = "write [ before it and ] behind it" if value else AS_CSV
-    return [], [f"{problem}a dict with {listed(value)} (supported: {SUPPORTED}): {fix[:300]}"]
+        return "write [ before it and ] behind it" if value else AS_CSV
+    program = f"import json; d = json.load(open({name!r})); json.dump({entries}, open('list.json', 'w'))"
+    return f'write a list of its entries, with python -c "{program}"'
+
+
+def unpacked(path: Path, content: bytes) -> str:
+    """How a file that is packed or a spreadsheet becomes one that is read; "" for any other."""
+    name = shlex.quote(path.name)
+    if content.startswith(b"PK\x03\x04") and path.suffix.lower() in (".xlsx", ".xlsm"):
+        program = f"import pandas; pandas.read_excel({path.name!r}).to_csv('table.csv', index=False)"
+        return f'save it as CSV there, or with python -c "{program}"'
+    kinds = ((0, b"PK\x03\x04", "unzip"), (0, b"\x1f\x8b", "gunzip -k"), (257, b"ustar", "tar -xf"))
+    return next((f"unpack it with {tool} {name}" for at, mark, tool in kinds if content[at:].startswith(mark)), "")
 
 
 def read_line(line: str) -> Any:

@@ -8,19 +8,32 @@ must be switched off. The modules that get an adapter follow from the names of t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import typing
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from train_fn.data.samples import KINDS, Sample, Task, closed_set
+from train_fn.data.tasks import unique, with_sorted_labels
 from train_fn.model.checkpoint import tensor_shapes
-from train_fn.settings import ModelSettings, broken_rule, rules
+from train_fn.settings import SHOWN, ModelSettings, broken_rule, rules
 from train_fn.support.files import DamagedFile, check_sums, read_json
+from train_fn.support.text import plain_form, shorten
 
 MAX_RANK = 4096
 MAX_CANDIDATES = 1000
+MAX_TASKS = 10_000
+MAX_QUESTIONS = 1000  # of a task in task.json
+MAX_LENGTH = 100_000  # characters of a question or answer
+MAX_TASK_BYTES = 64_000_000
+MAX_NEW_TOKENS = 64  # of a generated answer, where task.json sets no limit
+MOST_NEW_TOKENS = 32_768
+WITH_CANDIDATES = ("closed", "binary", "ordinal")  # kinds of task; those of a multilabel task may be generated
+UNPRINTABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of characters, which tokenizers reject
 WEIGHTS = "adapter_model.safetensors"
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 # Keys of PEFT's that change nothing about an adapter of this project, and the types that they may hold.
@@ -51,12 +64,72 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class Task:
-    """The base, question and candidate answers that an adapter was trained with: `task.json`."""
+class AdapterTask:
+    """What an adapter was trained to answer, and on which base: `task.json`."""
 
     model: ModelSettings
     question: str
-    candidates: tuple[str, ...]
+    """The most frequent question of the training part."""
+    tasks: tuple[Task, ...]
+    questions: Mapping[str, tuple[str, ...]]
+    """Questions of each task, by its name."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """Most tokens of a generated answer."""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The candidate answers, if there is one task only; else empty."""
+        return self.tasks[0].candidates if len(self.tasks) == 1 else ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the table of answers that the adapter gives as an MLflow model."""
+        return (*self.candidates, "answer") if len(self.tasks) == 1 else ("answer", "probabilities")
+
+    @property
+    def by_name(self) -> dict[str, Task]:
+        """Each task by its name, and the task of unknown questions."""
+        return {task.name: task for task in (self.unknown, *self.tasks)}
+
+    @functools.cached_property
+    def unknown(self) -> Task:
+        """The task of a question that no task has: the only one whose answers are generated, or an unnamed one."""
+        written = [task for task in self.tasks if not task.candidates]
+        return written[0] if len(written) == 1 else Task()
+
+    @functools.cached_property
+    def by_question(self) -> dict[str, list[Task]]:
+        """The tasks of each question."""
+        found: dict[str, list[Task]] = {}
+        for task in self.tasks:
+            for form in dict.fromkeys(map(plain_form, self.questions.get(task.name, ()))):
+                found.setdefault(form, []).append(task)
+        return found
+
+    def task_of(self, question: str, question_type: str = "") -> Task:
+        """The task that a question belongs to.
+
+        It is the only task, or else the task with this question, or else the task that is named after the question's
+        type. If several tasks have the question, the type decides between them. Otherwise it is `unknown`.
+        """
+        if len(self.tasks) == 1:
+            return self.tasks[0]
+        its = self.by_question.get(plain_form(question), [])
+        if len(its) == 1 or not question_type:
+            return its[0] if its else self.unknown
+        name = unique(question_type, set())  # as `find_tasks` has named it
+        return next((task for task in its or self.tasks if task.name == name), its[0] if its else self.unknown)
+
+    def assign(self, sample: Sample) -> Sample:
+        """A sample with its task, and with its answer and `label` as this task has them."""
+        task = self.task_of(sample.question, sample.question_type)
+        if task.separator and sample.answer:
+            sample = with_sorted_labels(sample, task.separator)
+        label = task.indices.get(sample.answer, -1)
+        if label < 0 and sample.answer:
+            alike = (i for i, answer in enumerate(task.candidates) if plain_form(answer) == plain_form(sample.answer))
+            label = next(alike, -1)
+        return replace(sample, task=task.name, label=label)
 
 
 def read_folder_json(adapter: Path, name: str) -> dict[str, Any]:
@@ -139,27 +212,96 @@ def check_files(adapter: Path) -> None:
         raise BadAdapter(str(error)) from error
 
 
-def read_task(adapter: Path) -> Task:
-    """The task of an adapter. Raises BadAdapter with every problem."""
-    stored = read_folder_json(adapter, "task.json")
-    path, fix = adapter / "task.json", "train or fetch the adapter again"
-    problems = []
-    if not isinstance(question := stored.get("question"), str) or not question.strip():
-        problems.append(f"`question` must be text, but is {question!r:.100}")
-    candidates = stored.get("candidates")
-    if not isinstance(candidates, list) or len(candidates) > MAX_CANDIDATES:
-        problems.append(f"`candidates` must be a list of at most {MAX_CANDIDATES} answers, but is {candidates!r:.100}")
-    elif not all(isinstance(answer, str) and answer.strip() for answer in candidates):
-        problems.append(f"`candidates` must be texts, but are {candidates!r:.100}")
-    elif len(set(candidates)) < len(candidates):
-        problems.append(f"`candidates` must differ from each other, but are {candidates!r:.100}")
+def read_task(adapter: Path) -> AdapterTask:
+    """The tasks of an adapter, also of one from earlier versions, which knew one task only.
+
+    Raises:
+        BadAdapter: with every problem, at most 20 of them.
+    """
+    path = adapter / "task.json"
+    fix = "train or fetch the adapter again"
+    if path.is_file() and path.stat().st_size > MAX_TASK_BYTES:
+        raise BadAdapter(f"{path} must have at most {MAX_TASK_BYTES:,} bytes, but has {path.stat().st_size:,}: {fix}")
+    stored = read_folder_json(adapter, path.name)
+    question, candidates, most = (stored.get(name) for name in ("question", "candidates", "max_new_tokens"))
+    problems = [] if is_text(question) else [f"`question` must be text, but is {SHOWN.repr(question)}"]
+    problems += answers_problems("candidates", candidates)
+    if most is not None and not (type(most) is int and 0 <= most <= MOST_NEW_TOKENS):
+        rule = f"must be a whole number from 0 to {MOST_NEW_TOKENS:,}"
+        problems.append(f"`max_new_tokens` {rule}, but is {SHOWN.repr(most)}")
     if isinstance(model := stored.get("model"), dict):
         problems += model_problems(model)
     else:
-        problems.append(f"`model` must be an object, but is {model!r:.100}")
+        problems.append(f"`model` must be an object, but is {SHOWN.repr(model)}")
+    entries = stored.get("tasks")
+    if entries is not None:
+        problems += tasks_problems(entries)
     if problems:
-        raise BadAdapter(f"{path}: {'; '.join(problems)}: {fix}")
-    return Task(ModelSettings(**typing.cast(dict, model)), str(question), tuple(typing.cast(list, candidates)))
+        raise BadAdapter(f"{path}: {'; '.join(shorten(problems))}: {fix}")
+    if entries is None:
+        tasks = closed_set(typing.cast(list, candidates))
+        questions = {"": (typing.cast(str, question),)}
+    else:
+        tasks = tuple(Task(e["name"], e["kind"], tuple(e["candidates"]), separator=e["separator"]) for e in entries)
+        questions = {entry["name"]: tuple(entry["questions"]) for entry in entries}
+    found = AdapterTask(
+        ModelSettings(**typing.cast(dict, model)), typing.cast(str, question), tasks, questions, most or MAX_NEW_TOKENS
+    )
+    if found.candidates != tuple(typing.cast(list, candidates)):
+        raise BadAdapter(
+            f"{path}: `candidates` must be those of the only task in `tasks`, but are {SHOWN.repr(candidates)}: {fix}"
+        )
+    return found
+
+
+def is_text(value: Any) -> bool:
+    """Whether a JSON value is a text that a tokenizer takes, not blank and of a bounded length."""
+    return isinstance(value, str) and bool(value.strip()) and len(value) <= MAX_LENGTH and not UNPRINTABLE.search(value)
+
+
+def answers_problems(name: str, answers: Any) -> list[str]:
+    """Why a JSON value is no list of candidate answers, in a list of one problem at most."""
+    if not isinstance(answers, list) or len(answers) > MAX_CANDIDATES:
+        return [f"`{name}` must be a list of at most {MAX_CANDIDATES} answers, but is {SHOWN.repr(answers)}"]
+    if not all(map(is_text, answers)):
+        return [f"`{name}` must be texts, but are {SHOWN.repr(answers)}"]
+    if len(set(answers)) < len(answers):
+        return [f"`{name}` must differ from each other, but are {SHOWN.repr(answers)}"]
+    return []
+
+
+def tasks_problems(entries: Any) -> list[str]:
+    """Every problem of the `tasks` of a task.json."""
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_TASKS:
+        return [f"`tasks` must be a list of 1 to {MAX_TASKS:,} tasks, but is {SHOWN.repr(entries)}"]
+    problems = []
+    for number, entry in enumerate(entries):
+        where = f"tasks[{number}]"
+        if not isinstance(entry, dict):
+            problems.append(f"`{where}` must be an object, but is {SHOWN.repr(entry)}")
+            continue
+        name, kind, candidates, separator, questions = (
+            entry.get(key) for key in ("name", "kind", "candidates", "separator", "questions")
+        )
+        faults = answers_problems(f"{where}.candidates", candidates)
+        if not (is_text(name) or (name == "" and len(entries) == 1)):
+            faults.append(f"`{where}.name` must be text, but is {SHOWN.repr(name)}")
+        if kind not in KINDS:
+            faults.append(f"`{where}.kind` must be one of {', '.join(KINDS)}, but is {SHOWN.repr(kind)}")
+        elif not faults and kind != "multilabel" and bool(candidates) != (kind in WITH_CANDIDATES):
+            rule = "have candidates" if kind in WITH_CANDIDATES else "have no candidates"
+            faults.append(f"`{where}` must {rule}, since it is {kind}, but has {SHOWN.repr(candidates)}")
+        if not isinstance(separator, str) or len(separator) > MAX_LENGTH or (kind == "multilabel") != bool(separator):
+            rule = "must be text in a multilabel task, and empty in others"
+            faults.append(f"`{where}.separator` {rule}, but is {SHOWN.repr(separator)}")
+        if not isinstance(questions, list) or len(questions) > MAX_QUESTIONS or not all(map(is_text, questions)):
+            rule = f"must be a list of at most {MAX_QUESTIONS} texts"
+            faults.append(f"`{where}.questions` {rule}, but is {SHOWN.repr(questions)}")
+        problems += faults
+    names = [entry["name"] for entry in entries] if not problems else []
+    if len(set(names)) < len(names):
+        problems.append(f"the names of `tasks` must differ from each other, but are {SHOWN.repr(names)}")
+    return problems
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:

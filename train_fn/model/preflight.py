@@ -147,6 +147,21 @@ def counted_texts(samples: Iterable[Sample]) -> tuple[dict[Prompt, None], Counte
     return prompts, asked, answered
 
 
+def unreadable_prompts(processor: Any, samples: Sequence[Sample]) -> dict[Prompt, str]:
+    """The problem of each prompt that this processor cannot present to the model. The samples have no answers."""
+    found: dict[Prompt, str] = {}
+    waiting = [samples[start : start + MAX_RENDERED] for start in range(0, len(samples), MAX_RENDERED)]
+    while waiting:
+        some = waiting.pop()
+        if not (problems := text_problems(processor, some)):
+            continue
+        if len(some) == 1:
+            found[some[0].prompt] = "; ".join(problems)
+        else:
+            waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
+    return found
+
+
 def written(prompt: Prompt) -> list[str]:
     """All texts that a template must write."""
     return [*filter(None, [prompt.system]), *(text for turn in prompt.turns for text in turn), prompt.question]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data.samples import Splits
+from train_fn.model.adapters import MAX_QUESTIONS
 from train_fn.model.base import Base
 from train_fn.scoring.answers import answer_lines
 from train_fn.scoring.evaluation import max_new_tokens
@@ -18,8 +19,6 @@ from train_fn.settings import TrialSettings
 from train_fn.support.files import replace_folder, write_file, write_json, write_sums
 from train_fn.support.storage import Storage
 from train_fn.trial.adapter_files import save_adapter
-
-MAX_QUESTIONS = 1000  # of a task in task.json
 
 
 def save_checkpoint(

@@ -82,12 +82,12 @@ def rules_between(settings: Settings) -> list[Rule]:
          "check the path"),
         ("image_root", goes_on or not data.image_root or not all(map(is_class_folder, given)), "goes with a manifest",
          "leave it out: the images of a folder need none"),
-        ("columns", len({text.partition("=")[0] for text in data.columns}) == len(data.columns),
+        ("columns", len({text.partition("=")[0] for text in data.all_columns}) == len(data.all_columns),
          "must name each role only once", "leave one out"),
     ]  # fmt: skip
     only_with_data = [
         name
-        for name in ("image_root", "val_data", "test_data", "columns", "question")
+        for name in ("image_root", "val_data", "test_data", "columns", "group_field", "question")
         if phantoms and getattr(data, name) != getattr(DataSettings(), name)
     ]
     return rules + [

@@ -194,14 +194,20 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
     """The samples of --data, --val-data and --test-data; None where there is none. Raises SettingsError."""
     data = settings.data
     manifest = generate_phantoms(settings, say) if data.data == "phantoms" else manifest_path(data.data)
-    root = Path(data.image_root) if data.image_root else manifest.parent
     parts: Parts = {}
     problems: list[str] = []
+    notes: list[str] = []
     for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
         parts[name] = None
         if path:
-            parts[name], found = read_manifest(manifest_path(str(path)), root, data.columns, data.question)
-            problems += [f"`{flag(name)}`: {text}" for text in found]
+            path = manifest_path(str(path))
+            root = data.image_root or (path if path.is_dir() else manifest.parent)
+            reading = read_manifest(path, Path(root), data.all_columns, data.question, multilabel=data.multilabel)
+            parts[name] = reading.samples
+            notes += reading.notes
+            problems += [f"`{flag(name)}`: {text}" for text in reading.problems]
+    for note in dict.fromkeys(notes):
+        say(note)
     parts, found = divide(parts, data.question)
     problems += found
     if asked := asked_by_default(parts):

@@ -7,14 +7,18 @@ Shapes: N test images, C candidate answers.
 
 from __future__ import annotations
 
+import base64
 import html
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train_fn.data.copies import contact_sheet
+from train_fn.data.images import image_problems
 from train_fn.data.samples import PARTS
 from train_fn.data.splitting import DataReport
+from train_fn.settings import ModelSettings
 from train_fn.support.files import write_file
 from train_fn.support.text import plain, plain_values
 from tune.results.pictures import draw
@@ -51,6 +55,7 @@ def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
         mistakes=mistakes(view),
         written_answers=written_answers(view),
         tasks=task_rows(view),
+        groups=group_pictures(study),
         data_sentences=DataReport(**study["data_report"]).sentences(),
         format_metric=format_metric,
         format_score=format_score,
@@ -112,6 +117,19 @@ def mistakes(view: View) -> list[tuple[str, str, str, float]]:
             image = view.splits.test[tested.indices[i]].image
             found.append((plain(image), names[tested.truth[i]], names[answers[i]], float(confidence[i])))
     return sorted(found, key=lambda mistake: -mistake[3])[:10]
+
+
+def group_pictures(study: dict[str, Any]) -> list[str]:
+    """The largest groups that stay in one part, each as a picture of its images (a data URI). Images that are gone, or
+    cannot be read any more, are left out."""
+    options = ModelSettings(**study["settings"]["model"]).image_options
+    pictures = []
+    for paths in study["data_report"].get("shown", []):
+        there = [path for path in paths if not image_problems([path], options=options)]
+        if there:
+            png = base64.b64encode(contact_sheet(there, options=options)).decode()
+            pictures.append(f"data:image/png;base64,{png}")
+    return pictures
 
 
 def task_rows(view: View) -> list[dict[str, Any]]:

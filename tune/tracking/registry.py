@@ -5,13 +5,13 @@ All calls go through the client: MLflow's fluent API acts on the run and the sto
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train_fn.model.adapters import read_task
 from train_fn.support.files import file_hash
 
 if TYPE_CHECKING:
@@ -76,9 +76,13 @@ def save_model(model: LoggedModel, run_id: str, adapter: Path, directory: Path) 
     import train_fn
 
     code = Path(train_fn.__path__[0])
-    candidates = json.loads((adapter / "task.json").read_text(encoding="utf-8"))["candidates"]
-    inputs = Schema([ColSpec("string", "image"), ColSpec("string", "text", required=False)])
-    outputs = Schema([*(ColSpec("double", answer) for answer in candidates), ColSpec("string", "answer")])
+    task = read_task(adapter)
+    optional = [ColSpec("string", name, required=False) for name in ("text", "question_type")]
+    inputs = Schema([ColSpec("string", "image"), *optional])
+    outputs = Schema([
+        *(ColSpec("double", answer) for answer in task.candidates),
+        *(ColSpec("string", name) for name in task.columns[len(task.candidates) :]),
+    ])  # fmt: skip
     identity: dict[str, Any] = {"model_uuid": model.model_id, "model_id": model.model_id, "run_id": run_id}
     mlflow.pyfunc.save_model(
         str(directory),
@@ -87,6 +91,12 @@ def save_model(model: LoggedModel, run_id: str, adapter: Path, directory: Path) 
         code_paths=[str(code)],
         pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES],
         signature=ModelSignature(inputs, outputs),
-        input_example=pd.DataFrame({"image": ["base64 of an image file"], "text": ["a question, or nothing"]}),
+        input_example=pd.DataFrame(
+            {
+                "image": ["base64 of an image file, or a JSON list of several"],
+                "text": ["a question, or nothing"],
+                "question_type": ["the type of question, or nothing"],
+            }
+        ),
         mlflow_model=Model(artifact_path=model.artifact_location, **identity),
     )

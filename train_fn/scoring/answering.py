@@ -1,0 +1,182 @@
+"""Answers to any number of samples, in their order, one by one; and how many of them are right.
+
+Shapes: C candidates of a task.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train_fn.data.samples import Sample, Splits, Task
+from train_fn.data.tasks import labels_of
+from train_fn.model.memory import is_out_of_memory
+from train_fn.scoring.answers import answer_of
+from train_fn.scoring.scores import metrics_of, probabilities
+from train_fn.support.numbers import parse_number
+
+if TYPE_CHECKING:
+    from train_fn.model.base import Base
+
+BATCH_SIZE = 8
+WINDOW = 1024  # samples among which those with prompts of equal length share a batch
+# Of no task that is only asked: a loss needs the training's weights, the other metric its class counts.
+LEFT_OUT = ("loss", "macro_f1_prior_corrected")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model answers to one sample."""
+
+    probabilities: tuple[float, ...] = ()
+    """Of the candidates of its task [C]."""
+    text: str | None = None
+    """The generated answer; None: not generated."""
+    error: str = ""
+    """Why there is no answer."""
+
+    def as_dict(self, task: Task) -> dict[str, Any]:
+        """The answer, as in `answers.answer_of`."""
+        return answer_of(task.candidates, self.probabilities, self.text)
+
+
+def answer_samples(
+    base: Base,
+    samples: Sequence[Sample],
+    tasks: Mapping[str, Task],
+    max_new_tokens: int,
+    batch_size: int = BATCH_SIZE,
+    generate_all: bool = False,
+) -> Iterator[Answer]:
+    """Answer each sample.
+
+    A batch that does not fit the memory is halved, and so are all later ones. A batch with a sample that cannot be
+    answered is answered one by one.
+
+    Args:
+        tasks: each sample's task, by its name.
+        max_new_tokens: most tokens of a generated answer.
+        generate_all: whether an answer is also generated where there are candidates.
+
+    Yields:
+        The answers in the order of the samples, each as soon as it and all before it are there.
+    """
+    import torch
+
+    from train_fn.scoring.evaluation import in_parts
+
+    for start in range(0, len(samples), WINDOW):
+        window = samples[start : start + WINDOW]
+        waiting = sorted(in_parts(like_prompts(base, window), batch_size))  # the next sample is in the first of them
+        answers: dict[int, Answer] = {}
+        num_yielded = 0
+        while waiting:
+            chosen = [window[index] for index in waiting[0]]
+            try:
+                found = answer_batch(base, chosen, tasks[chosen[0].task], max_new_tokens, generate_all)
+            except (ValueError, RuntimeError, IndexError, MemoryError) as error:
+                is_too_large = is_out_of_memory(error)
+                if isinstance(error, torch.AcceleratorError) and not is_too_large:
+                    raise  # the device answers no other sample either
+                if len(chosen) > 1:
+                    batch_size = (len(chosen) + 1) // 2 if is_too_large else batch_size
+                    parts = in_parts(waiting[:1], batch_size if is_too_large else 1)
+                    waiting = sorted(parts + in_parts(waiting[1:], batch_size))
+                    continue
+                found = [Answer(error=str(error) or type(error).__name__)]
+            answers.update(zip(waiting.pop(0), found, strict=True))
+            while num_yielded in answers:
+                yield answers.pop(num_yielded)
+                num_yielded += 1
+
+
+def like_prompts(base: Base, samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of samples of one task and of equal prompt length. A sample whose length cannot be found stands alone, so
+    that its batch raises the error."""
+    from train_fn.model.batches import prompt_length
+
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        try:
+            alike[sample.task, prompt_length(base, sample)].append(index)
+        except Exception:  # readers and processors raise anything for images that they refuse
+            alike[index] = [index]
+    return list(alike.values())
+
+
+def answer_batch(
+    base: Base, samples: Sequence[Sample], task: Task, max_new_tokens: int, generate_all: bool
+) -> list[Answer]:
+    """Answer samples of one task and of equal prompt length; see `answer_samples`."""
+    from train_fn.scoring.evaluation import generate, score_candidates
+
+    rows: list[tuple[float, ...]] = [() for _ in samples]
+    errors = ["" for _ in samples]
+    if task.candidates:
+        scores = score_candidates(base, samples, task.candidates).double().cpu().numpy()
+        for index, its in enumerate(scores):
+            if np.isfinite(its).all():
+                rows[index] = tuple(probabilities(its[None])[0].tolist())
+            else:
+                errors[index] = f"the model's scores must be finite, but are {its.tolist()}: try --dtype float32"
+    texts: list[str | None] = [None for _ in samples]
+    if generate_all or not task.candidates:
+        texts = [*generate(base, samples, max_new_tokens)]
+    return [
+        Answer(error=error) if error else Answer(row, text)
+        for row, text, error in zip(rows, texts, errors, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ right or wrong
+
+
+def summary(answered: Sequence[tuple[Sample, Answer]], tasks: Mapping[str, Task]) -> str:
+    """How many of the answers are right, and the metrics of each task, in a line; "" if no sample has a truth."""
+    pairs = [(sample, answer) for sample, answer in answered if sample.answer and not answer.error]
+    if not pairs:
+        return ""
+    num_right = sum(is_right(sample, answer, tasks[sample.task]) for sample, answer in pairs)
+    parts = [f"{num_right} of {len(pairs)} answers are right"]
+    for name in dict.fromkeys(sample.task for sample, _ in pairs):
+        task = tasks[name]
+        its = [pair for pair in pairs if pair[0].task == name]
+        sound = [pair for pair in its if int(pair[0].label) >= 0] if task.candidates else its
+        label = f"{name or task.kind} ({len(sound)})" if len({s.task for s, _ in pairs}) > 1 else ""
+        found = " ".join(f"{key} {value:.3g}" for key, value in task_metrics(sound, task).items())
+        parts += [" ".join(filter(None, [label, found]))] if found else []
+        if len(sound) < len(its):
+            parts.append(f"{len(its) - len(sound)} true answers are no candidates of theirs")
+    return "; ".join(parts)
+
+
+def is_right(sample: Sample, answer: Answer, task: Task) -> bool:
+    """Whether an answer is the true one: the same candidate, set of labels, number or words."""
+    if task.candidates:
+        return sample.label == int(np.argmax(answer.probabilities))
+    text = answer.text or ""
+    if task.kind == "multilabel":
+        return labels_of(text, task.separator) == labels_of(sample.answer, task.separator)
+    if task.kind == "numeric":
+        return parse_number(text) == parse_number(sample.answer)
+    from train_fn.scoring.text_metrics import exact_match
+
+    return exact_match(text, sample.answer) == 1
+
+
+def task_metrics(pairs: Sequence[tuple[Sample, Answer]], task: Task) -> dict[str, float]:
+    """The metrics of answers to samples of one task; without those that the samples cannot give."""
+    if not pairs:
+        return {}
+    samples = tuple(sample for sample, _ in pairs)
+    texts = np.empty(len(pairs), dtype=object)
+    texts[:] = [answer.text for _, answer in pairs]
+    with np.errstate(all="ignore"):  # a probability may be 0; there are no counts of training samples
+        scores = np.log(np.array([answer.probabilities for _, answer in pairs]))
+        predicted = {"losses": np.full(len(pairs), np.nan), "scores": scores, "texts": texts}
+        found = metrics_of(predicted, samples, Splits((), (), samples, (task,)), class_balanced=True)
+    return {name: value for name, value in found.items() if name not in LEFT_OUT and np.isfinite(value)}
