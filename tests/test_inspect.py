@@ -261,6 +261,26 @@ def test_the_options_about_answers_are_those_of_a_study(manifest, busi_like, cap
     assert "`--copies-distance` must be a whole number" in problems
 
 
+def test_what_was_recognised_comes_first(busi_like, manifest, tmp_path, capsys) -> None:
+    entries = json.loads(manifest.read_text())
+    lines = "".join(f"{entry['image']},{entry['answer']},p{n // 3}\n" for n, entry in enumerate(entries))
+    (tmp_path / "t.csv").write_text("file_name,class,patient_id\n" + lines)
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    _, out = shown(capsys, "--data", tmp_path / "t.csv", "--image-root", busi_like)
+    first, columns, groups = out.splitlines()[:3]
+    assert first == "t.csv is CSV with 36 sound entries"
+    assert "file_name as image, class as answer, patient_id as group" in columns and "patient_id" in groups
+    assert "| groups | 12 |" in out and "| groups shared by several parts | 0 |" in out
+    for data, name in ((tmp_path / "t.jsonl", "JSON Lines"), (manifest, "a JSON list")):
+        _, out = shown(capsys, "--data", data, "--image-root", busi_like)
+        assert out.startswith(f"{data.name} is {name} with 36")
+    folder = Path(shutil.copytree(busi_like, tmp_path / "classes"))
+    for mask in folder.rglob("*_mask*"):
+        mask.unlink()
+    _, out = shown(capsys, "--data", folder)
+    assert out.startswith("classes is a folder of images by class with 36")
+
+
 # ------------------------------------------------------------------------------------------------ groups
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data.convert import write_manifest
-from train_fn.data.formats import is_class_folder
+from train_fn.data.formats import format_name, is_class_folder
 from train_fn.data.manifest import Parts, divide, read_manifest
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.settings import DataSettings
@@ -170,6 +170,8 @@ def inspect(options: argparse.Namespace, data: DataSettings, model: ModelSetting
             its_root = options.image_root or (path if path.is_dir() else options.data.parent)
             reading = read_manifest(path, its_root, options.columns, options.question, multilabel=data.multilabel)
             parts[name] = reading.samples
+            if reading.samples:
+                recognised.append(f"{path.name} is {format_name(path)} with {len(reading.samples):,} sound entries")
             recognised += reading.notes
             problems += [f"`{flag(name)}`: {text}" for text in reading.problems]
     parts, found = divide(parts, options.question)
