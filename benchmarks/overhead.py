@@ -86,7 +86,9 @@ class StubLanes:
             if epoch == EPOCHS:
                 directory.mkdir(parents=True)
                 (directory / "adapter_model.safetensors").write_bytes(b"none")
-                (directory / "task.json").write_text(json.dumps({"candidates": self.study.splits.candidates}))
+                (directory / "task.json").write_text(
+                    json.dumps({"model": {}, "question": "?", "candidates": self.study.splits.candidates})
+                )
             log = [{"step": 9 * epoch - 8 + i, "loss": 1 - value, "learning_rate": 1e-4} for i in range(9)]
             yield EpochReport(
                 epoch=epoch,

@@ -439,21 +439,37 @@ VALUES = st.recursive(
     max_leaves=8,
 )  # fmt: skip
 KEYS = ["image", "images", "messages", "conversations", "question", "text", "answer", "label", "class", "split",
-        "system", "history", "videos", "x"]  # fmt: skip
+        "system", "history", "turns", "id", "group", "question_type", "videos", "x"]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(made=st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5) | VALUES, min_size=2, max_size=4))
-def test_any_values_give_entries_or_sentences(root: Path, tmp_path: Path, made: list[Any]) -> None:
+SOUND = st.sampled_from([
+    {"image": "a.png", "text": "q", "answer": "a", "label": 1},
+    {"image": ["a.png", "b c.png"], "question": "<image> or <image>?", "answer": "a", "history": [["q", "a"]]},
+    {"images": ["a.png"], "messages": turns("<image>q", "a", "r", "b", roles="uaua"), "system": "Be kind."},
+])  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sound=SOUND,
+    changes=st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3) | VALUES, min_size=1, max_size=3),
+    options=st.sampled_from([{}, {"multilabel": ";"}, {"answers_optional": True}]),
+)
+def test_any_values_give_samples_or_sentences(
+    root: Path, tmp_path: Path, sound: dict[str, Any], changes: list[Any], options: dict[str, Any]
+) -> None:
+    made = [sound, *(sound | change if isinstance(change, dict) else change for change in changes)]
     for content in (json.dumps(made), lines(made)):
         (tmp_path / "m").write_text(content)
-        reading = read_manifest(tmp_path / "m", root)
-        entries, problems = reading.samples, reading.problems
-        assert entries or problems
-        assert all(len(problem) < 1000 and "\n" not in problem for problem in problems)
-        for entry in entries:
-            assert os.path.isfile(entry["image"]) and entry["text"].strip() and entry["answer"].strip()
-            assert isinstance(entry["label"], int | str)
+        reading = read_manifest(tmp_path / "m", root, **options)
+        assert reading.samples or reading.problems
+        assert all(len(problem) < 1000 and "\n" not in problem for problem in reading.problems)
+        for sample in reading.samples:
+            assert all(map(os.path.isfile, sample.images)) and sample.question.strip()
+            assert sample.answer.strip() or options.get("answers_optional")
+            assert isinstance(sample.label, int | str)
+            questions = [*(question for question, _ in sample.turns), sample.question]
+            assert sum(question.count("<image>") for question in questions) in (0, len(sample.images))
 
 
 @pytest.mark.parametrize("write", ["parquet", "saved"])

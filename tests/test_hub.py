@@ -581,8 +581,8 @@ def test_a_data_set_is_downloaded_and_read(
     assert name == f"hf://lab/pets@{OLD}{folder}"
     found = data_path(name)
     assert str(found).endswith(f"{OLD}/{path}")
-    entries, problems = read_manifest(found, found if found.is_dir() else found.parent)
-    assert problems == [] and len(entries) == count
+    reading = read_manifest(found)
+    assert reading.problems == [] and len(reading.samples) == count
     assert not any(word in asked for asked in hub.asked for word in ("load.py", "README.md", "dataset_infos"))
     if folder:
         assert not any("large" in asked for asked in hub.asked)

@@ -137,9 +137,11 @@ def test_the_task_of_a_question(question, question_type, name) -> None:
     assert NAMED.task_of(question, question_type).name == name
 
 
-def test_an_unknown_question_is_generated_without_an_open_task(adapter) -> None:
+def test_an_unknown_question_is_generated_without_an_open_task() -> None:
     closed = replace(NAMED, tasks=NAMED.tasks[:2])
     assert closed.task_of("What is wrong?") == Task() == closed.by_name[""]
+    numeric = replace(NAMED, tasks=(*NAMED.tasks[:2], Task("size", "numeric")))
+    assert numeric.task_of("What is wrong?") == Task()
     only = replace(NAMED, tasks=NAMED.tasks[:1])
     assert only.task_of("What is wrong?") is only.tasks[0]
 
@@ -147,7 +149,9 @@ def test_an_unknown_question_is_generated_without_an_open_task(adapter) -> None:
 def test_answers_are_assigned_as_their_task_writes_them() -> None:
     task = replace(NAMED, tasks=(Task("", "multilabel", ("a; b", "c"), separator=";"),))
     sample = task.assign(Sample(("x",), "?", "B;A"))
-    assert sample.label == 0
+    assert sample.label == 0 and sample.answer == "A; B"
+    unsorted = replace(task, tasks=(Task("", "multilabel", ("b; a", "c"), separator=";"),))  # of an older adapter
+    assert unsorted.assign(Sample(("x",), "?", "a;b")).label == 0
     assert task.assign(Sample(("x",), "?", "b")).label == -1 == task.assign(Sample(("x",), "?", "")).label
 
 
@@ -230,10 +234,10 @@ def test_a_bad_row_does_not_lose_the_others(adapter, several, tmp_path) -> None:
         content = Path(sample.image).read_bytes()
         (tmp_path / f"{number}.png").write_bytes(content[:300] if number == 3 else content)
     rows = [row | {"image": f"{number}.png"} for number, row in enumerate(rows_of(several.test[:4]))]
-    rows[1]["image"] = "nowhere.png"
+    rows[1]["image"] = "nowhere\x1b[31m.png"
     rows[2]["question"] = "<|image_pad|> Why?"
     found = run("--adapter", adapter, write_table(tmp_path / "some.csv", rows), "--no-generate")
-    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert found.returncode == 1 and "Traceback" not in found.stderr and "\x1b[31m" not in found.stderr
     lines = lines_of(found)
     assert ["error" in line for line in lines] == [False, True, True]
     assert "'<|image_pad|>'" in lines[1]["error"] and "decodable" in lines[2]["error"]
@@ -289,7 +293,7 @@ def test_ctrl_c_prints_one_line(adapter, several, monkeypatch) -> None:
     monkeypatch.setattr("train_fn.predict.answer_samples", interrupted)
     found = run("--adapter", adapter, several.test[0].image)
     assert found.returncode == 130 and "Traceback" not in found.stderr
-    assert found.stderr.splitlines()[-1] == "Stopped by Ctrl-C; the answers so far are complete"
+    assert found.stderr.splitlines()[-1] == "Stopped by Ctrl-C"
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -401,6 +405,9 @@ def test_right_answers_of_each_kind() -> None:
     for name, text, truth, right in given:
         told = summary([(Sample(("x",), "?", truth, task=name), Answer(text=text))], tasks)
         assert told.startswith(f"{int(right)} of 1 answers are right"), (name, text)
+    chosen = {"": Task("", "multilabel", ("a", "b"), separator=",")}
+    told = summary([(Sample(("x",), "?", "a, c"), Answer((0.9, 0.1)))], chosen)  # a set that is no candidate
+    assert told.startswith("0 of 1 answers are right; exact_match 0 label_f1 ")
 
 
 # ------------------------------------------------------------------------------------------------ generation

@@ -230,6 +230,9 @@ def test_input_that_is_not_an_image_is_refused(loaded, images) -> None:
     assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
     assert [text for text in problems if "row 0 must have at most 50,000,000 pixels" in text]
     assert [text for text in problems if "row 2: `image` must be a path" in text]
+    with pytest.raises(MlflowException) as caught:
+        loaded.predict(pd.DataFrame({"image": ["[]"]}))
+    assert str(caught.value).count("must be") == 1 and "row 0" in str(caught.value)
     for row in (1, 5):
         assert [text for text in problems if f"image row {row} must be decodable" in text]
     assert [text for text in problems if "nowhere.png must be" in text]

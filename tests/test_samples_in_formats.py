@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_formats import IMAGES, WORDS, lines, noise, refusal, samples_of, save_arrow
 
 from train_fn.data.convert import as_entry, write_manifest
-from train_fn.data.manifest import read_manifest
+from train_fn.data.manifest import divide, read_manifest
 from train_fn.data.samples import PARTS, PLACEHOLDER, Sample
 from train_fn.inspect import main
 
@@ -94,6 +94,12 @@ def openai(sample: Sample, root: Path) -> dict[str, Any]:
     return {"messages": system + turns} | beside(replace(sample, system=""))
 
 
+def llava(sample: Sample, root: Path) -> dict[str, Any]:
+    turns = conversation(sample, ("from", "value"), ("human", "gpt"))
+    turns = [turn | ({"loss": False} if n % 2 and n < len(turns) - 1 else {}) for n, turn in enumerate(turns)]
+    return {"conversations": turns, "image": names(sample, root)} | beside(sample)
+
+
 def query(sample: Sample, root: Path) -> dict[str, Any]:
     *earlier, last = asked(sample)
     history = [[question, answer] for question, (_, answer) in zip(earlier, sample.turns, strict=True)]
@@ -153,6 +159,7 @@ FORMATS: dict[str, Callable[[list[Sample], Path, Path], None]] = {
     "JSON Lines": write_lines(entry),
     "JSON": write_json(entry),
     "the guide's JSON": write_json(lambda sample, root: as_entry(sample, names(sample, root), True, True)),
+    "LLaVA": write_lines(llava),
     "ms-swift": write_lines(swift),
     "OpenAI": write_lines(openai),
     "query and response": write_json(query),
@@ -161,7 +168,7 @@ FORMATS: dict[str, Callable[[list[Sample], Path, Path], None]] = {
     "parquet with structs": arrow(lambda path: {"bytes": path.read_bytes(), "path": None}, True),
     "saved": arrow(lambda path: {"bytes": path.read_bytes(), "path": None}, False),
 }
-CONVERSATIONS = ("ms-swift", "OpenAI", "query and response")  # these have no labels
+CONVERSATIONS = ("LLaVA", "ms-swift", "OpenAI", "query and response")  # these have no labels
 
 
 @st.composite
@@ -204,6 +211,10 @@ def test_any_sample_is_the_same_from_every_format(name: str, root: Path, tmp_pat
     with_label = name not in CONVERSATIONS and data.draw(st.booleans())
     with_split = data.draw(st.booleans())
     made = data.draw(st.lists(samples(with_label, with_split), min_size=2, max_size=4))
+    if name == "LLaVA":
+        made = [
+            s for s in made if not (s.turns[0][0] if s.turns else s.question).endswith(PLACEHOLDER)
+        ]  # it moves these
     split = "train" if with_split else ""
     made += [Sample(("a.png",), f"q{n}", "a", n if with_label else "a", group=f"g{n}", split=split) for n in range(3)]
     made = [replace(sample, images=tuple(str(root / image) for image in sample.images)) for sample in made]
@@ -319,10 +330,12 @@ def test_groups_are_found_and_confirmed_by_a_line(root: Path, tmp_path: Path) ->
         "another column)",
     ]
     reading = read_manifest(patients(tmp_path, "group", 2), root)  # such as control and treatment
-    assert {sample.group for sample in reading.samples} == {""}
-    assert "has 2 different values only, so it groups nothing: add --group-field group" in reading.notes[0]
+    assert "has 2 different values only and groups nothing if other data has no more" in reading.notes[0]
+    for more, named, groups in ((None, False, {""}), (None, True, {"0", "1"}), (["2"], False, {"0", "1"})):
+        parts = {"data": reading.samples, "test_data": more and [replace(reading.samples[0], group="2")]}
+        assert {sample.group for sample in divide(parts, "", named)[0]["data"] or []} == groups
     reading = read_manifest(tmp_path / "m", root, ("group=group",))
-    assert {sample.group for sample in reading.samples} == {"0", "1"} and len(reading.notes) == 1
+    assert reading.notes == ["Grouped by group: entries with the same value (2 different) stay in one part"]
     made = [{"image": "a.png", "question": "q", "answer": "a", "study_id": n, "subject_id": n // 2} for n in range(8)]
     (tmp_path / "m").write_text(json.dumps(made))
     assert {sample.group for sample in samples_of(tmp_path / "m", root)} == {"0", "1", "2", "3"}

@@ -117,7 +117,7 @@ def test_nothing_was_compiled(mixed) -> None:
 
 def test_splits_are_written_and_disjoint(mixed) -> None:
     parts = json.loads((mixed.folder / "results" / "s" / "splits.json").read_text())
-    images = [sample["image"] for part in ("train", "validation", "test") for sample in parts[part]]
+    images = [image for part in ("train", "validation", "test") for sample in parts[part] for image in sample["images"]]
     assert len(images) == len(set(images)) == 60
 
 

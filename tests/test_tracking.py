@@ -125,7 +125,7 @@ def study(tmp_path_factory) -> Path:
     adapter = directory / "best_adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    (adapter / "task.json").write_text('{"candidates": ["Benign", "Malignant"]}')
+    (adapter / "task.json").write_text('{"model": {}, "question": "?", "candidates": ["Benign", "Malignant"]}')
     settings = SimpleNamespace(study=StudySettings(trials=6, scheduler="none"))
     journal = Journal(directory / "journal.jsonl")
     parts = {"name": "s", "journal": journal, "directory": directory, "storage": Storage(directory, "")}

@@ -174,7 +174,8 @@ def inspect(options: argparse.Namespace, data: DataSettings, model: ModelSetting
                 recognised.append(f"{path.name} is {format_name(path)} with {len(reading.samples):,} sound entries")
             recognised += reading.notes
             problems += [f"`{flag(name)}`: {text}" for text in reading.problems]
-    parts, found = divide(parts, options.question)
+    has_groups = "group" in [text.partition("=")[0] for text in options.columns]
+    parts, found = divide(parts, options.question, has_groups)
     problems += found
     name, recognised = options.data.resolve().name, list(dict.fromkeys(recognised))
     sheet = make_sheet(name, parts, root.resolve(), data, recognised, problems, progress, model.image_options)

@@ -46,7 +46,7 @@ from train_fn.scoring.answering import BATCH_SIZE, Answer, answer_samples, summa
 from train_fn.scoring.answers import described
 from train_fn.settings import DTYPES, ModelSettings
 from train_fn.support.files import DamagedFile, replace_folder
-from train_fn.support.text import plain_form, shorten
+from train_fn.support.text import plain, plain_form, shorten
 
 if TYPE_CHECKING:
     from train_fn.model.base import Base
@@ -88,11 +88,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         return run(options)
     except (InputError, BadAdapter, DamagedFile) as error:
-        print(f"Cannot predict: {error}", file=sys.stderr)
+        print(plain(f"Cannot predict: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         clear_progress()
-        print("Stopped by Ctrl-C; the answers so far are complete", file=sys.stderr)
+        print("Stopped by Ctrl-C", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
         samples += found
         num_failed += len(problems)
         for problem in problems:
-            print(f"Cannot read: {problem}", file=sys.stderr)
+            print(plain(f"Cannot read: {problem}"), file=sys.stderr)
     images = (image for sample in samples for image in sample.images)
     faults = image_problems(images, options.max_image_pixels, options=settings.image_options)
     if all(faults.keys() & set(sample.images) for sample in samples):
@@ -139,13 +139,13 @@ def run(options: argparse.Namespace) -> int:
         clear_progress()
         if answer.error:
             num_failed += 1
-            print(f"Cannot answer {sample.source or sample.image}: {answer.error}", file=sys.stderr)
+            print(plain(f"Cannot answer {sample.source or sample.image}: {answer.error}"), file=sys.stderr)
         print(json.dumps(line_of(sample, answer, task)), flush=True)
         answered.append((sample, answer))
         show_progress(len(answered), len(samples))
     clear_progress()
     if text := summary(answered, task.by_name):
-        print(text, file=sys.stderr)
+        print(plain(text), file=sys.stderr)
     return 1 if num_failed else 0
 
 
@@ -276,8 +276,8 @@ def answers_of(
     if len(unreadable) == len(asked):
         raise InputError("; ".join(shorten(list(dict.fromkeys(unreadable.values())))))
     sets = [tasks[name].candidates for name in dict.fromkeys(sample.task for sample in samples)]
-    plain = next(sample for sample in asked if sample.prompt not in unreadable)
-    if problems := text_problems(processor, [plain], sets):
+    first = next(sample for sample in asked if sample.prompt not in unreadable)
+    if problems := text_problems(processor, [first], sets):
         raise InputError("; ".join(problems))
     errors = [unreadable.get(sample.prompt, "") for sample in samples]
     for number, sample in enumerate(samples):

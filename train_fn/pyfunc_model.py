@@ -88,7 +88,8 @@ class AdapterModel(PythonModel):
             sound = [sample for sample in samples if sample.images]
             images = (image for sample in sound for image in sample.images)
             problems += image_problems(images, options=self.task.model.image_options).values()
-            problems += text_problems(self.base.processor, sound, [task.candidates for task in self.task.tasks])
+            if sound:
+                problems += text_problems(self.base.processor, sound, [task.candidates for task in self.task.tasks])
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))
             # These grow with every question and path, a server runs without end, and a file may change between calls.

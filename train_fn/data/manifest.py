@@ -24,6 +24,7 @@ from train_fn.data.rows import (
     Row,
     answer_text,
     earlier_turns,
+    missing,
     place_images,
     resolve,
     texts_beside,
@@ -96,8 +97,7 @@ def read_manifest(
         rows, problems, notes, names = read_rows(path, records, columns, question, multilabel, answers_optional)
     samples, found = to_samples(rows, root)
     if samples and "group" in names:
-        samples, note = grouped_by(samples, names["group"], any(text.startswith("group=") for text in columns))
-        notes.append(note)
+        notes.append(group_note(samples, names["group"], any(text.startswith("group=") for text in columns)))
     return Reading(samples, shorten(content.problems + problems + found), content.notes + notes)
 
 
@@ -116,8 +116,7 @@ def guide_rows(
         needed = required
         if isinstance(entry, dict):
             if answers_optional:
-                empty = (None, "")
-                needed = ["image", "text", *(k for k in ("answer", "label") if entry.get(k) not in empty)]
+                needed = ["image", "text", *(k for k in ("answer", "label") if not missing(entry.get(k)))]
             try:
                 if isinstance(entry.get("answer"), list):
                     entry = entry | {"answer": answer_text(entry["answer"], multilabel)}
@@ -152,8 +151,8 @@ def entry_problems(entry: Any, required: Sequence[str], root: ImageRoot) -> list
     if not isinstance(entry, dict):
         return [f"{rule} is {SHOWN.repr(entry)}"]
     problems = []
-    if missing := [key for key in required if key not in entry]:
-        problems.append(f"{rule} lacks {', '.join(sorted(missing))}")
+    if lacking := [key for key in required if key not in entry]:
+        problems.append(f"{rule} lacks {', '.join(sorted(lacking))}")
     wrong = {key: entry[key] for key in required if key in entry and not is_sound(key, entry[key])}
     if wrong:
         values = ", ".join(f"{key}={SHOWN.repr(value)}" for key, value in wrong.items())
@@ -248,38 +247,43 @@ def text_problems(texts: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def grouped_by(samples: list[Sample], column: str, given: bool) -> tuple[list[Sample], str]:
-    """The samples, without their groups if there are too few; and a sentence about these.
+def group_note(samples: Sequence[Sample], column: str, given: bool) -> str:
+    """A sentence about the groups of samples.
 
     Args:
         given: whether the user has named the column.
     """
-    groups = {sample.group for sample in samples} - {""}
-    if len(groups) < FEWEST_GROUPS and not given:
-        samples = [replace(sample, group="") for sample in samples]
-        return samples, (
-            f"Column {column} has {len(groups)} different values only, so it groups nothing: add --group-field "
-            f"{column} if entries with the same value must stay in one part"
+    num_groups = len({sample.group for sample in samples} - {""})
+    if num_groups < FEWEST_GROUPS and not given:
+        return (
+            f"Column {column} has {num_groups} different values only and groups nothing if other data has no more: add "
+            f"--group-field {column} if entries with the same value must stay in one part"
         )
     without = sum(not sample.group for sample in samples)
-    return samples, (
-        f"Grouped by {column}: entries with the same value ({len(groups):,} different"
+    return (
+        f"Grouped by {column}: entries with the same value ({num_groups:,} different"
         f"{f'; {without:,} entries have none' if without else ''}) stay in one part"
         f"{'' if given else ' (--group-field names another column)'}"
     )
 
 
-def divide(parts: Mapping[str, list[Sample] | None], question: str = "") -> tuple[Parts, list[str]]:
+def divide(
+    parts: Mapping[str, list[Sample] | None], question: str = "", groups_given: bool = False
+) -> tuple[Parts, list[str]]:
     """Divide `data` by its own splits, if it has any.
 
     Args:
         parts: the samples of `data`, `val_data` and `test_data`; None where there are none.
         question: `--question`, which some of the samples must use.
+        groups_given: whether the user has named the column of the groups. If not, too few of them are none.
 
     Returns:
         The parts with those of the splits; and every contradiction between the samples and the options.
     """
     divided, problems = with_equal_labels(parts), []
+    groups = {sample.group for samples in parts.values() for sample in samples or []} - {""}
+    if groups and len(groups) < FEWEST_GROUPS and not groups_given:
+        divided = {name: its and [replace(sample, group="") for sample in its] for name, its in divided.items()}
     data = divided.get("data") or []
     for name, its in (("val_data", "validation"), ("test_data", "test")):
         option, given = f"--{name.replace('_', '-')}", parts.get(name)

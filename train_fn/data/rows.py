@@ -22,7 +22,7 @@ DEFAULT_QUESTION = "What does this image show?"
 # The usual names of each role's column. The first one wins over the others; two others are ambiguous.
 USUAL = {
     "image": ("image", "images", "image_path", "image_name", "file_name", "filename", "file_path", "filepath", "path",
-              "img", "img_path", "img_name"),
+              "img", "img_path", "img_name", "image_file_name", "file_names", "images_file_names"),
     "question": ("question", "text", "prompt", "query"),
     "answer": ("answer", "response", "caption", "class", "category", "target"),
     "label": ("label",),

@@ -181,9 +181,11 @@ def make_splits(
         parts["test"] = list(range(len(samples) - len(sources[2]), len(samples)))
     made = {name: tuple(samples[i] for i in numbers) for name, numbers in parts.items()}
     splits = Splits(made["train"], made["validation"], made["test"], found.tasks)
-    problems += part_problems(splits)
     report = report_copies(samples, uses, pairs, links, mixed, parts, len(left_out))
-    uneven = uneven_parts(parts, fractions, len(divided))
+    divides_freely = len(np.unique(links.of_sample)) == len(samples)
+    uneven = [] if divides_freely else uneven_parts(parts, fractions, len(divided), report)
+    if unusable := part_problems(splits):
+        problems += [*unusable, *uneven]  # why they are so
     if uneven or report.largest_linked > LARGE_GROUP * report.num_images:
         groups = [its[:SHOWN_IMAGES] for its in largest_groups(links.of_image, SHOWN_GROUPS)]
         report = replace(report, shown=tuple(tuple(paths[i] for i in its.tolist()) for its in groups))
@@ -228,15 +230,19 @@ def lacking_answers(splits: Splits) -> list[str]:
     return lines
 
 
-def uneven_parts(parts: dict[str, list[int]], fractions: dict[str, float], num_divided: int) -> list[str]:
+def uneven_parts(
+    parts: dict[str, list[int]], fractions: dict[str, float], num_divided: int, report: DataReport
+) -> list[str]:
     """A sentence for each part that misses its share by more than a fifth, because groups are not divided."""
+    largest = f"the largest of what stays together has {report.largest_linked:,} of {report.num_images:,} images"
     lines = []
     for name, fraction in fractions.items():
         wanted = fraction * num_divided
         if wanted >= MIN_SHARE and abs(len(parts[name]) - wanted) > UNEVEN * wanted:
             lines.append(
-                f"The {name} part has {len(parts[name]):,} of {num_divided:,} samples instead of {wanted:,.0f}, since "
-                f"groups and near-copies stay together: lower --copies-distance (-1: no copies), or change --split-seed"
+                f"The {name} part has {len(parts[name]):,} of {num_divided:,} samples instead of {wanted:,.0f}: "
+                f"near-copies, images of one question and groups stay together, and {largest}: see whether they belong "
+                f"together, raise --copies-correlation, or change --split-seed"
             )
     return lines
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data.samples import KINDS, Sample, Task, closed_set
-from train_fn.data.tasks import unique, with_sorted_labels
+from train_fn.data.tasks import labels_of, unique, with_sorted_labels
 from train_fn.model.checkpoint import tensor_shapes
 from train_fn.settings import SHOWN, ModelSettings, broken_rule, rules
 from train_fn.support.files import DamagedFile, check_sums, read_json
@@ -86,16 +86,16 @@ class AdapterTask:
         """Columns of the table of answers that the adapter gives as an MLflow model."""
         return (*self.candidates, "answer") if len(self.tasks) == 1 else ("answer", "probabilities")
 
-    @property
+    @functools.cached_property
     def by_name(self) -> dict[str, Task]:
         """Each task by its name, and the task of unknown questions."""
         return {task.name: task for task in (self.unknown, *self.tasks)}
 
     @functools.cached_property
     def unknown(self) -> Task:
-        """The task of a question that no task has: the only one whose answers are generated, or an unnamed one."""
-        written = [task for task in self.tasks if not task.candidates]
-        return written[0] if len(written) == 1 else Task()
+        """The task of a question that no task has: the only open one, or an unnamed open one."""
+        found = [task for task in self.tasks if task.kind == "open"]
+        return found[0] if len(found) == 1 else Task()
 
     @functools.cached_property
     def by_question(self) -> dict[str, list[Task]]:
@@ -125,10 +125,13 @@ class AdapterTask:
         task = self.task_of(sample.question, sample.question_type)
         if task.separator and sample.answer:
             sample = with_sorted_labels(sample, task.separator)
+
+        def form(answer: str) -> list[str]:
+            return labels_of(plain_form(answer), task.separator) if task.separator else [plain_form(answer)]
+
         label = task.indices.get(sample.answer, -1)
         if label < 0 and sample.answer:
-            alike = (i for i, answer in enumerate(task.candidates) if plain_form(answer) == plain_form(sample.answer))
-            label = next(alike, -1)
+            label = next((i for i, answer in enumerate(task.candidates) if form(answer) == form(sample.answer)), -1)
         return replace(sample, task=task.name, label=label)
 
 

@@ -145,7 +145,8 @@ def summary(answered: Sequence[tuple[Sample, Answer]], tasks: Mapping[str, Task]
     for name in dict.fromkeys(sample.task for sample, _ in pairs):
         task = tasks[name]
         its = [pair for pair in pairs if pair[0].task == name]
-        sound = [pair for pair in its if int(pair[0].label) >= 0] if task.candidates else its
+        is_choice = task.candidates and task.kind != "multilabel"
+        sound = [pair for pair in its if int(pair[0].label) >= 0] if is_choice else its
         label = f"{name or task.kind} ({len(sound)})" if len({s.task for s, _ in pairs}) > 1 else ""
         found = " ".join(f"{key} {value:.3g}" for key, value in task_metrics(sound, task).items())
         parts += [" ".join(filter(None, [label, found]))] if found else []
@@ -156,11 +157,11 @@ def summary(answered: Sequence[tuple[Sample, Answer]], tasks: Mapping[str, Task]
 
 def is_right(sample: Sample, answer: Answer, task: Task) -> bool:
     """Whether an answer is the true one: the same candidate, set of labels, number or words."""
-    if task.candidates:
-        return sample.label == int(np.argmax(answer.probabilities))
-    text = answer.text or ""
+    text = answer.as_dict(task)["answer"]
     if task.kind == "multilabel":
         return labels_of(text, task.separator) == labels_of(sample.answer, task.separator)
+    if task.candidates:
+        return sample.label == task.indices[text]
     if task.kind == "numeric":
         return parse_number(text) == parse_number(sample.answer)
     from train_fn.scoring.text_metrics import exact_match

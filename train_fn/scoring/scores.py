@@ -52,7 +52,11 @@ def stored_predictions(predicted: dict[str, Any], samples: Sequence[Sample], spl
     for sample, scores in zip(samples, predicted["scores"], strict=True):
         size = len(splits.task_of(sample).candidates)
         rows.append(probabilities(scores[None, :size])[0].round(6).tolist() if size else [])
-    return {"answers": [s.label for s in samples], "probabilities": rows, "texts": list(predicted["texts"])}
+    return {
+        "answers": [s.label for s in samples],
+        "probabilities": rows,
+        "texts": list(predicted.get("texts", [None] * len(samples))),
+    }
 
 
 class PartScorer:

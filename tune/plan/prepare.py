@@ -208,7 +208,7 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
             problems += [f"`{flag(name)}`: {text}" for text in reading.problems]
     for note in dict.fromkeys(notes):
         say(note)
-    parts, found = divide(parts, data.question)
+    parts, found = divide(parts, data.question, any(text.startswith("group=") for text in data.all_columns))
     problems += found
     if asked := asked_by_default(parts):
         say(asked)
