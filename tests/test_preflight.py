@@ -91,6 +91,61 @@ def test_free_answers_may_become_the_same_but_not_nothing(tmp_path) -> None:
     assert "knows none of '良性'" in problem
 
 
+def warnings_of(splits: Splits) -> tuple[list[str], list[str]]:
+    """Problems and warnings with the nano base."""
+    said: list[str] = []
+    return base_problems(ModelSettings(), TrialSettings(), splits, said.append), said
+
+
+def test_answers_that_differ_after_an_unknown_word_are_refused_with_that_word(tmp_path) -> None:
+    (problem,) = problems_of(splits_of(tmp_path, answers=("Benign tumour left", "Benign tumour right", "Normal")))
+    assert "same tokens of 'Benign tumour left' and 'Benign tumour right'" in problem and "'tumour'" in problem
+
+
+def test_an_answer_that_ends_at_a_special_token_is_refused(tmp_path, model) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    added = tokenizer["added_tokens"]
+    added.append(added[0] | {"id": 1 + max(tokenizer["model"]["vocab"].values()), "content": "\n\n", "special": True})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    problems = problems_of(splits_of(tmp_path, answers=("Benign\n\nmass", "Normal", "Malignant")), str(model))
+    assert len(problems) == 1 and r"'Benign\n\nmass' ends at '\n\n', a special token" in problems[0]
+
+
+def test_a_share_of_unknown_words_is_a_warning_with_the_words(tmp_path) -> None:
+    known = splits_of(tmp_path, ("Please determine the diagnostic result.",))
+    assert warnings_of(known) == ([], [])
+    asked = splits_of(tmp_path, ("Please determine the xylophone: xylophone or zeppelin?",))
+    problems, (warning,) = warnings_of(asked)
+    assert problems == [] and "of the tokens of the questions" in warning
+    assert "'xylophone' (18x), 'zeppelin' (9x)" in warning and "determine" not in warning
+    # 2 of 60 tokens are below 5 %.
+    texts = ("Please determine the result " * 9 + "zeppelin",)
+    assert warnings_of(splits_of(tmp_path, texts)) == ([], [])
+
+
+def test_an_answer_that_ends_at_an_unknown_word_is_a_warning(tmp_path) -> None:
+    splits = splits_of(tmp_path, answers=("Benign xylophone mass", "Normal", "Malignant"))
+    problems, warnings = warnings_of(splits)
+    assert problems == [] and len(warnings) == 2 and "tokens of the answers" in warnings[0]
+    assert "3 of 9 answers end" in warnings[1] and "'Benign xylophone mass' (3x) ends before 'xylophone'" in warnings[1]
+    assert warnings_of(opened(splits)) == (problems, warnings)
+
+
+def test_a_study_logs_the_warnings_before_it_starts(tmp_path) -> None:
+    from tune.config.cli import parse
+    from tune.plan.prepare import prepare
+
+    entries = []
+    for number in range(30):
+        Image.fromarray(phantom(np.random.default_rng(number), number % 3)[0]).save(tmp_path / f"{number}.png")
+        answer = CLASSES[number % 3]
+        entries.append({"image": f"{number}.png", "text": "xylophone result?", "answer": answer, "label": number % 3})
+    (tmp_path / "m.json").write_text(json.dumps(entries))
+    said: list[str] = []
+    prepare(parse(["--data", str(tmp_path / "m.json"), "--results", str(tmp_path / "r"), "--name", "s"]), said.append)
+    assert any("'xylophone' (30x)" in line for line in said)
+
+
 def test_a_question_of_unknown_words(tmp_path) -> None:
     (problem,) = problems_of(splits_of(tmp_path, ("良性？",)))
     assert "each question must hold words" in problem

@@ -5,11 +5,15 @@ Imports nothing heavy, so that every check here runs before Ray or torch is load
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import math
 import re
 import reprlib
+import textwrap
 import typing
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -151,6 +155,32 @@ def broken_rules(settings: Any, label: Callable[[str], str] = str, fix: str = ""
             advice = fix or ("leave it out, or mend it" if default in ("", None) else f"the default is {default}")
             problems[field.name] = f"`{label(field.name)}` {text}, but got {SHOWN.repr(value)}: {advice}"
     return problems
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def convert(text: str, kind: Any) -> Any:
+    """An option's text as its field's type. Raises ValueError or OverflowError."""
+    if kind == tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return (float if kind == float | None else kind)(text)
+
+
+def field_docs(group: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for field, doc in itertools.pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+            docs[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
+    return docs
 
 
 # ------------------------------------------------------------------------------------------------ settings

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from train_fn.data.settings import split_rules
 from train_fn.data.splitting import fold_splits
 from train_fn.jobs import JobFailed, TrainJob
-from tune.plan.prepare import Study, split_rules
+from tune.plan.prepare import Study
 from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
 from tune.results.outcome import Outcome
@@ -38,7 +39,8 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     import ray
 
     settings = study.settings.study
-    folds = fold_splits(study.splits, settings.folds, split_rules(study.settings)) if settings.folds else []
+    rules = split_rules(study.settings.data, study.settings.model.image_options)
+    folds = fold_splits(study.splits, settings.folds, rules) if settings.folds else []
     left = confirmations_left(study, outcome)
     numbers = ", ".join(str(number) for number in dict.fromkeys(record.number for record, _ in left))
     if left:

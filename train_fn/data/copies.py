@@ -90,6 +90,16 @@ def dct_matrix(size: int) -> np.ndarray:
 DCT = dct_matrix(32)[:8]
 
 
+def thumbnail_entry(image: Image.Image) -> list[Any]:
+    """What the cache keeps of an upright image: its shorter side and its thumbnail."""
+    return [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
+
+
+def cache_key(path: str, options: ImageOptions) -> str:
+    """Names what the cache keeps of an image: the file's content, and how it is read."""
+    return file_hash(path) + ("" if options == AS_USUAL else f" {options}")
+
+
 def read_thumbnails(
     paths: Sequence[str], cache: Path | None = None, options: ImageOptions = AS_USUAL
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -99,10 +109,9 @@ def read_thumbnails(
     cached = read_cache(cache)
 
     def one(path: str) -> tuple[str, list[Any]]:
-        content = file_hash(path) + ("" if options == AS_USUAL else f" {options}")
+        content = cache_key(path, options)
         if content not in cached:
-            image = read_image(path, options)
-            return content, [min(image.size), base64.b64encode(thumbnail(image).tobytes()).decode()]
+            return content, thumbnail_entry(read_image(path, options))
         return content, cached[content]
 
     with ThreadPoolExecutor(8) as pool:

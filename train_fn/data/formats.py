@@ -107,6 +107,22 @@ def read_file(path: Path, columns: Sequence[str], answers_optional: bool) -> Con
     return Content(records, problems, is_json and is_guides(records, columns, answers_optional))
 
 
+def format_name(path: Path) -> str:
+    """What a file or folder that `read_records` has read is, by its first bytes."""
+    if os.path.isdir(path):
+        if is_saved(path):
+            return "a data set saved by `datasets`"
+        return "a folder with data files" if data_files(path)[0] else "a folder of images by class"
+    with open(path, "rb") as file:
+        beginning = file.read(4096)
+    if beginning.startswith(BEGINNINGS):
+        return "parquet" if beginning.startswith(b"PAR1") else "an Arrow file"
+    first = beginning.lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
+    if first in (b"[", b"{"):
+        return "a JSON list" if first == b"[" else "JSON Lines"
+    return "TSV" if b"\t" in beginning.partition(b"\n")[0] else "CSV"
+
+
 def is_saved(path: str | Path) -> bool:
     """Whether a folder is a data set saved by `datasets`."""
     return any(os.path.isfile(os.path.join(path, name)) for name in (STATE, PARTS_FILE))

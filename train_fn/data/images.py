@@ -187,6 +187,7 @@ def image_problems(
     log: Callable[[str], None] = lambda text: None,
     max_seconds: float = MAX_CHECK_S,
     options: ImageOptions = AS_USUAL,
+    seen: Callable[[str, Image.Image], object] = lambda path, image: None,
 ) -> dict[str, str]:
     """The problem of every image that cannot be used, by path.
 
@@ -196,6 +197,8 @@ def image_problems(
         max_pixels: the most pixels an image may have; at most `PILLOWS_LIMIT`.
         log: called with a line of progress every 10 s, and with the number of images with several frames.
         max_seconds: time after which the remaining images are checked by their headers only.
+        seen: called in several threads with each file of Pillow's formats that was decoded without a problem, at the
+            frame that is used, not turned yet.
     """
     different = sorted(set(paths))
     started, one_large = time.monotonic(), threading.Lock()
@@ -234,8 +237,12 @@ def image_problems(
                 seek_frame(image, options)
             if not problem:
                 note(path, frames)
-                within_limits(path, image.size, lambda: decode(image, options))
+                within_limits(path, image.size, lambda: use(path, image))
             return problem
+
+    def use(path: str, image: Image.Image) -> None:
+        decode(image, options)
+        seen(path, image)
 
     def note(path: str, frames: int) -> None:
         if frames > 1:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from train_fn.data.images import image_size
 from train_fn.data.samples import PLACEHOLDER, Prompt, Sample, Splits
 from train_fn.model.checkpoint import file_problems, resolve_model
+from train_fn.model.words import cut_warning, early_ends, token_ids, unknown_warning
 from train_fn.settings import SHOWN, ModelSettings, TrialSettings
 from train_fn.support.text import shorten
 
@@ -29,11 +30,16 @@ PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<img>", "</img>", "<|image|>",
 MAX_RENDERED = 1000  # different questions that are rendered; there may be a million
 
 
-def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits) -> list[str]:
+def base_problems(
+    settings: ModelSettings, trial: TrialSettings, splits: Splits, log: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """Every reason why no trial on this base can be trained with this data.
 
     It takes 4 s, 3 s of them for the import of transformers. A fault that is noticed here costs no start of Ray and of
     every lane, and no failed trials.
+
+    Args:
+        log: called with each warning about words, which is no reason.
     """
     if problems := file_problems(resolve_model(settings.model)):
         return [f"`--model` {settings.model!r}: {problem}" for problem in problems]
@@ -42,6 +48,9 @@ def base_problems(settings: ModelSettings, trial: TrialSettings, splits: Splits)
     except ValueError as error:
         return [str(error)]
     problems = text_problems(processor, splits.samples, [task.candidates for task in splits.tasks])
+    if not problems:
+        for warning in text_warnings(processor, splits.samples):
+            log(warning)
     # Images are processed with questions.
     images = [] if problems else processed_image_problems(processor, splits.samples, settings)
     return [*problems, *images, *skeleton_problems(settings, trial, processor)]
@@ -105,6 +114,28 @@ def text_problems(processor: Any, samples: Iterable[Sample], candidates: Iterabl
         candidates: sets of answers between which the model chooses; those of one set must differ in tokens.
     """
     sets = list(dict.fromkeys(tuple(answers) for answers in candidates if answers))
+    prompts, asked, answered = counted_texts(samples)
+    for answer in {answer for answers in sets for answer in answers} - answered.keys():
+        answered[answer] = 1
+    problems = placeholder_problems(processor, asked, "question") + placeholder_problems(processor, answered, "answer")
+    return shorten(problems) or rendering_problems(processor, list(prompts), list(answered), sets)
+
+
+def text_warnings(processor: Any, samples: Iterable[Sample]) -> list[str]:
+    """Facts about words that the model reads only in part, though it can be trained with them."""
+    from train_fn.model.prompts import end_tokens
+
+    _, asked, answered = counted_texts(samples)
+    tokenizer = processor.tokenizer
+    return [
+        *unknown_warning(tokenizer, asked, "questions"),
+        *unknown_warning(tokenizer, answered, "answers"),
+        *cut_warning(tokenizer, answered, end_tokens(tokenizer)),
+    ]
+
+
+def counted_texts(samples: Iterable[Sample]) -> tuple[dict[Prompt, None], Counter[str], Counter[str]]:
+    """The different prompts of samples, and how often each text of a prompt and each answer occurs."""
     prompts: dict[Prompt, None] = {}
     asked: Counter[str] = Counter()
     answered: Counter[str] = Counter()
@@ -113,10 +144,7 @@ def text_problems(processor: Any, samples: Iterable[Sample], candidates: Iterabl
         asked.update(words_of(sample.prompt))
         if sample.answer:
             answered[sample.answer] += 1
-    for answer in {answer for answers in sets for answer in answers} - answered.keys():
-        answered[answer] = 1
-    problems = placeholder_problems(processor, asked, "question") + placeholder_problems(processor, answered, "answer")
-    return shorten(problems) or rendering_problems(processor, list(prompts), list(answered), sets)
+    return prompts, asked, answered
 
 
 def unreadable_prompts(processor: Any, samples: Sequence[Sample]) -> dict[Prompt, str]:
@@ -164,9 +192,9 @@ def placeholder_problems(processor: Any, texts: Counter[str], what: str) -> list
 def rendering_problems(
     processor: Any, prompts: Sequence[Prompt], answers: Sequence[str], sets: Sequence[Sequence[str]]
 ) -> list[str]:
-    """Faults of the chat template, and words that the tokenizer does not know or, within one of `sets`, does not
-    distinguish."""
-    from train_fn.model.prompts import prompt_text, tokenize_answer
+    """Faults of the chat template, and words that the tokenizer does not know, ends too early or, within one of `sets`,
+    does not distinguish."""
+    from train_fn.model.prompts import end_tokens, prompt_text, tokenize_answer
 
     tokenizer = processor.tokenizer
     asked, answered = prompts[:MAX_RENDERED], answers[:MAX_RENDERED]
@@ -188,7 +216,8 @@ def rendering_problems(
         # The tokens of each answer that are scored, without its end token.
         scored = {text: tuple(tokenize_answer(processor, asked[0], text)[0][:-1]) for text in answered}
         questions = dict.fromkeys(prompt.question.replace(PLACEHOLDER, " ") for prompt in asked)
-        read = {text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in questions}
+        read = dict(zip(questions, map(tuple, token_ids(tokenizer, questions)), strict=True))
+        early = early_ends(tokenizer, answered, end_tokens(tokenizer))
     except Exception as error:  # a template is a program, and raises anything
         return [
             f"the model's chat template must render a question with an image, but {one_line(error)}: fetch the "
@@ -202,6 +231,12 @@ def rendering_problems(
         for text, ids in tokens.items()
         if set(ids) <= {unknown}
     ]
+    problems += [
+        f"each answer must reach the model whole, but {SHOWN.repr(text)} ends at {SHOWN.repr(token)}, a special token "
+        f"of its tokenizer: take it out"
+        for text, (_, token, is_unknown) in early.items()
+        if not is_unknown
+    ]
     for answers in sets:
         alike: dict[tuple[int, ...], list[str]] = {}
         for text in answers:
@@ -209,11 +244,17 @@ def rendering_problems(
                 alike.setdefault(scored[text], []).append(text)
         problems += [
             f"each answer must differ from the others for the model, but its tokenizer makes the same tokens of "
-            f"{' and '.join(map(SHOWN.repr, same))}: use words that it knows"
+            f"{' and '.join(map(SHOWN.repr, same))}{why_alike(same, early)}: use words that it knows"
             for same in alike.values()
             if len(same) > 1
         ]
     return shorten(list(dict.fromkeys(problems)))
+
+
+def why_alike(answers: Sequence[str], early: dict[str, tuple[str, str, bool]]) -> str:
+    """The words at which answers with the same tokens end, if there are any; `early`: of `early_ends`."""
+    words = list(dict.fromkeys(early[answer][1] for answer in answers if answer in early))
+    return f" (they end at unknown words: {', '.join(map(SHOWN.repr, words[:5]))})" if words else ""
 
 
 # ------------------------------------------------------------------------------------------------ images

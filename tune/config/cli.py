@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import difflib
-import inspect
-import itertools
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from train_fn.settings import SHOWN, TrialSettings, broken_rule, broken_rules, rules
+from train_fn.settings import SHOWN, TrialSettings, broken_rule, broken_rules, convert, field_docs, rules
 from tune.config.download import locate_study
 from tune.config.paths import SettingsError
 from tune.config.rules import check
@@ -116,13 +112,6 @@ def read_values(texts: dict[str, str | bool], problems: list[str]) -> dict[str, 
     return values
 
 
-def convert(text: str, kind: Any) -> Any:
-    """An option's text as its field's type. Raises ValueError or OverflowError."""
-    if kind == tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    return (float if kind == float | None else kind)(text)
-
-
 def chosen_command(values: dict[str, Any], problems: list[str]) -> str:
     """The one of COMMANDS that a command line gives; "" for a new study."""
     commands = [name for name in COMMANDS if values.get(name)]
@@ -158,14 +147,3 @@ def build_parser(everything: bool) -> argparse.ArgumentParser:
             default = "" if field.default in ("", None, ()) else f" [{show(field.default)}]"
             section.add_argument(flag(field.name), help=(docs[field.name] + default).replace("%", "%%"), **options)
     return parser
-
-
-def field_docs(group: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
-    assert isinstance(definition, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for field, doc in itertools.pairwise(definition.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
-            docs[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
-    return docs

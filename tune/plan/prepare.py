@@ -16,9 +16,9 @@ from typing import Any
 
 from train_fn.data.manifest import Parts, asked_by_default, divide, read_manifest, unreadable_images
 from train_fn.data.samples import Splits
+from train_fn.data.settings import split_rules, task_rules
 from train_fn.data.splits_file import load_splits
-from train_fn.data.splitting import DataReport, SplitRules, make_splits
-from train_fn.data.tasks import TaskRules
+from train_fn.data.splitting import DataReport, make_splits
 from train_fn.model.checkpoint import base_hash
 from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.preflight import base_problems
@@ -29,7 +29,7 @@ from train_fn.support.files import DamagedFile, file_hash
 from train_fn.support.storage import Storage
 from train_fn.worker import versions
 from tune.config.paths import SettingsError, study_directory
-from tune.config.settings import DataSettings, Settings, flag
+from tune.config.settings import Settings, flag
 from tune.config.space import space_hash
 from tune.config.trust import check_metric_trust, remember_metric, remember_space
 from tune.config.uris import tracking_uri
@@ -79,7 +79,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         parts["data"] or [],
         parts["val_data"],
         parts["test_data"],
-        split_rules(settings),
+        split_rules(data, settings.model.image_options),
         task_rules(data),
     )
     splits = dataclasses.replace(splits, max_new_tokens=data.max_new_tokens)
@@ -92,7 +92,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems += download_base(base, say)
     if not problems and not shipped(settings):
         say("Checking the base model, and what its processor makes of the data")
-        problems += base_problems(settings.model, settings.trial, splits)
+        problems += base_problems(settings.model, settings.trial, splits, say)
     settings = with_plain_names(settings, splits)
     goals = tuple(goal(text) for text in settings.study.metric or (usual_goal(splits),))
     problems += check_goals(settings, goals, splits)
@@ -233,32 +233,6 @@ def with_own_metric(splits: Splits, metrics: Sequence[str]) -> Splits:
     for answer in dict.fromkeys(sample.answer for sample in splits.validation):
         score(answer, answer)  # what it cannot take is known before the first trial
     return dataclasses.replace(splits, own_metric=metric)
-
-
-def split_rules(settings: Settings) -> SplitRules:
-    """How the data is divided."""
-    data = settings.data
-    return SplitRules(
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        seed=data.split_seed,
-        contradictions=data.contradictions,
-        copies_distance=data.copies_distance,
-        copies_correlation=data.copies_correlation,
-        images=settings.model.image_options,
-    )
-
-
-def task_rules(data: DataSettings) -> TaskRules:
-    """What the user says about the answers."""
-    return TaskRules(
-        max_answers=data.max_answers,
-        ordinal=data.ordinal,
-        multilabel=data.multilabel,
-        numeric=data.numeric,
-        merge_variants=data.merge_variants,
-        positive=data.positive_label,
-    )
 
 
 def generate_phantoms(settings: Settings, say: Callable[[str], None]) -> Path:
