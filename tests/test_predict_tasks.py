@@ -226,6 +226,24 @@ def test_folders_of_classes_have_truths(adapter, several, tmp_path, splits) -> N
     assert all("truth" not in line for line in lines_of(inside)) and "are right" not in inside.stderr
 
 
+def test_data_without_answers_and_with_several_images(adapter, several, tmp_path) -> None:
+    for number, sample in enumerate(several.test[:2]):
+        (tmp_path / f"{number}.png").write_bytes(Path(sample.image).read_bytes())
+    rows = [
+        {"id": "a", "image": "0.png", "question": YES_NO},
+        {"id": "b", "image": ["0.png", "1.png"], "question": YES_NO, "answer": ""},
+        {"id": "c", "image": "1.png", "question": "Benign or not?", "question_type": "Benign", "answer": "Yes"},
+    ]
+    data = tmp_path / "some.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    found = run("--adapter", adapter, "--no-generate", data)
+    assert found.returncode == 0, found.stderr
+    lines = lines_of(found)
+    assert [line["id"] for line in lines] == ["a", "b", "c"] and {line["task"] for line in lines} == {"benign"}
+    assert [line.get("truth") for line in lines] == [None, None, "Yes"] and len(lines[1]["images"]) == 2
+    assert found.stderr.splitlines()[-1].startswith(f"{int(lines[2]['answer'] == 'yes')} of 1 answers are right")
+
+
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
