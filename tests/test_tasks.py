@@ -100,6 +100,28 @@ def test_ten_thousand_different_questions_take_seconds() -> None:
     assert len(tasks_of(samples)) == 1
 
 
+def test_types_that_differ_in_case_are_one() -> None:
+    samples = asked("?", *["a", "b"] * 5, question_type="Organ") + asked("?", *["a", "b"] * 5, question_type="organ ")
+    assert len(tasks_of(samples)) == 1
+
+
+def test_questions_that_may_ask_the_same_are_named() -> None:
+    samples = [s for n in range(30) for s in asked(f"Diagnosis of image {n}?", ["benign", "malignant"][n % 2])]
+    (note,) = find_tasks(samples, TaskRules()).notes
+    assert note.startswith("30 questions that are asked too rarely have only 2 different answers") and "type" in note
+
+
+def test_a_single_answer_is_no_task() -> None:
+    (problem,) = find_tasks(asked("?", *["normal"] * 9), TaskRules()).problems
+    assert "two different answers at least, but each of 9 is 'normal'" in problem
+
+
+@pytest.mark.parametrize("rules", [{"ordinal": ("ct", "mri")}, {"multilabel": "|"}, {"numeric": True}])
+def test_a_rule_that_no_answer_follows_is_refused(rules: dict[str, Any]) -> None:
+    (problem,) = find_tasks(MODALITY, TaskRules(**rules)).problems
+    assert f"`--{next(iter(rules))}` must" in problem
+
+
 # ------------------------------------------------------------------------------------------------ kinds
 
 
@@ -122,6 +144,12 @@ def test_sets_of_labels_in_any_order_are_equal() -> None:
     (task,) = found.tasks
     assert (task.kind, task.candidates) == ("multilabel", ("a; b", "c", "none"))
     assert {s.answer for s in found.samples} == {"a; b", "c", "none"}
+
+
+def test_reports_beside_sets_of_labels_stay_open() -> None:
+    labels = [s for n in range(9) for s in asked("Findings?", f"label {n}; label {n + 1}", f"label {n}")]
+    tasks = tasks_of([*labels, *OPEN], multilabel=";")
+    assert {task.kind: task.candidates for task in tasks.values()} == {"multilabel": (), "open": ()}
 
 
 def test_numbers_are_measured_values_when_the_user_says_so() -> None:

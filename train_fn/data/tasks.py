@@ -71,26 +71,33 @@ def find_tasks(samples: Sequence[Sample], rules: TaskRules) -> Found:
         notes += merge_variants(samples)
     found: list[tuple[Task, list[int]]] = []
     typed = any(sample.question_type for sample in samples)
-    scopes = indices_by(range(len(samples)), lambda index: samples[index].question_type)
+    scopes = indices_by(range(len(samples)), lambda index: plain_form(samples[index].question_type))
     for question_type, members in scopes.items():
-        unclosed: list[int] = []
+        unclosed: dict[str, list[int]] = {}  # by kind
         families = like_questions(samples, members, rules, typed)
         for family in families:
             task, faults, note = closed_task([samples[index] for index in family], rules)
             notes += filter(None, [note])
             problems += faults
             if task is None:
-                unclosed += family
+                unclosed.setdefault(open_kind([samples[index] for index in family], rules), []).extend(family)
                 continue
             name = question_type or name_of(task, {samples[index].question for index in family})
             if question_type and len(families) > 1:
                 name = f"{question_type} {name_of(task, set())}"
             found.append((replace(task, name=name), family))
-        for kind, of_kind in indices_by(unclosed, lambda index: open_kind(samples[index], rules)).items():
+        notes += filter(None, [asked_rarely([samples[i] for i in unclosed.get("open", [])], rules)])
+        for kind, of_kind in unclosed.items():
             name = question_type if question_type and len(of_kind) == len(members) else f"{question_type} {kind}"
             found.append(
                 (Task(name.strip(), kind, separator=rules.multilabel if kind == "multilabel" else ""), of_kind)
             )
+    if samples and len({sample.answer for sample in samples}) == 1:
+        problems.append(
+            f"the data must have two different answers at least, but each of {len(samples):,} is "
+            f"{SHOWN.repr(samples[0].answer)}: add samples with other answers"
+        )
+    problems += unused_rules(samples, {task.kind for task, _ in found}, rules)
     taken: set[str] = set()
     tasks = []
     for task, members in found:
@@ -100,6 +107,42 @@ def find_tasks(samples: Sequence[Sample], rules: TaskRules) -> Found:
             answer = samples[index].answer
             samples[index] = replace(samples[index], task=task.name, label=task.indices.get(answer, -1))
     return Found(samples, tuple(tasks), notes, problems)
+
+
+def asked_rarely(samples: Sequence[Sample], rules: TaskRules) -> str:
+    """A sentence if open answers would be classes, were their questions alike; else ""."""
+    num_answers = len({plain_form(sample.answer) for sample in samples})
+    num_questions = len({question_form(sample) for sample in samples})
+    if num_questions < 2 or not is_closed_set(num_answers, len(samples), rules):
+        return ""
+    return (
+        f"{num_questions:,} questions that are asked too rarely have only {num_answers} different answers, but count "
+        f"as open, since they may be unlike: if they ask the same, give them one question_type to score the answers as "
+        f"classes"
+    )
+
+
+def unused_rules(samples: Sequence[Sample], kinds: set[str], rules: TaskRules) -> list[str]:
+    """A problem for each rule of the user that no answer follows: it would be ignored without a word."""
+    problems = []
+    if rules.ordinal and "ordinal" not in kinds:
+        other = next((s.answer for s in samples if s.answer not in rules.ordinal), "")
+        problems.append(
+            f"`--ordinal` must list every answer of a question, but of {', '.join(rules.ordinal)} no question has all "
+            f"its answers, such as {SHOWN.repr(other)}: complete the list, or leave it out"
+        )
+    if rules.multilabel and "multilabel" not in kinds:
+        problems.append(
+            f"`--multilabel` must be what stands between labels, but no answer holds {SHOWN.repr(rules.multilabel)}: "
+            f"correct it, or leave it out"
+        )
+    if rules.numeric and "numeric" not in kinds:
+        other = next((s.answer for s in samples if not is_number(s.answer)), "")
+        problems.append(
+            f"`--numeric` must go with answers that are numbers, but no question has only those; one is "
+            f"{SHOWN.repr(other)}: leave it out"
+        )
+    return problems if samples else []
 
 
 def indices_by(indices: Sequence[int], key: Callable[[int], Any]) -> dict[Any, list[int]]:
@@ -255,11 +298,12 @@ def usual_positive(candidates: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------ other answers
 
 
-def open_kind(sample: Sample, rules: TaskRules) -> str:
-    """The kind of a sample whose answers form no closed set."""
-    if rules.numeric and is_number(sample.answer):
+def open_kind(samples: Sequence[Sample], rules: TaskRules) -> str:
+    """The kind of like questions whose answers form no closed set."""
+    if rules.numeric and all(is_number(sample.answer) for sample in samples):
         return "numeric"
-    return "multilabel" if rules.multilabel else "open"
+    has_labels = rules.multilabel and any(rules.multilabel in sample.answer for sample in samples)
+    return "multilabel" if has_labels else "open"
 
 
 def is_number(text: str) -> bool:

@@ -47,7 +47,9 @@ def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> 
     if (positive := settings.data.positive_label) and not any(positive in task.candidates for task in splits.tasks):
         answers = ", ".join(dict.fromkeys(answer for task in splits.tasks for answer in task.candidates))
         answers = answers or "none, for lack of a closed set"
-        return [f"`--positive-label` must be an answer of the data ({answers}), but got {positive!r}"]
+        return [
+            f"`--positive-label` must be an answer of the data ({answers}), but got {positive!r}: name one of them, or leave it out"
+        ]
     study = settings.study
     uses = [("--metric", name, name) for name, _ in goals if name not in COSTS]
     uses += [("--require", text, comparison(text)[0]) for text in study.require]
@@ -77,11 +79,13 @@ def missing_for(name: str, splits: Splits) -> str:
     if not splits.validation or np.isfinite((possible := of_a_perfect_model(splits)).get(name, np.nan)):
         return ""
     metric, only = metric_of(name), splits.tasks[0]
+    if metric not in METRICS and not splits.own_metric:
+        return ""  # a metric of one's own that cannot be used is a problem already
     if metric in ("sensitivity", "specificity") and splits.candidates:
         if not only.positive:
             return f"a positive class (--positive-label, one of {', '.join(splits.candidates)})"
         return f"validation images whose answer is {'' if metric == 'sensitivity' else 'not '}{only.positive!r}"
-    if not any(task.kind in METRICS[metric].tasks for task in splits.tasks):
+    if metric in METRICS and not any(task.kind in METRICS[metric].tasks for task in splits.tasks):
         kinds = ", ".join(dict.fromkeys(task.kind for task in splits.tasks))
         return (
             f"answers of the kind {' or '.join(METRICS[metric].tasks)}, and those of this data are {kinds} (a closed "
