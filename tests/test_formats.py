@@ -761,3 +761,22 @@ def test_inspect_converts_parquet_with_its_images(tmp_path: Path, capsys, monkey
     for entry, row in zip(found, made, strict=True):
         assert entry["answer"] == row["finding"]
         assert Path(entry["image"]).read_bytes() == (data / row["image"]).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["classes", "parts", "metadata", "metadata in parts", "a file beside its images"])
+def test_a_folder_by_its_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = Path("some/data")
+    if form == "classes":
+        made = [noise(data / f"class {n % 2}" / f"{n}.png", n) for n in range(4)]
+    elif form == "parts":
+        made = [noise(data / part / f"class {n}" / f"{n}.png", n) for part in ("train", "test") for n in range(2)]
+    else:
+        parts = [data / "train", data / "test"] if form == "metadata in parts" else [data]
+        made = [noise(part / f"{n}.png", n) for part in parts for n in range(2)]
+        for part in parts:
+            name = "data.csv" if form == "a file beside its images" else "metadata.csv"
+            (part / name).write_text("file_name,label\n0.png,a\n1.png,b\n")
+    reading = read_manifest(data)
+    assert reading.problems == []
+    assert sorted(sample.image for sample in reading.samples) == sorted(str(path.resolve()) for path in made)

@@ -186,7 +186,7 @@ class ImageRoot:
     def find(self, image: str | Path) -> tuple[str, str]:
         """The real path of an image file, links followed; and its problem, or ""."""
         if isinstance(image, Path):  # it was found in a folder or made of an entry's bytes, and may lie anywhere
-            return os.path.realpath(self.root / image), ""
+            return os.path.realpath(image), ""
         file, shown = self.real_path(image), SHOWN.repr(image)
         if not file:
             return "", (

@@ -48,7 +48,8 @@ def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> 
         answers = ", ".join(dict.fromkeys(answer for task in splits.tasks for answer in task.candidates))
         answers = answers or "none, for lack of a closed set"
         return [
-            f"`--positive-label` must be an answer of the data ({answers}), but got {positive!r}: name one of them, or leave it out"
+            f"`--positive-label` must be an answer of the data ({answers}), but got {positive!r}: name one of them, or "
+            f"leave it out"
         ]
     study = settings.study
     uses = [("--metric", name, name) for name, _ in goals if name not in COSTS]
