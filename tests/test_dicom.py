@@ -296,9 +296,10 @@ def test_bytes_and_folders_of_dicom(tmp_path) -> None:
     from train_fn.data.folders import read_class_folders
     from train_fn.data.stored_images import store_image
 
-    (tmp_path / "normal").mkdir()
+    for name in ("normal", "benign"):
+        (tmp_path / name).mkdir()
     path = dicom(tmp_path / "normal" / "a.dcm")
-    dicom(tmp_path / "normal" / "IM00001")
+    dicom(tmp_path / "benign" / "IM00001")
     dicom(tmp_path / "normal" / "1.2.840.1")
     assert store_image(Path(path).read_bytes()).suffix == ".dcm"
     records, problems = read_class_folders(tmp_path)
