@@ -92,13 +92,13 @@ def prepare(folder: Path, images: int, image_tokens: int) -> Any:
     from train_fn.data.splitting import SplitRules, make_splits
 
     manifest = generate(folder / "phantoms", images, 0)
-    entries = read_manifest(manifest, manifest.parent).samples
+    samples = read_manifest(manifest, manifest.parent).samples
     side = round(image_tokens**0.5) * 14
-    for entry in entries:
-        with Image.open(entry["image"]) as image:
+    for sample in samples:
+        with Image.open(sample.image) as image:
             larger = image.resize((side, side))
-        larger.save(entry["image"])
-    splits = make_splits(entries, None, None, SplitRules(val_fraction=0.3, test_fraction=0.1, seed=0))[0]
+        larger.save(sample.image)
+    splits = make_splits(samples, None, None, SplitRules(val_fraction=0.3, test_fraction=0.1, seed=0))[0]
     return dataclasses.replace(splits, train=splits.train[: len(splits.train) // 16 * 16])
 
 

@@ -30,7 +30,7 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
 
     base = load_base(ModelSettings(), torch.device("cpu"))
     odd = splits.validation[:7]
-    predicted = predict(base, odd, splits.candidates, 4)
+    predicted = predict(base, odd, splits, 4)
     with adapted(base, SETTINGS) as model:
         engine = build_engine(base, model, SETTINGS, torch.ones(3), 10, world_size)
         optimizer = engine.optimizer
@@ -102,11 +102,13 @@ def test_zero_2_partitions_optimizer_state_and_gradients(found) -> None:
 def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
     from train_fn.scoring.evaluation import predict
 
-    alone = predict(base, splits.validation[:7], splits.candidates, 4)
+    alone = predict(base, splits.validation[:7], splits, 4)
     for result in found:
-        for name, values in alone.items():
-            assert result["predicted"][name].shape == values.shape
-            assert np.allclose(result["predicted"][name], values, atol=1e-4)
+        assert result["predicted"].keys() == alone.keys() == {"losses", "scores", "texts"}
+        assert result["predicted"]["texts"].tolist() == alone["texts"].tolist() == [None] * 7
+        for name in ("losses", "scores"):
+            assert result["predicted"][name].shape == alone[name].shape
+            assert np.allclose(result["predicted"][name], alone[name], atol=1e-4)
 
 
 def test_two_workers_train_the_same_trial(found, base, splits) -> None:

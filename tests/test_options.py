@@ -173,7 +173,7 @@ def test_max_steps_checkpoints_and_history_are_as_asked(base, splits, tmp_path) 
     report = train(base, splits, settings, tmp_path)
     assert report.finished and report.step == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-4", "checkpoint-5", "final_model", "trainer_state.json",
+        "checkpoint-4", "checkpoint-5", "final_model", "trainer_state.json", "validation_predictions.jsonl",
     ]  # fmt: skip
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 5

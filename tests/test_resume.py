@@ -186,10 +186,10 @@ def test_what_was_changed_is_refused_with_both_values(ended, tmp_path) -> None:
     assert "'0.0002', but got '0.1'" in refused.err and "'loss'" in refused.err
     (folder / "space.py").write_text(SPACE + "\n# changed\n")
     splits = json.loads((folder / "results" / "s" / "splits.json").read_text())
-    image = Path(splits["train"][0]["image"])
+    image = Path(splits["train"][0]["images"][0])
     kept = image.read_bytes()
     try:
-        shutil.copy(splits["train"][1]["image"], image)
+        shutil.copy(splits["train"][1]["images"][0], image)
         refused = finish(start(folder, "--resume", "s", name=""), folder)
     finally:
         image.write_bytes(kept)

@@ -400,7 +400,12 @@ def test_a_damaged_plan_is_refused(plan: dict[str, Any], tmp_path: Path, damage:
 
 def test_an_older_plan_gets_newer_settings_by_default(plan: dict[str, Any], tmp_path: Path) -> None:
     older = json.loads(json.dumps(plan))
-    del older["first_points"], older["settings"]["study"]["lanes_per_gpu"], older["settings"]["trial"]["torch_compile"]
+    del (
+        older["first_points"],
+        older["tasks"],
+        older["settings"]["study"]["lanes_per_gpu"],
+        older["settings"]["trial"]["torch_compile"],
+    )
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "plan.json").write_text(json.dumps(older))
     settings = parse(["--resume", "s", "--results", str(tmp_path)])
