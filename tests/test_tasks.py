@@ -263,6 +263,14 @@ def test_metrics_of_a_part_of_the_samples_are_those_of_that_part() -> None:
     assert scorer(chosen) == pytest.approx(alone, nan_ok=True)
 
 
+def test_an_answer_that_is_no_number_counts_with_the_range_of_the_training_values() -> None:
+    splits = splits_of(asked("Diameter?", *["10", "20", "30", "50"] * 3), numeric=True)
+    metrics = metrics_of(predictions(splits, None, lambda s: "none" if s.answer == "50" else s.answer), splits.test,
+                         splits, True)  # fmt: skip
+    assert metrics["mae"] == pytest.approx(40 / 4) and metrics["parsed"] == 0.75
+    assert metrics["rmse"] == pytest.approx((40**2 / 4) ** 0.5) and metrics["pearson_r"] == pytest.approx(1)
+
+
 def test_a_score_that_nobody_can_give_is_absent() -> None:
     splits = splits_of(OPEN)
     predicted = predictions(splits, None, lambda sample: None)

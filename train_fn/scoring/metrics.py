@@ -50,8 +50,13 @@ METRICS = {
     "token_f1": Metric("max", ("open",), "mean F1 of an answer's words (SQuAD)"),
     "rouge_l": Metric("max", ("open",), "mean F1 of the longest common subsequence of words (ROUGE-L)"),
     "bleu": Metric("max", ("open",), "corpus BLEU with one to four words"),
-    "mae": Metric("min", ("numeric",), "mean absolute error of the answers that are numbers", high=np.inf),
-    "rmse": Metric("min", ("numeric",), "root of the mean squared error of the answers that are numbers", high=np.inf),
+    "mae": Metric(
+        "min",
+        ("numeric",),
+        "mean absolute error; an answer that is no number counts with the range of the training values",
+        high=np.inf,
+    ),
+    "rmse": Metric("min", ("numeric",), "root of the mean squared error, with the same rule", high=np.inf),
     "pearson_r": Metric("max", ("numeric",), "Pearson correlation of the answers that are numbers", low=-1.0),
     "parsed": Metric("max", ("numeric",), "share of answers that are numbers"),
 }
@@ -227,24 +232,27 @@ def multilabel_metrics(
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def numeric_metrics(answers: np.ndarray, truths: np.ndarray) -> dict[str, float]:
+def numeric_metrics(answers: np.ndarray, truths: np.ndarray, worst: float | None = None) -> dict[str, float]:
     """Errors and correlation over the samples whose answer and truth are numbers, and the share of answers that are.
 
     Args:
         answers: [N], NaN where the answer is no number (`train_fn.support.numbers.parse_number`).
         truths: [N] in the same way.
+        worst: error of an answer that is no number, such as the range of the training part's values: otherwise a model
+            that answers only what is easy would look best. None: such answers are left out of the errors.
 
     Returns:
         `mae` and `rmse` in the answers' unit; `pearson_r`, NaN where answers or truths are all equal; `parsed`, the
-        share among the samples whose truth is a number. Read `mae` beside `parsed`: it leaves out what is no number.
+        share among the samples whose truth is a number.
     """
     answers, truths = answers[np.isfinite(truths)], truths[np.isfinite(truths)]
     numbers = np.isfinite(answers)
     parsed = float(numbers.mean()) if len(numbers) else float("nan")
-    answers, truths = answers[numbers], truths[numbers]
-    if not len(answers):
-        return {"mae": float("nan"), "rmse": float("nan"), "pearson_r": float("nan"), "parsed": parsed}
     errors = answers - truths
+    errors = errors[numbers] if worst is None else np.where(numbers, errors, worst)
+    answers, truths = answers[numbers], truths[numbers]
+    if not len(errors):
+        return {"mae": float("nan"), "rmse": float("nan"), "pearson_r": float("nan"), "parsed": parsed}
     scale = float(np.abs(errors).max()) or 1.0  # against overflow and underflow of the squares
     return {
         "mae": float(np.abs(errors).mean()),
@@ -255,8 +263,8 @@ def numeric_metrics(answers: np.ndarray, truths: np.ndarray) -> dict[str, float]
 
 
 def pearson_r(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson correlation, from -1 to 1; NaN if the values [N] of either are all equal."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    """Pearson correlation, from -1 to 1; NaN if there are no values, or those [N] of either are all equal."""
+    if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
     x, y = ((v - v.mean()) / np.abs(v - v.mean()).max() for v in (x, y))
     return float(np.clip((x @ y) / np.sqrt((x @ x) * (y @ y)), -1, 1))

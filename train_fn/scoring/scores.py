@@ -152,6 +152,8 @@ class TaskScorer:
         elif task.kind == "numeric":
             self.numbers = np.array([np.nan if text is None else parse_number(text) for text in texts])
             self.truths = np.array([parse_number(sample.answer) for sample in samples])
+            trained = [parse_number(sample.answer) for sample in splits.train if sample.task == task.name]
+            self.worst = float(np.ptp(trained)) if trained else 0.0
         else:
             self.use_texts(samples, texts)
 
@@ -207,7 +209,7 @@ class TaskScorer:
         if kind == "multilabel":
             return set_metrics(self.truths[chosen], self.written[chosen])
         if kind == "numeric":
-            return numeric_metrics(self.numbers[chosen], self.truths[chosen])
+            return numeric_metrics(self.numbers[chosen], self.truths[chosen], self.worst)
         from train_fn.scoring.text_metrics import corpus_bleu
 
         return {"bleu": corpus_bleu(self.bleu[chosen])}
