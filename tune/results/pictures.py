@@ -262,7 +262,9 @@ def confusions(view: View) -> Figure | str:
 
 
 def test_figure(view: View, height: float) -> tuple[Figure, list[tuple[Any, TestedTask, str, np.ndarray]]]:
-    """A figure with a row for each of the largest tasks, and by cell its axes, task, adapter and probabilities [n, C].
+    """A figure of the largest tasks, and by cell its axes, task, adapter and probabilities [n, C].
+
+    Both adapters of a task stand side by side; of one adapter, two tasks do.
 
     height: of a row, in inches.
     """
@@ -270,12 +272,12 @@ def test_figure(view: View, height: float) -> tuple[Figure, list[tuple[Any, Test
 
     shown = view.tested[:MAX_TASKS]
     cells = [(tested, who, p) for tested in shown for who, p in tested.probabilities.items()]
-    figure = Figure(figsize=(9, height * len(shown)), layout="constrained")
-    grid = figure.subplots(len(shown), 2, squeeze=False)
-    width = len(shown[0].probabilities)
-    for spare in grid[:, width:].flat:
+    rows = -(-len(cells) // 2)
+    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False).flat
+    for spare in grid[len(cells) :]:
         spare.set_visible(False)
-    return figure, [(axes, *cell) for axes, cell in zip(grid[:, :width].flat, cells, strict=True)]
+    return figure, [(axes, *cell) for axes, cell in zip(grid[: len(cells)], cells, strict=True)]
 
 
 def test_title(view: View, tested: TestedTask, who: str) -> str:
