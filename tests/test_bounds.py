@@ -370,3 +370,14 @@ def test_open_answers_have_no_metric_of_classes() -> None:
     settings = parse(["--metric", "loss,accuracy", "--require", "auroc>=0.5,loss<=1", "--stop-when", "macro_f1>=0.5"])
     problems = check_goals(settings, tuple(map(goal, settings.study.metric)), splits_of("BM", "BM", closed=False))
     assert len(problems) == 3 and "accuracy" in problems[0] and "auroc" in problems[1] and "macro_f1" in problems[2]
+
+
+def test_a_metric_of_ones_own_that_is_gone_is_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tune.config.paths import SettingsError
+    from tune.plan.prepare import prepare
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as refused:
+        prepare(parse(["--num-phantoms", "30", "--metric", "gone.py:score"]), lambda text: None)
+    (problem,) = refused.value.problems
+    assert problem.startswith("`--metric` a metric of one's own must be in an existing Python file")

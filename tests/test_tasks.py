@@ -319,6 +319,14 @@ def test_a_part_that_misses_its_share_is_reported() -> None:
     assert any("instead of 40" in line and "--split-seed" in line for line in report.sentences())
 
 
+def test_parts_of_many_small_classes_are_not_put_down_to_groups() -> None:
+    samples = asked("Which of 25?", *[f"class {n}" for n in range(25)] * 4)
+    rules = SplitRules(val_fraction=0.2, test_fraction=0.2, seed=0, copies_distance=-1)
+    splits, report, problems = make_splits(samples, None, None, rules, TaskRules(max_answers=25))
+    assert problems == [] and [len(splits.train), len(splits.validation), len(splits.test)] == [50, 25, 25]
+    assert not any("instead of" in sentence for sentence in report.sentences()) and report.shown == ()
+
+
 def test_splits_read_back_as_written(tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text("def first(answer, truth): return 1.0\n")
     whole = Sample(
