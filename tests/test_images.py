@@ -174,7 +174,9 @@ def test_pixels_of_every_mode_of_8_bits_are_those_of_transformers(tmp_path, mode
         image = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
     image.convert(mode).save(path)
     assert image_facts(path).mode == mode and image_problems([path]) == {}
-    assert read_image(path, AS_USUAL) == load_image(path)
+    ours, theirs = read_image(path, AS_USUAL), load_image(path)
+    # Not the images themselves: of LAB, Pillow adds a profile with the present second.
+    assert ours.mode == theirs.mode and np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def test_lab_is_read_in_its_colours(tmp_path) -> None:
