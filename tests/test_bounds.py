@@ -381,3 +381,11 @@ def test_a_metric_of_ones_own_that_is_gone_is_one_problem(tmp_path: Path, monkey
         prepare(parse(["--num-phantoms", "30", "--metric", "gone.py:score"]), lambda text: None)
     (problem,) = refused.value.problems
     assert problem.startswith("`--metric` a metric of one's own must be in an existing Python file")
+
+
+def test_the_message_about_open_answers_names_the_limit_that_was_given() -> None:
+    from tune.plan.checks import check_goals
+
+    settings = parse(["--metric", "accuracy", "--max-answers", "30"])
+    (problem,) = check_goals(settings, tuple(map(goal, settings.study.metric)), splits_of("BM", "BM", closed=False))
+    assert "at most --max-answers 30 answers" in problem

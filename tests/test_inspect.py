@@ -456,3 +456,14 @@ def test_real_busi(busi, tmp_path, capsys) -> None:
     code, out = shown(capsys, "--busi", root, "--write", tmp_path / "m.json")
     assert code == 0 and json.loads((tmp_path / "m.json").read_text()) == json.loads(manifest.read_text())
     assert "benign (433).png: Benign" in out and "malignant (145).png: Malignant" in out
+
+
+def test_sets_of_labels_are_converted(tmp_path, busi_like, capsys) -> None:
+    images = sorted(path.relative_to(busi_like).as_posix() for path in busi_like.rglob("*.png"))
+    entries = [{"image": image, "question": "Which?", "answer": ["mass", "oval"][: 1 + n % 2]} for n, image in
+               enumerate(images)]  # fmt: skip
+    (tmp_path / "m.json").write_text(json.dumps(entries))
+    argv = ("--data", tmp_path / "m.json", "--image-root", busi_like, "--write", tmp_path / "out.jsonl")
+    assert shown(capsys, *argv, "--multilabel", ";")[0] == 0
+    answers = {json.loads(line)["answer"] for line in (tmp_path / "out.jsonl").read_text().splitlines()}
+    assert answers == {"mass", "mass; oval"}

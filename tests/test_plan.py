@@ -123,3 +123,11 @@ def test_a_new_study_refuses_a_folder_with_a_journal_but_no_plan(
     journal.write("confirmed", number=0, run=1, value=0.5)
     with pytest.raises(SettingsError, match=r"plan\.json is gone"):
         prepare(parse(words), lambda text: None)
+
+
+def test_splits_of_an_earlier_version_get_their_positive_answer(tmp_path: Path) -> None:
+    old = {"image": "a.png", "text": "?", "answer": "a", "label": 0}
+    content = {"train": [old], "validation": [old], "test": [old], "candidates": ["a", "b"]}
+    (tmp_path / "splits.json").write_text(json.dumps(content))
+    splits = load_splits(tmp_path / "splits.json", "b")
+    assert splits.train == (Sample(("a.png",), "?", "a", 0),) and splits.tasks[0].positive == "b"

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         if options.val_data or options.test_data:
             parser.error("--write converts --data only: leave --val-data and --test-data out")
         root, problems, notes = write_manifest(
-            options.write, options.data, options.image_root, options.columns, options.question
+            options.write, options.data, options.image_root, options.columns, options.question, data.multilabel
         )
         if problems:
             parser.exit(2, "\n  - ".join(["The manifest cannot be made:", *map(plain, problems)]) + "\n")

@@ -1,7 +1,8 @@
 """One trial without Ray: `torchrun --nproc-per-node N -m train_fn.main TRIAL.json`, or `python -m` for one process.
 
 TRIAL.json holds {"splits": path of a study's splits.json, "output": folder, "trial": {...}, "model": {...},
-"positive": answer}; `trial` and `model` have the fields of `train_fn.settings`, as in a study.json.
+"positive": answer}; `trial` and `model` have the fields of `train_fn.settings`, as in a study.json. `positive` is for
+a splits.json of an earlier version, which does not name it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     try:
         wanted = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
         trial, model = TrialSettings.from_dict(wanted["trial"]), ModelSettings(**wanted.get("model", {}))
-        splits, output = load_splits(Path(wanted["splits"])), Path(wanted["output"])
+        splits, output = load_splits(Path(wanted["splits"]), wanted.get("positive", "")), Path(wanted["output"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         print(f"{argv[0]} must describe a trial, but {type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,7 @@ from train_fn.data.images import MAX_PIXELS, PILLOWS_LIMIT, image_problems
 from train_fn.data.manifest import read_manifest
 from train_fn.data.rows import COLUMN
 from train_fn.data.samples import Sample, closed_set
+from train_fn.data.settings import SEPARATOR
 from train_fn.model.adapters import (
     MOST_NEW_TOKENS,
     AdapterTask,
@@ -170,8 +171,8 @@ def option_problems(options: argparse.Namespace, columns: Sequence[str]) -> list
             f"`--columns` must be {COLUMN.words}, each role once, but got {options.columns!r}: correct it",
         ),
         (
-            not any(map(str.isalnum, separator)) and not separator.isspace(),
-            f"`--multilabel` must be a separator without letters or digits, but got {separator!r}: correct it",
+            SEPARATOR.holds(separator) and not separator.isspace(),
+            f"`--multilabel` must be {SEPARATOR.words}, but got {separator!r}: correct it",
         ),
         (
             most is None or 1 <= most <= MOST_NEW_TOKENS,

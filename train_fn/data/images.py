@@ -159,8 +159,13 @@ def image_facts(path: str) -> ImageFacts:
         header = read_header(path)
         return ImageFacts("DICOM", f"{header.kind} {header.bits} bit", header.size, False, header.frames)
     with open_image(path) as image:
-        facts = str(image.format), image.mode, upright_size(image, path)
-        return ImageFacts(*facts, orientation(image, path) in range(2, 9), num_frames(image))
+        return opened_facts(image, path)
+
+
+def opened_facts(image: Image.Image, path: str) -> ImageFacts:
+    """The facts of an opened image."""
+    facts = str(image.format), image.mode, upright_size(image, path)
+    return ImageFacts(*facts, orientation(image, path) in range(2, 9), num_frames(image))
 
 
 def upright_size(image: Image.Image, path: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,12 @@ from PIL import Image
 from train_fn.data.copies import CACHE, cache_key, copy_groups, copy_pairs, thumbnail_entry
 from train_fn.data.images import (
     AS_USUAL,
+    ImageFacts,
     image_facts,
     image_problems,
     image_size,
-    num_frames,
-    orientation,
+    opened_facts,
     picture,
-    upright_size,
 )
 from train_fn.data.samples import PARTS, Sample, Splits, Task
 from train_fn.data.splitting import DataReport, SplitRules, contradictory_groups, different_images
@@ -36,18 +35,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """An image file."""
+class FileFacts(ImageFacts):
+    """An image file. Its size is that of the frame that is used."""
 
-    kind: str
-    """Format and mode as Pillow names them, or as DICOM does."""
-    size: tuple[int, int]
-    """Width and height in pixels, upright."""
     num_bytes: int
-    turned: bool
-    """Whether EXIF turns or mirrors the image."""
-    frames: int = 1
-    """Frames or pages."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +124,7 @@ def read_files(
     facts: dict[str, FileFacts] = {}
 
     def see(path: str, image: Image.Image) -> None:
-        kind, turned = f"{image.format} {image.mode}", orientation(image, path) in range(2, 9)
-        num_bytes = Path(path).stat().st_size
-        facts[path] = FileFacts(kind, upright_size(image, path), num_bytes, turned, num_frames(image))
+        facts[path] = FileFacts(**vars(opened_facts(image, path)), num_bytes=Path(path).stat().st_size)
         if (content := cache_key(path, options)) not in cached:
             fresh[content] = thumbnail_entry(picture(image, options))
 
@@ -144,9 +133,8 @@ def read_files(
         write_cache(cache, cached | fresh)
     for path in paths:  # DICOM, and those that there was no time to decode
         if path not in facts and path not in problems:
-            its = image_facts(path)
-            size = image_size(path, options)
-            facts[path] = FileFacts(f"{its.format} {its.mode}", size, Path(path).stat().st_size, its.turned, its.frames)
+            its = replace(image_facts(path), size=image_size(path, options))
+            facts[path] = FileFacts(**vars(its), num_bytes=Path(path).stat().st_size)
     return facts, problems
 
 

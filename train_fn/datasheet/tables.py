@@ -99,7 +99,7 @@ def file_table(sheet: DataSheet) -> Table:
     """Formats, sizes and orientations of the image files."""
     kinds: dict[str, list[Any]] = {}
     for facts in sheet.files.values():
-        kinds.setdefault(facts.kind, []).append(facts)
+        kinds.setdefault(f"{facts.format} {facts.mode}", []).append(facts)
     rows = [
         [kind, len(its), spread(f.size[0] for f in its), spread(f.size[1] for f in its), sum(f.turned for f in its),
          spread(-(-f.num_bytes // 1024) for f in its)]

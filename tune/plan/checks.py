@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from train_fn.data.samples import Splits
-from train_fn.data.tasks import MAX_ANSWERS
 from train_fn.model.checkpoint import resolve_model
 from train_fn.scoring.metrics import METRICS
 from train_fn.scoring.scores import metrics_of
@@ -55,10 +54,13 @@ def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> 
     uses = [("--metric", name, name) for name, _ in goals if name not in COSTS]
     uses += [("--require", text, comparison(text)[0]) for text in study.require]
     uses += [("--stop-when", study.stop_when, comparison(study.stop_when)[0])] if study.stop_when else []
+    if not splits.validation or not uses:
+        return []
+    possible, limit = of_a_perfect_model(splits), settings.data.max_answers
     return [
         f"`{option}` needs {need}, but got {text!r}: leave it out, or take another metric"
         for option, text, name in uses
-        if (need := missing_for(name, splits))
+        if (need := missing_for(name, splits, possible, limit))
     ]
 
 
@@ -75,9 +77,14 @@ def of_a_perfect_model(splits: Splits) -> dict[str, float]:
     return metrics_of({"losses": np.zeros(len(part)), "scores": scores, "texts": texts}, part, splits, True)
 
 
-def missing_for(name: str, splits: Splits) -> str:
-    """What the validation part lacks for a metric, or ""."""
-    if not splits.validation or np.isfinite((possible := of_a_perfect_model(splits)).get(name, np.nan)):
+def missing_for(name: str, splits: Splits, possible: dict[str, float], max_answers: int) -> str:
+    """What the validation part lacks for a metric, or "".
+
+    Args:
+        possible: from `of_a_perfect_model`.
+        max_answers: `--max-answers`.
+    """
+    if np.isfinite(possible.get(name, np.nan)):
         return ""
     metric, only = metric_of(name), splits.tasks[0]
     if metric not in METRICS and not splits.own_metric:
@@ -90,7 +97,7 @@ def missing_for(name: str, splits: Splits) -> str:
         kinds = ", ".join(dict.fromkeys(task.kind for task in splits.tasks))
         return (
             f"answers of the kind {' or '.join(METRICS[metric].tasks)}, and those of this data are {kinds} (a closed "
-            f"set has at most --max-answers {MAX_ANSWERS} answers, each three times on average)"
+            f"set has at most --max-answers {max_answers} answers, each three times on average)"
         )
     if metric == "auroc" and splits.candidates:
         return "validation images of two answers"
@@ -122,7 +129,9 @@ def usual_goal(splits: Splits) -> str:
     elif len(kinds) == 1 and all(task.candidates or task.kind == "numeric" for task in splits.tasks):
         usual = {"multilabel": "label_auroc", "numeric": "mae"}[kinds.pop()]
     single = len(splits.tasks) == 1  # then a metric that the data cannot give is a problem that the user should know
-    return usual if single or not missing_for(usual, splits) else "loss"
+    if single or not splits.validation or np.isfinite(of_a_perfect_model(splits).get(usual, np.nan)):
+        return usual
+    return "loss"
 
 
 def check_name(directory: Path) -> list[str]:
