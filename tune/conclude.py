@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from train_fn.scoring.answers import answer_lines
-from train_fn.support.files import write_file
+from train_fn.support.files import write_json_lines
 from tune.plan.prepare import Study
 from tune.results.outcome import Outcome
 from tune.signals import StopSignals
@@ -105,7 +104,7 @@ def export_predictions(study: Study, outcome: Outcome) -> list[Path]:
     path = study.directory / "predictions.jsonl"
     lines = answer_lines(study.splits.test, study.splits, outcome.predictions)
     try:
-        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_json_lines(path, lines)
     except OSError as error:
         outcome.note(f"predictions.jsonl could not be written: {error}")
         return []

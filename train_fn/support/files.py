@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,11 @@ def write_file(path: Path, *parts: bytes | memoryview | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, completely or not at all. Raises OSError."""
     write_file(path, json.dumps(value, indent=1))
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write a line of JSON for each value, completely or not at all. Raises OSError."""
+    write_file(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def read_json(path: Path, kind: type[Json], fix: str = "put it back from a copy") -> Json:

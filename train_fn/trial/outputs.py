@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ from train_fn.scoring.answers import answer_lines
 from train_fn.scoring.evaluation import max_new_tokens
 from train_fn.scoring.scores import stored_predictions
 from train_fn.settings import TrialSettings
-from train_fn.support.files import replace_folder, write_file, write_json, write_sums
+from train_fn.support.files import replace_folder, write_json, write_json_lines, write_sums
 from train_fn.support.storage import Storage
 from train_fn.trial.adapter_files import save_adapter
 
@@ -62,7 +61,7 @@ def save_predictions(splits: Splits, part: str, predicted: dict[str, Any], direc
     samples = getattr(splits, part)
     lines = answer_lines(samples, splits, {"": stored_predictions(predicted, samples, splits)})
     path = directory / f"{part}_predictions.jsonl"
-    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_json_lines(path, lines)
     storage.push(path)
 
 
