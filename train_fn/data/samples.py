@@ -53,6 +53,9 @@ class Sample:
     """The part that the data itself names."""
     source: str = ""
     """File and row that it comes from."""
+    unit: int = -1
+    """Number of what may not be divided and counts as one observation: near-copies, images of one question, a group.
+    -1: not known (of an earlier version)."""
 
     @property
     def image(self) -> str:
@@ -107,6 +110,11 @@ class Splits:
     max_new_tokens: int = 0
     """Most tokens of a generated answer; 0: from the longest answer of the training part."""
     own_metric: OwnMetric | None = None
+    decide: str = ""
+    """What answers with candidates are chosen for, as `train_fn.data.decision.Decision.aim`. "": the most probable
+    candidate, as in earlier versions."""
+    prevalence: float = 0.0
+    """Share of positive cases for which predictive values are given; 0: as in the data that is scored."""
 
     @functools.cached_property
     def by_name(self) -> dict[str, Task]:
@@ -151,6 +159,14 @@ class Splits:
         """Loss weight of each training sample: its class's, or 1 in a task without candidates."""
         weights = {task.name: self.class_weights(task) for task in self.tasks}
         return [weights[s.task][int(s.label)] if weights[s.task] else 1.0 for s in self.train]
+
+
+def units_of(samples: Sequence[Sample]) -> list[int]:
+    """The number of each sample's unit, from 0; samples without one are a unit each. Samples of one unit count as one
+    observation: they are drawn together in intervals, and stay in one fold."""
+    numbers: dict[object, int] = {}
+    keys = (sample.unit if sample.unit >= 0 else f"sample {index}" for index, sample in enumerate(samples))
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def closed_set(candidates: Sequence[str], positive: str = "") -> tuple[Task, ...]:

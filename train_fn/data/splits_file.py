@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from train_fn.data.decision import is_aim
 from train_fn.data.samples import KINDS, PARTS, OwnMetric, Sample, Splits, Task, closed_set
 from train_fn.settings import SHOWN
 from train_fn.support.files import DamagedFile, read_json, write_json
@@ -34,6 +35,8 @@ def load_splits(path: Path, positive: str = "") -> Splits:
             tasks=tasks,
             max_new_tokens=content.get("max_new_tokens", 0),
             own_metric=read_metric(content.get("own_metric")),
+            decide=read_aim(content.get("decide", "")),
+            prevalence=float(content.get("prevalence", 0.0)),
         )
         names = {task.name: len(task.candidates) for task in tasks}
         sound = all(
@@ -65,6 +68,14 @@ def read_metric(values: dict[str, str] | None) -> OwnMetric | None:
     return metric
 
 
+def read_aim(text: Any) -> str:
+    """`Splits.decide` as JSON holds it. Raises TypeError or ValueError for anything else."""
+    check_texts(text)
+    if text and not is_aim(text):
+        raise ValueError(f"nothing can be decided for {SHOWN.repr(text)}")
+    return text
+
+
 def read_sample(values: dict[str, Any], old: bool) -> Sample:
     """A sample as JSON holds it. Raises KeyError, TypeError or ValueError for anything else.
 
@@ -73,6 +84,8 @@ def read_sample(values: dict[str, Any], old: bool) -> Sample:
     if old:
         sample = Sample((values["image"],), values["text"], values["answer"], values["label"])
     else:
+        if type(values.get("unit", -1)) is not int:
+            raise TypeError(f"unit {SHOWN.repr(values['unit'])} is no whole number")
         turns = tuple((question, answer) for question, answer in values["turns"])
         sample = Sample(**{**values, "images": tuple(values["images"]), "turns": turns})
     texts = (sample.question, sample.answer, sample.system, sample.id, sample.question_type, sample.task, sample.group)

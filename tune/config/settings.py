@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from train_fn.data.decision import AIMS, is_aim
 from train_fn.data.settings import DataSettings
 from train_fn.scoring.metrics import METRICS
 from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, TrialSettings, matching, one_of
@@ -63,6 +64,7 @@ SCORE_RULE = readable_by(
     f"METRIC>=X or METRIC<=X, with X from 0 to 1 (loss and errors: at least 0) and one of {', '.join(METRICS)}, also "
     f"of one task or kind of task (such as open/token_f1)",
 )
+AIM = TextRule(f"one of {', '.join(AIMS)}, or sensitivity>=X or specificity>=X with X between 0 and 1", is_aim)
 DURATION = readable_by(seconds, f"a time such as 90m, 2h or 30s, above 0 and at most {MAX_SECONDS // 3600:,} h")
 
 
@@ -106,6 +108,15 @@ class StudySettings:
     """Validation metric to tune on. Not given: auroc, or loss if the answers are no small closed set. Several with
     commas give a Pareto front; then the first one names the winner, and every trial runs to its end. trainable_params
     and train_s are goals too. A minus before a name: less is better."""
+    decide: Annotated[str, AIM] = ""
+    """What answers are chosen for, by a rule fitted on the validation images: macro_f1, accuracy, balanced_accuracy,
+    quadratic_kappa (of grades), sensitivity>=X or specificity>=X (then the other one is as high as it can be), or
+    argmax (the most probable answer, nothing fitted). Not given: the first of these that --metric or --require names,
+    else macro_f1."""
+    select: Annotated[str, one_of(("best", "last"))] = "best"
+    """The epoch by which a trial counts, and whose adapter is kept: the best by the first --metric, or the last."""
+    prevalence: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Share of positive cases where the adapter is to be used, for its predictive values. 0: as in the test images."""
     workers_per_trial: Annotated[int, Range(1, 4096)] = 1
     """Worker processes (each with a GPU, or with CPU cores) that train one trial together under ZeRO."""
     lanes: Annotated[int, Range(0, 4096)] = 0

@@ -1,0 +1,197 @@
+"""Fits decisions (`train_fn.data.decision`) on samples that the model was not trained on.
+
+Shapes: N samples, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from train_fn.data.decision import ARGMAX, Decision, log_softmax, operating_point
+from train_fn.data.samples import Sample, Splits, Task, units_of
+from train_fn.scoring.metrics import confusion, macro_f1
+
+NUM_FOLDS = 5
+OFFSET_SD = 2.0  # of the offsets' normal prior, in units of log-probability
+SCALE_SD = 1.0  # of the log-scale's normal prior
+DECIDED = ("closed", "binary", "ordinal")  # kinds of task with a decision
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a decision makes of the scores of a task's samples in a part, in their order."""
+
+    probabilities: np.ndarray
+    """Of the candidates [N, C]."""
+    answers: np.ndarray
+    """Index of the chosen candidate [N]."""
+
+
+def fit_decision(scores: np.ndarray, labels: np.ndarray, aim: str, positive: int | None = None) -> Decision:
+    """The decision for a task, fitted on samples that the model was not trained on.
+
+    Args:
+        scores: log-likelihoods of the candidates [N, C].
+        labels: index of each true candidate [N].
+        aim: as `Decision.aim`. An operating point needs `positive`; a task without gets macro_f1.
+        positive: index of the positive candidate.
+    """
+    if aim == ARGMAX or not len(labels):
+        return Decision()
+    scale, offsets = fit_scaling(scores, labels)
+    scaled = Decision(aim, scale, tuple(offsets.tolist()))
+    rule = fit_rule(scaled.probabilities(scores), labels, aim, positive)
+    return Decision(aim, scale, scaled.offsets, tuple(rule.tolist()))
+
+
+def fit_scaling(scores: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Scale and offsets [C] with the smallest log-loss, drawn a little towards 1 and 0: a few dozen samples must not be
+    learned by heart."""
+    from scipy.optimize import minimize
+
+    logs, num_classes = log_softmax(scores), scores.shape[1]
+    truth = np.eye(num_classes)[labels]  # [N, C]
+
+    def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
+        scale, offsets = np.exp(values[0]), values[1:]
+        found = log_softmax(scale * logs + offsets)
+        error = np.exp(found) - truth  # [N, C], the derivative of the log-loss by the scaled scores
+        penalty = (values[0] / SCALE_SD) ** 2 / 2 + ((offsets / OFFSET_SD) ** 2).sum() / 2
+        slope = np.concatenate([[scale * (error * logs).sum() + values[0] / SCALE_SD**2],
+                                error.sum(0) + offsets / OFFSET_SD**2])  # fmt: skip
+        return float(-(found * truth).sum() + penalty), slope
+
+    found = minimize(objective, np.zeros(1 + num_classes), jac=True, method="L-BFGS-B").x
+    return float(np.exp(found[0])), found[1:]
+
+
+def fit_rule(probabilities: np.ndarray, labels: np.ndarray, aim: str, positive: int | None) -> np.ndarray:
+    """The rule [C] for an aim; see `fit_decision`."""
+    logs = np.log(np.maximum(probabilities, 1e-300))
+    if point := operating_point(aim):
+        if positive is not None:
+            return threshold_rule(logs, labels, positive, *point)
+        aim = "macro_f1"
+    score, rule, num_classes = SCORES[aim], np.zeros(probabilities.shape[1]), probabilities.shape[1]
+    for _ in range(3):  # coordinate ascent
+        for index in range(num_classes):
+            rest = np.delete(logs + rule, index, 1).max(1) - logs[:, index]  # this candidate's offset at which it wins
+            edges = np.unique(rest)
+            steps = np.concatenate([[edges[0] - 1], (edges[1:] + edges[:-1]) / 2, [edges[-1] + 1]])
+            found = []
+            for step in steps:
+                trial = rule.copy()
+                trial[index] = step
+                found.append(score(confusion(labels, (logs + trial).argmax(1), num_classes)))
+            best = np.flatnonzero(np.array(found) == max(found))
+            rule[index] = steps[best[np.abs(steps[best] - rule[index]).argmin()]]
+    return rule - rule.mean()
+
+
+def accuracy(table: np.ndarray) -> float:
+    """Share of right answers, from a confusion table [C, C]."""
+    return float(np.diag(table).sum() / table.sum())
+
+
+def balanced_accuracy(table: np.ndarray) -> float:
+    """Mean recall of the classes that occur, from a confusion table [C, C]."""
+    sizes = table.sum(1)
+    return float((np.diag(table)[sizes > 0] / sizes[sizes > 0]).mean())
+
+
+SCORES = {"macro_f1": macro_f1, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy}
+
+
+def threshold_rule(logs: np.ndarray, labels: np.ndarray, positive: int, name: str, value: float) -> np.ndarray:
+    """The rule [C] that holds an operating point.
+
+    Args:
+        logs: log-probabilities [N, C].
+        name: sensitivity or specificity, which is at least `value` on new samples like these.
+    """
+    margin = logs[:, positive] - np.delete(logs, positive, 1).max(1)  # above 0: called positive
+    ordered = np.sort(margin[labels == positive] if name == "sensitivity" else -margin[labels != positive])
+    # Of k - 1 misses among n samples follows an expected share of k / (n + 1) on new ones (order statistics).
+    k = max(1, int((1 - value) * (len(ordered) + 1)))
+    threshold = ordered[k - 1] if len(ordered) else 0.0
+    rule = np.zeros(logs.shape[1])
+    rule[positive] = -(threshold - 1e-9) if name == "sensitivity" else threshold - 1e-9
+    return rule
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def out_of_fold(
+    scores: np.ndarray, labels: np.ndarray, aim: str, positive: int | None, units: Sequence[int]
+) -> Decided:
+    """Probabilities and answers of each sample under a decision that was fitted without it.
+
+    A decision that was fitted on all samples would look better on these than on new ones. Units are not divided.
+    """
+    fold_of = folds(labels, units)
+    probabilities, answers = np.empty(scores.shape), np.empty(len(labels), dtype=int)
+    for fold in range(NUM_FOLDS):
+        held = fold_of == fold
+        decision = fit_decision(scores[~held], labels[~held], aim, positive)
+        probabilities[held] = decision.probabilities(scores[held])
+        answers[held] = decision.answers(probabilities[held])
+    return Decided(probabilities, answers)
+
+
+def folds(labels: np.ndarray, units: Sequence[int]) -> np.ndarray:
+    """The fold of each sample [N], by class in turn; a unit stays in one."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    fold_of: dict[int, int] = {}
+    for index in order.tolist():
+        fold_of.setdefault(units[index], len(fold_of) % NUM_FOLDS)
+    return np.array([fold_of[unit] for unit in units])
+
+
+def task_scores(task: Task, samples: Sequence[Sample], predicted: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of a task's samples in a part [N], and the scores of its candidates [N, C]."""
+    members = np.array([index for index, sample in enumerate(samples) if sample.task == task.name], dtype=int)
+    return members, np.asarray(predicted["scores"])[members, : len(task.candidates)]
+
+
+def fit_part(predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits) -> dict[str, Decision]:
+    """The decision of each task with one answer of a set, fitted on a part; by the task's name."""
+    found = {}
+    for task in splits.tasks:
+        if task.kind in DECIDED:
+            members, scores = task_scores(task, samples, predicted)
+            labels = np.array([samples[i].label for i in members], dtype=int)
+            aim = splits.decide or ARGMAX
+            found[task.name] = fit_decision(scores, labels, aim, task.indices.get(task.positive))
+    return found
+
+
+def decide(
+    decisions: Mapping[str, Decision], predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits
+) -> dict[str, Decided]:
+    """Probabilities and answers of a part under decisions; by the task's name."""
+    found = {}
+    for task in splits.tasks:
+        if task.name in decisions:
+            _, scores = task_scores(task, samples, predicted)
+            probabilities = decisions[task.name].probabilities(scores)
+            found[task.name] = Decided(probabilities, decisions[task.name].answers(probabilities))
+    return found
+
+
+def decide_out_of_fold(predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits) -> dict[str, Decided]:
+    """Probabilities and answers of the part on which decisions are fitted, see `out_of_fold`; by the task's name."""
+    found = {}
+    for task in splits.tasks:
+        if task.kind in DECIDED:
+            members, scores = task_scores(task, samples, predicted)
+            its = [samples[i] for i in members]
+            labels = np.array([sample.label for sample in its], dtype=int)
+            aim, positive = splits.decide or ARGMAX, task.indices.get(task.positive)
+            found[task.name] = out_of_fold(scores, labels, aim, positive, units_of(its))
+    return found
