@@ -703,6 +703,18 @@ def test_a_folder_of_parts_is_a_study(tmp_path: Path) -> None:
     assert any("`--test-data` must be left out" in problem for problem in refused.value.problems)
 
 
+def test_paths_of_a_test_manifest_start_from_its_own_folder(tmp_path: Path) -> None:
+    for folder in ("data", "test"):  # the same names, other images
+        study_folder(tmp_path / folder)
+        entries = [{"image": f"{name}/{n}.png", "text": "Is there a mass?", "answer": name} for name in
+                   ("mass", "no mass") for n in range(8)]  # fmt: skip
+        (tmp_path / folder / "all.json").write_text(json.dumps(entries))
+    argv = ["--data", str(tmp_path / "data" / "all.json"), "--results", str(tmp_path / "results")]
+    study = prepare(parse([*argv, "--test-data", str(tmp_path / "test" / "all.json")]), lambda text: None)
+    assert {Path(sample.image).parents[1].name for sample in study.splits.test} == {"test"}
+    assert {Path(sample.image).parents[1].name for sample in study.splits.train} == {"data"}
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

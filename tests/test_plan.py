@@ -27,9 +27,10 @@ PLAN: dict[str, Any] = {
 
 def test_a_plan_reads_back_as_written(tmp_path: Path) -> None:
     save_plan(tmp_path, PLAN)
-    assert read_plan(tmp_path) == PLAN | {"format": 3}
+    assert read_plan(tmp_path) == PLAN | {"format": 4}
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))  # of the first version
-    assert read_plan(tmp_path) == PLAN | {"format": 1}
+    as_then = {"study": {"decide": "argmax", "select": "last"} | PLAN["settings"]["study"]}
+    assert read_plan(tmp_path) == PLAN | {"format": 1, "settings": PLAN["settings"] | as_then}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,25 @@ def test_a_study_with_a_removed_sampler_is_shown_and_not_resumed(tmp_path: Path,
     save_plan(directory, PLAN | {"settings": stored | {"study": stored["study"] | {"sampler": sampler}}})
     assert show(directory).metric == "auroc"
     with pytest.raises(SettingsError, match=f"was begun with {sampler}: go on with the version that began it"):
+        parse(["--results", str(tmp_path), "--resume", "old"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "goal"),
+    [
+        ({"metric": ["macro_f1_prior_corrected", "auroc"]}, ["macro_f1_prior_corrected", "max"]),
+        ({"require": ["macro_f1_prior_corrected>=0.5", "auroc>=0.5"]}, ["auroc", "max"]),
+        ({"stop_when": "macro_f1_prior_corrected>=0.9"}, ["auroc", "max"]),
+    ],
+)
+def test_a_study_with_a_removed_metric_is_shown_and_not_resumed(tmp_path: Path, settings: dict, goal: list) -> None:
+    directory = tmp_path / "old"
+    directory.mkdir()
+    stored = parse(["--results", str(tmp_path)]).to_dict()
+    changed = stored | {"study": stored["study"] | settings}
+    save_plan(directory, PLAN | {"settings": changed, "goals": [goal]})
+    assert show(directory).metric == goal[0]
+    with pytest.raises(SettingsError, match="begun with macro_f1_prior_corrected: go on with the version that began"):
         parse(["--results", str(tmp_path), "--resume", "old"])
 
 

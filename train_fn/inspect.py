@@ -169,7 +169,7 @@ def inspect(options: argparse.Namespace, data: DataSettings, model: ModelSetting
     problems = []
     for name in ("data", "val_data", "test_data"):
         if path := getattr(options, name):
-            its_root = options.image_root or (path if path.is_dir() else options.data.parent)
+            its_root = options.image_root or (path if path.is_dir() else path.parent)
             reading = read_manifest(path, its_root, options.columns, options.question, multilabel=data.multilabel)
             parts[name] = reading.samples
             if reading.samples:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ARGMAX = "argmax"
+SMALLEST = 1e-300  # probability whose logarithm is taken
 AIMS = ("macro_f1", "accuracy", "balanced_accuracy", "quadratic_kappa", ARGMAX)
 
 
@@ -40,7 +41,7 @@ class Decision:
         """Index of the chosen candidate [N] from `probabilities` [N, C]."""
         if not self.rule:
             return probabilities.argmax(1)
-        return (np.log(np.maximum(probabilities, 1e-300)) + np.array(self.rule)).argmax(1)
+        return (np.log(np.maximum(probabilities, SMALLEST)) + np.array(self.rule)).argmax(1)
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from train_fn.data.decision import ARGMAX, Decision, log_softmax, operating_point
+from train_fn.data.decision import ARGMAX, SMALLEST, Decision, log_softmax, operating_point
 from train_fn.data.samples import Sample, Splits, Task, units_of
-from train_fn.scoring.metrics import confusion, macro_f1
 
 NUM_FOLDS = 5
+NUM_BAGS = 20
+NUM_ROUNDS = 3  # of the coordinate ascent
 OFFSET_SD = 2.0  # of the offsets' normal prior, in units of log-probability
 SCALE_SD = 1.0  # of the log-scale's normal prior
 DECIDED = ("closed", "binary", "ordinal")  # kinds of task with a decision
@@ -31,7 +32,9 @@ class Decided:
     """Index of the chosen candidate [N]."""
 
 
-def fit_decision(scores: np.ndarray, labels: np.ndarray, aim: str, positive: int | None = None) -> Decision:
+def fit_decision(
+    scores: np.ndarray, labels: np.ndarray, aim: str, positive: int | None, units: Sequence[int]
+) -> Decision:
     """The decision for a task, fitted on samples that the model was not trained on.
 
     Args:
@@ -39,12 +42,13 @@ def fit_decision(scores: np.ndarray, labels: np.ndarray, aim: str, positive: int
         labels: index of each true candidate [N].
         aim: as `Decision.aim`. An operating point needs `positive`; a task without gets macro_f1.
         positive: index of the positive candidate.
+        units: number of each sample's unit [N], see `units_of`.
     """
     if aim == ARGMAX or not len(labels):
         return Decision()
     scale, offsets = fit_scaling(scores, labels)
     scaled = Decision(aim, scale, tuple(offsets.tolist()))
-    rule = fit_rule(scaled.probabilities(scores), labels, aim, positive)
+    rule = fit_rule(scaled.probabilities(scores), labels, aim, positive, units)
     return Decision(aim, scale, scaled.offsets, tuple(rule.tolist()))
 
 
@@ -69,41 +73,84 @@ def fit_scaling(scores: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarr
     return float(np.exp(found[0])), found[1:]
 
 
-def fit_rule(probabilities: np.ndarray, labels: np.ndarray, aim: str, positive: int | None) -> np.ndarray:
-    """The rule [C] for an aim; see `fit_decision`."""
-    logs = np.log(np.maximum(probabilities, 1e-300))
+def fit_rule(
+    probabilities: np.ndarray, labels: np.ndarray, aim: str, positive: int | None, units: Sequence[int]
+) -> np.ndarray:
+    """The rule [C] for an aim; see `fit_decision`.
+
+    A score of answers is a staircase of the rule, and its highest step on a few dozen samples is partly luck. So the
+    rule is the mean of the best rules of resamples (bagging), in which units are drawn as a whole.
+    """
+    logs = np.log(np.maximum(probabilities, SMALLEST))
     if point := operating_point(aim):
         if positive is not None:
             return threshold_rule(logs, labels, positive, *point)
         aim = "macro_f1"
-    score, rule, num_classes = SCORES[aim], np.zeros(probabilities.shape[1]), probabilities.shape[1]
-    for _ in range(3):  # coordinate ascent
+    rng = np.random.default_rng(0)
+    members = [np.flatnonzero(np.asarray(units) == unit) for unit in dict.fromkeys(units)]
+    rules = []
+    for _ in range(NUM_BAGS):
+        drawn = np.concatenate([members[unit] for unit in rng.integers(0, len(members), len(members))])
+        rules.append(best_rule(logs[drawn], labels[drawn], aim))
+    return np.mean(rules, 0)
+
+
+def best_rule(logs: np.ndarray, labels: np.ndarray, aim: str) -> np.ndarray:
+    """A rule [C], with mean 0, that no change of one offset makes better on these samples (coordinate ascent).
+
+    Args:
+        logs: log-probabilities [N, C].
+        labels: index of each true candidate [N].
+        aim: one of AIMS.
+    """
+    num_samples, num_classes = logs.shape
+    rule, sizes, one_hot = np.zeros(num_classes), np.bincount(labels, minlength=num_classes), np.eye(num_classes)
+    for _ in range(NUM_ROUNDS):
         for index in range(num_classes):
-            rest = np.delete(logs + rule, index, 1).max(1) - logs[:, index]  # this candidate's offset at which it wins
-            edges = np.unique(rest)
-            steps = np.concatenate([[edges[0] - 1], (edges[1:] + edges[:-1]) / 2, [edges[-1] + 1]])
-            found = []
-            for step in steps:
-                trial = rule.copy()
-                trial[index] = step
-                found.append(score(confusion(labels, (logs + trial).argmax(1), num_classes)))
-            best = np.flatnonzero(np.array(found) == max(found))
+            others = logs + rule
+            others[:, index] = -np.inf
+            second = others.argmax(1)  # what is chosen unless this candidate is
+            needed = others.max(1) - logs[:, index]  # the offset at which it is
+            order = np.argsort(needed, kind="stable")
+            needed, second, truth = needed[order], second[order], labels[order]
+            # With the offset between the s-th and the next of `needed`, it is chosen for the first s samples.
+            moved = one_hot[index] - one_hot[second]  # [N, C]
+            right = (truth == index)[:, None] * one_hot[index] - (second == truth)[:, None] * one_hot[second]
+            called = np.vstack([np.zeros(num_classes), moved.cumsum(0)]) + one_hot[second].sum(0)  # [N + 1, C]
+            hits = np.vstack([np.zeros(num_classes), right.cumsum(0)]) + one_hot[second[second == truth]].sum(0)
+            cost = np.zeros(num_samples + 1)
+            if aim == "quadratic_kappa":
+                distance = (index - truth) ** 2 - (second - truth) ** 2
+                cost[1:] = distance.cumsum()
+                cost += ((second - truth) ** 2).sum()
+            value = value_of(aim, hits, called, sizes, cost)
+            steps = np.concatenate([[needed[0] - 1], (needed[1:] + needed[:-1]) / 2, [needed[-1] + 1]])
+            possible = np.concatenate([[True], needed[1:] > needed[:-1], [True]])
+            best = np.flatnonzero(possible & (value >= value[possible].max() - 1e-12))
             rule[index] = steps[best[np.abs(steps[best] - rule[index]).argmin()]]
     return rule - rule.mean()
 
 
-def accuracy(table: np.ndarray) -> float:
-    """Share of right answers, from a confusion table [C, C]."""
-    return float(np.diag(table).sum() / table.sum())
+def value_of(aim: str, hits: np.ndarray, called: np.ndarray, sizes: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """A score [S] of S confusion tables.
 
-
-def balanced_accuracy(table: np.ndarray) -> float:
-    """Mean recall of the classes that occur, from a confusion table [C, C]."""
-    sizes = table.sum(1)
-    return float((np.diag(table)[sizes > 0] / sizes[sizes > 0]).mean())
-
-
-SCORES = {"macro_f1": macro_f1, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy}
+    Args:
+        hits: right answers by class [S, C].
+        called: answers by class [S, C].
+        sizes: samples by class [C].
+        cost: sum of the squared distances of answer and truth [S], for quadratic_kappa.
+    """
+    if aim == "accuracy":
+        return hits.sum(1) / sizes.sum()
+    if aim == "balanced_accuracy":
+        return (hits / np.maximum(sizes, 1)).sum(1) / (sizes > 0).sum()
+    if aim == "quadratic_kappa":
+        grades = np.arange(len(sizes))
+        by_chance = called @ ((grades[:, None] - grades) ** 2 @ sizes) / sizes.sum()
+        return 1 - cost / np.maximum(by_chance, SMALLEST)
+    assert aim == "macro_f1"
+    total = sizes + called
+    return np.where(total > 0, 2 * hits / np.maximum(total, 1), 0.0).sum(1) / (total > 0).sum(1)
 
 
 def threshold_rule(logs: np.ndarray, labels: np.ndarray, positive: int, name: str, value: float) -> np.ndarray:
@@ -137,7 +184,8 @@ def out_of_fold(
     probabilities, answers = np.empty(scores.shape), np.empty(len(labels), dtype=int)
     for fold in range(NUM_FOLDS):
         held = fold_of == fold
-        decision = fit_decision(scores[~held], labels[~held], aim, positive)
+        its = [unit for unit, out in zip(units, held, strict=True) if not out]
+        decision = fit_decision(scores[~held], labels[~held], aim, positive, its)
         probabilities[held] = decision.probabilities(scores[held])
         answers[held] = decision.answers(probabilities[held])
     return Decided(probabilities, answers)
@@ -165,9 +213,10 @@ def fit_part(predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Sp
     for task in splits.tasks:
         if task.kind in DECIDED:
             members, scores = task_scores(task, samples, predicted)
-            labels = np.array([samples[i].label for i in members], dtype=int)
-            aim = splits.decide or ARGMAX
-            found[task.name] = fit_decision(scores, labels, aim, task.indices.get(task.positive))
+            its = [samples[i] for i in members]
+            labels = np.array([sample.label for sample in its], dtype=int)
+            aim, positive = splits.decide or ARGMAX, task.indices.get(task.positive)
+            found[task.name] = fit_decision(scores, labels, aim, positive, units_of(its))
     return found
 
 

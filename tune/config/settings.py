@@ -19,6 +19,7 @@ from tune.records.goals import COSTS, comparison, goal
 from tune.records.plan import PARTS
 
 SCHEDULERS = ("asha", "median", "none")
+REMOVED_METRICS = ("macro_f1_prior_corrected",)
 REMOVED_SAMPLERS = ("cmaes", "qmc", "nsga2")  # of earlier versions; see CHANGELOG.md
 SAMPLERS = ("tpe", "random", "gp", "grid")
 REPORT_TO = ("mlflow", "tensorboard", "wandb")

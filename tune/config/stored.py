@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from train_fn.settings import SHOWN, TrialSettings, broken_rules
 from train_fn.support.files import DamagedFile
 from tune.config.paths import SettingsError
-from tune.config.settings import GROUPS, REMOVED_SAMPLERS, flag, show
+from tune.config.settings import GROUPS, REMOVED_METRICS, REMOVED_SAMPLERS, flag, show
 from tune.config.space import is_own
 from tune.config.trust import check_trust
 from tune.records.budgets import seconds
@@ -60,12 +62,36 @@ def resumed_values(
             f"`--sampler` must be one of this version's, but the study was begun with {sampler}: go on with the "
             f"version that began it, or begin a new study (this one as its --warm-start)"
         )
+    if values.get("resume") and (gone := removed_metrics(plan["settings"]["study"])):
+        problems.append(
+            f"`--metric`, `--require` and `--stop-when` must name metrics of this version, but the study was begun "
+            f"with {', '.join(gone)}: go on with the version that began it, or begin a new study"
+        )
     space = values.get("space", "")
     problems += check_trust(plan, merged.get("space", defaults["space"]), space)
     merged |= values
     if is_own(space):
         merged["space"] = str(Path(space).absolute())
     return merged, tuple(plan["settings"]["pinned"]), plan.get("first_points")
+
+
+def removed_metrics(study: Mapping[str, Any]) -> list[str]:
+    """The metrics that an earlier version's study is tuned on or ruled by, and that no trial reports any more."""
+    texts = [*study.get("metric", ()), *study.get("require", ()), study.get("stop_when", "")]
+    return [name for name in REMOVED_METRICS if any(re.search(rf"\b{name}\b", text) for text in texts)]
+
+
+def without_removed(study: Mapping[str, Any]) -> dict[str, Any]:
+    """The search's settings without what only earlier versions had: --show and --replay need none of it."""
+    if study.get("sampler") in REMOVED_SAMPLERS:
+        study = {**study, "sampler": "tpe"}
+    if removed_metrics(study):
+        gone = re.compile(rf"\b({'|'.join(REMOVED_METRICS)})\b")
+        lists = {name: tuple(text for text in study.get(name, ()) if not gone.search(text)) for name in
+                 ("metric", "require")}  # fmt: skip
+        stop_when = study.get("stop_when", "")
+        study = {**study, **lists, "stop_when": "" if gone.search(stop_when) else stop_when}
+    return dict(study)
 
 
 def stored_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,8 +116,8 @@ def stored_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if unknown := [name for name in values if name not in names]:
             problems.append(f"{path} must hold known settings, but has {SHOWN.repr(unknown)}: {fix}")
         values = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items() if n in names}
-        if values.get("sampler") in REMOVED_SAMPLERS:  # --show and --replay need none
-            values = values | {"sampler": "tpe"}
+        if part == "study":
+            values = without_removed(values)
         broken = broken_rules(group(**values), f"settings.{part}.{{}}".format, fix)
         problems += [f"{path}: {text}" for text in broken.values()]
         stored |= values

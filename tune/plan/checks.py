@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from train_fn.data.decision import AIMS, ARGMAX, is_aim, operating_point
 from train_fn.data.samples import Splits
 from train_fn.model.checkpoint import resolve_model
-from train_fn.scoring.metrics import METRICS
+from train_fn.scoring.metrics import CHOICE, METRICS
 from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
 from tune.config.settings import Settings
@@ -42,7 +43,8 @@ def check_model_type(model: str) -> list[str]:
 
 
 def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> list[str]:
-    """Whether the validation part can give every metric of --metric, --require and --stop-when."""
+    """Whether the validation part can give every metric of --metric, --require and --stop-when, and what --decide
+    names."""
     if (positive := settings.data.positive_label) and not any(positive in task.candidates for task in splits.tasks):
         answers = ", ".join(dict.fromkeys(answer for task in splits.tasks for answer in task.candidates))
         answers = answers or "none, for lack of a closed set"
@@ -50,14 +52,14 @@ def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> 
             f"`--positive-label` must be an answer of the data ({answers}), but got {positive!r}: name one of them, or "
             f"leave it out"
         ]
-    study = settings.study
+    problems, study = check_aim(settings, splits), settings.study
     uses = [("--metric", name, name) for name, _ in goals if name not in COSTS]
     uses += [("--require", text, comparison(text)[0]) for text in study.require]
     uses += [("--stop-when", study.stop_when, comparison(study.stop_when)[0])] if study.stop_when else []
     if not splits.validation or not uses:
-        return []
+        return problems
     possible, limit = of_a_perfect_model(splits), settings.data.max_answers
-    return [
+    return problems + [
         f"`{option}` needs {need}, but got {text!r}: leave it out, or take another metric"
         for option, text, name in uses
         if (need := missing_for(name, splits, possible, limit))
@@ -132,6 +134,35 @@ def usual_goal(splits: Splits) -> str:
     if single or not splits.validation or np.isfinite(of_a_perfect_model(splits).get(usual, np.nan)):
         return usual
     return "loss"
+
+
+def usual_aim(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> str:
+    """What answers are chosen for where the user does not say: the first score of --metric that a rule can be fitted
+    for, else the operating point of --require, else macro_f1."""
+    possible = [name for name, _ in goals if possible_aim(name, splits)]
+    points = [text.replace(" ", "") for text in settings.study.require if operating_point(text)]
+    return [*possible, *(text for text in points if possible_aim(text, splits)), "macro_f1"][0]
+
+
+def possible_aim(aim: str, splits: Splits) -> bool:
+    """Whether the data has a task whose answers can be chosen for this."""
+    if operating_point(aim):
+        return any(task.positive for task in splits.tasks)
+    kinds = ("ordinal",) if aim == "quadratic_kappa" else CHOICE
+    return aim in AIMS and any(task.kind in kinds for task in splits.tasks)
+
+
+def check_aim(settings: Settings, splits: Splits) -> list[str]:
+    """Whether answers can be chosen for what --decide names."""
+    aim = settings.study.decide
+    if not aim or aim == ARGMAX or not is_aim(aim) or possible_aim(aim, splits):
+        return []
+    need = "a task with one answer of a set"
+    if operating_point(aim):
+        need = "a positive answer (--positive-label)"
+    elif aim == "quadratic_kappa":
+        need = "grades (--ordinal)"
+    return [f"`--decide` {aim} needs {need}, which this data lacks: leave it out, or choose another"]
 
 
 def check_name(directory: Path) -> list[str]:

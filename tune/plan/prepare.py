@@ -33,7 +33,7 @@ from tune.config.settings import Settings, flag
 from tune.config.space import space_hash
 from tune.config.trust import check_metric_trust, remember_metric, remember_space
 from tune.config.uris import tracking_uri
-from tune.plan.checks import check_goals, check_model_type, check_name, shipped, usual_goal, with_plain_names
+from tune.plan.checks import check_goals, check_model_type, check_name, shipped, usual_aim, usual_goal, with_plain_names
 from tune.plan.hub_names import download_base, fetch_again, find_named, manifest_path
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
@@ -96,6 +96,9 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     settings = with_plain_names(settings, splits)
     goals = tuple(goal(text) for text in settings.study.metric or (usual_goal(splits),))
     problems += check_goals(settings, goals, splits)
+    aim = settings.study.decide or usual_aim(settings, goals, splits)
+    settings = dataclasses.replace(settings, study=dataclasses.replace(settings.study, decide=aim))
+    splits = dataclasses.replace(splits, decide=aim, prevalence=settings.study.prevalence)
     settings = with_absolute_paths(settings)
     name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
     directory = Path(settings.study.results).resolve() / name
@@ -201,7 +204,7 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
         parts[name] = None
         if path:
             path = manifest_path(str(path))
-            root = data.image_root or (path if path.is_dir() else manifest.parent)
+            root = data.image_root or (path if path.is_dir() else path.parent)
             reading = read_manifest(path, Path(root), data.all_columns, data.question, multilabel=data.multilabel)
             parts[name] = reading.samples
             notes += reading.notes

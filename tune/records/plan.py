@@ -9,7 +9,9 @@ from typing import Any
 
 from train_fn.support.files import DamagedFile, read_json, write_json
 
-FORMAT = 3  # of plan.json; 1, of the first version: neither number nor checksum; 2: one closed set of answers at most
+# Of plan.json. 1, of the first version: neither number nor checksum; 2: one closed set of answers at most; 3: the most
+# probable answer is the answer, and a trial counts by its last epoch.
+FORMAT = 4
 KEYS: dict[str, type] = {
     "study_id": str,
     "settings": dict,
@@ -48,6 +50,8 @@ def read_plan(directory: Path) -> dict[str, Any]:
         wrong += [f"settings.{name}" for name in PARTS if not isinstance(plan["settings"].get(name), dict)]
     if wrong:
         raise DamagedFile(f"{path} must hold a study's plan, but lacks a sound {', '.join(wrong)}: {FIX}")
+    if version < 4:
+        plan["settings"]["study"] = {"decide": "argmax", "select": "last"} | plan["settings"]["study"]
     if not plan["goals"] or not all(is_goal(goal) for goal in plan["goals"]):
         raise DamagedFile(f"{path} must name goals such as ['auroc', 'max'], but has {plan['goals']!r:.80}: {FIX}")
     if not all(isinstance(answer, str) for answer in plan["candidates"]):
