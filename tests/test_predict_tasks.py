@@ -394,16 +394,16 @@ def test_the_summary_is_an_independent_computation(several) -> None:
     task = several.by_name["benign"]
     samples = [s for s in several.samples if s.task == "benign"]
     positive = rng.random(len(samples))
-    answered = [(s, Answer((1 - p, p))) for s, p in zip(samples, positive, strict=True)]
+    answered = [(s, Answer(probabilities=(1 - p, p))) for s, p in zip(samples, positive, strict=True)]
     truths = [s.label for s in samples]
     told = summary(answered, {"benign": task})
     num_right = sum((p > 0.5) == truth for p, truth in zip(positive, truths, strict=True))
     assert told.startswith(f"{num_right} of {len(samples)} answers are right; accuracy {num_right / len(samples):.3g} ")
     assert f"auroc {roc_auc_score(truths, positive):.3g}" in told
 
-    strange = (replace(samples[0], answer="perhaps", label=-1), Answer((0.1, 0.9)))
+    strange = (replace(samples[0], answer="perhaps", label=-1), Answer(probabilities=(0.1, 0.9)))
     assert "1 true answers are no candidates of theirs" in summary([*answered, strange], {"benign": task})
-    assert summary([(replace(samples[0], answer=""), Answer((0.1, 0.9)))], {"benign": task}) == ""
+    assert summary([(replace(samples[0], answer=""), Answer(probabilities=(0.1, 0.9)))], {"benign": task}) == ""
 
 
 def test_right_answers_of_each_kind() -> None:
@@ -424,7 +424,9 @@ def test_right_answers_of_each_kind() -> None:
         told = summary([(Sample(("x",), "?", truth, task=name), Answer(text=text))], tasks)
         assert told.startswith(f"{int(right)} of 1 answers are right"), (name, text)
     chosen = {"": Task("", "multilabel", ("a", "b"), separator=",")}
-    told = summary([(Sample(("x",), "?", "a, c"), Answer((0.9, 0.1)))], chosen)  # a set that is no candidate
+    told = summary(
+        [(Sample(("x",), "?", "a, c"), Answer(probabilities=(0.9, 0.1)))], chosen
+    )  # a set that is no candidate
     assert told.startswith("0 of 1 answers are right; exact_match 0 label_f1 ")
 
 

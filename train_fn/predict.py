@@ -2,8 +2,11 @@
 
 Base model, questions and candidate answers come from the adapter's task.json unless options replace them. A line has
 `id`, `image` (or `images`), `question`, `task` and `truth`, each if it is there; the `answer`; the `probabilities` of
-the candidates; and what the model writes itself, as `generated`. `label` repeats the likeliest candidate. With truths,
+the candidates; and what the model writes itself, as `generated`. `label` repeats the chosen candidate. With truths,
 a last line on stderr says how many answers are right.
+
+Probabilities and the chosen candidate are those of the decision that was fitted on the study's validation part, as in
+the study's test; `--raw` gives the model's own.
 
 With `--merge-into DIR` the adapter is instead merged into a full checkpoint in the base's own layout.
 """
@@ -77,6 +80,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--question", default="", help="question, if not the one of the training images")
     parser.add_argument("--candidates", default="", help="answers to choose from, comma-separated, to every question")
     parser.add_argument("--multilabel", default="", help='separator between the labels of an answer, such as ";"')
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="the model's own probabilities, and the most probable answer",
+    )
     parser.add_argument("--no-generate", action="store_true", help="generate no answer where there are candidates")
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of a generated answer [as in training]")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"samples a batch [{BATCH_SIZE}]")
@@ -116,9 +124,12 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("; ".join(problems))
     task = replace(task, max_new_tokens=options.max_new_tokens or task.max_new_tokens)
     if candidates := words_of(options.candidates):
-        task = replace(task, tasks=closed_set(candidates))
+        its = task.decisions if candidates == task.candidates else {}
+        task = replace(task, tasks=closed_set(candidates), decisions=its)
     if options.multilabel:
         task = with_separator(task, options.multilabel)
+    if options.raw or options.multilabel:
+        task = replace(task, decisions={})
     question = options.question or task.question
     samples: list[Sample] = []
     num_failed = 0
@@ -286,7 +297,7 @@ def answers_of(
     sound = [sample for sample, error in zip(samples, errors, strict=True) if not error]
     # Each image is used once, so its features need no cache.
     with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:
-        answers = answer_samples(base, sound, tasks, task.max_new_tokens, batch_size, generate_all)
+        answers = answer_samples(base, sound, tasks, task.max_new_tokens, batch_size, generate_all, task.decisions)
         for fault in errors:
             yield Answer(error=fault) if fault else next(answers)
 

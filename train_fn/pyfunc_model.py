@@ -95,7 +95,9 @@ class AdapterModel(PythonModel):
             # These grow with every question and path, a server runs without end, and a file may change between calls.
             for kept in (self.base.tokens, self.base.patches, self.base.sizes):
                 kept.clear()
-            answers = list(answer_samples(self.base, samples, self.task.by_name, self.task.max_new_tokens))
+            task = self.task
+            found = answer_samples(self.base, samples, task.by_name, task.max_new_tokens, decisions=task.decisions)
+            answers = list(found)
             for row, answer in enumerate(answers):
                 if answer.error:
                     text = f"row {row}: {answer.error}".replace(f"{folder}/", "")

@@ -13,10 +13,11 @@ import math
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from train_fn.data.decision import Decision, is_aim
 from train_fn.data.samples import KINDS, Sample, Task, closed_set
 from train_fn.data.tasks import labels_of, unique, with_sorted_labels
 from train_fn.model.checkpoint import tensor_shapes
@@ -28,6 +29,7 @@ MAX_RANK = 4096
 MAX_CANDIDATES = 1000
 MAX_TASKS = 10_000
 MAX_QUESTIONS = 1000  # of a task in task.json
+MAX_OFFSET = 1e6  # of a decision; larger ones would overflow
 MAX_LENGTH = 100_000  # characters of a question or answer
 MAX_TASK_BYTES = 64_000_000
 MAX_NEW_TOKENS = 64  # of a generated answer, where task.json sets no limit
@@ -75,6 +77,8 @@ class AdapterTask:
     """Questions of each task, by its name."""
     max_new_tokens: int = MAX_NEW_TOKENS
     """Most tokens of a generated answer."""
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+    """By the task's name; of adapters from earlier versions none: the most probable candidate is the answer."""
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -245,10 +249,18 @@ def read_task(adapter: Path) -> AdapterTask:
         tasks = closed_set(typing.cast(list, candidates))
         questions = {"": (typing.cast(str, question),)}
     else:
-        tasks = tuple(Task(e["name"], e["kind"], tuple(e["candidates"]), separator=e["separator"]) for e in entries)
+        tasks = tuple(
+            Task(e["name"], e["kind"], tuple(e["candidates"]), e.get("positive", ""), e["separator"]) for e in entries
+        )
         questions = {entry["name"]: tuple(entry["questions"]) for entry in entries}
+    decisions = {e["name"]: read_decision(e["decision"]) for e in entries or () if e.get("decision")}
     found = AdapterTask(
-        ModelSettings(**typing.cast(dict, model)), typing.cast(str, question), tasks, questions, most or MAX_NEW_TOKENS
+        ModelSettings(**typing.cast(dict, model)),
+        typing.cast(str, question),
+        tasks,
+        questions,
+        most or MAX_NEW_TOKENS,
+        decisions,
     )
     if found.candidates != tuple(typing.cast(list, candidates)):
         raise BadAdapter(
@@ -300,11 +312,41 @@ def tasks_problems(entries: Any) -> list[str]:
         if not isinstance(questions, list) or len(questions) > MAX_QUESTIONS or not all(map(is_text, questions)):
             rule = f"must be a list of at most {MAX_QUESTIONS} texts"
             faults.append(f"`{where}.questions` {rule}, but is {SHOWN.repr(questions)}")
+        faults += decision_problems(f"{where}.decision", entry.get("decision"), candidates)
+        if entry.get("positive", "") not in ("", *(candidates if isinstance(candidates, list) else ())):
+            faults.append(f"`{where}.positive` must be one of the candidates, but is {SHOWN.repr(entry['positive'])}")
         problems += faults
     names = [entry["name"] for entry in entries] if not problems else []
     if len(set(names)) < len(names):
         problems.append(f"the names of `tasks` must differ from each other, but are {SHOWN.repr(names)}")
     return problems
+
+
+def decision_problems(name: str, values: Any, candidates: Any) -> list[str]:
+    """Every reason why a JSON value is no decision between these candidates; none for null."""
+    if values is None:
+        return []
+    if not isinstance(values, dict) or values.keys() != {"aim", "scale", "offsets", "rule"}:
+        return [f"`{name}` must have aim, scale, offsets and rule, but is {SHOWN.repr(values)}"]
+    problems = []
+    if not (isinstance(values["aim"], str) and is_aim(values["aim"])):
+        problems.append(f"`{name}.aim` must be what answers can be chosen for, but is {SHOWN.repr(values['aim'])}")
+    if not (is_number(values["scale"]) and 0 < values["scale"] <= MAX_OFFSET):
+        problems.append(
+            f"`{name}.scale` must be above 0 and at most {MAX_OFFSET:g}, but is {SHOWN.repr(values['scale'])}"
+        )
+    for key in ("offsets", "rule"):
+        numbers = values[key]
+        sound = isinstance(numbers, list) and all(is_number(n) and abs(n) <= MAX_OFFSET for n in numbers)
+        if not sound or len(numbers) not in (0, len(candidates) if isinstance(candidates, list) else 0):
+            rule = f"must be a number from -{MAX_OFFSET:g} to {MAX_OFFSET:g} for each candidate, or empty"
+            problems.append(f"`{name}.{key}` {rule}, but is {SHOWN.repr(numbers)}")
+    return problems
+
+
+def read_decision(values: dict[str, Any]) -> Decision:
+    """A decision of a task.json without problems."""
+    return Decision(values["aim"], values["scale"], tuple(values["offsets"]), tuple(values["rule"]))
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from train_fn.data.decision import Decision
 from train_fn.data.samples import Sample, Splits, Task
 from train_fn.data.tasks import labels_of
 from train_fn.model.memory import is_out_of_memory
 from train_fn.scoring.answers import answer_of
-from train_fn.scoring.scores import metrics_of, probabilities
+from train_fn.scoring.scores import metrics_of
 from train_fn.support.numbers import parse_number
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ LEFT_OUT = ("loss", "macro_f1_prior_corrected")
 class Answer:
     """What the model answers to one sample."""
 
+    scores: tuple[float, ...] = ()
+    """Log-likelihoods of the candidates of its task [C]."""
     probabilities: tuple[float, ...] = ()
-    """Of the candidates of its task [C]."""
+    """Of the candidates [C], by the adapter's decision."""
+    chosen: int | None = None
+    """Index of the candidate that is decided for; None: the most probable."""
     text: str | None = None
     """The generated answer; None: not generated."""
     error: str = ""
@@ -41,7 +46,7 @@ class Answer:
 
     def as_dict(self, task: Task) -> dict[str, Any]:
         """The answer, as in `answers.answer_of`."""
-        return answer_of(task.candidates, self.probabilities, self.text)
+        return answer_of(task.candidates, self.probabilities, self.text, self.chosen)
 
 
 def answer_samples(
@@ -51,6 +56,7 @@ def answer_samples(
     max_new_tokens: int,
     batch_size: int = BATCH_SIZE,
     generate_all: bool = False,
+    decisions: Mapping[str, Decision] | None = None,
 ) -> Iterator[Answer]:
     """Answer each sample.
 
@@ -61,6 +67,7 @@ def answer_samples(
         tasks: each sample's task, by its name.
         max_new_tokens: most tokens of a generated answer.
         generate_all: whether an answer is also generated where there are candidates.
+        decisions: by the task's name; the most probable candidate is the answer where there is none.
 
     Yields:
         The answers in the order of the samples, each as soon as it and all before it are there.
@@ -77,7 +84,9 @@ def answer_samples(
         while waiting:
             chosen = [window[index] for index in waiting[0]]
             try:
-                found = answer_batch(base, chosen, tasks[chosen[0].task], max_new_tokens, generate_all)
+                task = tasks[chosen[0].task]
+                decision = (decisions or {}).get(task.name, Decision())
+                found = answer_batch(base, chosen, task, decision, max_new_tokens, generate_all)
             except (ValueError, RuntimeError, IndexError, MemoryError) as error:
                 is_too_large = is_out_of_memory(error)
                 if isinstance(error, torch.AcceleratorError) and not is_too_large:
@@ -109,27 +118,25 @@ def like_prompts(base: Base, samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def answer_batch(
-    base: Base, samples: Sequence[Sample], task: Task, max_new_tokens: int, generate_all: bool
+    base: Base, samples: Sequence[Sample], task: Task, decision: Decision, max_new_tokens: int, generate_all: bool
 ) -> list[Answer]:
     """Answer samples of one task and of equal prompt length; see `answer_samples`."""
     from train_fn.scoring.evaluation import generate, score_candidates
 
-    rows: list[tuple[float, ...]] = [() for _ in samples]
-    errors = ["" for _ in samples]
+    answers = [Answer() for _ in samples]
     if task.candidates:
         scores = score_candidates(base, samples, task.candidates).double().cpu().numpy()
-        for index, its in enumerate(scores):
-            if np.isfinite(its).all():
-                rows[index] = tuple(probabilities(its[None])[0].tolist())
-            else:
-                errors[index] = f"the model's scores must be finite, but are {its.tolist()}: try --dtype float32"
-    texts: list[str | None] = [None for _ in samples]
+        sound = np.isfinite(scores).all(1)
+        found = decision.probabilities(np.where(sound[:, None], scores, 0.0))
+        for index, (its, row, chosen) in enumerate(zip(scores, found, decision.answers(found), strict=True)):
+            answers[index] = Answer(tuple(its.tolist()), tuple(row.tolist()), int(chosen))
+            if not sound[index]:
+                text = f"the model's scores must be finite, but are {its.tolist()}: try --dtype float32"
+                answers[index] = Answer(error=text)
     if generate_all or not task.candidates:
-        texts = [*generate(base, samples, max_new_tokens)]
-    return [
-        Answer(error=error) if error else Answer(row, text)
-        for row, text, error in zip(rows, texts, errors, strict=True)
-    ]
+        texts = generate(base, samples, max_new_tokens)
+        answers = [its if its.error else replace(its, text=text) for its, text in zip(answers, texts, strict=True)]
+    return answers
 
 
 # ------------------------------------------------------------------------------------------------ right or wrong

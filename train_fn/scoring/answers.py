@@ -8,14 +8,17 @@ from typing import Any
 from train_fn.data.samples import Sample, Splits
 
 
-def answer_of(candidates: Sequence[str], probabilities: Sequence[float], text: str | None) -> dict[str, Any]:
-    """An `answer`, and the `probabilities` of the candidates if there are any; empty for a sample without an answer."""
+def answer_of(
+    candidates: Sequence[str], probabilities: Sequence[float], text: str | None, chosen: int | None = None
+) -> dict[str, Any]:
+    """An `answer`, and the `probabilities` of the candidates if there are any; empty for a sample without an answer.
+
+    chosen: index of the candidate that was decided for; None: the most probable.
+    """
     if candidates:
-        likeliest = max(range(len(candidates)), key=lambda index: probabilities[index])
-        return {
-            "answer": candidates[likeliest],
-            "probabilities": dict(zip(candidates, probabilities, strict=True)),
-        }
+        if chosen is None:
+            chosen = max(range(len(candidates)), key=lambda index: probabilities[index])
+        return {"answer": candidates[chosen], "probabilities": dict(zip(candidates, probabilities, strict=True))}
     return {} if text is None else {"answer": text}
 
 
@@ -42,14 +45,14 @@ def answer_lines(
     """One dict for each sample.
 
     Args:
-        predictions: by the name of whoever answers: `probabilities` (a list for each sample) and `texts`. A single name
-            "" puts its answer into the line itself.
+        predictions: by the name of whoever answers, as `scores.stored_predictions` returns them. A single name "" puts
+            its answer into the line itself.
     """
     for index, sample in enumerate(samples):
         line = described(sample)
         candidates = splits.task_of(sample).candidates
         for who, its in predictions.items():
-            texts = its.get("texts")
-            found = answer_of(candidates, its["probabilities"][index], texts[index] if texts is not None else None)
+            text, chosen = (its[name][index] if name in its else None for name in ("texts", "decided"))
+            found = answer_of(candidates, its["probabilities"][index], text, chosen)
             line |= {who: found} if who else found
         yield line
