@@ -106,6 +106,7 @@ def best_rule(logs: np.ndarray, labels: np.ndarray, aim: str) -> np.ndarray:
     num_samples, num_classes = logs.shape
     rule, sizes, one_hot = np.zeros(num_classes), np.bincount(labels, minlength=num_classes), np.eye(num_classes)
     for _ in range(NUM_ROUNDS):
+        before = rule.copy()
         for index in range(num_classes):
             others = logs + rule
             others[:, index] = -np.inf
@@ -128,6 +129,8 @@ def best_rule(logs: np.ndarray, labels: np.ndarray, aim: str) -> np.ndarray:
             possible = np.concatenate([[True], needed[1:] > needed[:-1], [True]])
             best = np.flatnonzero(possible & (value >= value[possible].max() - 1e-12))
             rule[index] = steps[best[np.abs(steps[best] - rule[index]).argmin()]]
+        if np.array_equal(rule, before):
+            break
     return rule - rule.mean()
 
 
