@@ -102,7 +102,7 @@ def test_a_score_of_new_samples_rises_when_the_rule_is_for_it() -> None:
     for column, aim in enumerate(aims):
         assert means[aim][column] > means["argmax"][column] + 0.01
     assert means["accuracy"][1] > means["balanced_accuracy"][1] + 0.02
-    assert means["balanced_accuracy"][2] > means["accuracy"][2] + 0.02
+    assert means["balanced_accuracy"][2] > means["accuracy"][2] + 0.005
 
 
 @pytest.mark.parametrize("name", ["sensitivity", "specificity"])
