@@ -17,8 +17,8 @@ from train_fn.data.samples import Sample, Splits, Task, units_of
 NUM_FOLDS = 5
 NUM_BAGS = 20
 NUM_ROUNDS = 3  # of the coordinate ascent
-# Standard deviations of the normal priors of the offsets and of the log of the scale. Of 0.5 to 5 and 0.5 to 2 these gave
-# the smallest log-loss on new images after 48 validation images, and made no difference after 126.
+# Standard deviations of the normal priors of the offsets and of the log of the scale. Of 0.5 to 5 and 0.5 to 2 these
+# gave the smallest log-loss on new images after 48 validation images, and made no difference after 126.
 OFFSET_SD, SCALE_SD = 1.0, 0.5
 DECIDED = ("closed", "binary", "ordinal")  # kinds of task with a decision
 
