@@ -27,9 +27,9 @@ from train_fn.data.copies import (
     read_thumbnails,
     thumbnail,
 )
+from train_fn.data.dealing import split_indices
 from train_fn.data.manifest import read_manifest
 from train_fn.data.phantoms import phantom
-from train_fn.data.splitting import split_indices
 from tune.config.settings import DataSettings
 
 
@@ -151,6 +151,7 @@ def test_contradictions_are_reported_and_treated(tmp_path, treatment) -> None:
 def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
     manifest, root = busi
     entries = list(map(as_entry, read_manifest(manifest, root).samples))
+    shares, contradictions = [], np.zeros(3)
     for seed in range(20):
         splits, report, problems = split(
             entries, None, None, val_fraction=0.2, test_fraction=0.2, seed=seed, hash_cache=tmp_path / "cache.json"
@@ -163,6 +164,13 @@ def test_busi_is_split_without_leaks_for_twenty_seeds(busi, tmp_path) -> None:
         for of, into in ((2, [0, 1]), (1, [0, 2])):
             assert not len(leaking_samples(number, np.arange(len(images)), pairs, of, into))
         assert [splits.class_counts(name) for name in ("validation", "test")] == [[21, 71, 34]] * 2
+        shares.append([np.isin(np.flatnonzero(number == part), pairs).mean() for part in range(3)])
+        part_of = dict(zip(images, number.tolist(), strict=True))
+        for group in report.contradictions:
+            contradictions[part_of[group[0].rpartition(": ")[0]]] += 1
+    # Every part is a sample of the data: 214 of 630 images have a copy.
+    assert np.abs(np.array(shares) - 214 / 630).max() < 0.05 and np.abs(np.mean(shares, 0) - 214 / 630).max() < 0.02
+    assert np.allclose(contradictions / contradictions.sum(), [0.6, 0.2, 0.2], atol=0.1)
     assert report.num_pairs == 135  # equal to the number of pairs with near hashes
     assert report.num_grouped > 150 and report.leaked_if_random > 0.25 and len(report.contradictions) >= 5
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from train_fn.data.copies import copy_pairs
+from train_fn.data.dealing import split_indices
 from train_fn.data.manifest import read_manifest, unreadable_images
 from train_fn.data.order import epoch_order, micro_batches
-from train_fn.data.samples import class_weights
+from train_fn.data.samples import PARTS, Sample, Splits, class_weights, closed_set
 from train_fn.data.splits_file import load_splits, save_splits
-from train_fn.data.splitting import split_indices
+from train_fn.data.splitting import UNEVEN, SplitRules, fold_splits, make_splits
 
 
 def entry(image: str = "a.png", answer: str = "Benign", label: object = 1) -> dict:
@@ -152,6 +154,71 @@ def test_split_is_a_stratified_partition(seed: int) -> None:
     assert parts != split_indices(labels, fractions, seed + 1)
 
 
+SIXTY = {"train": 0.6, "validation": 0.2, "test": 0.2}
+
+
+def test_groups_are_dealt_fairly() -> None:
+    """Every part gets its share of images in groups, whatever their size: also of the largest group."""
+    sizes = np.repeat([1, 2, 3, 6, 20], [400, 80, 30, 10, 3])
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    size_of = sizes[groups]
+    labels = np.random.default_rng(0).choice(3, len(sizes), p=[0.2, 0.5, 0.3])[groups]
+    shares, largest = [], Counter()
+    for seed in range(100):
+        parts = split_indices(labels.tolist(), SIXTY, seed, groups.tolist())
+        shares.append([[(size_of[parts[name]] == size).mean() for size in (1, 2, 3, 6, 20)] for name in parts])
+        largest.update(name for name in parts if groups[-1] in groups[parts[name]])
+        counts = [np.bincount(labels[parts[name]], minlength=3) for name in parts]
+        total = np.bincount(labels, minlength=3)
+        assert all(np.abs(its - share * total).max() <= 1 for its, share in zip(counts, SIXTY.values(), strict=True))
+    overall = [(size_of == size).mean() for size in (1, 2, 3, 6, 20)]
+    assert np.abs(np.mean(shares, 0) - overall).max() < 0.03
+    assert 40 < largest["train"] < 80 and min(largest["validation"], largest["test"]) > 8
+
+
+def test_parts_of_patients_have_their_sizes() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        groups = np.repeat(np.arange(60), rng.integers(1, 31, 60))
+        labels = rng.choice(2, 60)[groups]
+        parts = split_indices(labels.tolist(), SIXTY, seed, groups.tolist())
+        missed = [abs(len(parts[name]) / len(groups) / share - 1) for name, share in SIXTY.items()]
+        assert max(missed) < UNEVEN / 2
+        large = [np.bincount(groups)[groups[parts[name]]].mean() for name in SIXTY]
+        assert min(large) > 0.7 * max(large)
+
+
+def test_every_part_gets_a_label_with_three_groups() -> None:
+    sizes = [30, 30, 5, 5, 5, 9, 1, 1]
+    groups, labels = np.repeat(np.arange(8), sizes), np.repeat([0, 0, 1, 1, 1, 2, 2, 2], sizes)
+    for seed in range(20):
+        parts = split_indices([*labels.tolist(), *[0] * 90], SIXTY, seed, [*groups.tolist(), *range(8, 98)])
+        assert all({0, 1, 2} <= {int(labels[i]) if i < len(labels) else 0 for i in its} for its in parts.values())
+
+
+def test_units_are_known_after_the_split_and_used_by_folds(tmp_path: Path) -> None:
+    images = [noise(tmp_path, f"{n}.png", n) for n in range(36)]
+    images.append(str(tmp_path / "again.png"))
+    Image.open(images[0]).save(images[-1])
+    data = [
+        Sample((image,), "?", "ab"[n % 2], n % 2, group=f"patient {n // 2}" if n < 12 else "")
+        for n, image in enumerate(images)
+    ]
+    rules = SplitRules(val_fraction=0.2, test_fraction=0.2, seed=0)
+    splits, _, problems = make_splits(data, None, None, rules, hash_cache=tmp_path / "cache.json")
+    assert not problems
+    unit = {sample.image: sample.unit for sample in splits.samples}
+    assert unit[images[0]] == unit[images[1]] == unit[images[-1]] != unit[images[2]] == unit[images[3]]
+    assert len(set(unit.values())) == 37 - 7 and min(unit.values()) >= 0
+    old = Splits(*([replace(s, unit=-1) for s in getattr(splits, part)] for part in PARTS), splits.tasks)
+    folds = fold_splits(old, 4, rules)
+    for image in images:
+        Path(image).unlink()  # folds by units read no image
+    assert [
+        [(s.image, s.unit) for s in fold.validation] for fold in fold_splits(splits, 4, rules)
+    ] == [[(s.image, unit[s.image]) for s in fold.validation] for fold in folds]  # fmt: skip
+
+
 def noise(folder: Path, name: str, seed: int) -> str:
     """An image that resembles no other."""
     path = folder / name
@@ -187,6 +254,19 @@ def test_class_weights_have_mean_one_over_the_images() -> None:
     weights = class_weights(counts)
     assert np.isclose(np.dot(counts, weights), 100)
     assert np.allclose(np.multiply(counts, weights), 100 / 3)
+
+
+def test_a_unit_shares_its_weight() -> None:
+    """Class 0: 6 samples, of which 3 are one patient; class 1: 2 samples, one of the same patient."""
+    labels, units = [0, 0, 0, 0, 0, 0, 1, 1], [7, 7, 7, 2, 3, -1, 7, -1]
+    train = tuple(
+        Sample((f"{n}.png",), "?", "ab"[k], k, unit=u) for n, (k, u) in enumerate(zip(labels, units, strict=True))
+    )
+    tasks = closed_set(["a", "b"])
+    weights = Splits(train, (), (), tasks).sample_weights()
+    assert weights == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1, 1, 1, 2, 2])
+    apart = Splits(tuple(replace(sample, unit=-1) for sample in train), (), (), tasks)
+    assert apart.sample_weights() == [class_weights([6, 2])[label] for label in labels]
 
 
 def test_epoch_order_covers_all_images_in_full_batches() -> None:

@@ -8,6 +8,9 @@ a last line on stderr says how many answers are right.
 Probabilities and the chosen candidate are those of the decision that was fitted on the study's validation part, as in
 the study's test; `--raw` gives the model's own.
 
+With `--coverage 0.9` a line also has the set of `answers` that holds the true one in 90 % of the samples, and
+`for_reader`: true if the set does not hold exactly one answer.
+
 With `--merge-into DIR` the adapter is instead merged into a full checkpoint in the base's own layout.
 """
 
@@ -48,8 +51,10 @@ from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.preflight import checked_processor, text_problems, unreadable_prompts
 from train_fn.scoring.answering import BATCH_SIZE, Answer, answer_samples, summary
 from train_fn.scoring.answers import described
+from train_fn.scoring.conformal import SetRule, coverage_problems
 from train_fn.settings import DTYPES, ModelSettings
 from train_fn.support.files import DamagedFile, replace_folder
+from train_fn.support.progress import clear_progress, show_progress
 from train_fn.support.text import plain, plain_form, shorten
 
 if TYPE_CHECKING:
@@ -57,7 +62,6 @@ if TYPE_CHECKING:
 
 BASE_VARIABLE = "VLM_TUNE_BASE"
 MAX_BATCH_SIZE = 1024
-FEW = 20  # samples for which no progress is shown
 
 
 class InputError(Exception):
@@ -85,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="the model's own probabilities, and the most probable answer",
     )
+    parser.add_argument("--coverage", type=float, help="share of samples whose set of `answers` holds the true one")
     parser.add_argument("--no-generate", action="store_true", help="generate no answer where there are candidates")
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of a generated answer [as in training]")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"samples a batch [{BATCH_SIZE}]")
@@ -124,12 +129,15 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("; ".join(problems))
     task = replace(task, max_new_tokens=options.max_new_tokens or task.max_new_tokens)
     if candidates := words_of(options.candidates):
-        its = task.decisions if candidates == task.candidates else {}
-        task = replace(task, tasks=closed_set(candidates), decisions=its)
+        same = candidates == task.candidates
+        task = task if same else replace(task, tasks=closed_set(candidates), decisions={}, conformal={})
     if options.multilabel:
         task = with_separator(task, options.multilabel)
-    if options.raw or options.multilabel:
-        task = replace(task, decisions={})
+    if options.raw:
+        task = replace(task, decisions={}, conformal={})
+    if problems := coverage_problems(task, options.coverage):
+        raise InputError("; ".join(problems))
+    sets = SetRule(task, options.coverage)
     question = options.question or task.question
     samples: list[Sample] = []
     num_failed = 0
@@ -152,11 +160,11 @@ def run(options: argparse.Namespace) -> int:
         if answer.error:
             num_failed += 1
             print(plain(f"Cannot answer {sample.source or sample.image}: {answer.error}"), file=sys.stderr)
-        print(json.dumps(line_of(sample, answer, task)), flush=True)
+        print(json.dumps(line_of(sample, answer, task) | sets.line(sample, answer)), flush=True)
         answered.append((sample, answer))
         show_progress(len(answered), len(samples))
     clear_progress()
-    if text := summary(answered, task.by_name):
+    for text in filter(None, [summary(answered, task.by_name), *sets.notes(answered)]):
         print(plain(text), file=sys.stderr)
     return 1 if num_failed else 0
 
@@ -205,7 +213,7 @@ def with_separator(task: AdapterTask, separator: str) -> AdapterTask:
     """The task of an adapter, with answers that are sets of labels instead of classes and texts."""
     other = ("ordinal", "numeric")
     tasks = tuple(t if t.kind in other else replace(t, kind="multilabel", separator=separator) for t in task.tasks)
-    return replace(task, tasks=tasks)
+    return replace(task, tasks=tasks, decisions={}, conformal={})
 
 
 def find_samples(
@@ -311,18 +319,6 @@ def line_of(sample: Sample, answer: Answer, task: AdapterTask) -> dict[str, Any]
     if answer.probabilities:
         line["label"] = line["answer"]  # its name before there were other answers
     return line if answer.text is None else line | {"generated": answer.text}
-
-
-def show_progress(num_answered: int, num_samples: int) -> None:
-    """Write progress over itself on stderr, if that is a terminal and the answers go elsewhere."""
-    if num_samples > FEW and sys.stderr.isatty() and not sys.stdout.isatty():
-        print(f"\rAnswered {num_answered:,} of {num_samples:,}", end="", file=sys.stderr, flush=True)
-
-
-def clear_progress() -> None:
-    """Remove the line of `show_progress`."""
-    if sys.stderr.isatty() and not sys.stdout.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ the base

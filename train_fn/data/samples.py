@@ -152,13 +152,28 @@ class Splits:
         return [counts[index] for index in range(len(task.candidates))]
 
     def class_weights(self, task: Task) -> list[float]:
-        """Loss weight of each class of a task [C]: inverse frequency, with mean 1 over the training samples."""
+        """Mean loss weight of the training samples of each class of a task [C]: inverse frequency, so that all classes
+        count the same, with mean 1 over the training samples."""
         return class_weights(self.class_counts("train", task))
 
     def sample_weights(self) -> list[float]:
-        """Loss weight of each training sample: its class's, or 1 in a task without candidates."""
+        """Loss weight of each training sample; in a task without candidates 1.
+
+        The weight of a class is shared equally by its units, and the weight of a unit by its samples of this class. So
+        an image with a copy counts as one image, and a patient with 20 images as one patient. (With classes weighted by
+        their number of units alone, a class of many copies would count more than once: by its many samples, and by its
+        few units.) Without copies and groups each sample has the weight of its class.
+        """
         weights = {task.name: self.class_weights(task) for task in self.tasks}
-        return [weights[s.task][int(s.label)] if weights[s.task] else 1.0 for s in self.train]
+        keys = list(zip((s.task for s in self.train), (s.label for s in self.train), units_of(self.train), strict=True))
+        in_unit = Counter(keys)  # samples of a class in a unit
+        units, samples = Counter(key[:2] for key in in_unit), Counter(key[:2] for key in keys)  # of a class
+        return [
+            weights[task][int(label)] * (samples[task, label] / units[task, label] / in_unit[task, label, unit])
+            if weights[task]
+            else 1.0
+            for task, label, unit in keys
+        ]
 
 
 def units_of(samples: Sequence[Sample]) -> list[int]:

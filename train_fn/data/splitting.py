@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from train_fn.data.copies import MAX_DISTANCE, MIN_CORRELATION, copy_groups, copy_pairs, largest_groups, leaking_samples
+from train_fn.data.dealing import split_indices
 from train_fn.data.images import AS_USUAL
 from train_fn.data.samples import PARTS, Sample, Splits
 from train_fn.data.tasks import TaskRules, find_tasks
@@ -23,41 +24,6 @@ LARGE_GROUP = 0.1  # a group of near-copies with a larger share of the images ma
 UNEVEN = 0.2  # a part that misses its share by more is reported
 SHOWN_GROUPS, SHOWN_IMAGES = 3, 12  # of the largest groups
 MIN_SHARE = 10  # samples of a part below which that says nothing
-
-
-def split_indices(
-    labels: Sequence[int], fractions: dict[str, float], seed: int, groups: Sequence[int] | None = None
-) -> dict[str, list[int]]:
-    """Divide all indices among the parts, each label in proportion to `fractions`.
-
-    Args:
-        fractions: by part, with sum 1; the first part (train) also gets what rounding leaves. A part with a positive
-            fraction should get at least one image of every label.
-        groups: group number of each index; a group is never divided. Large groups come first, each into the part that
-            lacks most of its labels; single images then balance the parts.
-    """
-    labels_array = np.asarray(labels)
-    kinds = sorted(set(labels))
-    wanted = [name for name, fraction in fractions.items() if fraction > 0]
-    lacking = np.zeros((len(wanted), len(kinds)))  # images that a part still needs, by label
-    for column, kind in enumerate(kinds):
-        total = int((labels_array == kind).sum())
-        for row, name in enumerate(wanted[1:], 1):
-            spare = total - lacking[1:row, column].sum() - 1
-            lacking[row, column] = max(0, min(max(1, round(fractions[name] * total)), spare))
-        lacking[0, column] = total - lacking[1:, column].sum()
-    members: dict[int, list[int]] = {}
-    for index in np.random.default_rng(seed).permutation(len(labels)).tolist():
-        members.setdefault(index if groups is None else int(groups[index]), []).append(index)
-    parts: dict[str, list[int]] = {name: [] for name in fractions}
-    for indices in sorted(members.values(), key=len, reverse=True):
-        counts = np.array([sum(labels[index] == kind for index in indices) for kind in kinds])
-        # The part with the smallest sum of squares of what it would lack: an overfull part costs more than a short one.
-        after = ((lacking - counts) ** 2 - lacking**2).sum(1)
-        row = int(after.argmin())
-        lacking[row] -= counts
-        parts[wanted[row]] += indices
-    return {name: sorted(indices) for name, indices in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -141,7 +107,8 @@ def make_splits(
     tasks: TaskRules | None = None,
     hash_cache: Path | None = None,
 ) -> tuple[Splits, DataReport, list[str]]:
-    """Make the three parts. Near-copies, and samples that share an image or a group, stay in one part.
+    """Make the three parts. Near-copies, and samples that share an image or a group, stay in one part and have the same
+    `Sample.unit`.
 
     Args:
         data: its samples' `label` is the class as the data names it.
@@ -179,7 +146,8 @@ def make_splits(
         parts["validation"] = list(range(len(sources[0]), len(sources[0]) + len(sources[1])))
     if test_data is not None:
         parts["test"] = list(range(len(samples) - len(sources[2]), len(samples)))
-    made = {name: tuple(samples[i] for i in numbers) for name, numbers in parts.items()}
+    units = links.of_sample.tolist()
+    made = {name: tuple(replace(samples[i], unit=units[i]) for i in numbers) for name, numbers in parts.items()}
     splits = Splits(made["train"], made["validation"], made["test"], found.tasks)
     report = report_copies(samples, uses, pairs, links, mixed, parts, len(left_out))
     divides_freely = len(np.unique(links.of_sample)) == len(samples)
@@ -363,15 +331,13 @@ def fold_splits(splits: Splits, num_folds: int, rules: SplitRules) -> list[Split
     """Splits for cross-validation: training and validation samples are divided into folds, linked ones together, and
     each fold is the validation part once. The test part stays."""
     samples = [*splits.train, *splits.validation]
-    paths, uses = different_images(samples)
-    links = Links.between(
-        samples,
-        uses,
-        len(paths),
-        copy_pairs(paths, rules.copies_distance, None, rules.copies_correlation, rules.images),
-    )
+    units = [sample.unit for sample in samples]
+    if min(units) < 0:  # of a study of an earlier version
+        paths, uses = different_images(samples)
+        pairs = copy_pairs(paths, rules.copies_distance, None, rules.copies_correlation, rules.images)
+        units = Links.between(samples, uses, len(paths), pairs).of_sample.tolist()
     shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
-    folds = split_indices(strata_of(samples), shares, rules.seed, links.of_sample.tolist())
+    folds = split_indices(strata_of(samples), shares, rules.seed, units)
     chosen = [set(indices) for indices in folds.values()]
     return [
         replace(

@@ -27,6 +27,7 @@ from train_fn.support.text import plain_form, shorten
 
 MAX_RANK = 4096
 MAX_CANDIDATES = 1000
+MAX_POINTS = 500  # calibration scores of a candidate
 MAX_TASKS = 10_000
 MAX_QUESTIONS = 1000  # of a task in task.json
 MAX_OFFSET = 1e6  # of a decision; larger ones would overflow
@@ -48,6 +49,9 @@ IGNORED: dict[str, tuple[type, ...]] = {
     "revision": (str, type(None)),
     "task_type": (str, type(None)),
 }
+
+
+ClassScores = tuple[tuple[float, float], ...]  # probability and mass of the calibration samples of a class
 
 
 class BadAdapter(ValueError):
@@ -79,6 +83,9 @@ class AdapterTask:
     """Most tokens of a generated answer."""
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     """By the task's name; of adapters from earlier versions none: the most probable candidate is the answer."""
+    conformal: Mapping[str, tuple[ClassScores, ...]] = field(default_factory=dict)
+    """Of each task with calibration scores, by its name: those of each candidate, as
+    `train_fn.scoring.conformal.calibration_scores` returns them."""
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -261,6 +268,7 @@ def read_task(adapter: Path) -> AdapterTask:
         questions,
         most or MAX_NEW_TOKENS,
         decisions,
+        {e["name"]: read_scores(e["conformal"]) for e in entries or () if e.get("conformal")},
     )
     if found.candidates != tuple(typing.cast(list, candidates)):
         raise BadAdapter(
@@ -299,6 +307,7 @@ def tasks_problems(entries: Any) -> list[str]:
             entry.get(key) for key in ("name", "kind", "candidates", "separator", "questions")
         )
         faults = answers_problems(f"{where}.candidates", candidates)
+        faults += conformal_problems(f"{where}.conformal", entry.get("conformal"), candidates)
         if not (is_text(name) or (name == "" and len(entries) == 1)):
             faults.append(f"`{where}.name` must be text, but is {SHOWN.repr(name)}")
         if kind not in KINDS:
@@ -347,6 +356,32 @@ def decision_problems(name: str, values: Any, candidates: Any) -> list[str]:
 def read_decision(values: dict[str, Any]) -> Decision:
     """A decision of a task.json without problems."""
     return Decision(values["aim"], values["scale"], tuple(values["offsets"]), tuple(values["rule"]))
+
+
+def conformal_problems(name: str, values: Any, candidates: Any) -> list[str]:
+    """Why a JSON value holds no calibration scores of these candidates, in a list of one problem at most. Null and an
+    empty list are no problem."""
+
+    def sound(scores: Any) -> bool:
+        return isinstance(scores, list) and len(scores) <= MAX_POINTS and all(map(is_pair, scores))
+
+    def is_pair(pair: Any) -> bool:
+        return isinstance(pair, list) and len(pair) == 2 and all(is_number(n) and 0 <= n <= 1 for n in pair)
+
+    if values is None or values == []:
+        return []
+    fits = isinstance(values, list) and isinstance(candidates, list) and len(values) == len(candidates)
+    if fits and all(map(sound, values)) and all(sum(mass for _, mass in scores) < 1 for scores in values):
+        return []
+    rule = (
+        f"must hold at most {MAX_POINTS} pairs of probability and mass for each candidate, with masses below 1 in sum"
+    )
+    return [f"`{name}` {rule}, but is {SHOWN.repr(values)}"]
+
+
+def read_scores(values: list[list[list[float]]]) -> tuple[ClassScores, ...]:
+    """Calibration scores of a task.json without problems."""
+    return tuple(tuple((probability, mass) for probability, mass in scores) for scores in values)
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:
