@@ -258,7 +258,7 @@ def build_study(results: Path, name: str, finished: bool) -> Path:
     from train_fn.settings import ModelSettings
     from train_fn.support.storage import Storage
     from train_fn.trial.lora import adapted
-    from train_fn.trial.outputs import History, save_final
+    from train_fn.trial.outputs import save_final
     from tune.config.cli import parse
     from tune.plan.prepare import prepare
     from tune.results.outcome import Outcome
@@ -294,7 +294,7 @@ def build_study(results: Path, name: str, finished: bool) -> Path:
         else:
             output = folder / "trials" / f"{number:04d}"
             with adapted(base, dataclasses.replace(study.settings.trial, lora_r=4)) as model:
-                save_final(base, model, study.settings.trial, study.splits, History(), output, Storage(folder))
+                save_final(base, model, study.settings.trial, study.splits, output, Storage(folder))
             journal.write(
                 "ended", number=number, state="COMPLETE", error="", best=metrics["auroc"], num_ended=number + 1, step=6,
                 seconds={"train": 1.0, "evaluation": 0.5, "wall": 1.6}, applied={"trainable_params": 1000}, lane=0,

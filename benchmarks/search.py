@@ -47,7 +47,7 @@ def trajectory(study: dict[str, Any]) -> list[tuple[float, int, float]]:
         spent += trial["seconds"]["wall"] - trial["seconds"]["waited"]
         epochs += len(trial["epochs"])
         if trial["state"] == "COMPLETE":
-            best = max(best, trial["epochs"][-1][METRIC])
+            best = max(best, trial["epochs"][trial.get("best_epoch", 0) - 1][METRIC])
         found.append((spent, epochs, best))
     return found
 

@@ -82,7 +82,7 @@ def check_whole(folder: Path, base, num_trials: int = 6) -> None:
                       lambda report, to=reports: to.append(report) or False)  # fmt: skip
             UNDISTURBED[key] = [report.metrics for report in reports]
         assert trial["epochs"] == UNDISTURBED[key], trial["number"]
-        assert frozen.value == pytest.approx(trial["epochs"][-1]["auroc"])
+        assert frozen.value == pytest.approx(trial["epochs"][trial["best_epoch"] - 1]["auroc"])
         (run,) = [run for run in runs if run.data.tags.get("trial") == str(trial["number"])]
         history = client.get_metric_history(run.info.run_id, "auroc")
         assert [metric.value for metric in history] == [epoch["auroc"] for epoch in trial["epochs"]]

@@ -19,6 +19,8 @@ from search_spaces import lora
 from tune.config.cli import parse
 from tune.config.samplers import grid_points
 from tune.config.settings import SAMPLERS
+from tune.records.end_state import EndState
+from tune.records.goals import epoch_goal
 from tune.records.journal import Journal, read_events
 from tune.records.optuna_study import DatabaseExport, as_optuna, distributions_json
 from tune.records.trials import TrialRecord, trial_records
@@ -27,6 +29,7 @@ from tune.search.points import Point, prior_trials, propose, recover_distributio
 from tune.search.searcher import JournalSearcher
 
 GOALS = (("auroc", "max"),)
+NAN = float("nan")
 WIDE = "GUIDE = {}\ndef space(trial):\n    return {'lora_r': trial.suggest_int('lora_r', 1, 64)}\n"
 
 
@@ -192,16 +195,21 @@ def test_a_space_that_fails_ends_the_search_and_is_asked_again_later(tmp_path: P
 # ------------------------------------------------------------------------------------------------ early stopping
 
 
-def journal_of(*reports: tuple[int, float]) -> dict[int, TrialRecord]:
+def journal_of(*reports: tuple[int, float], select: str = "last", mode: str = "max") -> dict[int, TrialRecord]:
     """Records from reports (trial, score) in their order; the epochs of a trial are counted."""
     events: list[Any] = []
     begun: dict[int, int] = {}
+    best: dict[int, tuple[float, int]] = {}  # score, the higher the better, and the epoch
     for seq, (number, auroc) in enumerate(reports):
         if number not in begun:
             events.append({"event": "started", "number": number, "searched": {}, "settings": {}, "time": 0.0})
         begun[number] = begun.get(number, 0) + 1
-        events.append({"event": "report", "number": number, "epoch": begun[number], "metrics": {"auroc": auroc},
-                       "seconds": {}, "wall_s": 0.0, "waited_s": 0.0, "device_s": 0.0, "seq": seq})  # fmt: skip
+        score = -auroc if mode == "min" else auroc
+        if auroc == auroc and (number not in best or score > best[number][0]):
+            best[number] = score, begun[number]
+        chosen = {"best_epoch": best.get(number, (0.0, 0))[1]} if select == "best" else {}  # as earlier versions
+        events.append({"event": "report", "number": number, "epoch": begun[number], "metrics": {"auroc": auroc}, "seconds": {},
+                       "wall_s": 0.0, "waited_s": 0.0, "device_s": 0.0, "seq": seq, **chosen})  # fmt: skip
     return trial_records(events)
 
 
@@ -219,6 +227,49 @@ def test_asha_goes_on_with_the_best_third_at_each_rung() -> None:
     assert not stops(journal_of((1, 0.4), (2, 0.5)), 2, 1) and stops(
         journal_of((1, 0.4), (2, 0.5)), 2, 1, goals=(("auroc", "min"),)
     )
+
+
+def test_asha_compares_the_best_so_far_with_the_best_so_far() -> None:
+    """Where the best epoch counts, at the rung of epoch 3: trial 1 has 0.9 from its first epoch, trial 2 has 0.8."""
+    reports = ((1, 0.9), (1, 0.5), (1, 0.6), (2, 0.9), (2, 0.5), (2, 0.8))
+    assert not stops(journal_of(*reports), 2, 3)  # 0.8 against 0.6
+    late = ((1, 0.9), (1, 0.5), (1, 0.6), (2, 0.6), (2, 0.5), (2, 0.8))
+    assert not stops(journal_of(*late), 2, 3)
+    assert stops(journal_of(*late, select="best"), 2, 3)  # 0.8 against 0.9
+    assert not stops(journal_of(*reports, select="best"), 2, 3)  # 0.9 against 0.9
+    holed = ((1, 0.9), (1, 0.5), (1, NAN), (2, 0.6), (2, 0.5), (2, 0.8))
+    assert stops(journal_of(*holed, select="best"), 2, 3)  # an epoch without a score changes no best one
+    costs = tuple((number, 1 - score) for number, score in late)
+    assert stops(journal_of(*costs, select="best", mode="min"), 2, 3, goals=(("auroc", "min"),))
+    unscored = ((1, NAN), (1, NAN), (1, NAN), (2, 0.6), (2, 0.5), (2, 0.8))
+    assert not stops(journal_of(*unscored, select="best"), 2, 3)
+
+
+def test_costs_and_the_last_epoch_need_no_choice() -> None:
+    assert epoch_goal((("loss", "min"), ("train_s", "min")), "best") == ("loss", "min")
+    assert epoch_goal((("train_s", "min"), ("loss", "min")), "best") is None
+    assert epoch_goal(GOALS, "last") is None
+
+
+def test_a_record_counts_by_its_best_epoch_or_by_its_last() -> None:
+    reports = ((1, 0.5), (1, 0.9), (1, 0.7))
+    assert journal_of(*reports)[1].metrics == {"auroc": 0.7} and journal_of(*reports)[1].best_epoch == 0
+    best = journal_of(*reports, select="best")[1]
+    assert best.metrics == {"auroc": 0.9} and best.value("auroc") == 0.9 and best.best_epoch == 2
+    assert [epoch["auroc"] for epoch in best.epochs] == [0.5, 0.9, 0.7]  # all are kept
+    wrong = {"event": "report", "number": 1, "epoch": 4, "best_epoch": 9, "metrics": {"auroc": 0.7}}
+    best.apply(wrong)
+    assert best.incomplete and best.best_epoch == 2  # no such epoch: the line counts as damaged
+
+
+def test_optuna_sees_the_value_by_which_a_trial_counted() -> None:
+    """A sampler takes the last intermediate value of a pruned trial as its score, and the value of a complete one."""
+    for select, values in (("best", [0.5, 0.9, 0.9]), ("last", [0.5, 0.9, 0.7])):
+        (record,) = journal_of((0, 0.5), (0, 0.9), (0, 0.7), select=select).values()
+        for state in (EndState.COMPLETE, EndState.STOPPED):
+            record.state = state
+            trial = as_optuna({0: record}, GOALS).trials[0]
+            assert trial.intermediate_values == dict(enumerate(values, 1)) and trial.value == values[-1]
 
 
 def test_asha_decides_as_rays_own() -> None:

@@ -9,6 +9,7 @@ import shutil
 import stat
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from mlflow import MlflowClient
@@ -195,8 +196,10 @@ def test_a_trial_stopped_early_is_nowhere_called_complete(uneven) -> None:
         epochs = trials[trial.number]["epochs"]
         assert trial.state == (TrialState.PRUNED if trial.number in stopped else TrialState.COMPLETE)
         assert len(epochs) == (1 if trial.number in stopped else 2)
-        assert trial.intermediate_values == {n: pytest.approx(epoch["loss"]) for n, epoch in enumerate(epochs, 1)}
-        assert trial.value == pytest.approx(epochs[-1]["loss"])
+        best_so_far = np.minimum.accumulate([epoch["loss"] for epoch in epochs])
+        assert trial.intermediate_values == {n: pytest.approx(loss) for n, loss in enumerate(best_so_far, 1)}
+        assert trial.value == pytest.approx(epochs[trials[trial.number]["best_epoch"] - 1]["loss"])
+        assert trial.value == pytest.approx(best_so_far[-1])
     states = {int(run.data.tags["trial"]): run.info.status for run in uneven.runs() if "trial" in run.data.tags}
     assert states == {n: "KILLED" if n in stopped else "FINISHED" for n in range(4)}
     assert "stopped" in uneven.out

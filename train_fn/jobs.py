@@ -48,6 +48,7 @@ class TrialFacts:
     notes: list[str] = field(default_factory=list)
     """What was changed so that the trial could run, such as a smaller micro-batch."""
     finished: bool = False  # whether the last report came after the trial's last epoch
+    best_epoch: int = 0  # the epoch, from 1, by which the trial counts, and whose adapter is kept. 0: the last
     lane: int | None = None
     turn: int | None = None  # assignment index: how many jobs the lane's worker group had before this one
     device: str = ""

@@ -54,6 +54,8 @@ class LaneConfig:
     storage: Storage
     num_threads: int
     """torch threads of each worker; 0 leaves torch's default (GPU workers)."""
+    best_by: tuple[str, str] | None = None
+    """Metric and direction by which a trial's best epoch is chosen. None: the last epoch counts."""
     profile: bool = False
     trace: bool = False
     versions: dict[str, str] = field(default_factory=dict)
@@ -224,6 +226,7 @@ def run_job(
         eval_batch_size=eval_batch_size,
         output=job.output,
         storage=config.storage,
+        best_by=config.best_by,
         preempted=lambda: heartbeats.must_stop,
         profile=config.profile,
         trace=config.trace,

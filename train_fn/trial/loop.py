@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from train_fn.model.batches import collate, prompt_size, to_device
 from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import TrialSettings
 from train_fn.support.profile import Clock, count_work, phase, profiled, traced
-from train_fn.support.ranks import mean_over_ranks, seed_everything, world
+from train_fn.support.ranks import gather, mean_over_ranks, seed_everything, world
 from train_fn.support.storage import Storage, retry_on_os_error
 from train_fn.trial.applied import (
     TrialFailed,
@@ -39,7 +40,15 @@ from train_fn.trial.applied import (
 )
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine, load_engine_state
 from train_fn.trial.lora import adapted
-from train_fn.trial.outputs import History, checkpoints, save_checkpoint, save_final, save_predictions
+from train_fn.trial.outputs import (
+    History,
+    checkpoints,
+    copy_final,
+    save_checkpoint,
+    save_final,
+    save_log,
+    save_predictions,
+)
 from train_fn.trial.resume_state import ResumeState
 from train_fn.trial.scoring import evaluate
 
@@ -61,6 +70,7 @@ def run_trial(
     eval_batch_size: int = 16,
     output: Path | None = None,
     storage: Storage | None = None,
+    best_by: tuple[str, str] | None = None,
     progress: Progress | None = None,
     preempted: Callable[[], bool] = lambda: False,
     profile: bool = False,
@@ -75,6 +85,8 @@ def run_trial(
         output: folder for `state/` while the trial is unfinished, for `checkpoint-N/`, and at the end of a trial that
             is not stopped early for `final_model/` and trainer_state.json.
         storage: where `output` is also kept. Not given: on this disk only.
+        best_by: a validation metric, and "max" or "min": the adapter and the validation predictions that are kept are
+            those of the epoch that is best by it. Not given, or the metric is finite in no epoch: of the last epoch.
         progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training
             begins, every `logging_steps` optimizer steps, and when an evaluation begins; it must not block.
         preempted: whether this process must shut down soon; called in each optimizer step.
@@ -116,10 +128,11 @@ def run_trial(
         tracer = traced(output / "trace.json.gz") if trace and output and rank == 0 else None
         end_traced_step = stack.enter_context(tracer or contextlib.nullcontext(lambda: None))
         totals = {"num_epochs": num_epochs, "num_steps": num_steps}
-        run = Run(engine, ResumeState(output, storage, settings), clock, progress, totals)
-        if not run.resume() and output is not None and rank == 0:
-            for old in checkpoints(output, storage):
-                storage.remove(old)  # of an attempt that cannot be continued
+        run = Run(engine, ResumeState(output, storage, settings), clock, progress, totals, best_by)
+        if not run.resume():
+            run.state.discard()
+            for old in checkpoints(output, storage) if output is not None and rank == 0 else []:
+                storage.remove(old)
         clock.lap("setup")
         if profile:
             stack.enter_context(profiled(clock.by_phase, base.device))
@@ -162,10 +175,17 @@ def run_trial(
             last = log.step == num_steps
             if last:
                 check_trained(engine, settings, len(splits.train), epoch)
-            if last and output is not None and rank == 0:
-                run.write(lambda: save_final(base, model, settings, splits, log, output, storage))
-                lines = functools.partial(save_predictions, splits, "validation", predicted, output, storage)
-                run.write(lines)
+            counts = run.is_best(metrics) or (last and not run.best_epoch)
+            if output is not None and rank == 0:
+                if counts:
+                    folder = output if last else run.state.epoch_folder(epoch)
+                    run.write(functools.partial(save_final, base, model, settings, splits, folder, storage))
+                    run.write(functools.partial(save_predictions, splits, "validation", predicted, folder, storage))
+                elif last:
+                    kept = run.state.epoch_folder(run.best_epoch)
+                    run.write(functools.partial(copy_final, kept, output, storage))
+                if last:
+                    run.write(functools.partial(save_log, log, output, storage))
                 clock.lap("checkpoint")
             message = EpochReport(
                 epoch=epoch,
@@ -176,6 +196,7 @@ def run_trial(
                 seconds=clock.seconds(),
                 notes=troubles,
                 finished=last,
+                best_epoch=run.best_epoch,
             )
             run.reports.append(dataclasses.asdict(message))
             run.epoch, run.losses = epoch + 1, []
@@ -197,6 +218,14 @@ class Run:
     progress: Progress | None
     totals: dict[str, int]
     """`num_epochs` and `num_steps` of the whole trial."""
+    best_by: tuple[str, str] | None = None
+    """As for `run_trial`."""
+    best_epoch: int = 0
+    """The best epoch so far; 0: none is."""
+    best_score: float | None = None
+    """Its score."""
+    saved_best: int = 0
+    """The best epoch of the last saved point."""
     log: History = field(default_factory=History)
     epoch: int = 1
     losses: list[float] = field(default_factory=list)
@@ -211,6 +240,13 @@ class Run:
         self.notes = list(self.state.notes)
         if saved is None:
             return False
+        # States of earlier versions have no best epoch. The adapter of the last one is where the trial delivers it.
+        best, finished = saved.get("best_epoch", 0), saved["reports"] and saved["reports"][-1].get("finished")
+        missing = self.state.rank == 0 and bool(best) and not finished and not self.state.has_epoch(best)
+        if any(gather(missing)):
+            self.notes.append(f"the adapter of epoch {best}, the best so far, was missing or damaged: trained again")
+            return False
+        self.best_epoch, self.best_score, self.saved_best = best, saved.get("best_score"), best
         load_engine_state(self.engine, saved["engine"], self.state.rank)
         torch.set_rng_state(saved["random"]["cpu"])
         if "cuda" in saved["random"]:
@@ -220,14 +256,31 @@ class Run:
         self.clock.by_phase = saved["seconds"]
         return True
 
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether the present epoch is the best so far by `best_by`; then note it. An equal one is not, nor is a score
+        that is not finite."""
+        if self.best_by is None:
+            return False
+        name, mode = self.best_by
+        score = metrics.get(name, math.nan)
+        if not math.isfinite(score):
+            return False
+        if self.best_score is not None and (score >= self.best_score if mode == "min" else score <= self.best_score):
+            return False
+        self.best_epoch, self.best_score = self.epoch, score
+        return True
+
     def save(self) -> None:
         """Write the trial's state."""
         log = self.log
         # States of earlier versions have the number of reported entries under "told".
         position = {"step": log.step, "entries": log.entries, "told": log.num_reported, "recent": log.recent}
         position |= {"losses": self.losses, "epoch": self.epoch, "reports": self.reports}
-        position["seconds"] = self.clock.seconds()
-        self.write(lambda: self.state.save(position, self.engine))
+        position |= {"seconds": self.clock.seconds(), "best_epoch": self.best_epoch, "best_score": self.best_score}
+        self.write(functools.partial(self.state.save, position, self.engine))
+        if self.best_by and self.state.rank == 0:  # only now, because a kill before may go on from the points before
+            self.write(functools.partial(self.state.keep_epochs, self.saved_best, self.best_epoch))
+        self.saved_best = self.best_epoch
         self.clock.lap("checkpoint")
 
     def write(self, action: Callable[[], None]) -> None:

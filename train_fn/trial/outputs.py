@@ -15,9 +15,11 @@ from train_fn.scoring.answers import answer_lines
 from train_fn.scoring.evaluation import max_new_tokens
 from train_fn.scoring.scores import stored_predictions
 from train_fn.settings import TrialSettings
-from train_fn.support.files import replace_folder, write_json, write_json_lines, write_sums
+from train_fn.support.files import copy_folder, replace_folder, write_file, write_json, write_json_lines, write_sums
 from train_fn.support.storage import Storage
 from train_fn.trial.adapter_files import save_adapter
+
+VALIDATION = "validation_predictions.jsonl"
 
 
 def save_checkpoint(
@@ -41,18 +43,31 @@ def checkpoints(output: Path, storage: Storage) -> list[Path]:
     return [output / name for name in sorted(names, key=lambda name: int(name.rpartition("-")[2]))]
 
 
-def save_final(
-    base: Base, model: Any, settings: TrialSettings, splits: Splits, log: History, output: Path, storage: Storage
-) -> None:
-    """Write `final_model/` with its task.json, and trainer_state.json. Both are on the disk when this returns."""
+def save_final(base: Base, model: Any, settings: TrialSettings, splits: Splits, output: Path, storage: Storage) -> None:
+    """Write `final_model/` with its task.json. It is on the disk when this returns."""
     partial = output / ".final_model"  # an unfinished adapter must never become a winner's
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(base, model, settings, partial)
     save_task(base, splits, partial)
     write_sums(partial)
     replace_folder(partial, output / "final_model")
-    log.save(output)
     storage.push(output / "final_model")
+
+
+def copy_final(epoch_folder: Path, output: Path, storage: Storage) -> None:
+    """Copy what `save_final` and `save_predictions` wrote after an earlier epoch into the trial's folder.
+
+    A copy, because the saved state means the files in `epoch_folder` until the next one is written.
+    """
+    copy_folder(epoch_folder / "final_model", output / "final_model")
+    write_file(output / VALIDATION, (epoch_folder / VALIDATION).read_bytes())
+    storage.push(output / "final_model")
+    storage.push(output / VALIDATION)
+
+
+def save_log(log: History, output: Path, storage: Storage) -> None:
+    """Write trainer_state.json."""
+    log.save(output)
     storage.push(output / "trainer_state.json")
 
 

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 
 from train_fn.settings import TrialSettings
-from train_fn.support.files import DamagedFile, read_checked, write_checked
+from train_fn.support.files import SUMS, DamagedFile, check_sums, read_checked, write_checked
 from train_fn.support.ranks import gather, world
 from train_fn.support.storage import Storage
 from train_fn.trial.engine import engine_state
+from train_fn.trial.outputs import VALIDATION
 
 STATE_SUFFIX = ".state"
 
 
 class ResumeState:
-    """`state/` of an unfinished trial: one file for each rank and point.
+    """`state/` of an unfinished trial: one file for each rank and point, and `epoch-N/` with the adapter of its best
+    epoch so far.
 
-    The last two points are kept, because ranks may be killed between their writes.
+    The last two points are kept, because ranks may be killed between their writes. So are the best epochs of both.
     """
 
     def __init__(self, output: Path | None, storage: Storage, settings: TrialSettings) -> None:
@@ -109,6 +111,40 @@ class ResumeState:
             return None
         content |= json.loads(content.pop("progress"))
         return content if (content["point"], content["rank"]) == (point, self.rank) else None
+
+    def epoch_folder(self, epoch: int) -> Path:
+        """The folder for what is kept of an epoch while the trial is unfinished: `final_model/` and the predictions."""
+        assert self.directory
+        return self.directory / f"epoch-{epoch}"
+
+    def has_epoch(self, epoch: int) -> bool:
+        """Whether the adapter of an epoch is here, or on object storage, and undamaged."""
+        folder = self.epoch_folder(epoch)
+        self.storage.pull(folder)
+        try:
+            check_sums(folder / "final_model")
+        except DamagedFile:
+            return False
+        return (folder / "final_model" / SUMS).is_file() and (folder / VALIDATION).is_file()
+
+    def keep_epochs(self, *epochs: int) -> None:
+        """Remove the folders of all other epochs."""
+        if self.directory is None:
+            return
+        kept = {self.epoch_folder(epoch).name for epoch in epochs}
+        # Object storage lists only its own names. This node may have older folders, of before the trial moved.
+        names = {*self.storage.names(self.directory), *(path.name for path in self.directory.glob("epoch-*"))}
+        for name in names - kept:
+            if name.startswith("epoch-"):
+                self.storage.remove(self.directory / name)
+
+    def discard(self) -> None:
+        """Remove what an attempt that cannot be continued has left."""
+        if self.directory is not None:
+            for path in self.own_files():
+                self.storage.remove(path)
+            if self.rank == 0:
+                self.keep_epochs()
 
     def remove(self) -> None:
         """Remove the state of a finished trial."""

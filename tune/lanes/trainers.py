@@ -23,6 +23,7 @@ from train_fn.model.unchanged import Inputs
 from train_fn.worker import LaneConfig, lane_loop, versions
 from tune.config.paths import SettingsError
 from tune.lanes.dispatcher import Dispatcher
+from tune.records.goals import epoch_goal
 
 if TYPE_CHECKING:
     from tune.lanes.layout import Layout
@@ -128,6 +129,7 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
         splits=study.splits,
         storage=study.storage,
         num_threads=layout.num_threads,
+        best_by=epoch_goal(study.goals, settings.study.select),
         profile=settings.study.profile,
         trace=settings.study.trace,
         versions=versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from train_fn.scoring.metrics import METRICS
 from train_fn.scoring.own_metric import is_own_metric
@@ -30,6 +31,12 @@ def mode_of(name: str) -> str:
     """The direction, "max" or "min", in which a metric gets better; "max" for a user's own."""
     metric = METRICS.get(metric_of(name))
     return metric.mode if metric else "max"
+
+
+def epoch_goal(goals: Sequence[Goal], select: str) -> Goal | None:
+    """The goal by which a trial's best epoch is chosen; None where the last epoch counts: for `--select last`, and for
+    costs, which only grow."""
+    return goals[0] if select == "best" and goals[0][0] not in COSTS else None
 
 
 def sign(mode: str) -> int:

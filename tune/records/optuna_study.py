@@ -57,14 +57,16 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTri
         state = TrialState.FAIL
     distributions = read_distributions(record.distributions)
     metric = goals[0][0]
-    epochs = enumerate(record.epochs, 1) if len(goals) == 1 else ()  # Optuna knows no epochs of several goals
+    # Optuna knows no epochs of several goals. Its samplers take a pruned trial's last value as its score, so the values
+    # are those by which the trial counted.
+    epochs = enumerate(zip(record.epochs, record.values(goals[0]), strict=True), 1) if len(goals) == 1 else ()
     trial = optuna.trial.create_trial(
         state=state,
         params={name: value for name, value in record.searched.items() if name in distributions},
         distributions=distributions,
         # A pruned trial has its last value, as Optuna itself records it.
         values=values if has_values and state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
-        intermediate_values={epoch: metrics[metric] for epoch, metrics in epochs if metric in metrics},
+        intermediate_values={epoch: float(value) for epoch, (metrics, value) in epochs if metric in metrics},
     )
     trial.datetime_start = datetime.fromtimestamp(record.started_at)
     trial.datetime_complete = datetime.fromtimestamp(record.ended_at) if state.is_finished() else None

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from train_fn.jobs import TrialFacts
 from train_fn.settings import PROFILE_PREFIX, TrialSettings
 from tune.records.end_state import EndState
+from tune.records.goals import Goal
 from tune.records.journal import Event
 
 
@@ -29,7 +32,7 @@ class TrialRecord(TrialFacts):
     """Optuna's JSON of the range of each searched value; empty in journals of older versions."""
     state: EndState = EndState.RUNNING
     epochs: list[dict[str, float]] = field(default_factory=list)
-    """Validation metrics and training loss after each epoch."""
+    """Validation metrics and training loss after each epoch; `metrics` are those of the one that counts."""
     report_seqs: list[int] = field(default_factory=list)
     """Sequence number in the journal of each epoch's report: which reports came first."""
     attempt_s: float | None = None
@@ -85,7 +88,7 @@ class TrialRecord(TrialFacts):
     def contradicts(self, event: Event) -> bool:
         """Whether an event cannot follow those before it, because one between them is lost."""
         if event["event"] == "report":
-            return event["epoch"] > len(self.epochs) + 1
+            return event["epoch"] > len(self.epochs) + 1 or not 0 <= event.get("best_epoch", 0) <= event["epoch"]
         if event["event"] == "ended":
             unfinished = event["state"] == EndState.COMPLETE and not self.finished
             unknown = event["state"] not in list(EndState)
@@ -98,14 +101,23 @@ class TrialRecord(TrialFacts):
         value = {**costs, **self.metrics}.get(name)
         return math.nan if value is None else value
 
+    def values(self, goal: Goal) -> np.ndarray:
+        """The values of a metric by which the trial counted after each epoch [E]: the best so far or, in studies that
+        select no epoch, that epoch's. NaN where there is none."""
+        name, mode = goal
+        values = np.array([metrics.get(name, math.nan) for metrics in self.epochs])
+        if not self.best_epoch:
+            return values
+        return (np.fmin if mode == "min" else np.fmax).accumulate(values)
+
     def typed_settings(self, **changes: Any) -> TrialSettings:
         """The trial's settings with some of them changed. Raises ValueError for a setting that this version lacks."""
         return TrialSettings.from_dict(self.settings | changes)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last epoch's metrics, by which trials are ranked."""
-        return self.epochs[-1] if self.epochs else {}
+        """The metrics by which trials are ranked: of the best epoch or, in studies that select no epoch, the last."""
+        return self.epochs[self.best_epoch - 1] if self.epochs else {}
 
     @property
     def overhead_s(self) -> float:

@@ -33,7 +33,10 @@ def should_stop(
 
     def scores(record: TrialRecord) -> np.ndarray:
         """Scores of the epochs up to `epoch`, less is better."""
-        return sign(mode) * np.array([metrics.get(metric, np.nan) for metrics in record.epochs[:epoch]])
+        each = [metrics.get(metric, np.nan) for metrics in record.epochs]
+        # The median rule itself takes the best of one side and the mean of the other.
+        values = record.values(goals[0]) if study.scheduler == "asha" else np.array(each)
+        return sign(mode) * values[:epoch]
 
     own = scores(records[number])
     others = [
@@ -49,7 +52,7 @@ def asha(own: np.ndarray, others: list[np.ndarray], grace_period: int) -> bool:
     """ASHA without pauses (arXiv:1810.05934): at each rung, stop what is worse than the best third so far.
 
     Args:
-        own: scores of a trial's epochs so far [E], less is better.
+        own: scores by which a trial counted after each of its epochs so far [E], less is better.
         others: scores of the other trials that reached this epoch before, [E] each.
     """
     rung = grace_period
@@ -63,7 +66,7 @@ def asha(own: np.ndarray, others: list[np.ndarray], grace_period: int) -> bool:
 
 def median_rule(own: np.ndarray, others: list[np.ndarray], grace_period: int) -> bool:
     """The median stopping rule (Google Vizier): stop a trial whose best score is worse than the median of the others'
-    mean scores. Arguments as for `asha`."""
+    mean scores. Arguments as for `asha`, but the scores are those of each epoch alone."""
     means = [scores[grace_period - 1 :].mean() for scores in others]
     means = [mean for mean in means if np.isfinite(mean)]
     return len(means) >= MIN_SAMPLES and bool(np.nanmin(own) > np.median(means))

@@ -112,10 +112,12 @@ def log_entries(event: Event) -> list[tuple[int, dict[str, float]]]:
 
 
 def final_metrics(event: Event) -> dict[str, float]:
-    """A trial's costs, from its "ended" event."""
+    """A trial's costs, its best epoch and the first goal's value in it, from its "ended" event."""
     seconds = event["seconds"]
     costs = {f"{phase}_s": value for phase, value in seconds.items()} | {"device_s": event["device_s"]}
     if seconds:
         costs["overhead_s"] = seconds["wall"] - seconds["train"] - seconds["evaluation"]
         costs["trainable_params"] = event["applied"]["trainable_params"]
+    if event.get("best_epoch"):  # MLflow's table shows the last epoch's value of each metric
+        costs |= {"best_epoch": event["best_epoch"], "best_epoch_score": event["score"]}
     return costs
