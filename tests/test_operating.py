@@ -238,6 +238,20 @@ def test_curves_pass_where_they_should(tmp_path: Path) -> None:
     assert at_half == pytest.approx([2 / 10])  # 0.6 and 0.8
 
 
+def test_curves_of_thresholds_are_of_the_raw_and_net_benefit_of_the_calibrated_probability(tmp_path: Path) -> None:
+    calibrated, raw = [0.3] * 6 + [0.4] * 4, [0.9] * 6 + [0.2] * 4
+    view = View(*make_tested(tmp_path, TRUTH, calibrated, decided=[0] * 10, raw=raw))
+    for picture, expected in ((roc, [[0, 0], [1, 0], [1, 1]]), (decision_curve, None)):
+        figure = picture(view)
+        assert not isinstance(figure, str)
+        winner = np.array(figure.axes[0].lines[0].get_xydata())
+        if expected:
+            assert winner.tolist() == expected  # the raw one ranks them all wrong
+        else:
+            assert winner[:, 1] == pytest.approx([0.4 - 0.6 * t / (1 - t) if t < 0.305 else 0.4 if t < 0.405 else 0
+                                                  for t in winner[:, 0]])  # fmt: skip
+
+
 def test_the_page_explains_the_operating_point(tmp_path: Path) -> None:
     names = {"accuracy": score(0.7, 0.4, 0.9), "accuracy_raw": score(0.8, 0.5, 0.9), "ece": score(0.03, 0.01, 0.1)}
     at_fixed = {"sensitivity_at_specificity_90": score(0.456, 0.2, 0.7)}

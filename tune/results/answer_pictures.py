@@ -161,7 +161,7 @@ def roc(view: View) -> Figure | str:
     figure, cells = found
     for axes, task in cells:
         for who in task.tested.answers:
-            hits, alarms = rates(task.positive, task.probability(who))
+            hits, alarms = rates(task.positive, task.raw(who))
             axes.plot([0, *alarms], [0, *hits], **LOOKS[who], label=view.summary.title(who))
             specificity = task.share(who, "specificity")
             cross(axes, who, complement(specificity), task.share(who, "sensitivity"))
@@ -183,7 +183,7 @@ def precision_recall(view: View) -> Figure | str:
     figure, cells = found
     for axes, task in cells:
         for who in task.tested.answers:
-            hits, alarms = rates(task.positive, task.probability(who))
+            hits, alarms = rates(task.positive, task.raw(who))
             values = precision(hits, alarms, task.prevalence)
             look = LOOKS[who] | {"drawstyle": "steps-pre", "label": view.summary.title(who)}
             axes.plot([0, *hits], [values[0], *values], **look)

@@ -114,8 +114,12 @@ class PositiveTask:
         return self.given or float(self.positive.mean())
 
     def probability(self, who: str) -> np.ndarray:
-        """Of the positive answer [n]."""
+        """Of the positive answer, calibrated if a decision was fitted [n]."""
         return self.tested.probabilities[who][:, self.index]
+
+    def raw(self, who: str) -> np.ndarray:
+        """The model's own probability of the positive answer [n], from which the AUROC is computed, too."""
+        return self.tested.raw.get(who, self.tested.probabilities[who])[:, self.index]
 
     def score(self, who: str, name: str) -> Score | None:
         """A test score of the task; None: the study does not hold it."""
