@@ -256,7 +256,7 @@ def test_without_a_closed_set_of_answers(tmp_path: Path) -> None:
     paths = write_report(study, directory)
     assert "confusions.png" not in {path.name for path in paths}
     page = Page((directory / "report.html").read_text())
-    assert "no small closed set" in page.text and "Not drawn: no question has a positive answer" in page.text
+    assert "no small closed set" in page.text and "Not drawn: it takes a positive answer" in page.text
     losses = [study["trials"][number]["epochs"][-1]["loss"] for number in page.numbers]
     assert losses == sorted(losses)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_TASKS = 4  # in one picture
 NO_CHOICE = "the test was not scored on a closed set of answers"
-NO_POSITIVE = "no question has a positive answer (--positive-label) of which the test holds some cases and some others"
+NO_POSITIVE = "it takes a positive answer (--positive-label), and test images with and without it"
 LOOKS: dict[str, dict[str, Any]] = {
     "winner": {"color": WINNER, "linewidth": 2.4},
     "guide": {"color": GUIDE, "linewidth": 1.4, "linestyle": "--"},
@@ -36,7 +36,7 @@ def confusions(view: View) -> Figure | str:
         return NO_CHOICE
     figure, row = answer_figure(view, 4.9 if len(view.tested[0].task.candidates) > 6 else 3.9)
     for axes, tested, who in row:
-        answers = [answer if len(answer) < 18 else answer[:16] + "…" for answer in tested.task.candidates]
+        answers = [short(answer) for answer in tested.task.candidates]
         many = len(answers) > 6
         table = confusion(tested.truth, tested.answers[who], len(answers))
         shares = table / np.maximum(1, table.sum(1, keepdims=True))
@@ -74,6 +74,11 @@ def cell_figure(height: float, count: int, columns: int) -> tuple[Figure, list[A
     for spare in axes[count:]:
         spare.set_visible(False)
     return figure, axes[:count]
+
+
+def short(answer: str) -> str:
+    """An answer as a label."""
+    return answer if len(answer) < 18 else answer[:16] + "…"
 
 
 def title_of(view: View, tested: TestedTask, who: str) -> str:
@@ -166,7 +171,7 @@ def roc(view: View) -> Figure | str:
             specificity = task.share(who, "specificity")
             cross(axes, who, complement(specificity), task.share(who, "sensitivity"))
         axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":", label="chance")
-        finish(axes, task, xlabel=f"1 - specificity: others called {task.name}", ylabel="sensitivity")
+        finish(axes, task, xlabel=f"1 - specificity: others called {short(task.name)}", ylabel="sensitivity")
     return figure
 
 
@@ -213,5 +218,5 @@ def decision_curve(view: View) -> Figure | str:
         axes.axhline(0, color="#888888", linewidth=1.4, linestyle=":", label="treat none")
         bottom = max(lowest, -0.5 * prevalence) - 0.08 * prevalence
         axes.set(xlim=(0, 1), ylim=(bottom, 1.08 * prevalence), title=task.tested.task.name)
-        axes.set(xlabel=f"probability of {task.name} from which one would act", ylabel="net benefit")
+        axes.set(xlabel=f"probability of {short(task.name)} from which one would act", ylabel="net benefit")
     return figure
