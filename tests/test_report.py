@@ -23,8 +23,9 @@ from tune.config.settings import DataSettings, StudySettings
 from tune.records.goals import Goal
 from tune.records.optuna_study import distributions_json
 from tune.records.trials import TrialRecord
+from tune.results.answer_pictures import calibration, confusions
 from tune.results.outcome import Outcome
-from tune.results.pictures import PICTURES, calibration, confusions, importances, parameter_axis, spans
+from tune.results.pictures import PICTURES, importances, parameter_axis, spans
 from tune.results.report import write_report
 from tune.results.summary import Summary
 from tune.results.view import View
@@ -127,7 +128,7 @@ def make_study(
         Sample((f"/x/{HOSTILE}{i}.png",), "?", ANSWERS[label], label if closed else -1)
         for i, label in enumerate(labels)
     )
-    splits = Splits(test, test, test, closed_set(ANSWERS if closed else ()))
+    splits = Splits(test, test, test, closed_set(ANSWERS if closed else (), "Malignant"))
     save_splits(splits, directory / "splits.json")
     done = Outcome(directory.name, directory, tuple(goals), records, lanes=2, **outcome)
     done.seconds["wall"] = 4000.0
@@ -179,7 +180,7 @@ def test_the_report_is_whole_and_fetches_nothing(mixed) -> None:
     names = {path.name for path in paths}
     assert names == {"report.html", "explore.html", *(f"{picture.__name__}.png" for picture in PICTURES)}
     links = [link for link in page.links if not link.startswith("data:image/png;base64,")]
-    assert links == ["pictures/explore.html"] and len(page.links) == 1 + len(PICTURES) == 9
+    assert links == ["pictures/explore.html"] and len(page.links) == 1 + len(PICTURES) == 12
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert f"Trial {study['winner']} is the best adapter found" in page.text
     assert "not distinguishable from the guide's defaults" in page.text
@@ -255,7 +256,7 @@ def test_without_a_closed_set_of_answers(tmp_path: Path) -> None:
     paths = write_report(study, directory)
     assert "confusions.png" not in {path.name for path in paths}
     page = Page((directory / "report.html").read_text())
-    assert "no small closed set" in page.text
+    assert "no small closed set" in page.text and "Not drawn: it takes a positive answer" in page.text
     losses = [study["trials"][number]["epochs"][-1]["loss"] for number in page.numbers]
     assert losses == sorted(losses)
 

@@ -1,4 +1,4 @@
-"""The report's pictures."""
+"""The report's pictures: those of the search, and the drawing of all."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train_fn.scoring.metrics import confusion
 from tune.records.trials import TrialRecord
+from tune.results.answer_pictures import confusions, decision_curve, precision_recall, reliability, roc
 from tune.results.summary import format_value
-from tune.results.view import STATES, TestedTask, View
+from tune.results.view import STATES, View
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_TASKS = 4  # in one picture
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -237,89 +236,10 @@ def timeline(view: View) -> Figure | str:
     return figure
 
 
-def confusions(view: View) -> Figure | str:
-    """Confusion tables on the test: counts, coloured by their share of the row."""
-    if not view.tested:
-        return "the test was not scored on a closed set of answers"
-    shown = view.tested[:MAX_TASKS]
-    many = len(shown[0].task.candidates) > 6
-    figure, row = test_figure(view, 4.9 if many else 3.9)
-    for axes, tested, who, probabilities in row:
-        answers = [answer if len(answer) < 18 else answer[:16] + "…" for answer in tested.task.candidates]
-        many = len(answers) > 6
-        table = confusion(tested.truth, probabilities.argmax(1), len(answers))
-        shares = table / np.maximum(1, table.sum(1, keepdims=True))
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (true, predicted), count in np.ndenumerate(table):
-            ink = "white" if shares[true, predicted] > 0.55 else "black"
-            axes.text(predicted, true, count, ha="center", va="center", color=ink, fontsize=7 if many else 13)
-        axes.set_xticks(range(len(answers)), answers, rotation=90 if many else 0)
-        axes.set_yticks(range(len(answers)), answers)
-        axes.set(title=test_title(view, tested, who), xlabel="the model's answer", ylabel="true answer")
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-    return figure
-
-
-def test_figure(view: View, height: float) -> tuple[Figure, list[tuple[Any, TestedTask, str, np.ndarray]]]:
-    """A figure of the largest tasks, and by cell its axes, task, adapter and probabilities [n, C].
-
-    Both adapters of a task stand side by side; of one adapter, two tasks do.
-
-    height: of a row, in inches.
-    """
-    from matplotlib.figure import Figure
-
-    shown = view.tested[:MAX_TASKS]
-    cells = [(tested, who, p) for tested in shown for who, p in tested.probabilities.items()]
-    rows = -(-len(cells) // 2)
-    figure = Figure(figsize=(9, height * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False).flat
-    for spare in grid[len(cells) :]:
-        spare.set_visible(False)
-    return figure, [(axes, *cell) for axes, cell in zip(grid[: len(cells)], cells, strict=True)]
-
-
-def test_title(view: View, tested: TestedTask, who: str) -> str:
-    """The title of a picture of one adapter on one task."""
-    name = tested.task.name
-    return f"{name}: {view.summary.title(who)}" if name else view.summary.title(who)
-
-
-def calibration(right: np.ndarray, confidence: np.ndarray, bins: int) -> tuple[np.ndarray, float]:
-    """Answers in `bins` equally large groups by confidence.
-
-    Returns:
-        Rows of (mean confidence, share right, number of images), and the expected calibration error: the mean distance
-        of the first two over all images (arXiv:1904.01685).
-    """
-    groups = [group for group in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(group)]
-    rows = np.array([(confidence[group].mean(), right[group].mean(), len(group)) for group in groups])
-    return rows, float((np.abs(rows[:, 0] - rows[:, 1]) * rows[:, 2]).sum() / len(confidence))
-
-
-def reliability(view: View) -> Figure | str:
-    """Share of right answers by confidence on the test, with 95 % Wilson intervals."""
-    if not view.tested:
-        return "the test was not scored on a closed set of answers"
-    figure, row = test_figure(view, 3.9)
-    for axes, tested, who, probabilities in row:
-        right = probabilities.argmax(1) == tested.truth
-        rows, error = calibration(right, probabilities.max(1), min(10, max(2, len(right) // 10)))
-        confidence, share, count = rows.T
-        z = 1.96
-        middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-        half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-        axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
-        axes.vlines(confidence, middle - half, middle + half, color="#0072B2", linewidth=1.5)
-        axes.scatter(confidence, share, 50, color="#0072B2", zorder=3)
-        title = f"{test_title(view, tested, who)}: ECE {error:.3f}"
-        axes.set(title=title, xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="confidence in the answer")
-        axes.set(aspect="equal", ylabel="share of right answers")
-    return figure
-
-
-PICTURES = (confusions, reliability, history, curves, importances, slices, parallel, timeline)
+PICTURES = (
+    roc, precision_recall, decision_curve, confusions, reliability,
+    history, curves, importances, slices, parallel, timeline,
+)  # fmt: skip
 
 
 def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
@@ -339,9 +259,13 @@ def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
             if isinstance(figure, str):
                 shown[name] = figure
                 continue
-            handles, labels = figure.axes[0].get_legend_handles_labels()
-            if labels:
-                figure.legend(handles, labels, loc="outside upper center", ncols=5)
+            marks: dict[str, Any] = {}
+            for axes in figure.axes:
+                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                    marks.setdefault(label, handle)
+            if marks:
+                columns = 5 if sum(map(len, marks)) < 80 else 3
+                figure.legend(list(marks.values()), list(marks), loc="outside upper center", ncols=columns)
             png = io.BytesIO()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels in a small picture

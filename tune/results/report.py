@@ -15,17 +15,21 @@ from typing import Any
 import numpy as np
 
 from train_fn.data.copies import contact_sheet
+from train_fn.data.decision import ARGMAX
 from train_fn.data.images import image_problems
 from train_fn.data.samples import PARTS
 from train_fn.data.splitting import DataReport
 from train_fn.settings import ModelSettings
 from train_fn.support.files import write_file
 from train_fn.support.text import plain, plain_values
+from tune.results.operating import CLEAN, aim_of, operating_points, positive_tasks
 from tune.results.pictures import draw
-from tune.results.summary import format_metric, format_score, format_spread, format_value
-from tune.results.view import View
+from tune.results.summary import Score, format_metric, format_score, format_spread, format_value
+from tune.results.view import ADAPTERS, View
 
 MAX_SHOWN = 600  # characters of a text in a table
+MAX_ANSWERS = 4  # with a column each
+RAW = "_raw"  # ends the name of a score before the decision was fitted
 
 
 def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
@@ -52,6 +56,13 @@ def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
         pictures=pictures,
         explorer=any(path.suffix == ".html" for path in paths),
         num_images={part: len(getattr(view.splits, part)) if view.splits else "?" for part in PARTS},
+        score_tables=score_tables(view),
+        raw_columns=[who for who in ADAPTERS if who in study["test"]],
+        raw_rows=raw_rows(view),
+        operating_points=operating_points(view),
+        many_answers=any(len(task.tested.task.candidates) > 2 for task in positive_tasks(view)),
+        decided=aim_of(view) != ARGMAX,
+        coverage=coverage_tables(study),
         mistakes=mistakes(view),
         written_answers=written_answers(view),
         tasks=task_rows(view),
@@ -105,14 +116,57 @@ def write_explorer(view: View, path: Path) -> list[Path]:
     return [path]
 
 
+def score_tables(view: View) -> list[dict[str, Any]]:
+    """The test scores as tables that fit a page: those of the test without its near-copies first, as they count."""
+    test = view.summary.study["test"]
+    clean = [who for who in test if who.endswith(CLEAN)]
+    adapters = [who for who in test if who in (*ADAPTERS, "difference")]
+    others = [who for who in test if who not in (*clean, *adapters)]
+    groups = {
+        "Test images without a near-copy in training": clean,
+        "All test images" if clean or others else "": adapters,
+        "Baselines, on all test images": others,
+    }
+    metrics = view.summary.test_metrics
+    names = [name for name in metrics if not (name.endswith(RAW) and name.removesuffix(RAW) in metrics)]
+    return [
+        {"title": title, "columns": columns, "names": [n for n in names if any(n in test[who] for who in columns)]}
+        for title, columns in groups.items()
+        if columns
+    ]
+
+
+def raw_rows(view: View) -> list[tuple[str, list[tuple[Score | None, Score | None]]]]:
+    """Scores before and after the decision was fitted, by metric and then by adapter."""
+    parts = [scores for who, scores in view.summary.study["test"].items() if who in ADAPTERS]
+    return [
+        (name, [(scores.get(name + RAW), scores.get(name)) for scores in parts])
+        for name in view.summary.test_metrics
+        if any(name + RAW in scores for scores in parts)
+    ]
+
+
+def coverage_tables(study: dict[str, Any]) -> list[dict[str, Any]]:
+    """How often the sets of answers hold the true one, a table by task. Of many answers, only the worst is shown."""
+    tables: dict[str, dict[str, Any]] = {}
+    for entry in study.get("coverage") or []:
+        by_class = {answer: score for answer, score in entry["by_class"].items() if score["value"] is not None}
+        table = tables.setdefault(entry["task"], {"task": entry["task"], "answers": list(by_class), "rows": []})
+        if len(by_class) > MAX_ANSWERS:
+            table["answers"] = []
+            entry = {**entry, "worst": min(by_class, key=lambda answer: by_class[answer]["value"])}
+        table["rows"].append(entry)
+    return list(tables.values())
+
+
 def mistakes(view: View) -> list[tuple[str, str, str, float]]:
     """The winner's ten most confident wrong answers on the test: image, true answer, its answer, its probability."""
     if not view.splits:
         return []
     found = []
     for tested in view.tested:
-        probabilities, names = tested.probabilities["winner"], tested.task.candidates  # [n, C]
-        answers, confidence = probabilities.argmax(1), probabilities.max(1)  # both [n]
+        answers, names = tested.answers["winner"], tested.task.candidates  # answers [n]
+        confidence = tested.probabilities["winner"][np.arange(len(answers)), answers]  # [n]
         for i in np.flatnonzero(answers != tested.truth).tolist():
             image = view.splits.test[tested.indices[i]].image
             found.append((plain(image), names[tested.truth[i]], names[answers[i]], float(confidence[i])))

@@ -38,22 +38,43 @@ class TestedTask:
     truth: np.ndarray
     """The true class of each [n]."""
     probabilities: dict[str, np.ndarray]
-    """Of the candidates [n, C], by "winner" and "guide"."""
+    """Of the candidates [n, C], by "winner" and "guide"; calibrated if a decision was fitted."""
+    answers: dict[str, np.ndarray]
+    """Index of the chosen candidate [n], by "winner" and "guide"."""
+    raw: dict[str, np.ndarray]
+    """The probabilities before calibration [n, C]; without those for whom nothing was fitted."""
+
+
+ADAPTERS = ("winner", "guide")
 
 
 def tested_tasks(splits: Splits, predictions: dict[str, dict[str, Any]]) -> list[TestedTask]:
     """The tasks with candidate answers whose test was scored, those with most samples first."""
     found = []
-    for task in splits.tasks if predictions else ():
+    parts = {who: predictions[who] for who in ADAPTERS if who in predictions}
+    for task in splits.tasks if parts else ():
         indices = np.array([i for i, s in enumerate(splits.test) if s.task == task.name], dtype=int)
         if task.candidates and len(indices):
             truth = np.array([splits.test[i].label for i in indices], dtype=int)
-            by_who = {
-                who: np.array([part["probabilities"][i] for i in indices], dtype=float)
-                for who, part in predictions.items()
-            }
-            found.append(TestedTask(task, indices, truth, by_who))
+            probabilities = {who: np.array([part["probabilities"][i] for i in indices]) for who, part in parts.items()}
+            answers = {who: chosen(part, indices, probabilities[who]) for who, part in parts.items()}
+            raw = {who: raw_probabilities(part, indices) for who, part in parts.items()}
+            fitted = {w: p for w, p in raw.items() if p is not None and not np.array_equal(p, probabilities[w])}
+            found.append(TestedTask(task, indices, truth, probabilities, answers, fitted))
     return sorted(found, key=lambda tested: -len(tested.indices))
+
+
+def raw_probabilities(part: dict[str, Any], indices: np.ndarray) -> np.ndarray | None:
+    """Probabilities of a task's samples before calibration [n, C]; None: not stored."""
+    rows = [part["raw_probabilities"][i] for i in indices] if part.get("raw_probabilities") else [None]
+    return np.array(rows, dtype=float) if all(rows) else None
+
+
+def chosen(part: dict[str, Any], indices: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Index of the chosen candidate [n]: as stored, else the most probable one (studies of earlier versions)."""
+    decided = part.get("decided") or [None] * (int(indices.max()) + 1)
+    best = probabilities.argmax(1).tolist()
+    return np.array([b if (d := decided[i]) is None or d < 0 else d for i, b in zip(indices, best, strict=True)])
 
 
 class View:
@@ -69,7 +90,7 @@ class View:
         self.search = as_optuna({record.number: record for record in summary.records}, summary.goals)
         self.metric, self.records, self.parameters = summary.metric, summary.records, summary.parameters
         splits = directory / "splits.json"
-        self.splits = load_splits(splits) if splits.exists() else None
+        self.splits = load_splits(splits, study.get("positive_label", "")) if splits.exists() else None
         self.predictions: dict[str, dict[str, Any]] = study.get("predictions") or {}  # by "winner" and "guide"
         self.tested = tested_tasks(self.splits, self.predictions) if self.splits else []
         self.better = -1 if summary.goals[0][1] == "min" else 1
