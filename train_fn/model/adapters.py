@@ -13,10 +13,11 @@ import math
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from train_fn.data.decision import Decision
 from train_fn.data.samples import KINDS, Sample, Task, closed_set
 from train_fn.data.tasks import labels_of, unique, with_sorted_labels
 from train_fn.model.checkpoint import tensor_shapes
@@ -75,6 +76,8 @@ class AdapterTask:
     """Questions of each task, by its name."""
     max_new_tokens: int = MAX_NEW_TOKENS
     """Most tokens of a generated answer."""
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+    """How each task's answers are chosen, by its name; empty in adapters of earlier versions: the most probable."""
 
     @property
     def candidates(self) -> tuple[str, ...]:
