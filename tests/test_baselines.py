@@ -131,3 +131,48 @@ def test_training_samples_of_the_probe_are_bounded(monkeypatch) -> None:
     assert len(chosen["train"]) == 30 and chosen["train"] == sorted(set(chosen["train"]))
     assert chosen["test"] == list(range(60)) and len(probe_images(splits)) == 150
     assert auroc(probe_predictions(features_of(splits, 20.0), splits, True)["test"], splits.test) == 1.0
+
+
+# ------------------------------------------------------------------------------------------------ from the workers
+
+
+def test_workers_send_the_base_without_an_adapter_and_pooled_features(base, splits) -> None:
+    from train_fn.model.batches import image_features
+    from train_fn.scoring.evaluation import predict
+    from train_fn.trial.scoring import baselines
+
+    before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
+    untuned, features = baselines(base, splits, 16)
+    assert untuned.keys() == {"validation", "test"}
+    assert np.array_equal(untuned["test"]["scores"], predict(base, splits.test, splits, 16)["scores"])
+    images = probe_images(splits)
+    assert features is not None and features.shape == (60, 2 * base.model.config.vision_config.hidden_size)
+    assert features.dtype == np.float32
+    patches = image_features(base, images[7]).double().numpy()  # [P, D]
+    assert features[7] == pytest.approx(np.concatenate([patches.mean(0), patches.std(0)]), abs=1e-4)
+    assert all(before[name].equal(parameter) for name, parameter in base.model.named_parameters())
+    assert np.isfinite(probe_predictions(features, splits, True)["test"]["scores"]).all()
+
+
+def test_workers_share_the_images(base, splits, monkeypatch) -> None:
+    from train_fn.trial import scoring
+
+    images = probe_images(splits)[:5]
+    whole = scoring.pooled_features(base, images)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(scoring, "world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(scoring, "gather", lambda share: shares.append(share) or [share] * 0)
+        scoring.pooled_features(base, images)
+    assert [len(share) for share in shares] == [2, 2, 1]
+    monkeypatch.setattr(scoring, "gather", lambda share: shares)
+    assert np.array_equal(scoring.pooled_features(base, images), whole)
+
+
+def test_a_base_whose_features_are_not_kept_by_image_sends_none(base, splits, monkeypatch) -> None:
+    from train_fn.model.base import Base
+    from train_fn.trial.scoring import baselines
+
+    monkeypatch.setattr(Base, "takes_features", False)
+    monkeypatch.setattr("train_fn.trial.scoring.predict", lambda *args: {})
+    assert baselines(base, splits, 16)[1] is None

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from studies import write_adapter, write_trial
 
+from train_fn.data.decision import Decision
 from train_fn.data.samples import Sample, Splits, Task, closed_set
 from train_fn.jobs import ScoreReport
 from train_fn.scoring.probe import probe_images
+from train_fn.support.storage import Storage
+from tune.final_test import decisions_of, score_test
+from tune.records.journal import Journal
 from tune.results.baselines import Model, baselines, majority, scores_of, test_scores
 from tune.results.comparison import comparison_sentence, others_sentence, probe_sentence
 from tune.results.outcome import Outcome
 from tune.results.summary import Summary
 
 test_scores.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def quick_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few resamples, where intervals come from resamples."""
+    from train_fn.scoring import metrics
+
+    if resampled := getattr(metrics, "bootstrap_intervals", None):
+        quick = functools.partial(resampled, resamples=200)
+        monkeypatch.setattr("tune.results.intervals.bootstrap_intervals", quick)
 
 
 def splits_of(num_classes: int = 3, size: int = 90, num_common: int = 30) -> Splits:
@@ -99,7 +117,7 @@ def test_a_probe_that_cannot_be_had_leaves_one_note() -> None:
     report = replace(report_of(splits, 20.0), features=None)
     assert list(baselines(splits, report, True, notes.append)) == ["untuned base", "majority answer"]
     assert notes == ["the winner is not compared with a linear probe: this base keeps no vision features by image"]
-    parts = tuple((Sample(("a.png",), "?", "a mass"),) for _ in range(3))
+    parts = [(Sample(("a.png",), "?", "a mass"),) for _ in range(3)]
     found = baselines(Splits(*parts), ScoreReport(predictions=[]), True, notes.append)
     assert list(found) == ["majority answer"] and len(notes) == 2 and "no question has one answer" in notes[1]
     report = report_of(splits, 20.0)
@@ -174,6 +192,105 @@ def test_the_clean_part_has_scores_and_differences_of_its_own() -> None:
     assert list(everything) == ["winner"]  # all of it is clean
 
 
+# ------------------------------------------------------------------------------------------------ the test as a job
+
+
+class Lanes:
+    """Stands in for the dispatcher: scores adapters by their content, the strength of the true candidate."""
+
+    def __init__(self, splits: Splits) -> None:
+        self.splits, self.jobs = splits, []  # type: tuple[Splits, list[ScoreJob]]
+        self.submit = SimpleNamespace(remote=self.jobs.append)
+        self.next_report = SimpleNamespace(remote=lambda number, seen: self.answer())
+
+    def answer(self) -> ScoreReport:
+        found = [self.score(folder / "adapter_model.safetensors") for folder in self.jobs[-1].adapters]
+        return replace(report_of(self.splits, 20.0), predictions=found)
+
+    def score(self, path: Path) -> dict[str, Any]:
+        content = path.read_text()
+        return {"error": "cut"} if content == "cut" else answers_of(self.splits, float(content))
+
+
+@pytest.fixture
+def confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Outcome, Lanes]:
+    """A study whose trials 0 and 1 were confirmed over the seeds 1 to 3, its outcome, and lanes for it."""
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    splits, journal = splits_of(2, 40, 0), Journal(tmp_path / "journal.jsonl")
+    for number in range(2):
+        write_trial(journal, number, auroc=0.6)
+        for run in (1, 2, 3):
+            folder = tmp_path / "trials" / f"{number:04d}" / f"confirm-{run}" / "final_model"
+            write_adapter(folder, str(number + run / 10))
+            journal.write("confirmed", number=number, run=run, value=0.5 + number / 10)
+    outcome = Outcome("s", tmp_path, (("auroc", "max"),), [], storage=Storage(tmp_path))
+    outcome.read(journal.events)
+    outcome.pick_winner()
+    settings = SimpleNamespace(study=SimpleNamespace(folds=0))
+    report = SimpleNamespace(test_clean=())
+    study = SimpleNamespace(journal=journal, splits=splits, data_report=report, settings=settings)
+    return study, outcome, Lanes(splits)
+
+
+def test_every_confirmed_adapter_of_winner_and_guide_is_scored(confirmed: tuple[Any, Outcome, Lanes]) -> None:
+    study, outcome, lanes = confirmed
+    assert score_test(study, lanes, outcome, lambda text: None, 1) == ""
+    names = [path.relative_to(outcome.directory).as_posix() for path in lanes.jobs[0].adapters]
+    expected = [f"trials/000{number}/confirm-{run}/final_model" for number in (1, 0) for run in (1, 2, 3)]
+    assert names == expected and lanes.jobs[0].baselines
+    assert outcome.tests["difference"]["auroc"]["num_seeds"] == [3, 3]
+    assert outcome.tests["winner minus probe"]["auroc"]["num_seeds"] == [3, 1]
+    delivered = Model(answers_of(study.splits, 1.1))
+    assert outcome.tests["winner"]["auroc"] == scores_of(delivered, range(40), study.splits)["auroc"]
+    event = study.journal.events[-1]
+    assert event["num_adapters"] == 6 and len(set(event["sha256"].values())) == 6
+    assert event["adapters"] == {"winner": expected[0], "guide": expected[3]} and list(event["predictions"]) == [
+        "winner",
+        "guide",
+    ]
+
+
+def test_a_test_is_scored_again_if_any_of_its_adapters_has_changed(confirmed: tuple[Any, Outcome, Lanes]) -> None:
+    study, outcome, lanes = confirmed
+
+    def score() -> int:
+        """Score the test if need be. Returns how often it was scored so far."""
+        score_test(study, lanes, outcome, lambda text: None, 1)
+        return len(lanes.jobs)
+
+    assert score() == score() == 1
+    write_adapter(outcome.directory / "trials/0000/confirm-3/final_model", "1.9")
+    assert score() == score() == 2
+    # A test of an earlier version, which has scored the delivered adapters only, stands.
+    old = {name: value for name, value in study.journal.events[-1].items() if name != "num_adapters"}
+    old["sha256"] = {who: sha for who, sha in old["sha256"].items() if who in ("winner", "guide")}
+    study.journal.events.append(old)
+    assert score() == 2
+
+
+def test_a_seed_whose_adapter_cannot_be_used_is_left_out_with_a_note(confirmed: tuple[Any, Outcome, Lanes]) -> None:
+    study, outcome, lanes = confirmed
+    write_adapter(outcome.directory / "trials/0001/confirm-2/final_model", "cut")
+    shutil.rmtree(outcome.directory / "trials/0000/confirm-2")
+    assert score_test(study, lanes, outcome, lambda text: None, 1) == ""
+    assert outcome.tests["difference"]["auroc"]["num_seeds"] == [2, 2]
+    assert study.journal.events[-1]["num_adapters"] == 4
+    for number in (0, 1):
+        note = f"1 of the 3 confirmed adapters of trial {number} cannot be used, and are not in the test's comparison"
+        assert note in outcome.notes
+    write_adapter(outcome.directory / "trials/0001/confirm-1/final_model", "cut")  # the delivered one
+    assert score_test(study, lanes, outcome, lambda text: None, 2) == "its adapter cannot be loaded (cut)"
+
+
+def test_answers_of_the_test_are_chosen_by_the_decision_beside_the_adapter(tmp_path: Path, monkeypatch) -> None:
+    decision = Decision("macro_f1", rule=(5.0, 0.0))
+    task = SimpleNamespace(decisions={"": decision})
+    monkeypatch.setattr("train_fn.model.adapters.read_task", lambda adapter: task)
+    assert decisions_of(tmp_path) == {"": decision}
+    monkeypatch.undo()
+    assert decisions_of(tmp_path) == {}  # no task.json: of an earlier version
+
+
 # ------------------------------------------------------------------------------------------------ sentences
 
 
@@ -209,12 +326,12 @@ def test_two_adapters_are_called_so_and_seeds_are_counted() -> None:
     text = summary_of({"difference": {"auroc": BETTER}}).explanation
     assert text == (
         "On the test images the winner is better than the guide's defaults: auroc +0.042 (95 % interval +0.008 to "
-        f"+0.076, paired bootstrap). {CAVEAT}"
+        f"+0.076, paired). {CAVEAT}"
     )
     text = summary_of({"difference": {"auroc": gain_of(0.042, 0.008, 0.076, (3, 3))}}).explanation
     assert text == (
         "On the test images the winner's settings are better than the guide's defaults over 3 seeds each: auroc "
-        "+0.042 (95 % interval +0.008 to +0.076, paired bootstrap)."
+        "+0.042 (95 % interval +0.008 to +0.076, paired)."
     )
     folds = gain_of(0.0, -0.1, 0.1) | {"num_folds": [5, 4]}
     text = summary_of({"difference": {"auroc": folds}}).explanation
@@ -227,7 +344,7 @@ def test_the_headline_is_of_the_clean_part_and_the_whole_follows_in_brackets() -
     tests = {"difference": {"auroc": BETTER}, "difference, clean part": {"auroc": clean}}
     assert summary_of(tests).explanation == (
         "On the 94 test images without a copy in training the winner is not distinguishable from the guide's defaults: "
-        "auroc +0.009 (95 % interval -0.042 to +0.064, paired bootstrap; all 126 test images, copies included: +0.042, "
+        "auroc +0.009 (95 % interval -0.042 to +0.064, paired; all 126 test images, copies included: +0.042, "
         f"+0.008 to +0.076). {CAVEAT}"
     )
     undefined = {"value": None, "interval": None}
@@ -241,7 +358,7 @@ def test_a_study_of_an_earlier_version_has_its_sentence() -> None:
     summary = summary_of(tests)
     assert summary.explanation == (
         "On the test images the winner is better than the guide's defaults: auroc +0.042 (95 % interval +0.008 to "
-        "+0.076, paired bootstrap)."
+        "+0.076, paired)."
     )
     assert summary.compared == []
 
@@ -250,7 +367,7 @@ def test_other_scores_that_differ_clearly_are_said() -> None:
     gains = {"auroc": EVEN, "specificity": gain_of(-0.543, -0.697, -0.382), "accuracy": gain_of(0.01, -0.1, 0.1)}
     text = summary_of({"difference": gains}).explanation
     assert "not distinguishable from" in text and text.endswith(
-        f"paired bootstrap). But specificity is lower: -0.543 (-0.697 to -0.382). {CAVEAT}"
+        f"paired). But specificity is lower: -0.543 (-0.697 to -0.382). {CAVEAT}"
     )
     gains |= {"sensitivity": gain_of(0.2, 0.1, 0.3), "macro_f1": gain_of(-0.1, -0.2, -0.05)}
     gains |= {"balanced_accuracy": gain_of(-0.06, -0.1, -0.02), "accuracy_raw": gain_of(-0.9, -0.95, -0.8)}
@@ -278,7 +395,7 @@ def test_the_first_sentence_says_that_the_winner_does_not_beat_the_probe() -> No
     tests |= {"winner minus probe": {"auroc": gain_of(-0.016, -0.05, 0.018)}, "difference": {"auroc": BETTER}}
     first = (
         "The tuned winner does not beat a linear probe on the base's frozen vision features: auroc on the test 0.796, "
-        "the probe's 0.812; winner minus probe: auroc -0.016 (95 % interval -0.050 to +0.018, paired bootstrap)."
+        "the probe's 0.812; winner minus probe: auroc -0.016 (95 % interval -0.050 to +0.018, paired)."
     )
     assert summary_of(tests).explanation.startswith(f"{first} On the test images the winner is better than")
     assert summary_of(tests | {"difference": {}}, winner=0).explanation.startswith(first)
@@ -289,7 +406,7 @@ def test_the_first_sentence_says_that_the_winner_does_not_beat_the_probe() -> No
     assert text.startswith("On the 94 test images without a copy in training the tuned winner is worse than a linear")
     assert "all 126 test images, copies included: +0.016, +0.010 to +0.018" in text
     seeds = probe_sentence(gain_of(-0.1, -0.2, -0.05, (3, 1)), score, score, "auroc")
-    assert "winner minus probe, over 3 seeds: auroc -0.100" in seeds
+    assert "winner minus probe, mean of 3 seeds: auroc -0.100" in seeds
     assert probe_sentence(gain_of(-0.1, -0.2, -0.05), score, score, "loss") == ""
 
 

@@ -16,7 +16,6 @@ from train_fn.data.decision import Decision
 from train_fn.data.samples import Sample, Splits
 from train_fn.jobs import ScoreReport
 from train_fn.scoring.fitting import DECIDED, Decided, decide, fit_part
-from train_fn.scoring.metrics import bootstrap_intervals
 from train_fn.scoring.probe import LEAST, probe_predictions, probe_samples, probe_tasks
 from train_fn.scoring.scores import PartScorer, stored_predictions
 from tune.results.comparison import CLEAN, GAIN, MAJORITY, OVER_PROBE, PROBE, UNTUNED
@@ -184,6 +183,8 @@ def scorer_of(
 def difference_over_seeds(ours: Sequence[Scorer], theirs: Sequence[Scorer], num_samples: int) -> Scores:
     """Paired differences of the means over seeds; the interval is over samples and seeds."""
     # Stands in for the function of `tune.results.intervals` with this name until that is there: then this one goes.
+    from tune.results.intervals import bootstrap_intervals
+
     rng = np.random.default_rng(1)
 
     def mean(scorers: Sequence[Scorer], samples: np.ndarray) -> dict[str, float]:

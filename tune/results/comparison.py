@@ -56,7 +56,7 @@ def where(gain: Score, whole: Score | None) -> str:
 def numbers(gain: Score, metric: str, whole: Score | None) -> str:
     """A difference with its interval, and that of the whole test behind it. whole: as for `comparison_sentence`."""
     low, high = gain["interval"]
-    text = f"{metric} {gain['value']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, paired bootstrap"
+    text = f"{metric} {gain['value']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, paired"
     if whole:
         low, high = whole["interval"]
         text += f"; all {whole['num_samples']} test images, copies included: {whole['value']:+.3f}, "
@@ -133,7 +133,7 @@ def probe_sentence(
     if found > 0:
         return ""
     runs, what = num_runs(gain)
-    over = f", over {runs[0]} {what}" if runs and runs[0] > 1 else ""
+    over = f", mean of {runs[0]} {what}" if runs and runs[0] > 1 else ""
     place = f"{where(gain, whole)} the" if whole else "The"
     verb = "is worse than" if found else "does not beat"
     return (
