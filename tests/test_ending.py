@@ -310,14 +310,18 @@ def test_the_guides_broken_adapter_costs_the_comparison_only(new_study, stand_in
     assert resume().tests and len(stand_ins.dispatcher.jobs) == 1  # it is not scored again, until it is mended
     write_adapter(Path("results/s/trials/0000/final_model"), "mended")
     stand_ins.search = lambda study, log: None
-    assert {"winner", "guide", "difference"} == resume().tests.keys()
+    assert {"winner", "guide", "difference", "majority answer"} == resume().tests.keys()
 
 
 def test_a_guide_that_failed_is_not_called_the_winner(new_study, stand_ins, real_report, capsys) -> None:
     stand_ins.search = trains({0: 0.0, 1: 0.7})
     outcome = run_new(new_study("--trials", "2"))
     out = summary(outcome, capsys)
-    assert list(outcome.tests) == ["winner"] and "winner (trial 1)" in out and "winner = the guide" not in out
+    assert (
+        list(outcome.tests) == ["winner", "majority answer"]
+        and "winner (trial 1)" in out
+        and "winner = the guide" not in out
+    )
     report = (outcome.directory / "report.html").read_text()
     assert "trial 0 ended as failed" in report
 

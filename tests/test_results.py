@@ -16,10 +16,10 @@ from tune.config.uris import default_uri
 from tune.records.budgets import exhausted_budget, wall_seconds
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, trial_records
+from tune.results.comparison import comparison_sentence
 from tune.results.console import print_summary
 from tune.results.intervals import difference, with_intervals
 from tune.results.outcome import Outcome
-from tune.results.summary import comparison_sentence
 
 AUROC = (("auroc", "max"),)
 

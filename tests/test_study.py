@@ -131,10 +131,22 @@ def test_the_difference_to_the_guide_is_paired_and_told(mixed) -> None:
     trial = study["trials"][study["winner"]]
     assert all(value != trial["epochs"][-1]["auroc"] for value in study["confirmations"][str(study["winner"])])
     if study["winner"]:
-        scores = study["test"]
-        gap = scores["winner"]["auroc"]["value"] - scores["guide"]["auroc"]["value"]
-        assert scores["difference"]["auroc"]["value"] == pytest.approx(gap)
-        assert "than the guide's defaults" in mixed.out or "not distinguishable from" in mixed.out
+        gain = study["test"]["difference"]["auroc"]
+        assert gain["num_seeds"] == [2, 2]
+        assert gain["interval"][0] <= gain["value"] <= gain["interval"][1]
+        assert "than the guide's defaults over 2 seeds" in mixed.out or "not distinguishable from" in mixed.out
+
+
+def test_baselines_are_scored_and_shown(mixed) -> None:
+    scores = mixed.study["test"]
+    assert {"untuned base", "majority answer", "linear probe", "winner minus probe"} <= scores.keys()
+    assert scores["majority answer"]["auroc"]["value"] == 0.5
+    assert 0 <= scores["linear probe"]["auroc"]["value"] <= 1
+    (run,) = [run for run in mixed.runs() if "mlflow.parentRunId" not in run.data.tags]
+    assert run.data.metrics["test_linear probe_auroc"] == pytest.approx(scores["linear probe"]["auroc"]["value"])
+    assert "Beside baselines" in mixed.out and "linear probe" in mixed.out
+    page = (mixed.folder / "results" / "s" / "report.html").read_text()
+    assert page.count(">linear probe</text>") == 1  # in the picture of intervals
 
 
 def test_the_same_name_again_is_refused(mixed) -> None:

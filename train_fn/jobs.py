@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train_fn.data.samples import Splits
 from train_fn.settings import TrialSettings
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class ScoreJob:
 
     number: int
     adapters: tuple[Path, ...]
+    baselines: bool = False  # whether the report also has `untuned` and `features`
     label: str = ""
 
 
@@ -89,6 +93,10 @@ class ScoreReport:
 
     predictions: list[dict[str, Any]]
     """By adapter: losses [N] and scores [N, C] of the N test images, or {"error": why it cannot be loaded}."""
+    untuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Predictions of the base without an adapter, for "validation" and "test"; empty: not asked for."""
+    features: np.ndarray | None = None
+    """Pooled vision features [I, F] of `train_fn.scoring.probe.probe_images`; None: this base keeps none by image."""
     finished: bool = True
 
 

@@ -205,7 +205,7 @@ def run_job(
     import ray
 
     from train_fn.trial.loop import run_trial
-    from train_fn.trial.scoring import try_adapter
+    from train_fn.trial.scoring import baselines, try_adapter
 
     if config.inputs and rank == 0 and (problem := config.inputs.changed_images(config.splits)):
         raise InputsChanged(problem)
@@ -214,7 +214,8 @@ def run_job(
         for adapter in job.adapters:
             config.storage.pull(adapter)
         answers = [try_adapter(base, config.splits, "test", eval_batch_size, adapter) for adapter in job.adapters]
-        scores = ScoreReport(predictions=answers) if rank == 0 else None
+        untuned, features = baselines(base, config.splits, eval_batch_size) if job.baselines else ({}, None)
+        scores = ScoreReport(predictions=answers, untuned=untuned, features=features) if rank == 0 else None
         ray.get(config.dispatcher.report.remote(job.number, group, 1, scores))
         return
 

@@ -1,19 +1,19 @@
-"""Scores the test split with the winner's adapter and with the adapter of the guide's defaults."""
+"""Scores the test split with the winner's adapters, with those of the guide's defaults, and with baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train_fn.data.decision import Decision
 from train_fn.jobs import JobFailed, ScoreJob
-from train_fn.scoring.scores import PartScorer, stored_predictions
 from tune.plan.prepare import Study
 from tune.records.end_state import EndState
 from tune.records.trials import TrialRecord
-from tune.results.intervals import difference, with_intervals
+from tune.results.baselines import Model, baselines, stored, test_scores
 from tune.results.outcome import Outcome, adapter_hash
 
 SCORING = 10**9  # job numbers of scoring begin here
@@ -49,26 +49,49 @@ def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) ->
     last = next((event for event in reversed(study.journal.events) if event["event"] == "tested"), None)
     if last is None:
         return False
-    adapters = {who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()}
+    delivered = {who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()}
     if "sha256" not in last:  # of an older version
-        return last["adapters"] == adapters
+        return last["adapters"] == delivered
     paths = adapter_paths(outcome, chosen)
-    return last["adapters"]["winner"] == adapters["winner"] and last["sha256"] == hashes_of(paths)
+    if "num_adapters" not in last:  # of an older version, which scored the delivered adapters only
+        paths = {who: its[:1] for who, its in paths.items()}
+    return last["adapters"]["winner"] == delivered["winner"] and last["sha256"] == hashes_of(paths)
 
 
-def adapter_paths(outcome: Outcome, chosen: dict[str, TrialRecord]) -> dict[str, Path | None]:
-    """Folders of the adapters that score the test; None for a missing one."""
-    return {who: outcome.adapter if who == "winner" else outcome.find_adapter(r) for who, r in chosen.items()}
+def adapters_of(outcome: Outcome, record: TrialRecord) -> list[Path]:
+    """Folders of the adapters of a trial's settings: the delivered one first, and those of all other confirmed seeds or
+    folds."""
+    # Stands in for `Outcome.adapters_of` until that is there: then this function goes.
+    delivered = outcome.adapter_of(record)
+    trial = outcome.directory / "trials" / f"{record.number:04d}"
+    seeds = [trial / f"confirm-{run}" / "final_model" for run in sorted(outcome.confirmed_runs.get(record.number, []))]
+    return [delivered, *(folder for folder in seeds if folder != delivered)]
 
 
-def hashes_of(paths: dict[str, Path | None]) -> dict[str, str]:
-    """sha256 of each adapter; empty for a missing one."""
-    return {who: adapter_hash(path) if path else "" for who, path in paths.items()}
+def adapter_paths(outcome: Outcome, chosen: dict[str, TrialRecord]) -> dict[str, list[Path | None]]:
+    """Folders of the adapters that score the test, the delivered one first; None for a missing one."""
+    paths: dict[str, list[Path | None]] = {}
+    for who, record in chosen.items():
+        paths[who] = [outcome.adapter if who == "winner" else outcome.find_adapter(record)]
+        for folder in adapters_of(outcome, record)[1:]:
+            if outcome.storage:
+                outcome.storage.pull(folder)
+            paths[who].append(folder if folder.is_dir() else None)
+    return paths
+
+
+def hashes_of(paths: dict[str, list[Path | None]]) -> dict[str, str]:
+    """sha256 of each adapter by "winner", "winner 2" and so on; empty for a missing one."""
+    return {
+        who + (f" {number}" if number > 1 else ""): adapter_hash(path) if path else ""
+        for who, its in paths.items()
+        for number, path in enumerate(its, 1)
+    }
 
 
 def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None], number: int) -> str:
-    """Score the test images with the winner and, if trial 0 completed, with the guide's defaults; record the scores and
-    their paired difference. Scores that are in the journal already are not taken again.
+    """Score the test images with the winner, with the guide's defaults if trial 0 completed, and with baselines; record
+    the scores and paired differences. Scores that are in the journal already are not taken again.
 
     Args:
         number: the job's number; each winner needs another one.
@@ -83,46 +106,57 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     say("Scoring the test images with the winner" + (" and the guide's defaults" if "guide" in chosen else ""))
     paths = adapter_paths(outcome, chosen)
     hashes = hashes_of(paths)
-    there = {who: path for who, path in paths.items() if path}
-    job = ScoreJob(number=number, adapters=tuple(there.values()), label="scoring the test images")
+    there = [path for its in paths.values() for path in its if path]
+    job = ScoreJob(number=number, adapters=tuple(there), baselines=True, label="scoring the test images")
     ray.get(dispatcher.submit.remote(job))
     report = ray.get(dispatcher.next_report.remote(number, 0))
     if isinstance(report, JobFailed):
         outcome.error = f"the test could not be scored: {report.error.splitlines()[0]}"
         return ""
     answers = dict(zip(there, report.predictions, strict=True))
-    problems = {who: adapter_problem(answer) for who, answer in answers.items()}
-    if problems["winner"]:
-        return f"its adapter {problems['winner']}"
-    if "guide" in chosen and (problem := problems.get("guide", "is missing")):
+    problems = {path: adapter_problem(answer) for path, answer in answers.items()}
+    (winner, *_), (guide, *_) = paths["winner"], paths.get("guide", [None])
+    assert winner
+    if problems[winner]:
+        return f"its adapter {problems[winner]}"
+    if "guide" in chosen and (problem := problems[guide] if guide else "is missing"):
         outcome.note(f"there is no test score of the guide's defaults: the adapter of trial 0 {problem}")
         del chosen["guide"]
-    predicted = {who: answers[who] for who in chosen}
-    scorers = {
-        who: PartScorer(predicted[who], study.splits.test, study.splits, record.settings["class_balanced_loss"])
-        for who, record in chosen.items()
+    for who, record in chosen.items():
+        if lost := sum(path is None or bool(problems[path]) for path in paths[who]):
+            outcome.note(
+                f"{lost} of the {len(paths[who])} confirmed adapters of trial {record.number} cannot be used, and are "
+                f"not in the test's comparison"
+            )
+    models = {
+        who: [Model(answers[path], decisions_of(path)) for path in paths[who] if path and not problems[path]]
+        for who in chosen
     }
-    everything, clean = np.arange(len(study.splits.test)), np.array(study.data_report.test_clean, dtype=int)
-    tests = {}
-    for who, scorer in scorers.items():
-        tests[who] = with_intervals(scorer, everything)
-        if 0 < len(clean) < len(everything):
-            tests[f"{who}, clean part"] = with_intervals(scorer, clean)
-    if "guide" in scorers:
-        tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
-    predictions = {
-        who: stored_predictions(answer, study.splits.test, study.splits) for who, answer in predicted.items()
-    }
+    balanced = bool(outcome.winner and outcome.winner.settings["class_balanced_loss"])
+    others = baselines(study.splits, report, balanced, outcome.note)
+    splits, clean = study.splits, study.data_report.test_clean
+    folds = bool(study.settings.study.folds)
     event = study.journal.write(
         "tested",
-        tests=tests,
-        predictions=predictions,
+        tests=test_scores(models, others, splits, clean, folds),
+        predictions={who: stored(its[0], splits) for who, its in models.items()},
         adapters={who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()},
         sha256=hashes,
+        num_adapters=sum("error" not in answer for answer in report.predictions),
         num_trials=len(outcome.records),
     )
     outcome.apply(event)
     return ""
+
+
+def decisions_of(adapter: Path) -> Mapping[str, Decision]:
+    """How an adapter's answers are chosen, from its task.json; empty: the most probable ones."""
+    from train_fn.model.adapters import BadAdapter, read_task  # here: it imports torch's libraries
+
+    try:
+        return read_task(adapter).decisions
+    except BadAdapter:  # without a task.json that can be read: of an earlier version
+        return {}
 
 
 def adapter_problem(answer: dict[str, Any]) -> str:

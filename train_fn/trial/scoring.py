@@ -1,8 +1,12 @@
-"""Scores of a part of the data, with the adapted base or with a saved adapter."""
+"""Scores of a part of the data, with the adapted base, with a saved adapter, or with the base alone.
+
+Shapes: I images, P vision patches of one image, D width of the vision tower.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,12 @@ from safetensors import SafetensorError
 
 from train_fn.data.samples import MAX_GENERATED, Splits
 from train_fn.model.base import Base
+from train_fn.model.batches import image_features
 from train_fn.scoring.evaluation import Predictions, predict
+from train_fn.scoring.probe import probe_images, probe_tasks
 from train_fn.scoring.scores import metrics_of
-from train_fn.support.ranks import gather
+from train_fn.support.profile import count_work
+from train_fn.support.ranks import gather, world
 from train_fn.trial.adapter_files import load_adapter
 from train_fn.trial.applied import TrialFailed
 
@@ -61,3 +68,38 @@ def try_adapter(base: Base, splits: Splits, part: str, batch_size: int, adapter:
         if errors := list(filter(None, gather(error))):  # all ranks predict, or none
             return {"error": errors[0]}
         return predict(base, getattr(splits, part), splits, batch_size)
+
+
+def baselines(base: Base, splits: Splits, batch_size: int) -> tuple[dict[str, Predictions], np.ndarray | None]:
+    """What the base gives without any training.
+
+    Returns:
+        Its predictions of validation (without generated answers: they are only for a decision) and test, and the
+        features that a linear probe takes; None where the base keeps none by image.
+    """
+    generated: dict[str, list[int] | None] = {"validation": [], "test": None}
+    untuned = {
+        part: predict(base, getattr(splits, part), splits, batch_size, its)
+        for part, its in generated.items()
+        if getattr(splits, part) and (part == "test" or probe_tasks(splits))
+    }
+    images = probe_images(splits)
+    return untuned, pooled_features(base, images) if images and base.takes_features else None
+
+
+def pooled_features(base: Base, images: Sequence[str]) -> np.ndarray:
+    """Mean and standard deviation of each image's vision features over its patches [I, 2 D], float32, on every worker.
+
+    Each worker takes every world_size-th image, one at a time: no more than one image's patches are in memory.
+    """
+    rank, world_size = world()
+    rows = []
+    for image in images[rank::world_size]:
+        count_work()
+        features = image_features(base, image).float()  # [P, D]
+        rows.append(torch.cat([features.mean(0), features.std(0, correction=0)]).cpu().numpy())
+    pooled = np.empty((len(images), 2 * base.model.config.vision_config.hidden_size), dtype=np.float32)
+    for first, share in enumerate(gather(np.array(rows, dtype=np.float32))):
+        if len(share):
+            pooled[first::world_size] = share
+    return pooled

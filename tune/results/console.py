@@ -26,9 +26,15 @@ def print_summary(outcome: Outcome) -> None:
     title = f"Study {summary.study['name']}: {summary.counts_text}. Validation scores, best first by {summary.metric}"
     print_table(title, ["trial", *summary.parameters, *summary.metrics, "train s", "state"], rows, justify="right")
     print_lines(search_lines(summary))
-    if tests:
-        rows = [[name, *(format_score(scores.get(name)) for scores in tests.values())] for name in summary.test_metrics]
-        print_table("Test scores (95 % bootstrap interval)", ["metric", *map(summary.title, tests)], rows)
+    names = [name for name in summary.test_metrics if not name.endswith("_raw")]
+    for whose in summary.test_tables:
+        rows = [[name, *(format_score(tests[who].get(name)) for who in whose)] for name in names]
+        print_table("Test scores (95 % interval)", ["metric", *map(summary.title, whose)], rows)
+    rows = [
+        [summary.title(who), *(format_score(tests[who].get(name)) for name in summary.compared_metrics)]
+        for who in summary.compared
+    ]
+    print_table("Beside baselines (95 % interval)", ["test scores", *summary.compared_metrics], rows)
     print_lines(result_lines(summary))
 
 
@@ -78,8 +84,8 @@ def search_lines(summary: Summary) -> list[str]:
 def result_lines(summary: Summary) -> list[str]:
     """How the study ended, where its results are, and commands to type next."""
     study, next_step = summary.study, list(summary.commands)[-1]
-    lines = [f"The test images were {study['test_note']}."] if study["test"] else []
-    lines += [summary.explanation] if summary.winner else []
+    lines = [summary.explanation] if summary.winner else []
+    lines += [f"The test images were {study['test_note']}."] if study["test"] else []
     lines += [f"Ended by an error: {study['error']}."] if study["error"] else []
     lines += [f"Ended because {study['ended_by']}."] if study["ended_by"] else []
     lines += [f"Note: {note}" for note in study["notes"]]

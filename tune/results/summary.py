@@ -16,11 +16,24 @@ import numpy as np
 
 from tune.config.uris import default_uri
 from tune.records.end_state import EndState
-from tune.records.goals import Goal, mode_of, sign
+from tune.records.goals import Goal, sign
 from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord
+from tune.results.comparison import (
+    BASELINES,
+    CLEAN,
+    GAIN,
+    MAJORITY,
+    OVER_PROBE,
+    PROBE,
+    UNTUNED,
+    Score,
+    adapters_sentence,
+    comparison_sentence,
+    others_sentence,
+    probe_sentence,
+)
 
-Score = dict[str, Any]  # "value" and "interval" (low, high) of a test metric; None where undefined
 KNOWN_FOR = {
     "closed": "auroc", "binary": "auroc", "ordinal": "quadratic_kappa", "multilabel": "label_f1", "open": "token_f1",
     "numeric": "mae",
@@ -122,10 +135,37 @@ class Summary:
         stored = self.study["confirmations"].items()
         return {int(number): [math.nan if v is None else v for v in values] for number, values in stored}
 
+    @cached_property
+    def test_tables(self) -> list[list[str]]:
+        """Who has a column in each table of test scores: winner, guide and difference, on all test images and, if some
+        have a copy in training, on the others."""
+        tables = [[who + suffix for who in ("winner", "guide", GAIN)] for suffix in ("", CLEAN)]
+        there = [[who for who in table if who in self.study["test"]] for table in tables]
+        return [table for table in there if table]
+
+    @cached_property
+    def compared(self) -> list[str]:
+        """Who has a row in the table of baselines; empty in studies of earlier versions."""
+        whose = ("winner", "guide", UNTUNED, MAJORITY, PROBE, OVER_PROBE)
+        found = [who for who in whose if who in self.study["test"]]
+        return found if set(found) & set(BASELINES) else []
+
+    @cached_property
+    def compared_metrics(self) -> list[str]:
+        """Columns of the table of baselines."""
+        names = dict.fromkeys([self.metric, "auroc", "accuracy", "balanced_accuracy", "macro_f1"])
+        return [name for name in names if any(name in scores for scores in self.study["test"].values())]
+
     def test_score(self, who: str) -> Score | None:
-        """The first goal's test score of "winner" or "guide", or their "difference", if it has an interval."""
+        """The first goal's test score of "winner", "guide", a baseline or a difference, if it has an interval."""
         score = self.study["test"].get(who, {}).get(self.metric)
         return score if score and score["interval"] and is_number(score["value"]) else None
+
+    @cached_property
+    def forest(self) -> list[tuple[str, Score]]:
+        """Whose test score of the first goal is drawn with its interval, from top to bottom, and the score."""
+        whose = ("winner", "guide", *BASELINES)
+        return [(who, score) for who in whose if (score := self.test_score(who))]
 
     @property
     def headline(self) -> str:
@@ -142,10 +182,30 @@ class Summary:
 
     @property
     def explanation(self) -> str:
+        """How the winner compares on the test with the linear probe, if it does not beat it, and with the guide's
+        defaults, or why that is unknown."""
+        return " ".join(filter(None, (self.probe_sentence, self.guide_sentence)))
+
+    @property
+    def probe_sentence(self) -> str:
+        """That the winner does not beat the linear probe; "" if it does, or if that is unknown."""
+        clean, whole = self.test_score(OVER_PROBE + CLEAN), self.test_score(OVER_PROBE)
+        ours, probe = self.test_score("winner"), self.test_score(PROBE)
+        if not (whole and ours and probe):
+            return ""
+        mode = self.goals[0][1]
+        return probe_sentence(clean or whole, ours, probe, self.metric, mode, whole if clean else None)
+
+    @property
+    def guide_sentence(self) -> str:
         """How the winner compares with the guide's defaults on the test, or why that is unknown."""
         optimistic = "what is shown are validation scores, and they are optimistic"
-        if gain := self.test_score("difference"):
-            return comparison_sentence(gain, self.metric, self.goals[0][1])
+        clean, whole = self.test_score(GAIN + CLEAN), self.test_score(GAIN)
+        if gain := clean or whole:
+            metric, mode = self.goals[0]
+            sentences = [comparison_sentence(gain, metric, mode, whole if clean else None)]
+            sentences += [others_sentence(self.study["test"][GAIN + CLEAN if clean else GAIN], metric, mode)]
+            return " ".join(filter(None, [*sentences, adapters_sentence(gain)]))
         if self.study["state"] == "INTERRUPTED" and not self.study["test"]:
             return f"The study was interrupted, so the test images were not looked at: {optimistic}."
         if self.winner is self.guide:
@@ -171,10 +231,12 @@ class Summary:
         return commands | {self.study.get("next_step", "Go on"): self.study["next_command"]}
 
     def title(self, who: str) -> str:
-        """The name for people of "winner", "guide", "difference" and other test scores."""
+        """The name for people of whose test scores they are."""
         number = self.study["winner"]
         winner = "winner = the guide's defaults" if number == 0 else f"winner (trial {number})"
-        return {"winner": winner, "guide": "guide's defaults", "difference": "winner minus guide, paired"}.get(who, who)
+        names = {"winner": winner, "guide": "guide's defaults", GAIN: "winner minus guide, paired"}
+        names[GAIN + CLEAN] = "winner minus guide, paired, clean part"
+        return names.get(who, f"{who}, paired" if who == OVER_PROBE else who)
 
 
 def read_record(trial: Mapping[str, Any]) -> TrialRecord:
@@ -183,24 +245,6 @@ def read_record(trial: Mapping[str, Any]) -> TrialRecord:
     record = TrialRecord(**{name: trial[name] for name in fields & trial.keys()})
     record.epochs = [{m: math.nan if v is None else v for m, v in epoch.items()} for epoch in record.epochs]
     return record
-
-
-def comparison_sentence(gain: Score, metric: str, mode: str = "") -> str:
-    """Whether the winner beats the guide's defaults on the test.
-
-    Args:
-        gain: the paired difference, winner minus guide, with its interval.
-        metric: its metric.
-        mode: "max" or "min"; "": as usual for the metric.
-    """
-    low, high = gain["interval"]
-    better = (gain["value"] < 0) == ((mode or mode_of(metric)) == "min")
-    significant = low > 0 or high < 0
-    text = ("better than" if better else "worse than") if significant else "not distinguishable from"
-    return (
-        f"On the test images the winner is {text} the guide's defaults: {metric} {gain['value']:+.3f} "
-        f"(95 % interval {low:+.3f} to {high:+.3f}, paired bootstrap)."
-    )
 
 
 def is_number(value: float | None) -> bool:
