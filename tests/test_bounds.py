@@ -25,7 +25,8 @@ NUMBERS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (
 TEXTS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (str, tuple[str, ...])}
 SWITCHES = {name for name, (_, field) in FIELDS.items() if isinstance(field.default, bool)}
 # Options that some numbers need.
-WITH = {"folds": ("--confirm", "3"), "trial": ("--replay", "none"), "projector_learning_rate": ("--train-projector",)}
+WITH = {"folds": ("--confirm", "3"), "trial": ("--replay", "none"), "run": ("--replay", "none"),
+        "projector_learning_rate": ("--train-projector",)}  # fmt: skip
 
 NEVER_A_NUMBER = ["", " ", "x", "nan", "-inf", "inf", "1e999", "0x10", "1,5", "--", "9" * 5000, "-9" + "9" * 30, "１ x"]
 NEVER_A_TEXT = ["", " ", "\t", "a\nb", "a\x1b[31mb", "a\x00b", "\ud800", "\udce9", "\x7f", "a\u2028b", "x" * 5000]
@@ -194,6 +195,7 @@ REFUSED = [
     (["--resume", "s3://key:secret@bucket/s"], "with a key or password"),
     (["--replay", "none", "--resume", "none"], "keep one"),
     (["--trial", "3"], "--replay"),
+    (["--run", "3"], "--replay"),
     (["--data", "/dev/zero"], "existing manifest"),
     (["--data", "x/" * 1400], "existing manifest"),
     (["--data", "phantoms/x", "--image-root", "/dev/null"], "must be a folder"),

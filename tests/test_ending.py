@@ -30,6 +30,7 @@ from studies import LAYOUT, ROOT, write_adapter, write_trial
 
 from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
 from tune.config.cli import parse
+from tune.config.paths import SettingsError
 from tune.records.journal import Journal
 from tune.results.console import print_summary
 
@@ -182,6 +183,7 @@ class Trainings:
         self.jobs: list[Job] = []
         self.before: Callable[[Job], None] = lambda job: None
         self.answers: dict[int, JobReport] = {}
+        self.epochs: list[float] = [0.7]  # the first goal's value after each epoch of a training
         for name in ("submit", "next_report", "last_report", "snapshot", "stop"):
             setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
 
@@ -190,7 +192,7 @@ class Trainings:
         self.before(job)
         if isinstance(job, TrainJob):
             write_adapter(job.output / "final_model", "again")
-            self.answers[job.number] = EpochReport(epoch=1, metrics={"auroc": 0.7}, finished=True)
+            self.answers[job.number] = self._report(len(self.epochs))
         else:
             self.answers[job.number] = ScoreReport(predictions=[self._score(path) for path in job.adapters])
 
@@ -200,8 +202,14 @@ class Trainings:
         value = np.nan if adapter_of(adapter) == "nan" else 0.5
         return {"losses": np.full(NUM_TEST, value), "scores": np.tile([value, 0.0, 0.0], (NUM_TEST, 1))}
 
+    def _report(self, epoch: int) -> EpochReport:
+        metrics = {"auroc": self.epochs[epoch - 1], "loss": 1.0 / epoch}
+        best_epoch = 1 + int(np.argmax(self.epochs[:epoch]))
+        return EpochReport(epoch=epoch, metrics=metrics, best_epoch=best_epoch, finished=epoch == len(self.epochs))
+
     def _next_report(self, number: int, seen: int) -> JobReport:
-        return self.answers[number]
+        answer = self.answers[number]
+        return self._report(seen + 1) if isinstance(answer, EpochReport) else answer
 
     def _last_report(self, number: int) -> JobReport:
         return self.answers[number]
@@ -793,9 +801,52 @@ def test_a_replay_writes_where_all_nodes_can(new_study, stand_ins, monkeypatch, 
 
     stand_ins.dispatcher.before = train
     (study.directory / "replay").mkdir()  # of one that was killed
-    assert replay(study, 0, lambda text: None) == 1  # other metrics
+    assert replay(study, 0, 0, lambda text: None) == 1  # other metrics
     assert seen[0].is_relative_to(study.directory) and storage.directory == study.directory
     assert not seen[0].exists()
+
+
+def test_a_confirmation_is_recorded_whole_and_replayed(new_study, stand_ins, monkeypatch) -> None:
+    """It counts by its best epoch; each epoch is compared; the seed is the confirmation's."""
+    from tune.confirm import confirm
+    from tune.replay import replay
+    from tune.study import earlier_outcome
+
+    monkeypatch.setattr("tune.replay.start_ray", lambda settings: {})
+    study = new_study("--trials", "1", "--confirm", "1", "--confirm-seeds", "2")
+    write_trial(study.journal, 0, auroc=0.9)
+    stand_ins.dispatcher.epochs = [0.6, 0.8, 0.7]
+    confirm(study, stand_ins.dispatcher, earlier_outcome(study, print), print)
+    one, two = (event for event in study.journal.events if event["event"] == "confirmed")
+    assert (one["run"], one["seed"], one["best_epoch"], one["value"]) == (1, 1, 2, 0.8) and two["seed"] == 2
+    assert one["metrics"] == {"auroc": 0.8, "loss": 0.5}
+    assert [epoch["auroc"] for epoch in one["epochs"]] == [0.6, 0.8, 0.7]
+    outcome = earlier_outcome(study, print)
+    outcome.pick_winner()
+    assert outcome.delivered() == {"trial": 0, "seed": 1, "run": 1, "folder": "trials/0000/confirm-1/final_model",
+                                   "metrics": {"auroc": 0.8, "loss": 0.5}}  # fmt: skip
+
+    assert replay(study, 0, 2, print) == 0
+    assert stand_ins.dispatcher.jobs[-1].settings.seed == 2  # type: ignore[union-attr]
+    stand_ins.dispatcher.epochs = [0.6, 0.8, 0.71]  # one epoch differs, and not the one that counts
+    assert replay(study, 0, 2, print) == 1
+    for number in (3, 9):
+        with pytest.raises(
+            SettingsError, match=rf"`--run` must be a training of trial 0 .*\(0, 1, 2\), but got {number}"
+        ):
+            replay(study, 0, number, print)
+
+
+def test_a_confirmation_of_an_earlier_version_is_replayed_by_its_value(new_study, stand_ins, monkeypatch) -> None:
+    from tune.replay import replay
+
+    monkeypatch.setattr("tune.replay.start_ray", lambda settings: {})
+    study = new_study("--trials", "1")
+    write_trial(study.journal, 0, auroc=0.9)
+    study.journal.write("confirmed", number=0, run=1, value=0.7)
+    assert replay(study, 0, 1, print) == 0 and stand_ins.dispatcher.jobs[-1].settings.seed == 1
+    stand_ins.dispatcher.epochs = [0.71]
+    assert replay(study, 0, 1, print) == 1
 
 
 @pytest.mark.parametrize(

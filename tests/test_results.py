@@ -20,6 +20,7 @@ from tune.results.comparison import comparison_sentence
 from tune.results.console import print_summary
 from tune.results.intervals import difference, with_intervals
 from tune.results.outcome import Outcome
+from tune.results.summary import Summary
 
 AUROC = (("auroc", "max"),)
 
@@ -72,6 +73,93 @@ def test_rules_hold_after_confirmation_too(tmp_path) -> None:
         assert [r.number for r in outcome.best()] == expected, confirmations
     free = Outcome("s", tmp_path, AUROC, records, confirmations=confirmed)
     assert [r.number for r in free.best()] == [0, 2, 1]
+
+
+def confirmed(outcome: Outcome, number: int, run: int, **metrics: float) -> None:
+    event = {"event": "confirmed", "number": number, "run": run, "value": metrics["auroc"], "seed": 40 + run}
+    outcome.apply(event | {"metrics": metrics, "best_epoch": 1, "folds": 0, "epochs": [metrics]})
+
+
+def test_the_delivered_adapter_is_the_one_that_is_judged(tmp_path) -> None:
+    records = [record(0, auroc=0.6, sensitivity=0.9, loss=1), record(1, auroc=0.9, sensitivity=0.95, loss=1)]
+    for each in records:
+        each.settings = {"seed": 40}
+    outcome = Outcome("s", tmp_path, AUROC, records, require=("sensitivity>=0.9",))
+    trial = tmp_path / "trials" / "0001"
+    assert outcome.adapters_of(records[1]) == [trial / "final_model"] and outcome.delivered() is None
+    (trial / "final_model").mkdir(parents=True)
+    outcome.pick_winner()
+    assert outcome.delivered() == {"trial": 1, "seed": 40, "run": 0, "folder": "trials/0001/final_model",
+                                   "metrics": records[1].metrics}  # fmt: skip
+    confirmed(outcome, 1, 2, auroc=0.7, sensitivity=0.92)  # they come in any order
+    confirmed(outcome, 1, 1, auroc=0.8, sensitivity=0.91)
+    for run in (1, 2):
+        (trial / f"confirm-{run}" / "final_model").mkdir(parents=True)
+    assert outcome.adapters_of(records[1]) == [trial / f"confirm-{run}" / "final_model" for run in (1, 2)]
+    assert outcome.adapter_of(records[1]) == trial / "confirm-1" / "final_model"
+    outcome.choose_winner()
+    assert outcome.winner is records[1] and outcome.notes == []
+    assert outcome.to_dict()["delivered"] == {
+        "trial": 1, "seed": 41, "run": 1, "folder": "trials/0001/confirm-1/final_model",
+        "metrics": {"auroc": 0.8, "sensitivity": 0.91},
+    }  # fmt: skip
+    replay = shlex.split(Summary(outcome.to_dict(), tmp_path).commands["Reproduce it"])
+    assert replay[-6:] == ["--replay", "s", "--trial", "1", "--run", "1"]
+
+
+def test_a_rule_must_hold_for_the_delivered_adapter(tmp_path) -> None:
+    """Trial 1 kept the rule in the search, and its mean is the best; the adapter that would be delivered breaks it."""
+    records = [record(n, auroc=0.5 + n / 10, sensitivity=0.95, loss=1) for n in (0, 1, 2)]
+    records[2].epochs[0]["sensitivity"] = 0.5  # broke it in the search, keeps it now
+    for number in (0, 1, 2):
+        (tmp_path / "trials" / f"{number:04d}" / "confirm-1" / "final_model").mkdir(parents=True)
+    outcome = Outcome("s", tmp_path, AUROC, records, require=("sensitivity>=0.9",))
+    confirmed(outcome, 0, 1, auroc=0.6, sensitivity=0.9)
+    confirmed(outcome, 1, 1, auroc=0.9, sensitivity=0.85)
+    confirmed(outcome, 1, 2, auroc=0.9, sensitivity=0.99)
+    confirmed(outcome, 2, 1, auroc=0.7, sensitivity=0.95)
+    outcome.pick_winner()
+    assert outcome.winner is records[2]
+    assert outcome.notes == [
+        "trial 1 kept sensitivity>=0.9 in the search (0.950), but its adapter of seed 1 breaks it (0.850)"
+    ]
+    outcome.require = ("sensitivity>=0.97",)
+    outcome.pick_winner()
+    assert outcome.winner is records[1] and "no trial keeps every rule" in outcome.notes[-1]
+
+
+def test_confirmations_of_an_earlier_version_change_no_rule_and_no_front(tmp_path) -> None:
+    records = [record(0, auroc=0.9, loss=0.5, sensitivity=0.95), record(1, auroc=0.8, loss=0.4, sensitivity=0.95)]
+    goals = (("auroc", "max"), ("loss", "min"))
+    outcome = Outcome("s", tmp_path, goals, records, require=("sensitivity>=0.9",))
+    outcome.apply({"event": "confirmed", "number": 0, "run": 1, "value": 0.1})
+    assert [r.number for r in outcome.best()] == [0, 1] and [r.number for r in outcome.front()] == [0, 1]
+    assert outcome.delivered_metrics(records[0]) == records[0].metrics and outcome.value(records[0], "auroc") == 0.9
+
+
+def test_the_front_after_confirmation_is_of_the_means(tmp_path) -> None:
+    records = [record(n, auroc=auroc, loss=loss) for n, auroc, loss in ((0, 0.9, 0.5), (1, 0.8, 0.4), (2, 0.99, 0.1))]
+    outcome = Outcome("s", tmp_path, (("auroc", "max"), ("loss", "min")), records)
+    assert [r.number for r in outcome.front()] == [2]
+    for run, auroc in ((1, 0.5), (2, 0.7)):
+        confirmed(outcome, 0, run, auroc=auroc, loss=0.6)
+        confirmed(outcome, 1, run, auroc=0.65, loss=0.5)
+    assert outcome.value(records[0], "auroc") == pytest.approx(0.6) and outcome.value(records[0], "loss") == 0.6
+    assert [r.number for r in outcome.front()] == [1]  # trial 2, which was not confirmed, has a single score only
+    assert Outcome("s", tmp_path, AUROC, records).front() == []
+
+
+def test_how_often_the_test_was_scored_is_a_number(tmp_path) -> None:
+    outcome = Outcome("s", tmp_path, AUROC, [])
+    event: dict = {"event": "tested", "tests": {}, "predictions": {}, "adapters": {"winner": "a", "guide": "b"}}
+    outcome.apply(event)
+    assert outcome.test_note() == "scored once, after the search, with 2 adapters"
+    outcome.apply(event | {"num_adapters": 7})
+    assert outcome.test_note() == (
+        "scored 2 times after the search, because the study was resumed after scoring, with 2 + 7 adapters"
+    )
+    outcome.read([event | {"num_adapters": 1, "time": 0.0}], 0.0)
+    assert outcome.test_note() == "scored once, after the search, with 1 adapter"
 
 
 def test_a_study_that_went_on_is_not_busier_than_its_lanes(tmp_path) -> None:

@@ -208,8 +208,9 @@ def journal_of(*reports: tuple[int, float], select: str = "last", mode: str = "m
         if auroc == auroc and (number not in best or score > best[number][0]):
             best[number] = score, begun[number]
         chosen = {"best_epoch": best.get(number, (0.0, 0))[1]} if select == "best" else {}  # as earlier versions
-        events.append({"event": "report", "number": number, "epoch": begun[number], "metrics": {"auroc": auroc}, "seconds": {},
-                       "wall_s": 0.0, "waited_s": 0.0, "device_s": 0.0, "seq": seq, **chosen})  # fmt: skip
+        facts = {"seconds": {}, "wall_s": 0.0, "waited_s": 0.0, "device_s": 0.0, "seq": seq, **chosen}
+        report = {"event": "report", "number": number, "epoch": begun[number], "metrics": {"auroc": auroc}}
+        events.append(report | facts)
     return trial_records(events)
 
 

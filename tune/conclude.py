@@ -56,6 +56,8 @@ def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: di
             outcome.incomplete = True
             outcome.note(f"the report could not be written ({type(error).__name__}: {error})".splitlines()[0])
     final = {"winner": outcome.winner.number if outcome.winner else "none", "adapter": outcome.adapter or "none"}
+    if outcome.winner:
+        final["seed"] = outcome.delivered_seed(outcome.winner)
     end_of_study(study, outcome, tracking, final, artifacts, timeout_s=60 if report else 5)
 
 
@@ -72,7 +74,8 @@ def end_of_study(
     Args:
         artifacts: files to log in the tracking stores.
     """
-    scores = {f"best_{name}": value for name, value in outcome.winner.metrics.items()} if outcome.winner else {}
+    metrics = outcome.delivered_metrics(outcome.winner) if outcome.winner else {}
+    scores = {f"best_{name}": value for name, value in metrics.items()}
     tests = {f"test_{name}": f"{score['value']:.4f}" for name, score in outcome.tests.get("winner", {}).items()}
     hashes = {name: study.plan[name] for name in ("data_hash", "base_hash")}
     study.journal.write(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from train_fn.data.samples import Splits
 from train_fn.data.settings import split_rules
 from train_fn.data.splitting import fold_splits
 from train_fn.jobs import JobFailed, TrainJob
@@ -30,6 +31,12 @@ def confirmations_left(study: Study, outcome: Outcome) -> list[tuple[TrialRecord
     ]
 
 
+def folds_of(study: Study, num_folds: int) -> list[Splits]:
+    """The splits of each fold; empty for 0 folds."""
+    rules = split_rules(study.settings.data, study.settings.model.image_options)
+    return fold_splits(study.splits, num_folds, rules) if num_folds else []
+
+
 def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
     """Train the best trials and the guide's defaults again over fresh seeds or folds, and record their validation
     scores. Confirmations of an earlier session are not repeated.
@@ -39,8 +46,7 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
     import ray
 
     settings = study.settings.study
-    rules = split_rules(study.settings.data, study.settings.model.image_options)
-    folds = fold_splits(study.splits, settings.folds, rules) if settings.folds else []
+    folds = folds_of(study, settings.folds)
     left = confirmations_left(study, outcome)
     numbers = ", ".join(str(number) for number in dict.fromkeys(record.number for record, _ in left))
     if left:
@@ -61,6 +67,19 @@ def confirm(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[str]
         if isinstance(report, JobFailed):
             outcome.note(f"a confirmation of trial {record.number} failed: {report.error.splitlines()[0]}")
             continue
-        value = report.metrics.get(outcome.metric, record.value(outcome.metric))
-        outcome.apply(study.journal.write("confirmed", number=record.number, run=run, value=value))
+        reports = ray.get([dispatcher.next_report.remote(CONFIRMING + done - 1, n) for n in range(report.epoch)])
+        metrics = reports[report.best_epoch - 1].metrics
+        value = metrics.get(outcome.metric, record.value(outcome.metric))
+        event = study.journal.write(
+            "confirmed",
+            number=record.number,
+            run=run,
+            value=value,
+            metrics=metrics,
+            best_epoch=report.best_epoch,
+            seed=record.settings["seed"] + run,
+            folds=settings.folds,
+            epochs=[earlier.metrics for earlier in reports],
+        )
+        outcome.apply(event)
         say(f"[{done}/{len(left)}] trial {record.number} again: {outcome.metric} {value:.3f}")

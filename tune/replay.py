@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 from train_fn.jobs import JobFailed, TrainJob
 from train_fn.support.text import plain
 from tune.config.paths import SettingsError
+from tune.confirm import folds_of
 from tune.lanes.layout import Layout
 from tune.lanes.ray_start import start_ray
 from tune.plan.prepare import Study
 from tune.records.trials import TrialRecord, trial_records
 
 
-def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
+def replay(study: Study, number: int, run: int, say: Callable[[str], None]) -> int:
     """Train a trial again and print the metrics of both times.
+
+    Args:
+        number: the trial's.
+        run: which training of it: 0 is the search's own, 1 the first fresh seed or fold of `--confirm`.
 
     Returns: the exit code. 0: all are identical; 1: they are not, or the trial failed.
 
-    Raises SettingsError when the study has no result of the trial.
+    Raises SettingsError when the study has no result of that training.
     """
-    records = trial_records(study.journal.events)
-    if number not in records or not records[number].epochs:
-        choices = ", ".join(str(n) for n, record in records.items() if record.epochs)
-        raise SettingsError(
-            [f"`--trial` must be a trial with a result ({choices}), but got {number}: choose one of them"]
-        )
-    record = records[number]
-    try:
-        job = TrainJob(number=number, settings=record.typed_settings(), output=study.directory / "replay")
-    except ValueError as error:
-        raise SettingsError([f"`--trial` {number} must have settings of this version, but {error}"]) from error
+    record, job, epochs = recorded(study, number, run)
     start_ray(study.settings)
     import ray  # after what `start_ray` sets for it
 
@@ -45,9 +41,9 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
     try:
         dispatcher = start_dispatcher(layout, study.settings.study.hang_timeout)
         lanes = Lanes(study, layout, dispatcher, say)
-        say(f"Training trial {number} of {study.name} again")
+        say(f"Training {training_name(number, run)} of {study.name} again, with seed {job.settings.seed}")
         ray.get(dispatcher.submit.remote(job))
-        while len(metrics) < len(record.epochs):
+        while len(metrics) < len(epochs):
             report = ray.get(dispatcher.next_report.remote(number, len(metrics)))
             if isinstance(report, JobFailed):
                 say(f"It failed: {report.error.splitlines()[0]}")
@@ -58,11 +54,59 @@ def replay(study: Study, number: int, say: Callable[[str], None]) -> int:
         ray.shutdown()
     finally:
         study.storage.remove(job.output)
-    return compare(record, metrics)
+    return compare(epochs, metrics, record.num_threads)
 
 
-def compare(record: TrialRecord, metrics: list[dict[str, float]]) -> int:
-    """Print the metrics of both times, epoch by epoch. Returns 0 if they are identical, else 1."""
+def training_name(number: int, run: int) -> str:
+    """The name of one training of a trial for people."""
+    return f"trial {number}, confirmation {run}" if run else f"trial {number}"
+
+
+def recorded(study: Study, number: int, run: int) -> tuple[TrialRecord, TrainJob, list[dict[str, float]]]:
+    """A trial's record, the job that repeats one of its trainings, and the metrics that the journal has of each epoch
+    of that training. Raises SettingsError as `replay`."""
+    records = trial_records(study.journal.events)
+    if number not in records or not records[number].epochs:
+        choices = ", ".join(str(n) for n, record in records.items() if record.epochs)
+        raise SettingsError(
+            [f"`--trial` must be a trial with a result ({choices}), but got {number}: choose one of them"]
+        )
+    record = records[number]
+    try:
+        settings = record.typed_settings()
+    except ValueError as error:
+        raise SettingsError([f"`--trial` {number} must have settings of this version, but {error}"]) from error
+    output = study.directory / "replay"
+    if not run:
+        return record, TrainJob(number=number, settings=settings, output=output), record.epochs
+    events = [e for e in study.journal.events if e["event"] == "confirmed" and e["number"] == number]
+    event = next((event for event in events if event["run"] == run), None)
+    if event is None:
+        choices = ", ".join(map(str, sorted({0, *(event["run"] for event in events)})))
+        raise SettingsError(
+            [f"`--run` must be a training of trial {number} with a result ({choices}), but got {run}: choose one"]
+        )
+    # Of earlier versions, events have the first goal's value after the last epoch, and no more.
+    only_value: list[dict[str, float]] = [*[{}] * (len(record.epochs) - 1), {study.goals[0][0]: event["value"]}]
+    epochs = event.get("epochs", only_value)
+    folds = folds_of(study, event.get("folds", study.settings.study.folds))
+    job = TrainJob(
+        number=number,
+        settings=dataclasses.replace(settings, seed=event.get("seed", settings.seed + run)),
+        output=output,
+        splits=folds[run - 1] if folds else None,
+    )
+    return record, job, epochs
+
+
+def compare(epochs: list[dict[str, float]], metrics: list[dict[str, float]], num_threads: int) -> int:
+    """Print the metrics of both times, epoch by epoch. Returns 0 if they are identical, else 1.
+
+    Args:
+        epochs: what the journal has of each epoch.
+        metrics: what the epochs gave now.
+        num_threads: torch threads of each worker then.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -70,8 +114,8 @@ def compare(record: TrialRecord, metrics: list[dict[str, float]]) -> int:
     if not console.is_terminal:
         console.width = 110
     table = Table("epoch", "metric", "then", "now", "difference")
-    same = len(metrics) == len(record.epochs)
-    for epoch, (then, now) in enumerate(zip(record.epochs, metrics, strict=False), 1):
+    same = len(metrics) == len(epochs)
+    for epoch, (then, now) in enumerate(zip(epochs, metrics, strict=False), 1):
         for name, value in then.items():
             again = now.get(name, math.nan)  # another version may not have it
             equal = again == value or (again != again and value != value)
@@ -79,6 +123,6 @@ def compare(record: TrialRecord, metrics: list[dict[str, float]]) -> int:
             gap = "none" if equal else f"{again - value:+.3g}"
             table.add_row(str(epoch), plain(name), repr(value), repr(again), gap)
     console.print(table)
-    threads = "" if record.num_threads <= 1 else f" (with {record.num_threads} threads last bits may differ)"
+    threads = "" if num_threads <= 1 else f" (with {num_threads} threads last bits may differ)"
     print("Identical." if same else f"Not identical{threads}.")
     return 0 if same else 1

@@ -75,7 +75,7 @@ def begin(argv: list[str]) -> Study | int:
     if command.replay:
         from tune.replay import replay
 
-        return replay(resume(settings, say), command.trial, say)
+        return replay(resume(settings, say), command.trial, command.run, say)
     return resume(settings, say) if command.resume else prepare(settings, say)
 
 

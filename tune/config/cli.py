@@ -117,8 +117,9 @@ def chosen_command(values: dict[str, Any], problems: list[str]) -> str:
     commands = [name for name in COMMANDS if values.get(name)]
     if len(commands) > 1:
         problems.append(f"one thing at a time, but got {' and '.join(map(flag, commands))}: keep one")
-    if "trial" in values and not values.get("replay"):
-        problems.append(f"`--trial` goes with --replay, but got {values['trial']} alone: add --replay STUDY")
+    for name in ("trial", "run"):
+        if name in values and not values.get("replay"):
+            problems.append(f"`--{name}` goes with --replay, but got {values[name]} alone: add --replay STUDY")
     return commands[0] if len(commands) == 1 else ""
 
 

@@ -167,6 +167,8 @@ class Command:
     """Train a trial of this study again (--trial) and compare its metrics."""
     trial: Annotated[int, Range(0, 10**6)] = 0
     """Number of the trial for --replay."""
+    run: Annotated[int, Range(0, 1000)] = 0
+    """Which training of that trial: 0 the search's own, 1 the first fresh seed or fold of --confirm, and so on."""
     doctor: bool = False
     """Check machines, model, data and storage for these settings; start no study."""
 

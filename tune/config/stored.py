@@ -51,7 +51,7 @@ def resumed_values(
             if (old and new and new < old) or (old == 0 and new and name != "trials"):
                 was = before or "none"
                 problems.append(f"`{flag(name)}` must not fall when a study goes on, but {was} became {value}")
-        elif name not in (*FREE, "space", "resume", "replay", "trial") and before != value:
+        elif name not in (*FREE, "space", "resume", "replay", "trial", "run") and before != value:
             problems.append(
                 f"`{flag(name)}` must stay what the study was begun with, {show(before)!r}, but got {show(value)!r}: "
                 f"leave it out, or begin a new study"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tune.records.goals import Goal, comparison, holds, sign
 from tune.records.trials import TrialRecord
@@ -25,9 +25,17 @@ def ranked(records: Sequence[TrialRecord], goals: Sequence[Goal], require: Seque
     )
 
 
-def front(records: Sequence[TrialRecord], goals: Sequence[Goal]) -> list[TrialRecord]:
-    """The Pareto front: completed trials that no other one equals in every goal and beats in one."""
-    points = {r.number: [sign(mode) * r.value(name) for name, mode in goals] for r in records if r.state == "COMPLETE"}
+def front(
+    records: Sequence[TrialRecord],
+    goals: Sequence[Goal],
+    value: Callable[[TrialRecord, str], float] = TrialRecord.value,
+) -> list[TrialRecord]:
+    """The Pareto front: completed trials that no other one equals in every goal and beats in one.
+
+    Args:
+        value: the value of a goal, by its name, of a trial.
+    """
+    points = {r.number: [sign(mode) * value(r, name) for name, mode in goals] for r in records if r.state == "COMPLETE"}
     points = {number: point for number, point in points.items() if all(map(math.isfinite, point))}
 
     def beaten(point: list[float]) -> bool:

@@ -59,12 +59,16 @@ class Outcome:
     """Test metrics by "winner", "guide" and "difference" (winner minus guide, paired)."""
     tested: int = 0
     """How often the test images were scored: more than once only when a resumed study has a new winner."""
+    num_tested: list[int] = field(default_factory=list)
+    """With how many adapters each time."""
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By "winner" and "guide": the `answers` (class indices) and `probabilities` of the test images."""
     confirmations: dict[int, list[float]] = field(default_factory=dict)
     """The first goal's values over fresh seeds or folds, by trial number (`--confirm`)."""
     confirmed_runs: dict[int, list[int]] = field(default_factory=dict)
     """The seed or fold, from 1, of each of those values."""
+    confirmed: dict[int, dict[int, Event]] = field(default_factory=dict)
+    """The "confirmed" events, by trial number and by seed or fold. Those of earlier versions have only the value."""
     tested_winner: str = ""
     """The winner's adapter that `tests` belong to, relative to the study's folder."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -122,7 +126,7 @@ class Outcome:
         records = trial_records(events)
         self.records = [records[number] for number in sorted(records)]
         self.confirmations, self.confirmed_runs, self.tests, self.predictions = {}, {}, {}, {}
-        self.tested = 0
+        self.confirmed, self.tested, self.num_tested = {}, 0, []
         for event in events:
             self.apply(event)
         self.measure(events, until)
@@ -140,10 +144,12 @@ class Outcome:
         elif event["event"] == "confirmed":
             self.confirmations.setdefault(event["number"], []).append(event["value"])
             self.confirmed_runs.setdefault(event["number"], []).append(event["run"])
+            self.confirmed.setdefault(event["number"], {})[event["run"]] = event
         elif event["event"] == "tested":
             self.tests, self.predictions = event["tests"], event["predictions"]
             self.tested_winner = event["adapters"]["winner"]
             self.tested += 1
+            self.num_tested.append(event.get("num_adapters", len(event["adapters"])))
         elif event["event"] == "study_ended":
             self.ended_by = event["tags"].get("ended_by", "")
             self.incomplete = event.get("incomplete", False)
@@ -159,7 +165,7 @@ class Outcome:
         rules = [comparison(text) for text in self.require]
 
         def order(record: TrialRecord) -> tuple[bool, bool, float]:
-            breaks = not all(holds(rule, record.metrics) for rule in rules)
+            breaks = not all(holds(rule, self.delivered_metrics(record)) for rule in rules)
             values = [value for value in self.confirmations.get(record.number, []) if math.isfinite(value)]
             return breaks, not values, sign(self.goals[0][1]) * float(np.mean(values)) if values else 0.0
 
@@ -189,8 +195,23 @@ class Outcome:
         if self.winner is None:
             return
         self.forget_old_tests()
-        if broken := [rule for rule in self.require if not holds(comparison(rule), self.winner.metrics)]:
+        for record in self.records:
+            self.note_broken_rules(record)
+        metrics = self.delivered_metrics(self.winner)
+        if broken := [rule for rule in self.require if not holds(comparison(rule), metrics)]:
             self.note(f"no trial keeps every rule: the winner breaks {', '.join(broken)}")
+
+    def note_broken_rules(self, record: TrialRecord) -> None:
+        """Add a note on each rule that a trial kept in the search, and that its delivered adapter breaks."""
+        metrics = self.delivered_metrics(record)
+        for rule in map(comparison, self.require):
+            if holds(rule, record.metrics) and not holds(rule, metrics):
+                name, relation, value = rule
+                self.note(
+                    f"trial {record.number} kept {name}{relation}{value:g} in the search ({record.metrics[name]:.3f}), "
+                    f"but its adapter of seed {self.delivered_seed(record)} breaks it "
+                    f"({metrics.get(name, math.nan):.3f})"
+                )
 
     def reject(self, record: TrialRecord, reason: str) -> None:
         """Exclude a trial from the choice of the winner: its adapter cannot be used."""
@@ -249,14 +270,66 @@ class Outcome:
     def adapter_of(self, record: TrialRecord) -> Path:
         """The folder that a trial's adapter is written to. With `--confirm`, the first fresh seed's or fold's: that
         one was not chosen for its score."""
+        return self.adapters_of(record)[0]
+
+    def adapters_of(self, record: TrialRecord) -> list[Path]:
+        """The folders of all adapters of a trial that its score stands for, the delivered one first: of every fresh
+        seed or fold or, without `--confirm`, the search's own."""
         trial = self.directory / "trials" / f"{record.number:04d}"
-        runs = self.confirmed_runs.get(record.number)
-        return (trial / f"confirm-{min(runs)}" if runs else trial) / "final_model"
+        runs = sorted(self.confirmed_runs.get(record.number, []))
+        return [trial / f"confirm-{run}" / "final_model" for run in runs] or [trial / "final_model"]
+
+    def delivered_run(self, record: TrialRecord) -> int:
+        """Which training of a trial its delivered adapter is of: 0 is the search's own, 1 the first fresh seed or
+        fold."""
+        return min(self.confirmed_runs.get(record.number, [0]))
+
+    def delivered_seed(self, record: TrialRecord) -> int:
+        """The seed of that training."""
+        return int(record.settings.get("seed", 0)) + self.delivered_run(record)
+
+    def delivered_metrics(self, record: TrialRecord) -> dict[str, float]:
+        """The validation metrics of a trial's delivered adapter. Earlier versions recorded them of the search's own
+        only."""
+        event = self.confirmed.get(record.number, {}).get(self.delivered_run(record), {})
+        return event.get("metrics", record.metrics)
+
+    def value(self, record: TrialRecord, name: str) -> float:
+        """A goal's value: its mean over the fresh seeds or folds, if they were recorded, else the search's own."""
+        events = self.confirmed.get(record.number, {}).values()
+        values = [event["metrics"][name] for event in events if name in event.get("metrics", {})]
+        return float(np.mean(values)) if values else record.value(name)
+
+    def front(self) -> list[TrialRecord]:
+        """The Pareto front. With `--confirm`, that of the confirmed trials, by their means: a single score that was
+        chosen for its height would keep them off it."""
+        if len(self.goals) < 2:
+            return []
+        measured = [r for r in self.records if any("metrics" in e for e in self.confirmed.get(r.number, {}).values())]
+        return front(measured or self.records, self.goals, self.value)
+
+    def delivered(self) -> dict[str, Any] | None:
+        """The delivered adapter: the winner's trial, the training of it (0: the search's own) and its seed, the folder,
+        relative to the study's, and its validation metrics. None without a winner."""
+        if self.winner is None:
+            return None
+        return {
+            "trial": self.winner.number,
+            "seed": self.delivered_seed(self.winner),
+            "run": self.delivered_run(self.winner),
+            "folder": self.relative(self.adapter_of(self.winner)),
+            "metrics": self.delivered_metrics(self.winner),
+        }
+
+    def test_note(self) -> str:
+        """How often the test was scored, and with how many adapters."""
+        adapters = f"with {' + '.join(map(str, self.num_tested)) or 0} adapter{'' if self.num_tested == [1] else 's'}"
+        if self.tested < 2:
+            return f"scored once, after the search, {adapters}"
+        return f"scored {self.tested} times after the search, because the study was resumed after scoring, {adapters}"
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as study.json holds it, without the study's plan."""
-        scored = "the winner and the guide's defaults" if "guide" in self.tests else "the winner"
-        often = "once" if self.tested < 2 else f"{self.tested} times, because the study was resumed after scoring,"
         next_step, next_command = self.next_step()
         return to_json(
             {
@@ -271,9 +344,10 @@ class Outcome:
                 "winner": self.winner.number if self.winner else None,
                 "adapter": self.adapter,
                 "test": self.tests,
-                "test_note": f"scored {often} after the search, for {scored} only",
+                "test_note": self.test_note(),
                 "predictions": self.predictions,
-                "front": [r.number for r in front(self.records, self.goals)] if len(self.goals) > 1 else [],
+                "delivered": self.delivered(),
+                "front": [record.number for record in self.front()],
                 "confirmations": self.confirmations,
                 "seconds": self.seconds,
                 "share_training_and_evaluation": self.busy_share,

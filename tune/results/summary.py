@@ -226,6 +226,8 @@ class Summary:
             commands |= {"Use it": f"{predict} IMAGE_OR_FOLDER", "Merge it": f"{predict} --merge-into NEW_FOLDER"}
         if self.winner:
             replay = ["--replay", self.study["name"], "--trial", str(self.winner.number)]
+            if run_number := (self.study.get("delivered") or {}).get("run"):
+                replay += ["--run", str(run_number)]
             run = ["python", "tune/run.py", "--results", str(self.directory.parent)]
             commands["Reproduce it"] = shlex.join([*run, *replay])
         return commands | {self.study.get("next_step", "Go on"): self.study["next_command"]}

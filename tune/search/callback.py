@@ -119,11 +119,8 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         complete += [record] if state == EndState.COMPLETE else []
         scores = [r.value(name) for r in complete]
         best = min((value for value in scores if value == value), key=lambda v: sign(mode) * v, default=None)
-        facts = {
-            name: getattr(record, name)
-            for name in ("step", "seconds", "applied", "lane", "device", "notes", "best_epoch")
-        }
-        facts["score"] = record.value(name) if record.epochs else None
+        names = ("step", "seconds", "applied", "lane", "device", "notes", "best_epoch")
+        facts = {fact: getattr(record, fact) for fact in names} | {"score": record.value(name)}
         facts["device_s"] = max(device_s + record.spent_before, record.device_seconds)
         self._write("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
         if state in DONE_STATES:
