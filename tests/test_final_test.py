@@ -394,8 +394,8 @@ def test_the_first_sentence_says_that_the_winner_does_not_beat_the_probe() -> No
     tests = {"winner": {"auroc": score}, "linear probe": {"auroc": score | {"value": 0.812}}}
     tests |= {"winner minus probe": {"auroc": gain_of(-0.016, -0.05, 0.018)}, "difference": {"auroc": BETTER}}
     first = (
-        "The tuned winner does not beat a linear probe on the base's frozen vision features: auroc on the test 0.796, "
-        "the probe's 0.812; winner minus probe: auroc -0.016 (95 % interval -0.050 to +0.018, paired)."
+        "The tuned winner does not beat a linear probe on the base's frozen vision features: auroc 0.796 against "
+        "0.812; winner minus probe, auroc -0.016 (95 % interval -0.050 to +0.018, paired)."
     )
     assert summary_of(tests).explanation.startswith(f"{first} On the test images the winner is better than")
     assert summary_of(tests | {"difference": {}}, winner=0).explanation.startswith(first)
@@ -404,9 +404,9 @@ def test_the_first_sentence_says_that_the_winner_does_not_beat_the_probe() -> No
     tests["winner minus probe, clean part"] = {"auroc": gain_of(-0.1, -0.2, -0.05, num=94)}
     text = summary_of(tests).explanation
     assert text.startswith("On the 94 test images without a copy in training the tuned winner is worse than a linear")
-    assert "all 126 test images, copies included: +0.016, +0.010 to +0.018" in text
+    assert "all 126 test images, copies included: 0.796 against 0.812, +0.016, +0.010 to +0.018)." in text
     seeds = probe_sentence(gain_of(-0.1, -0.2, -0.05, (3, 1)), score, score, "auroc")
-    assert "winner minus probe, mean of 3 seeds: auroc -0.100" in seeds
+    assert "winner minus probe, mean of 3 seeds, auroc -0.100" in seeds
     assert probe_sentence(gain_of(-0.1, -0.2, -0.05), score, score, "loss") == ""
 
 
@@ -423,6 +423,7 @@ def test_tables_have_baselines_as_rows(tmp_path: Path, capsys: pytest.CaptureFix
         "difference": {"auroc": BETTER},
         "winner minus probe": {"auroc": EVEN},
         "winner, clean part": score,
+        "guide, clean part": score,
     }
     print_summary(outcome)
     out = capsys.readouterr().out
@@ -432,5 +433,6 @@ def test_tables_have_baselines_as_rows(tmp_path: Path, capsys: pytest.CaptureFix
         assert row.count("0.800 (0.700 to 0.900)") == 1 and "0.400 (0.300 to 0.500)" in row
     (row,) = [row for row in rows if row.startswith("│ winner minus probe, paired")]
     assert "0.009 (-0.042 to 0.064)" in row and "-" in row
-    assert out.count("Test scores (95 % interval)") == 2 and "does not beat a linear probe" in out
+    assert "Test scores (95 % interval)" in out and "Test scores, clean part (95 % interval)" in out
+    assert "does not beat a linear probe" in out
     assert out.index("does not beat a linear probe") < out.index("The test images were scored")

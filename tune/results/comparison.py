@@ -53,13 +53,18 @@ def where(gain: Score, whole: Score | None) -> str:
     return f"On the {gain['num_samples']} test images without a copy in training" if whole else "On the test images"
 
 
-def numbers(gain: Score, metric: str, whole: Score | None) -> str:
-    """A difference with its interval, and that of the whole test behind it. whole: as for `comparison_sentence`."""
+def numbers(gain: Score, metric: str, whole: Score | None = None, scores: str = "") -> str:
+    """A difference with its interval, and that of the whole test behind it.
+
+    Args:
+        whole: as for `comparison_sentence`.
+        scores: what to say of the whole test before its difference.
+    """
     low, high = gain["interval"]
     text = f"{metric} {gain['value']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, paired"
     if whole:
         low, high = whole["interval"]
-        text += f"; all {whole['num_samples']} test images, copies included: {whole['value']:+.3f}, "
+        text += f"; all {whole['num_samples']} test images, copies included: {scores}{whole['value']:+.3f}, "
         text += f"{low:+.3f} to {high:+.3f}"
     return f"{text})"
 
@@ -136,8 +141,8 @@ def probe_sentence(
     over = f", mean of {runs[0]} {what}" if runs and runs[0] > 1 else ""
     place = f"{where(gain, whole)} the" if whole else "The"
     verb = "is worse than" if found else "does not beat"
-    return (
-        f"{place} tuned winner {verb} a linear probe on the base's frozen vision features: {metric} on the test "
-        f"{ours['value']:.3f}, the probe's {probe['value']:.3f}; winner minus probe{over}: "
-        f"{numbers(gain, metric, whole)}."
-    )
+    scores = f"{ours['value']:.3f} against {probe['value']:.3f}"
+    text = f"{place} tuned winner {verb} a linear probe on the base's frozen vision features: "
+    if whole:
+        return f"{text}winner minus probe{over}, {numbers(gain, metric, whole, f'{scores}, ')}."
+    return f"{text}{metric} {scores}; winner minus probe{over}, {numbers(gain, metric)}."

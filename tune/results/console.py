@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from train_fn.support.text import plain
+from tune.results.comparison import CLEAN
 from tune.results.outcome import EXTEND, LOOK_AGAIN, Outcome
 from tune.results.summary import Summary, format_metric, format_score, format_spread, format_value
 
@@ -29,7 +30,8 @@ def print_summary(outcome: Outcome) -> None:
     names = [name for name in summary.test_metrics if not name.endswith("_raw")]
     for whose in summary.test_tables:
         rows = [[name, *(format_score(tests[who].get(name)) for who in whose)] for name in names]
-        print_table("Test scores (95 % interval)", ["metric", *map(summary.title, whose)], rows)
+        title = f"Test scores{CLEAN if CLEAN in whose[0] else ''} (95 % interval)"
+        print_table(title, ["metric", *map(summary.title, whose)], rows)
     rows = [
         [summary.title(who), *(format_score(tests[who].get(name)) for name in summary.compared_metrics)]
         for who in summary.compared
