@@ -212,7 +212,7 @@ def test_an_operating_point_is_compared_with_what_was_asked_for(
         trial["epochs"][-1]["sensitivity"] = 0.955
     (point,) = operating_points(View(study, directory))
     assert point.sentences[0] == "4 of 10 test samples have the positive answer, malignant (40 %)."
-    assert "for a sensitivity of at least 0.95, where the winner has 0.955 (out-of-fold)." in point.sentences[1]
+    assert "for a sensitivity of at least 0.95, where trial 2 has 0.955 (out-of-fold)." in point.sentences[1]
     assert point.sentences[1].endswith(f"On the test images it is 0.940 ({low:.3f} to {high:.3f}): {text}.")
 
 

@@ -242,7 +242,7 @@ def asked_and_kept(view: View, task: PositiveTask, name: str, value: float) -> s
     text = f"The rule that chooses the answers was fitted on the validation images for a {name} of at least {value:g}"
     record = view.summary.winner
     if record and is_number(validation := record.value(task.prefix + name)):
-        text += f", where the winner has {validation:.3f} (out-of-fold)"
+        text += f", where trial {record.number} has {validation:.3f} (out-of-fold)"
     who = "winner" + CLEAN if "winner" + CLEAN in task.stored else "winner"
     score = task.share(who, name)
     if not (is_number(score["value"]) and score["interval"]):
