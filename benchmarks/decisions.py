@@ -8,8 +8,8 @@ of the probabilities after vector scaling; rules for macro-F1, accuracy, balance
 the winner and the guide's defaults with 95 % intervals; for all completed trials the mean, its distance to the plain
 argmax, and the number of trials that are better.
 
-With the adapters of `--confirm` also the standard deviation over the seeds of one configuration: a score that moves with
-the seed says little of the settings.
+With the adapters of `--confirm` also the standard deviation over the seeds of one configuration: a score that moves
+with the seed says little of the settings.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import numpy as np
 
 sys.path[:] = [str(Path(__file__).resolve().parents[1]), *sys.path[1:]]
 
-from train_fn.data.samples import Splits, units_of
-from train_fn.data.splits_file import load_splits
-from train_fn.scoring.fitting import decide, decide_out_of_fold, fit_part
-from train_fn.scoring.scores import PartScorer, metrics_of
-from train_fn.settings import ModelSettings
-from tune.results.intervals import with_intervals
+from train_fn.data.samples import Splits, units_of  # noqa: E402
+from train_fn.data.splits_file import load_splits  # noqa: E402
+from train_fn.scoring.fitting import decide, decide_out_of_fold, fit_part  # noqa: E402
+from train_fn.scoring.scores import PartScorer, metrics_of  # noqa: E402
+from train_fn.settings import ModelSettings  # noqa: E402
+from tune.results.intervals import with_intervals  # noqa: E402
 
 WAYS = {
     "argmax": "plain argmax",
@@ -120,22 +120,23 @@ def print_row(title: str, cells: Mapping[str, str]) -> None:
 
 
 def print_seeds(predicted: Mapping[str, dict[str, Any]], splits: Splits) -> None:
-    """Standard deviations over the seeds of each confirmed trial, of validation scores (out of fold) and test scores."""
+    """Standard deviations over the seeds of each confirmed trial: of validation (out of fold) and test scores."""
     seeds: dict[str, list[str]] = {}
     for name in predicted:
         if " " in name:
             seeds.setdefault(name.split(" ")[0], [name.split(" ")[0]]).append(name)
     for number, names in seeds.items():
-        print(f"\ntrial {number}, standard deviation over {len(names)} seeds\n\n| score | validation, argmax | validation, "
-              f"rule for macro-F1 | test, argmax | test, rule |\n| --- | --- | --- | --- | --- |")  # fmt: skip
+        print(f"\ntrial {number}, standard deviation over {len(names)} seeds; rules for macro-F1\n")
+        print("| score | validation, argmax | validation, rule | test, argmax | test, rule |\n" + "| --- " * 5 + "|")
         table = []
         for name in names:
             its, aim = predicted[name], replace(splits, decide="macro_f1")
             held_out = decide_out_of_fold(its["validation"], splits.validation, aim)
-            validation = metrics_of(its["validation"], splits.validation, aim, held_out)
-            plain = metrics_of(its["validation"], splits.validation, splits)
-            table.append([plain, validation, *({key: float(value[0]) for key, value in scorer_of(its, splits, way)().items()}
-                                               for way in ("argmax", "macro_f1"))])  # fmt: skip
+            row = [metrics_of(its["validation"], splits.validation, replace(splits, decide="argmax"))]
+            row.append(metrics_of(its["validation"], splits.validation, aim, held_out))
+            for way in ("argmax", "macro_f1"):
+                row.append({key: float(value[0]) for key, value in scorer_of(its, splits, way)().items()})
+            table.append(row)
         for score in ("auroc", "accuracy", "balanced_accuracy", "macro_f1", "sensitivity", "specificity"):
             if all(score in row[0] for row in table):
                 cells = (f"{np.std([row[column][score] for row in table], ddof=1):.3f}" for column in range(4))

@@ -58,22 +58,12 @@ def is_tested(study: Study, outcome: Outcome, chosen: dict[str, TrialRecord]) ->
     return last["adapters"]["winner"] == delivered["winner"] and last["sha256"] == hashes_of(paths)
 
 
-def adapters_of(outcome: Outcome, record: TrialRecord) -> list[Path]:
-    """Folders of the adapters of a trial's settings: the delivered one first, and those of all other confirmed seeds or
-    folds."""
-    # Stands in for `Outcome.adapters_of` until that is there: then this function goes.
-    delivered = outcome.adapter_of(record)
-    trial = outcome.directory / "trials" / f"{record.number:04d}"
-    seeds = [trial / f"confirm-{run}" / "final_model" for run in sorted(outcome.confirmed_runs.get(record.number, []))]
-    return [delivered, *(folder for folder in seeds if folder != delivered)]
-
-
 def adapter_paths(outcome: Outcome, chosen: dict[str, TrialRecord]) -> dict[str, list[Path | None]]:
     """Folders of the adapters that score the test, the delivered one first; None for a missing one."""
     paths: dict[str, list[Path | None]] = {}
     for who, record in chosen.items():
         paths[who] = [outcome.adapter if who == "winner" else outcome.find_adapter(record)]
-        for folder in adapters_of(outcome, record)[1:]:
+        for folder in outcome.adapters_of(record)[1:]:
             if outcome.storage:
                 outcome.storage.pull(folder)
             paths[who].append(folder if folder.is_dir() else None)
