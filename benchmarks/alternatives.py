@@ -19,8 +19,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(Path(__file__).resolve().parent))]
 
-POSITIVE = "Malignant"
-
 
 def documented_pattern(work: dict[str, Any]) -> list[dict[str, Any]]:
     """(b) The guide's settings, which are trial 0, as often as asked."""
@@ -103,7 +101,7 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
 
         def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
             start = time.perf_counter()
-            metrics = loop.evaluate(now["base"], splits, "validation", 16, True, POSITIVE)
+            metrics = loop.evaluate(now["base"], splits, 16).metrics
             found[-1]["evaluation"] += time.perf_counter() - start
             found[-1] |= {"metrics": metrics, "wall": time.perf_counter() - found[-1]["start"]}
             told = {f"eval_{name}": value for name, value in metrics.items()}
@@ -219,7 +217,7 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
             if device.type == "cuda":
                 torch.cuda.synchronize()
             clock.lap("warm-up" if epoch == 1 and device.type == "cuda" else "train")
-            metrics = loop.evaluate(base, splits, "validation", 16, True, POSITIVE)
+            metrics = loop.evaluate(base, splits, 16).metrics
             clock.lap("evaluation")
         tensors = {name: p.detach().cpu() for name, p in base.model.named_parameters() if p.requires_grad}
         save_file(tensors, folder / f"{number}.safetensors")

@@ -24,9 +24,10 @@ import torch.distributed as dist  # noqa: E402
 
 from train_fn.jobs import EpochReport  # noqa: E402
 from train_fn.model.base import load_base  # noqa: E402
+from train_fn.scoring.evaluation import predict  # noqa: E402
+from train_fn.scoring.scores import metrics_of  # noqa: E402
 from train_fn.support.storage import Storage  # noqa: E402
 from train_fn.trial.loop import run_trial  # noqa: E402
-from train_fn.trial.scoring import evaluate  # noqa: E402
 from tune.config.cli import parse  # noqa: E402
 from tune.plan.prepare import prepare  # noqa: E402
 from tune.records.goals import epoch_goal, sign  # noqa: E402
@@ -55,7 +56,7 @@ def main() -> None:
             chosen = [0]
 
             def report(message: EpochReport, epochs: list[Way] = epochs, chosen: list[int] = chosen) -> bool:
-                test, _ = evaluate(base, study.splits, "test", 16, True)
+                test = metrics_of(predict(base, study.splits.test, study.splits, 16), study.splits.test, study.splits)
                 epochs.append((message.metrics[metric], test[metric]))
                 chosen[0] = message.best_epoch
                 return False

@@ -73,9 +73,9 @@ def scored(monkeypatch, each_epoch) -> Callable[..., None]:
         evaluate = loop.evaluate
 
         def scored(*args: Any) -> Any:
-            metrics, predicted = evaluate(*args)
-            epoch = [epoch.loss for epoch in each_epoch].index(metrics["loss"])
-            return metrics | {"score": scores[epoch]}, predicted
+            evaluation = evaluate(*args)
+            epoch = [epoch.loss for epoch in each_epoch].index(evaluation.metrics["loss"])
+            return replace(evaluation, metrics=evaluation.metrics | {"score": scores[epoch]})
 
         monkeypatch.setattr(loop, "evaluate", scored)
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+from train_fn.data.samples import units_of
 from train_fn.data.splits_file import save_splits
+from train_fn.model.adapters import read_task
 from train_fn.model.base import load_base
 from train_fn.predict import main
+from train_fn.scoring.conformal import answer_set
+from train_fn.scoring.fitting import fit_decision
 from train_fn.scoring.scores import probabilities
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.loop import run_trial
@@ -70,6 +75,35 @@ def test_predictions_are_the_trials_scores(trained, splits, tmp_path) -> None:
     assert np.allclose(ours, probabilities(scores), atol=1e-6)
     assert all(line["label"] == splits.candidates[row.argmax()] for line, row in zip(lines, ours, strict=True))
     assert all(isinstance(line["generated"], str) for line in lines)
+
+
+def test_answers_are_decided_as_validation_has_taught(base, splits, tmp_path) -> None:
+    asked = replace(splits, decide="sensitivity>=0.9", tasks=(replace(splits.tasks[0], positive="Malignant"),))
+    output = tmp_path / "trial"
+    run_trial(base, asked, TRIAL, lambda report: False, output=output)
+    adapter, scores = output / "final_model", {}
+    for part in ("validation", "test"):
+        scores[part] = score_adapter(base, splits, part, 16, adapter)["scores"]
+    labels = np.array([sample.label for sample in splits.validation])
+    decision = fit_decision(scores["validation"], labels, asked.decide, 2, units_of(splits.validation))
+    assert read_task(adapter).decisions == {"": decision} and decision.rule and decision.scale != 1
+    wanted = decision.probabilities(scores["test"])
+    answers = [splits.candidates[index] for index in decision.answers(wanted)]
+    assert answers != [splits.candidates[index] for index in scores["test"].argmax(1)]
+    images = [sample.image for sample in splits.test]
+    lines = [json.loads(line) for line in run("--adapter", adapter, *images).stdout.splitlines()]
+    assert [line["answer"] for line in lines] == [line["label"] for line in lines] == answers
+    assert np.allclose([[*line["probabilities"].values()] for line in lines], wanted, atol=1e-6)
+    raw = [json.loads(line) for line in run("--adapter", adapter, "--raw", *images).stdout.splitlines()]
+    assert [line["answer"] for line in raw] == [splits.candidates[index] for index in scores["test"].argmax(1)]
+    assert np.allclose([[*line["probabilities"].values()] for line in raw], probabilities(scores["test"]), atol=1e-6)
+    sets = [json.loads(line) for line in run("--adapter", adapter, "--coverage", "0.8", *images).stdout.splitlines()]
+    conformal = read_task(adapter).conformal[""]
+    assert [line["answers"] for line in sets] == [
+        [splits.candidates[index] for index in answer_set(row, conformal, 0.8)] for row in wanted
+    ]
+    refused = run("--adapter", adapter, "--raw", "--coverage", "0.8", images[0])
+    assert refused.returncode == 2 and "--coverage" in refused.stderr
 
 
 def test_merged_model_answers_as_base_and_adapter(trained, splits, tmp_path) -> None:

@@ -169,7 +169,8 @@ def run_trial(
             run.announce("evaluation", train_loss)
             clock.lap("train")
             with phase("evaluation"):
-                metrics, predicted = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss)
+                evaluation = evaluate(base, splits, eval_batch_size)
+                metrics = evaluation.metrics
             log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
             last = log.step == num_steps
@@ -179,8 +180,8 @@ def run_trial(
             if output is not None and rank == 0:
                 if counts:
                     folder = output if last else run.state.epoch_folder(epoch)
-                    run.write(functools.partial(save_final, base, model, settings, splits, folder, storage))
-                    run.write(functools.partial(save_predictions, splits, "validation", predicted, folder, storage))
+                    run.write(functools.partial(save_final, base, model, settings, splits, folder, storage, evaluation))
+                    run.write(functools.partial(save_predictions, splits, evaluation, folder, storage))
                 elif last:
                     kept = run.state.epoch_folder(run.best_epoch)
                     run.write(functools.partial(copy_final, kept, output, storage))

@@ -8,16 +8,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from train_fn.data.samples import Splits
+import numpy as np
+
+from train_fn.data.samples import Splits, units_of
 from train_fn.model.adapters import MAX_QUESTIONS
 from train_fn.model.base import Base
 from train_fn.scoring.answers import answer_lines
+from train_fn.scoring.conformal import calibration_scores
 from train_fn.scoring.evaluation import max_new_tokens
+from train_fn.scoring.fitting import fit_part
 from train_fn.scoring.scores import stored_predictions
 from train_fn.settings import TrialSettings
 from train_fn.support.files import copy_folder, replace_folder, write_file, write_json, write_json_lines, write_sums
 from train_fn.support.storage import Storage
 from train_fn.trial.adapter_files import save_adapter
+from train_fn.trial.scoring import Evaluation
 
 VALIDATION = "validation_predictions.jsonl"
 
@@ -43,12 +48,20 @@ def checkpoints(output: Path, storage: Storage) -> list[Path]:
     return [output / name for name in sorted(names, key=lambda name: int(name.rpartition("-")[2]))]
 
 
-def save_final(base: Base, model: Any, settings: TrialSettings, splits: Splits, output: Path, storage: Storage) -> None:
+def save_final(
+    base: Base,
+    model: Any,
+    settings: TrialSettings,
+    splits: Splits,
+    output: Path,
+    storage: Storage,
+    evaluation: Evaluation | None = None,
+) -> None:
     """Write `final_model/` with its task.json. It is on the disk when this returns."""
     partial = output / ".final_model"  # an unfinished adapter must never become a winner's
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(base, model, settings, partial)
-    save_task(base, splits, partial)
+    save_task(base, splits, partial, evaluation)
     write_sums(partial)
     replace_folder(partial, output / "final_model")
     storage.push(output / "final_model")
@@ -71,20 +84,21 @@ def save_log(log: History, output: Path, storage: Storage) -> None:
     storage.push(output / "trainer_state.json")
 
 
-def save_predictions(splits: Splits, part: str, predicted: dict[str, Any], directory: Path, storage: Storage) -> None:
-    """Write `PART_predictions.jsonl`: question, truth and answer of each sample."""
-    samples = getattr(splits, part)
-    lines = answer_lines(samples, splits, {"": stored_predictions(predicted, samples, splits)})
-    path = directory / f"{part}_predictions.jsonl"
-    write_json_lines(path, lines)
-    storage.push(path)
+def save_predictions(splits: Splits, evaluation: Evaluation, directory: Path, storage: Storage) -> None:
+    """Write the validation predictions: question, truth and answer of each sample."""
+    samples = splits.validation
+    stored = stored_predictions(evaluation.predicted, samples, splits, evaluation.decided)
+    write_json_lines(directory / VALIDATION, answer_lines(samples, splits, {"": stored}))
+    storage.push(directory / VALIDATION)
 
 
-def save_task(base: Base, splits: Splits, directory: Path) -> None:
-    """Write task.json beside an adapter: the base, and what `train_fn.predict` asks: for each task its candidates and
-    its questions, the most frequent first (MAX_QUESTIONS at most)."""
+def save_task(base: Base, splits: Splits, directory: Path, evaluation: Evaluation | None = None) -> None:
+    """Write task.json beside an adapter: the base, and what `train_fn.predict` needs of each task: its candidates, its
+    questions, the most frequent first (MAX_QUESTIONS at most), its decision, and the calibration scores of its sets of
+    answers."""
     questions = Counter(sample.question for sample in splits.train)
-    tasks = []
+    decisions = fit_part(evaluation.predicted, splits.validation, splits) if evaluation else {}
+    tasks: list[dict[str, Any]] = []
     for task in splits.tasks:
         its = Counter(sample.question for sample in splits.train if sample.task == task.name)
         tasks.append(
@@ -92,10 +106,17 @@ def save_task(base: Base, splits: Splits, directory: Path) -> None:
                 "name": task.name,
                 "kind": task.kind,
                 "candidates": task.candidates,
+                "positive": task.positive,
                 "separator": task.separator,
                 "questions": [question for question, _ in its.most_common(MAX_QUESTIONS)],
             }
         )
+        if evaluation and task.name in decisions:
+            samples = [sample for sample in splits.validation if sample.task == task.name]
+            labels = np.array([sample.label for sample in samples], dtype=int)
+            probabilities = evaluation.decided[task.name].probabilities
+            tasks[-1]["decision"] = dataclasses.asdict(decisions[task.name])
+            tasks[-1]["conformal"] = calibration_scores(probabilities, labels, units_of(samples))
     content = {
         "model": dataclasses.asdict(base.settings),
         "question": questions.most_common(1)[0][0],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from train_fn.data.samples import MAX_GENERATED, Splits
 from train_fn.model.base import Base
 from train_fn.model.batches import image_features
 from train_fn.scoring.evaluation import Predictions, predict
+from train_fn.scoring.fitting import Decided, decide_out_of_fold
 from train_fn.scoring.probe import probe_images, probe_tasks
 from train_fn.scoring.scores import metrics_of
 from train_fn.support.profile import count_work
@@ -26,14 +28,23 @@ from train_fn.trial.adapter_files import load_adapter
 from train_fn.trial.applied import TrialFailed
 
 
-def evaluate(
-    base: Base, splits: Splits, part: str, batch_size: int, class_balanced: bool
-) -> tuple[dict[str, float], Predictions]:
-    """Metrics of the adapted base on one part of the data, and its predictions."""
-    samples = getattr(splits, part)
-    predicted = predict(base, samples, splits, batch_size, generated_indices(splits, part))
+@dataclass(frozen=True)
+class Evaluation:
+    """What the adapted base makes of the validation part."""
+
+    metrics: dict[str, float]
+    predicted: Predictions
+    decided: dict[str, Decided]
+    """Probabilities and answers under decisions that were fitted without the sample itself, by the task's name."""
+
+
+def evaluate(base: Base, splits: Splits, batch_size: int) -> Evaluation:
+    """Predictions of the adapted base on the validation part, and their metrics."""
+    samples = splits.validation
+    predicted = predict(base, samples, splits, batch_size, generated_indices(splits, "validation"))
+    decided = decide_out_of_fold(predicted, samples, splits)
     try:
-        return metrics_of(predicted, samples, splits, class_balanced), predicted
+        return Evaluation(metrics_of(predicted, samples, splits, decided), predicted, decided)
     except ValueError as error:
         if not splits.own_metric:
             raise
