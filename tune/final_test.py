@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from train_fn.data.samples import units_of
 from train_fn.jobs import JobFailed, ScoreJob
 from train_fn.scoring.scores import PartScorer, stored_predictions
 from tune.plan.prepare import Study
@@ -98,18 +99,15 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
         outcome.note(f"there is no test score of the guide's defaults: the adapter of trial 0 {problem}")
         del chosen["guide"]
     predicted = {who: answers[who] for who in chosen}
-    scorers = {
-        who: PartScorer(predicted[who], study.splits.test, study.splits, record.settings["class_balanced_loss"])
-        for who, record in chosen.items()
-    }
-    everything, clean = np.arange(len(study.splits.test)), np.array(study.data_report.test_clean, dtype=int)
+    scorers = {who: PartScorer(answer, study.splits.test, study.splits) for who, answer in predicted.items()}
+    units, clean = units_of(study.splits.test), np.array(study.data_report.test_clean, dtype=int)
     tests = {}
     for who, scorer in scorers.items():
-        tests[who] = with_intervals(scorer, everything)
-        if 0 < len(clean) < len(everything):
-            tests[f"{who}, clean part"] = with_intervals(scorer, clean)
+        tests[who] = with_intervals(scorer, units)
+        if 0 < len(clean) < len(units):
+            tests[f"{who}, clean part"] = with_intervals(scorer, units, clean)
     if "guide" in scorers:
-        tests["difference"] = with_intervals(difference(scorers["winner"], scorers["guide"]), everything)
+        tests["difference"] = difference(scorers["winner"], scorers["guide"], units)
     predictions = {
         who: stored_predictions(answer, study.splits.test, study.splits) for who, answer in predicted.items()
     }

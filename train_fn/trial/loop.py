@@ -156,7 +156,7 @@ def run_trial(
             run.announce("evaluation", train_loss)
             clock.lap("train")
             with phase("evaluation"):
-                metrics, predicted = evaluate(base, splits, "validation", eval_batch_size, settings.class_balanced_loss)
+                metrics, predicted = evaluate(base, splits, "validation", eval_batch_size)
             log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
             clock.lap("evaluation")
             last = log.step == num_steps

@@ -19,14 +19,12 @@ from train_fn.trial.adapter_files import load_adapter
 from train_fn.trial.applied import TrialFailed
 
 
-def evaluate(
-    base: Base, splits: Splits, part: str, batch_size: int, class_balanced: bool
-) -> tuple[dict[str, float], Predictions]:
+def evaluate(base: Base, splits: Splits, part: str, batch_size: int) -> tuple[dict[str, float], Predictions]:
     """Metrics of the adapted base on one part of the data, and its predictions."""
     samples = getattr(splits, part)
     predicted = predict(base, samples, splits, batch_size, generated_indices(splits, part))
     try:
-        return metrics_of(predicted, samples, splits, class_balanced), predicted
+        return metrics_of(predicted, samples, splits), predicted
     except ValueError as error:
         if not splits.own_metric:
             raise
