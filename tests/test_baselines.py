@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from train_fn.data.decision import softmax
 from train_fn.data.samples import Sample, Splits, Task, closed_set
 from train_fn.scoring.probe import probe_images, probe_predictions, probe_samples
-from train_fn.scoring.scores import probabilities
 
 QUESTION = "What is it?"
 
@@ -34,7 +34,7 @@ def auroc(predicted: dict[str, np.ndarray], samples: tuple[Sample, ...]) -> floa
     from sklearn.metrics import roc_auc_score
 
     labels = [sample.label for sample in samples]
-    found = probabilities(predicted["scores"])
+    found = softmax(predicted["scores"])
     return float(roc_auc_score(labels, found if found.shape[1] > 2 else found[:, 1], multi_class="ovr"))
 
 
@@ -46,7 +46,7 @@ def test_a_probe_on_separable_features_is_perfect_and_on_noise_is_a_coin() -> No
     noise = probe_predictions(features_of(splits, 0.0), splits, True)
     assert 0.42 < auroc(noise["test"], splits.test) < 0.58
     # Validation has chosen the strongest regularisation: it trusts noise with nothing.
-    assert np.abs(probabilities(noise["test"]["scores"]) - 1 / 3).max() < 0.1
+    assert np.abs(softmax(noise["test"]["scores"]) - 1 / 3).max() < 0.1
     assert np.isnan(found["test"]["losses"]).all()
 
 
@@ -63,7 +63,7 @@ def test_the_probe_is_scikit_learns_logistic_regression_with_the_studys_class_we
     labels = np.array([sample.label for sample in splits.train])
     scaler = StandardScaler().fit(train)
     for balanced, weights in ((True, "balanced"), (False, None)):
-        found = probabilities(probe_predictions(features, splits, balanced)["test"]["scores"])
+        found = softmax(probe_predictions(features, splits, balanced)["test"]["scores"])
         closest = min(
             np.abs(
                 LogisticRegression(C=strength, class_weight=weights, max_iter=1000)
@@ -113,10 +113,10 @@ def test_images_of_a_question_are_averaged_and_other_tasks_are_left_out() -> Non
 def test_answers_that_training_lacks_and_features_that_are_not_finite() -> None:
     parts = splits_of((90, 60, 60))
     splits = Splits(tuple(s for s in parts.train if s.label != 2), parts.validation, parts.test, parts.tasks)
-    found = probabilities(probe_predictions(features_of(splits, 20.0), splits, True)["test"]["scores"])
+    found = softmax(probe_predictions(features_of(splits, 20.0), splits, True)["test"]["scores"])
     assert found[:, 2].max() < 1e-9 and np.isfinite(found).all()
     only = Splits(tuple(s for s in parts.train if s.label == 1), parts.validation, parts.test, parts.tasks)
-    found = probabilities(probe_predictions(features_of(only, 20.0), only, True)["test"]["scores"])
+    found = softmax(probe_predictions(features_of(only, 20.0), only, True)["test"]["scores"])
     assert found[:, 1].min() > 1 - 1e-9
     features = features_of(parts, 1.0)
     features[0, 0] = np.inf

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import os
 import re
@@ -82,13 +81,8 @@ def hang_up_is_heard() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No store is there, and intervals take no time."""
-    from train_fn.scoring.metrics import bootstrap_intervals
-
+    """No store is there."""
     monkeypatch.setattr("tune.study.Tracking", Stores)
-    monkeypatch.setattr(
-        "tune.results.intervals.bootstrap_intervals", functools.partial(bootstrap_intervals, resamples=9)
-    )
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ def test_saved_adapter_gives_the_trials_scores(base, splits, tmp_path, settings)
     trained = train(base, splits, settings, tmp_path)[-1].metrics
     before = weights(base)
     predicted = score_adapter(base, splits, "validation", 16, tmp_path / "final_model")
-    found = metrics_of(predicted, splits.validation, splits, True)
+    found = metrics_of(predicted, splits.validation, splits)
     assert all(found[name] == pytest.approx(trained[name], abs=1e-6) for name in found)
     after = weights(base)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from train_fn.data.decision import softmax
 from train_fn.data.samples import units_of
 from train_fn.data.splits_file import save_splits
 from train_fn.model.adapters import read_task
@@ -23,7 +24,6 @@ from train_fn.model.base import load_base
 from train_fn.predict import main
 from train_fn.scoring.conformal import answer_set
 from train_fn.scoring.fitting import fit_decision
-from train_fn.scoring.scores import probabilities
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.loop import run_trial
 from train_fn.trial.scoring import score_adapter
@@ -72,7 +72,7 @@ def test_predictions_are_the_trials_scores(trained, splits, tmp_path) -> None:
     assert [line["image"] for line in lines] == [sample.image for sample in splits.test]
     ours = np.array([list(line["probabilities"].values()) for line in lines])
     assert list(lines[0]["probabilities"]) == list(splits.candidates)
-    assert np.allclose(ours, probabilities(scores), atol=1e-6)
+    assert np.allclose(ours, softmax(scores), atol=1e-6)
     assert all(line["label"] == splits.candidates[row.argmax()] for line, row in zip(lines, ours, strict=True))
     assert all(isinstance(line["generated"], str) for line in lines)
 
@@ -96,7 +96,7 @@ def test_answers_are_decided_as_validation_has_taught(base, splits, tmp_path) ->
     assert np.allclose([[*line["probabilities"].values()] for line in lines], wanted, atol=1e-6)
     raw = [json.loads(line) for line in run("--adapter", adapter, "--raw", *images).stdout.splitlines()]
     assert [line["answer"] for line in raw] == [splits.candidates[index] for index in scores["test"].argmax(1)]
-    assert np.allclose([[*line["probabilities"].values()] for line in raw], probabilities(scores["test"]), atol=1e-6)
+    assert np.allclose([[*line["probabilities"].values()] for line in raw], softmax(scores["test"]), atol=1e-6)
     sets = [json.loads(line) for line in run("--adapter", adapter, "--coverage", "0.8", *images).stdout.splitlines()]
     conformal = read_task(adapter).conformal[""]
     assert [line["answers"] for line in sets] == [
@@ -153,7 +153,7 @@ def test_qlora_merges_onto_the_unquantised_base(base, splits, tmp_path) -> None:
     plain = score_adapter(base, splits, "test", 16, adapter)["scores"]
     assert np.allclose(merged, plain, atol=1e-4)  # exactly the adapter on the unquantised base,
     assert not np.allclose(merged, scores, atol=1e-4)  # whose weights differ from those of the training
-    assert np.abs(probabilities(merged) - probabilities(scores)).max() < 0.2
+    assert np.abs(softmax(merged) - softmax(scores)).max() < 0.2
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_each_line_has_question_task_truth_and_answer(adapter, several, tmp_path
     closed = [line for line in lines if line["task"] == "finding"]
     right = accuracy_score([line["truth"] for line in closed], [line["answer"] for line in closed])
     assert f"finding ({len(closed)}) accuracy {right:.3g} " in told
-    assert "open (" in told and "token_f1" in told and "loss" not in told and "nan" not in told
+    assert "open (" in told and "token_f1" in told and " loss" not in told and "nan" not in told
 
     alone = lines_of(run("--adapter", adapter, table, "--batch-size", 1, "--no-generate", *root_of(several)))
     for one, line in zip(alone, lines, strict=True):

@@ -263,13 +263,13 @@ def predicted(splits: Splits, strength: float, seed: int) -> dict[str, np.ndarra
 
 
 def test_a_paired_interval_is_narrower_than_the_two_alone(splits) -> None:
-    images = np.arange(200)
+    units = list(range(200))
     weak = predicted(splits, 1.0, 1)
     strong = {"losses": weak["losses"], "scores": weak["scores"].copy()}
     strong["scores"][np.arange(200), [s.label for s in splits.test]] += 0.4  # the same noise, a little better
-    one, two = (PartScorer(p, splits.test, splits, True) for p in (strong, weak))
-    gain = with_intervals(difference(one, two), images)["auroc"]
-    alone = with_intervals(one, images)["auroc"]["interval"]
+    one, two = (PartScorer(p, splits.test, splits) for p in (strong, weak))
+    gain = difference(one, two, units)["auroc"]
+    alone = with_intervals(one, units)["auroc"]["interval"]
     assert gain["interval"][0] > 0
     assert gain["interval"][1] - gain["interval"][0] < alone[1] - alone[0]
     assert "better than the guide" in comparison_sentence(gain, "auroc") and "worse than" in comparison_sentence(
@@ -278,8 +278,8 @@ def test_a_paired_interval_is_narrower_than_the_two_alone(splits) -> None:
 
 
 def test_noise_is_no_significant_difference(splits) -> None:
-    one, two = (PartScorer(predicted(splits, 1.0, seed), splits.test, splits, True) for seed in (1, 2))
-    gain = with_intervals(difference(one, two), np.arange(200))["auroc"]
+    one, two = (PartScorer(predicted(splits, 1.0, seed), splits.test, splits) for seed in (1, 2))
+    gain = difference(one, two, range(200))["auroc"]
     assert "not distinguishable from" in comparison_sentence(gain, "auroc")
 
 

@@ -17,9 +17,12 @@ from train_fn.data.samples import Sample, Splits, Task
 from train_fn.data.splits_file import load_splits, save_splits
 from train_fn.data.splitting import SplitRules, make_splits
 from train_fn.data.tasks import TaskRules, find_tasks
+from train_fn.scoring.fitting import Decided
+from train_fn.scoring.metrics import METRICS
 from train_fn.scoring.own_metric import read_own_metric
 from train_fn.scoring.scores import PartScorer, metrics_of
 from train_fn.scoring.text_metrics import bleu_statistics, corpus_bleu, rouge_l, token_f1
+from tune.records.goals import metric_of
 
 
 def asked(question: str, *answers: str, question_type: str = "", first: int = 0, **more: Any) -> list[Sample]:
@@ -208,7 +211,7 @@ def test_a_model_that_sees_no_image_has_an_auroc_of_one_half(seed: int) -> None:
     def prior(sample: Sample, candidates: tuple[str, ...]) -> list[float]:
         return [np.log(counts.get((sample.question, answer), 0.01)) for answer in candidates]
 
-    metrics = metrics_of(predictions(splits, prior), splits.test, splits, True)
+    metrics = metrics_of(predictions(splits, prior), splits.test, splits)
     assert {value for name, value in metrics.items() if name.endswith("auroc")} == {0.5}
     assert metrics["what_is_the_modality/balanced_accuracy"] == pytest.approx(1 / 3)
 
@@ -224,7 +227,7 @@ def test_metrics_by_task_are_those_of_scikit_learn_and_of_the_text_metrics() -> 
     predicted = predictions(
         splits, lambda sample, candidates: rng.normal(size=len(candidates)), lambda sample: written[sample.answer]
     )
-    metrics = metrics_of(predicted, splits.test, splits, True)
+    metrics = metrics_of(predicted, splits.test, splits)
     sizes, values = [], []
     for name in ("what_is_the_modality", "what_is_the_plane", "grade"):
         task = splits.by_name[name]
@@ -248,25 +251,73 @@ def test_metrics_by_task_are_those_of_scikit_learn_and_of_the_text_metrics() -> 
     pairs = [(written[s.answer], s.answer) for s in splits.test if s.task == "open"]
     assert metrics["open/token_f1"] == pytest.approx(np.mean([token_f1(*pair) for pair in pairs]))
     assert metrics["open/rouge_l"] == pytest.approx(np.mean([rouge_l(*pair) for pair in pairs]))
-    assert metrics["open/bleu"] == pytest.approx(corpus_bleu(np.array([bleu_statistics(*pair) for pair in pairs])))
+    statistics = np.array([bleu_statistics(*pair) for pair in pairs])
+    assert metrics["open/bleu"] == pytest.approx(corpus_bleu(statistics, np.ones((1, len(pairs))))[0])
     assert metrics["open/exact_match"] == pytest.approx(np.mean([a == b for a, b in pairs]))
 
 
-def test_metrics_of_a_part_of_the_samples_are_those_of_that_part() -> None:
-    rng = np.random.default_rng(1)
-    splits = splits_of([*MODALITY, *YES_NO, *OPEN])
-    predicted = predictions(splits, lambda sample, candidates: rng.normal(size=len(candidates)))
-    scorer = PartScorer(predicted, splits.test, splits, True)
-    chosen = rng.integers(0, len(splits.test), 60)
-    part = {name: values[chosen] for name, values in predicted.items()}
-    alone = metrics_of(part, [splits.test[i] for i in chosen], splits, True)
-    assert scorer(chosen) == pytest.approx(alone, nan_ok=True)
+def mixed_splits(rng: np.random.Generator) -> Splits:
+    """Data with a task of each kind, with decisions."""
+    grades, sizes = asked("Grade?", *["low", "middle", "high"] * 5), asked("Diameter?", *["10", "20", "30.5"] * 4)
+    sets = asked("Findings?", *["mass; cyst", "mass", "cyst; rib"] * 4)
+    rules = {"ordinal": ("low", "middle", "high"), "multilabel": ";", "numeric": True}
+    splits = splits_of([*MODALITY, *YES_NO, *OPEN, *grades, *sets, *sizes], **rules)
+    assert {task.kind for task in splits.tasks} == {"closed", "binary", "open", "ordinal", "multilabel", "numeric"}
+    return replace(splits, decide="macro_f1", prevalence=float(rng.choice([0.0, 0.2])))
+
+
+def some(decided: Decided, places: np.ndarray) -> Decided:
+    return Decided(decided.probabilities[places], decided.answers[places])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_metrics_under_integer_weights_are_those_of_the_repeated_samples(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    splits = mixed_splits(rng)
+    words = ["10", "30", "no number", None, "one small finding", "one small finding number 3 in the left lung"]
+    predicted = predictions(splits, lambda sample, candidates: rng.integers(0, 4, len(candidates)),
+                            lambda sample: words[rng.integers(len(words))])  # fmt: skip
+    predicted["losses"] = rng.integers(0, 9, len(splits.test)) / 4
+    own = {task.name: np.flatnonzero([s.task == task.name for s in splits.test]) for task in splits.tasks}
+    decided = {}
+    for task in splits.tasks:
+        if task.kind in ("closed", "binary", "ordinal"):
+            classes, size = len(task.candidates), len(own[task.name])
+            decided[task.name] = Decided(rng.dirichlet(np.ones(classes), size), rng.integers(0, classes, size))
+    weights = rng.integers(0, 3, (3, len(splits.test)))
+    found = PartScorer(predicted, splits.test, splits, decided)(weights)
+    assert "accuracy_raw" in found and "ordinal/quadratic_kappa_raw" in found and "auroc_raw" not in found
+    for row, counts in enumerate(weights):
+        chosen = np.repeat(np.arange(len(counts)), counts)
+        repeated = {
+            name: some(its, np.repeat(np.arange(len(own[name])), counts[own[name]])) for name, its in decided.items()
+        }
+        part = {key: values[chosen] for key, values in predicted.items()}
+        alone = metrics_of(part, [splits.test[i] for i in chosen], splits, repeated)
+        for name, value in found.items():
+            if metric_of(name).removesuffix("_raw") != "ece":  # its bins are those of all samples
+                assert value[row] == pytest.approx(alone.get(name, np.nan), nan_ok=True, abs=1e-9), name
+
+
+def test_a_decision_changes_answers_and_probabilities_and_no_auroc() -> None:
+    splits = replace(splits_of(YES_NO), decide="accuracy")
+    labels = np.array([sample.label for sample in splits.test])
+    predicted = predictions(splits, lambda sample, candidates: [1.0, 0.0] if sample.label else [2.0, 0.0])
+    right = {task.name: Decided(np.eye(2)[labels], labels) for task in splits.tasks}
+    found, raw = metrics_of(predicted, splits.test, splits, right), metrics_of(predicted, splits.test, splits)
+    assert found["accuracy"] == found["macro_f1"] == found["ppv"] == 1 and found["brier"] == found["log_loss"] == 0
+    assert found["auroc"] == raw["auroc"] == 1  # the scores rank right, although the most probable answer is always 0
+    assert found["accuracy_raw"] == raw["accuracy"] == pytest.approx((labels == 0).mean())
+    assert {f"{name}_raw" for name in raw if f"{name}_raw" in METRICS} == {n for n in found if n.endswith("_raw")}
+    plain = metrics_of(predicted, splits.test, replace(splits, decide="argmax"), right)
+    assert not any(name.endswith("_raw") for name in plain) and plain.keys() == raw.keys()
 
 
 def test_an_answer_that_is_no_number_counts_with_the_range_of_the_training_values() -> None:
     splits = splits_of(asked("Diameter?", *["10", "20", "30", "50"] * 3), numeric=True)
     metrics = metrics_of(predictions(splits, None, lambda s: "none" if s.answer == "50" else s.answer), splits.test,
-                         splits, True)  # fmt: skip
+                         splits)  # fmt: skip
     assert metrics["mae"] == pytest.approx(40 / 4) and metrics["parsed"] == 0.75
     assert metrics["rmse"] == pytest.approx((40**2 / 4) ** 0.5) and metrics["pearson_r"] == pytest.approx(1)
 
@@ -274,14 +325,14 @@ def test_an_answer_that_is_no_number_counts_with_the_range_of_the_training_value
 def test_a_score_that_nobody_can_give_is_absent() -> None:
     splits = splits_of(OPEN)
     predicted = predictions(splits, None, lambda sample: None)
-    assert metrics_of(predicted, splits.test, splits, True) == {"loss": 1.0}
+    assert metrics_of(predicted, splits.test, splits) == {"loss": 1.0}
 
 
 def test_a_metric_of_ones_own_is_the_mean_over_the_samples(tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text("def first(answer, truth): return answer[0] == truth[0]\n")
     splits = replace(splits_of([*PLANE, *OPEN]), own_metric=read_own_metric(f"{tmp_path}/my.py:first"))
     predicted = predictions(splits, lambda sample, candidates: [1.0, 0.0], lambda sample: "the finding")
-    metrics = metrics_of(predicted, splits.test, splits, True)
+    metrics = metrics_of(predicted, splits.test, splits)
     assert metrics["what_is_the_plane/first"] == 0.5 and metrics["open/first"] == 0.0
     assert metrics["first"] == pytest.approx(9 / 38)
 

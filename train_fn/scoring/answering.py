@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8
 WINDOW = 1024  # samples among which those with prompts of equal length share a batch
-# Of no task that is only asked: a loss needs the training's weights, the other metric its class counts.
-LEFT_OUT = ("loss", "macro_f1_prior_corrected")
 
 
 @dataclass(frozen=True)
@@ -183,8 +181,8 @@ def task_metrics(pairs: Sequence[tuple[Sample, Answer]], task: Task) -> dict[str
     samples = tuple(sample for sample, _ in pairs)
     texts = np.empty(len(pairs), dtype=object)
     texts[:] = [answer.text for _, answer in pairs]
-    with np.errstate(all="ignore"):  # a probability may be 0; there are no counts of training samples
+    with np.errstate(divide="ignore"):  # a probability may be 0
         scores = np.log(np.array([answer.probabilities for _, answer in pairs]))
         predicted = {"losses": np.full(len(pairs), np.nan), "scores": scores, "texts": texts}
-        found = metrics_of(predicted, samples, Splits((), (), samples, (task,)), class_balanced=True)
-    return {name: value for name, value in found.items() if name not in LEFT_OUT and np.isfinite(value)}
+        found = metrics_of(predicted, samples, Splits((), (), samples, (task,)))
+    return {name: value for name, value in found.items() if name != "loss" and np.isfinite(value)}

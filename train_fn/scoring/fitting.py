@@ -45,6 +45,8 @@ def fit_decision(
         positive: index of the positive candidate.
         units: number of each sample's unit [N], see `units_of`.
     """
+    sound = np.isfinite(scores).all(1)
+    scores, labels, units = scores[sound], labels[sound], np.asarray(units)[sound].tolist()
     if aim == ARGMAX or not len(labels):
         return Decision()
     scale, offsets = fit_scaling(scores, labels)

@@ -102,19 +102,23 @@ def bleu_statistics(answer: str, truth: str) -> np.ndarray:
     return np.array([score.sys_len, score.ref_len, *score.counts, *score.totals])
 
 
-def corpus_bleu(statistics: np.ndarray) -> float:
+def corpus_bleu(statistics: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """BLEU of a corpus, as `sacrebleu.corpus_bleu(...).score / 100` with its default smoothing.
 
     Args:
         statistics: [N, 10], a row of `bleu_statistics` for each sample.
+        weights: how often each sample counts, in whole numbers [R, N].
 
     Returns:
-        0 to 1. NaN if no truth has four words: there even perfect answers would have 0.
+        0 to 1 for each row of weights [R]. NaN if no truth has four words: there even perfect answers would have 0.
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    if statistics[:, 1].max(initial=0) < BLEU_ORDER:
-        return math.nan
-    answer_words, truth_words, *counts = statistics.sum(0).tolist()
-    correct, total = counts[:BLEU_ORDER], counts[BLEU_ORDER:]
-    return min(BLEU.compute_bleu(correct, total, answer_words, truth_words, smooth_method="exp").score / 100, 1.0)
+    sums, long_enough = weights @ statistics, (weights @ (statistics[:, 1] >= BLEU_ORDER)) > 0
+    found = np.full(len(weights), math.nan)
+    for row in np.flatnonzero(long_enough):
+        answer_words, truth_words, *counts = sums[row].round().astype(int).tolist()
+        correct, total = counts[:BLEU_ORDER], counts[BLEU_ORDER:]
+        score = BLEU.compute_bleu(correct, total, answer_words, truth_words, smooth_method="exp").score
+        found[row] = min(score / 100, 1.0)
+    return found

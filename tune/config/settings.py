@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from train_fn.data.decision import AIMS, is_aim
 from train_fn.data.settings import DataSettings
-from train_fn.scoring.metrics import METRICS
+from train_fn.scoring.metrics import NAMED
 from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, TrialSettings, matching, one_of
 from train_fn.settings import flag as flag
 from tune.records.budgets import MAX_SECONDS, seconds
@@ -57,12 +57,12 @@ def readable_by(read: Callable[[str], Any], words: str) -> TextRule:
 
 GOAL = readable_by(
     goal,
-    f"one of {', '.join([*METRICS, *COSTS])}, also of one task or kind of task (such as open/token_f1), or a "
+    f"one of {', '.join([*NAMED, *COSTS])}, also of one task or kind of task (such as open/token_f1), or a "
     f"function of a Python file (my.py:score), with a minus before it where less is better",
 )
 SCORE_RULE = readable_by(
     comparison,
-    f"METRIC>=X or METRIC<=X, with X from 0 to 1 (loss and errors: at least 0) and one of {', '.join(METRICS)}, also "
+    f"METRIC>=X or METRIC<=X, with X from 0 to 1 (loss and errors: at least 0) and one of {', '.join(NAMED)}, also "
     f"of one task or kind of task (such as open/token_f1)",
 )
 AIM = TextRule(f"one of {', '.join(AIMS)}, or sensitivity>=X or specificity>=X with X between 0 and 1", is_aim)

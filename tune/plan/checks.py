@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from train_fn.data.decision import AIMS, ARGMAX, is_aim, operating_point
+from train_fn.data.decision import AIMS, ARGMAX, Decision, is_aim, operating_point
 from train_fn.data.samples import Splits
 from train_fn.model.checkpoint import resolve_model
-from train_fn.scoring.metrics import CHOICE, METRICS
+from train_fn.scoring.fitting import decide
+from train_fn.scoring.metrics import CHOICE, METRICS, OF_POSITIVE
 from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
 from tune.config.settings import Settings
@@ -76,7 +77,9 @@ def of_a_perfect_model(splits: Splits) -> dict[str, float]:
             scores[row, : len(candidates)] = -10.0
             scores[row, int(sample.label)] = 0.0
     texts = np.array([sample.answer for sample in part], dtype=object)
-    return metrics_of({"losses": np.zeros(len(part)), "scores": scores, "texts": texts}, part, splits, True)
+    predicted = {"losses": np.zeros(len(part)), "scores": scores, "texts": texts}
+    decided = decide({task.name: Decision() for task in splits.tasks if task.kind in CHOICE}, predicted, part, splits)
+    return metrics_of(predicted, part, splits, decided)
 
 
 def missing_for(name: str, splits: Splits, possible: dict[str, float], max_answers: int) -> str:
@@ -91,10 +94,16 @@ def missing_for(name: str, splits: Splits, possible: dict[str, float], max_answe
     metric, only = metric_of(name), splits.tasks[0]
     if metric not in METRICS and not splits.own_metric:
         return ""  # a metric of one's own that cannot be used is a problem already
-    if metric in ("sensitivity", "specificity") and splits.candidates:
+    plain = metric.removesuffix("_raw")
+    if plain != metric and splits.decide in ("", ARGMAX):
+        return f"a fitted decision (--decide, not {ARGMAX}); without one it is {plain}"
+    if plain in OF_POSITIVE and splits.candidates:
         if not only.positive:
             return f"a positive class (--positive-label, one of {', '.join(splits.candidates)})"
-        return f"validation images whose answer is {'' if metric == 'sensitivity' else 'not '}{only.positive!r}"
+        if np.isnan(possible["sensitivity"]):
+            return f"validation images whose answer is {only.positive!r}"
+        if np.isnan(possible["specificity"]):
+            return f"validation images whose answer is not {only.positive!r}"
     if metric in METRICS and not any(task.kind in METRICS[metric].tasks for task in splits.tasks):
         kinds = ", ".join(dict.fromkeys(task.kind for task in splits.tasks))
         return (

@@ -95,10 +95,10 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems += base_problems(settings.model, settings.trial, splits, say)
     settings = with_plain_names(settings, splits)
     goals = tuple(goal(text) for text in settings.study.metric or (usual_goal(splits),))
-    problems += check_goals(settings, goals, splits)
     aim = settings.study.decide or usual_aim(settings, goals, splits)
     settings = dataclasses.replace(settings, study=dataclasses.replace(settings.study, decide=aim))
     splits = dataclasses.replace(splits, decide=aim, prevalence=settings.study.prevalence)
+    problems += check_goals(settings, goals, splits)
     settings = with_absolute_paths(settings)
     name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
     directory = Path(settings.study.results).resolve() / name

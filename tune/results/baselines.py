@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from train_fn.data.decision import Decision
-from train_fn.data.samples import Sample, Splits
+from train_fn.data.samples import Splits
 from train_fn.jobs import ScoreReport
-from train_fn.scoring.fitting import DECIDED, Decided, decide, fit_part
+from train_fn.scoring.fitting import DECIDED, decide, fit_part
 from train_fn.scoring.probe import LEAST, probe_predictions, probe_samples, probe_tasks
 from train_fn.scoring.scores import PartScorer, stored_predictions
 from tune.results.comparison import CLEAN, GAIN, MAJORITY, OVER_PROBE, PROBE, UNTUNED
-from tune.results.intervals import Scorer, with_intervals
+from tune.results.intervals import Scorer, difference_over_seeds, with_intervals
 
 Scores = dict[str, dict[str, Any]]  # by metric: "value" and "interval"
 
@@ -137,7 +137,7 @@ def test_scores(
 def scores_of(model: Model, part: Sequence[int], splits: Splits) -> Scores:
     """A model's scores on those of these test samples that it answers."""
     its = part if model.answered is None else sorted(set(part) & set(model.answered))
-    found = with_intervals(model_scorer(model, its, splits), np.arange(len(its))) if its else {}
+    found = with_intervals(model_scorer(model, its, splits), units_in(splits, its)) if its else {}
     return {name: score for name, score in found.items() if name.rsplit("/")[-1] not in model.left_out}
 
 
@@ -151,14 +151,19 @@ def paired(
     """
     left_out = {name for model in (*ours, *theirs) for name in model.left_out}
     first, second = ([model_scorer(model, part, splits) for model in its] for its in (ours, theirs))
-    found = difference_over_seeds(first, second, len(part))
+    found = difference_over_seeds(first, second, units_in(splits, part))
     return {name: score | facts for name, score in found.items() if name.rsplit("/")[-1] not in left_out}
 
 
 def model_scorer(model: Model, part: Sequence[int], splits: Splits) -> Scorer:
     """The scorer of a model on these test samples."""
     samples, predicted = [splits.test[index] for index in part], taken(model.predicted, part)
-    return scorer_of(predicted, samples, splits, decide(model.decisions, predicted, samples, splits) or None)
+    return PartScorer(predicted, samples, splits, decide(model.decisions, predicted, samples, splits) or None)
+
+
+def units_in(splits: Splits, part: Sequence[int]) -> list[int]:
+    """The units of these test samples."""
+    return units_of([splits.test[index] for index in part])
 
 
 def taken(predicted: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
@@ -168,41 +173,5 @@ def taken(predicted: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]
 
 def stored(model: Model, splits: Splits) -> dict[str, list[Any]]:
     """A model's predictions of the test as study.json holds them."""
-    # Until `stored_predictions` takes `decided`, as `scorer_of` does.
-    return stored_predictions(dict(model.predicted), splits.test, splits)
-
-
-def scorer_of(
-    predicted: dict[str, Any], samples: Sequence[Sample], splits: Splits, decided: Mapping[str, Decided] | None
-) -> Scorer:
-    """The scorer of predictions. `decided`: their probabilities and answers by task; None: the most probable ones."""
-    # Until `PartScorer` takes `decided`: then PartScorer(predicted, samples, splits, decided).
-    return PartScorer(predicted, samples, splits, class_balanced=True)
-
-
-def difference_over_seeds(ours: Sequence[Scorer], theirs: Sequence[Scorer], num_samples: int) -> Scores:
-    """Paired differences of the means over seeds; the interval is over samples and seeds."""
-    # Stands in for the function of `tune.results.intervals` with this name until that is there: then this one goes.
-    from tune.results.intervals import bootstrap_intervals
-
-    rng = np.random.default_rng(1)
-
-    def mean(scorers: Sequence[Scorer], samples: np.ndarray) -> dict[str, float]:
-        found = [score(samples) for score in scorers]
-        return {name: float(np.mean([one.get(name, np.nan) for one in found])) for name in found[0]}
-
-    def gap(first: Sequence[Scorer], second: Sequence[Scorer], samples: np.ndarray) -> dict[str, float]:
-        one, other = mean(first, samples), mean(second, samples)
-        return {name: one[name] - other[name] for name in one if name in other}
-
-    def drawn(scorers: Sequence[Scorer]) -> list[Scorer]:
-        return [scorers[index] for index in rng.integers(0, len(scorers), len(scorers))]
-
-    values = gap(ours, theirs, np.arange(num_samples))
-
-    def of_drawn(samples: np.ndarray) -> dict[str, float]:
-        found = gap(drawn(ours), drawn(theirs), samples)
-        return {name: found.get(name, np.nan) for name in values}
-
-    intervals = bootstrap_intervals(of_drawn, num_samples)
-    return {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}
+    decided = decide(model.decisions, model.predicted, splits.test, splits)
+    return stored_predictions(model.predicted, splits.test, splits, decided)
