@@ -242,7 +242,8 @@ class TrialSettings:
     train_projector: bool = False
     """Train the vision-to-language projector (all its weights) beside the adapter."""
     class_balanced_loss: bool = True
-    """Weight each image by the inverse frequency of its answer in the training split (mean weight 1)."""
+    """Weight each image by the inverse frequency of its answer in the training split (mean weight 1). Near-copies, and
+    images of one group, share the weight of one image."""
     zero_stage: Annotated[int, Range(0, 2, why=WHY_NO_STAGE_3)] = 2
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer states, 2 also gradients partitioned over the workers."""
     offload_optimizer: bool = False
