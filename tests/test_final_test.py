@@ -410,6 +410,14 @@ def test_the_first_sentence_says_that_the_winner_does_not_beat_the_probe() -> No
     assert probe_sentence(gain_of(-0.1, -0.2, -0.05), score, score, "loss") == ""
 
 
+def test_the_table_of_baselines_has_scores_of_the_goals_tasks() -> None:
+    names = ("loss", "auroc", "kind/auroc", "kind/accuracy", "other/accuracy", "kind/loss")
+    tests = {"winner": dict.fromkeys(names, BETTER)}
+    assert summary_of(tests).compared_metrics == ["auroc"]
+    assert summary_of(tests, goals=[["kind/auroc", "max"]]).compared_metrics == ["kind/auroc", "kind/accuracy"]
+    assert summary_of(tests, goals=[["loss", "min"]]).compared_metrics == ["loss", "auroc"]
+
+
 def test_tables_have_baselines_as_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from test_results import AUROC, record
 

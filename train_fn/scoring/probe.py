@@ -73,6 +73,7 @@ def probe_predictions(features: np.ndarray, splits: Splits, class_balanced: bool
         for part in ("validation", "test")
         if (size := len(getattr(splits, part)))
     }
+    by_sample = np.array(splits.sample_weights() if class_balanced else [1.0] * len(splits.train))
     for task in probe_tasks(splits):
         members = {
             part: [index for index in its if getattr(splits, part)[index].task == task.name]
@@ -80,8 +81,10 @@ def probe_predictions(features: np.ndarray, splits: Splits, class_balanced: bool
         }
         samples = {part: [getattr(splits, part)[index] for index in its] for part, its in members.items()}
         pooled = {part: of_samples(features, rows, its) for part, its in samples.items()}
-        weights = np.array(splits.class_weights(task) if class_balanced else [1.0] * len(task.candidates))
-        for part, scores in fit(samples, pooled, weights).items():
+        by_class = np.array(splits.class_weights(task) if class_balanced else [1.0] * len(task.candidates))
+        weights = {"train": by_sample[members["train"]]}
+        weights["validation"] = by_class[[int(sample.label) for sample in samples["validation"]]]
+        for part, scores in fit(samples, pooled, weights, len(by_class)).items():
             if members[part]:
                 answers[part]["scores"][members[part], : len(task.candidates)] = scores
     return answers
@@ -93,7 +96,12 @@ def of_samples(features: np.ndarray, rows: dict[str, int], samples: Sequence[Sam
     return np.array(pooled, dtype=float).reshape(len(samples), features.shape[1])
 
 
-def fit(samples: dict[str, list[Sample]], pooled: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray]:
+def fit(
+    samples: dict[str, list[Sample]],
+    pooled: dict[str, np.ndarray],
+    weights: dict[str, np.ndarray],
+    num_classes: int,
+) -> dict[str, np.ndarray]:
     """Log-probabilities of one task's validation and test samples [N, C].
 
     A question with enough training samples has a probe of its own, since the features say nothing of the question. All
@@ -102,7 +110,8 @@ def fit(samples: dict[str, list[Sample]], pooled: dict[str, np.ndarray], weights
     Args:
         samples: of the task, by part.
         pooled: their features [N, F], by part.
-        weights: of each class in the fit [C].
+        weights: of each sample in the fit ("train") and in the choice of the strength ("validation") [N].
+        num_classes: C.
     """
     labels = {part: np.array([sample.label for sample in its], dtype=int) for part, its in samples.items()}
     counts = Counter(plain_form(sample.question) for sample in samples["train"])
@@ -114,15 +123,16 @@ def fit(samples: dict[str, list[Sample]], pooled: dict[str, np.ndarray], weights
     best: dict[str, np.ndarray] = {}
     smallest = np.inf
     for strength in STRENGTHS if samples["validation"] else STRENGTHS[2:3]:
-        found = {part: np.zeros((len(labels[part]), len(weights))) for part in ("validation", "test")}
+        found = {part: np.zeros((len(labels[part]), num_classes)) for part in ("validation", "test")}
         for question in dict.fromkeys(form for part in found for form in questions[part]):
             trained = (questions["train"] == question) | (not question)
-            probe = Probe(pooled["train"][trained], labels["train"][trained], weights, strength)
+            chosen = labels["train"][trained], weights["train"][trained]
+            probe = Probe(pooled["train"][trained], *chosen, num_classes, strength)
             for part, scores in found.items():
                 asked = questions[part] == question
                 scores[asked] = probe(pooled[part][asked])
         truth = found["validation"][np.arange(len(labels["validation"])), labels["validation"]]
-        loss = -float((truth * weights[labels["validation"]]).sum())
+        loss = -float((truth * weights["validation"]).sum())
         if loss < smallest or not best:
             best, smallest = found, loss
     return best
@@ -134,16 +144,19 @@ class Probe:
     Args:
         features: [N, F].
         labels: index of each true candidate [N].
-        weights: of each class [C].
+        weights: of each sample [N].
+        num_classes: C.
         strength: scikit-learn's C.
     """
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, weights: np.ndarray, strength: float) -> None:
+    def __init__(
+        self, features: np.ndarray, labels: np.ndarray, weights: np.ndarray, num_classes: int, strength: float
+    ) -> None:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
-        self.classes, self.num_classes = np.unique(labels), len(weights)
+        self.classes, self.num_classes = np.unique(labels), num_classes
         self.scaler = StandardScaler().fit(features) if len(labels) else None
         self.model = None
         if len(self.classes) > 1:
@@ -151,7 +164,7 @@ class Probe:
             self.model = LogisticRegression(C=strength, max_iter=1000)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                self.model.fit(self.scaler.transform(features), labels, sample_weight=weights[labels])
+                self.model.fit(self.scaler.transform(features), labels, sample_weight=weights)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Log-probabilities [N, C]."""

@@ -152,8 +152,10 @@ class Summary:
 
     @cached_property
     def compared_metrics(self) -> list[str]:
-        """Columns of the table of baselines."""
-        names = dict.fromkeys([self.metric, "auroc", "accuracy", "balanced_accuracy", "macro_f1"])
+        """Columns of the table of baselines: the first goal, and scores of the same tasks."""
+        prefix = f"{self.metric.rpartition('/')[0]}/".removeprefix("/")
+        others = ("auroc", "accuracy", "balanced_accuracy", "macro_f1")
+        names = dict.fromkeys([self.metric, *(prefix + name for name in others)])
         return [name for name in names if any(name in scores for scores in self.study["test"].values())]
 
     def test_score(self, who: str) -> Score | None:
