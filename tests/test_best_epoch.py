@@ -19,6 +19,7 @@ from train_fn.data.samples import Splits
 from train_fn.jobs import EpochReport
 from train_fn.settings import TrialSettings
 from train_fn.support.files import check_sums
+from train_fn.support.storage import Storage
 from train_fn.trial import loop
 from train_fn.trial.loop import run_trial
 
@@ -33,10 +34,12 @@ def splits(splits) -> Splits:
     return replace(splits, train=splits.train[:8], validation=splits.validation[:4])
 
 
-def train(base, splits, output: Path, best_by: tuple[str, str] | None, report: Any = None) -> list[EpochReport]:
+def train(
+    base, splits, output: Path, best_by: tuple[str, str] | None, report: Any = None, uri: str = ""
+) -> list[EpochReport]:
     reports: list[EpochReport] = []
     run_trial(base, splits, SETTINGS, report or (lambda message: reports.append(message) or False), output=output,
-              best_by=best_by)  # fmt: skip
+              best_by=best_by, storage=Storage(output, uri))  # fmt: skip
     return reports
 
 
@@ -213,3 +216,14 @@ def test_a_state_of_an_earlier_version_has_no_best_epoch(
     reports = train(base, splits, tmp_path, ("score", "max"))
     assert reports[-1].best_epoch == 3
     check_kept(tmp_path, each_epoch[2])
+
+
+def test_another_node_goes_on_with_the_adapter_from_object_storage(base, splits, tmp_path, each_epoch, scored) -> None:
+    scored(0.9, 0.5, 0.4)
+    here, there = tmp_path / "one" / "trial", tmp_path / "two" / "trial"
+    uri = f"file://{tmp_path}/bucket"
+    train(base, splits, here, ("score", "max"), lambda report: report.epoch == 2, uri)
+    reports = train(base, splits, there, ("score", "max"), uri=uri)
+    assert [report.best_epoch for report in reports] == [1, 1, 1] and reports[-1].notes == []
+    check_kept(there, each_epoch[0])
+    check_kept(tmp_path / "bucket", each_epoch[0])

@@ -14,6 +14,7 @@ import pytest
 from studies import LAYOUT, write_adapter, write_plan, write_trial
 
 from tune.config.paths import SettingsError
+from tune.config.stored import resumed_values, stored_settings
 from tune.records.journal import Journal, StudyLock, encode
 from tune.results.console import print_summary
 from tune.results.outcome import Outcome
@@ -119,6 +120,17 @@ def test_wall_time_leaves_out_the_days_between_sessions(tmp_path: Path) -> None:
     events = [event | {"seq": seq} for seq, event in enumerate([*lines, *again[:1]])]
     journal.path.write_bytes(b"".join(encode(event) + b"\n" for event in events))
     assert show(directory).seconds["wall"] == 5.0 + 3.0 + 5.0  # the start of both, and three events a second apart
+
+
+def test_a_study_of_an_earlier_version_keeps_the_last_epoch(tmp_path: Path) -> None:
+    directory, journal = make_study(tmp_path)
+    write_trial(journal, 0, auroc=0.6)
+    assert stored_settings(directory)[1]["select"] == "last" and show(directory).records[0].best_epoch == 0
+    newer, _ = make_study(tmp_path, name="newer", select="best")
+    assert stored_settings(newer)[1]["select"] == "best"
+    problems: list[str] = []
+    resumed_values({"resume": "s", "select": "best"}, directory, problems)
+    assert len(problems) == 1 and "`--select` must stay what the study was begun with, 'last'" in problems[0]
 
 
 @pytest.mark.parametrize("lock", ["there", "missing", "held"])
