@@ -28,7 +28,7 @@ def print_summary(outcome: Outcome) -> None:
     print_lines(search_lines(summary))
     if tests:
         rows = [[name, *(format_score(scores.get(name)) for scores in tests.values())] for name in summary.test_metrics]
-        print_table("Test scores (95 % bootstrap interval)", ["metric", *map(summary.title, tests)], rows)
+        print_table("Test scores (95 % interval)", ["metric", *map(summary.title, tests)], rows)
     print_lines(result_lines(summary))
 
 
