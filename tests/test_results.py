@@ -18,7 +18,7 @@ from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, trial_records
 from tune.results.comparison import comparison_sentence
 from tune.results.console import print_summary
-from tune.results.intervals import difference, with_intervals
+from tune.results.intervals import difference, difference_over_seeds, with_intervals
 from tune.results.outcome import Outcome
 from tune.results.summary import Summary
 
@@ -281,6 +281,108 @@ def test_noise_is_no_significant_difference(splits) -> None:
     one, two = (PartScorer(predicted(splits, 1.0, seed), splits.test, splits) for seed in (1, 2))
     gain = difference(one, two, range(200))["auroc"]
     assert "not distinguishable from" in comparison_sentence(gain, "auroc")
+
+
+def answering(answers: np.ndarray, labels: np.ndarray, positive: str = "b") -> PartScorer:
+    """A scorer of these answers to questions with two candidates."""
+    samples = tuple(Sample(("",), "?", "ab"[label], int(label)) for label in labels)
+    return PartScorer({"losses": np.ones(len(labels)), "scores": np.eye(2)[answers]}, samples,
+                      Splits((), (), samples, closed_set(("a", "b"), positive)))  # fmt: skip
+
+
+def test_a_share_has_wilsons_interval() -> None:
+    labels = np.repeat([0, 1], [35, 13])
+    answers = np.concatenate([np.zeros(35, int), np.repeat([1, 0], [10, 3])])
+    found = with_intervals(answering(answers, labels), range(48))
+    t = 2.012  # with 47 degrees of freedom
+    assert found["specificity"]["value"] == 1
+    assert found["specificity"]["interval"] == pytest.approx([35 / (35 + t**2), 1], abs=1e-3)
+    low, high = found["accuracy"]["interval"]
+    # The score test: at each bound, 45 of 48 is t standard errors away. The jackknife's divisor is 47.
+    for bound in (low, high):
+        assert abs(45 / 48 - bound) / np.sqrt(bound * (1 - bound) / 47) == pytest.approx(t, abs=0.01)
+
+
+def test_no_perfect_score_is_certain() -> None:
+    labels = np.repeat([0, 1], 24)
+    found = with_intervals(answering(labels, labels), range(48))
+    for name in ("auroc", "accuracy", "macro_f1", "sensitivity", "ppv", "sensitivity_at_specificity_90"):
+        low, high = found[name]["interval"]
+        assert found[name]["value"] == high == 1 and 0.8 < low < 0.95, name
+
+
+def test_models_that_no_sample_tells_apart_may_still_differ() -> None:
+    labels = np.repeat([0, 1], 24)
+    scorer = answering(1 - labels, labels)
+    found = difference(scorer, scorer, range(48))
+    bound = 2.012**2 / (48 + 2.012**2)  # that of a share of 0 among 48
+    assert found["accuracy"] == {"value": 0, "interval": pytest.approx([-bound, bound], abs=1e-4)}
+
+
+def test_samples_of_one_unit_count_once() -> None:
+    rng = np.random.default_rng(0)
+    labels, right = rng.integers(0, 2, 60), rng.random(60) < 0.7
+    answers = np.where(right, labels, 1 - labels)
+    alone = with_intervals(answering(answers, labels), range(60))
+    four = np.repeat(np.arange(60), 4)
+    groups = with_intervals(answering(answers[four], labels[four]), four)
+    for name in ("accuracy", "macro_f1", "sensitivity", "auroc", "brier", "log_loss", "specificity_at_sensitivity_90"):
+        assert groups[name] == {key: pytest.approx(value) for key, value in alone[name].items()}, name
+    apart = with_intervals(answering(answers[four], labels[four]), range(240))["accuracy"]["interval"]
+    widths = [high - low for low, high in (apart, groups["accuracy"]["interval"])]
+    assert widths[0] == pytest.approx(widths[1] / 2, rel=0.05)
+
+
+def test_intervals_of_a_chosen_part_are_those_of_that_part() -> None:
+    rng = np.random.default_rng(1)
+    labels, answers = rng.integers(0, 2, (2, 90))
+    chosen, units = np.arange(0, 90, 2), rng.integers(0, 40, 90)
+    found = with_intervals(answering(answers, labels), units, chosen)
+    alone = with_intervals(answering(answers[chosen], labels[chosen]), units[chosen])
+    assert {name: entry for name, entry in found.items() if name != "ece"} == {
+        name: {key: pytest.approx(value) for key, value in entry.items()}
+        for name, entry in alone.items()
+        if name != "ece"  # its bins are those of all samples
+    }
+
+
+def test_what_cannot_be_known_has_no_interval() -> None:
+    labels = np.repeat([0, 1], [39, 1])
+    answers = np.repeat([0, 1], [30, 10])
+    found = with_intervals(answering(answers, labels), range(40))
+    assert found["sensitivity"] == {"value": 1, "interval": None}  # one positive sample
+    assert found["auroc"]["interval"] is None and found["ece"]["interval"] is None
+    assert found["specificity"]["interval"] is not None
+    few = with_intervals(answering(answers, labels), np.arange(40) // 5)  # eight units
+    assert all(entry["interval"] is None for entry in few.values())
+
+
+def test_intervals_of_many_samples_take_seconds() -> None:
+    rng = np.random.default_rng(2)
+    labels, answers = rng.integers(0, 2, (2, 5000))
+    scorer = answering(answers, labels)
+    start = time.perf_counter()
+    found = with_intervals(scorer, range(5000))["accuracy"]
+    assert time.perf_counter() - start < 20
+    low, high = found["interval"]  # in blocks of units, nearly the same
+    assert [low, high] == pytest.approx([found["value"] - 0.0139, found["value"] + 0.0139], abs=1e-3)
+
+
+def test_seeds_enter_the_interval_of_a_difference() -> None:
+    """Two ways to train that are equal; each seed shifts the answers, so single pairs of seeds differ for sure."""
+    rng, held, by_pairs = np.random.default_rng(3), 0, 0
+    for _ in range(100):
+        labels = rng.integers(0, 2, 60)
+        hard = rng.random(60)  # the same samples are hard for all
+        models = []
+        for shift in rng.normal(0.25, 0.1, 6):  # each seed's share of wrong answers
+            answers = np.where(hard + rng.normal(0, 0.1, 60) < shift, 1 - labels, labels)
+            models.append(answering(answers, labels, positive=""))
+        low, high = difference_over_seeds(models[:3], models[3:], range(60))["accuracy"]["interval"]
+        held += low <= 0 <= high
+        low, high = difference(models[0], models[3], range(60))["accuracy"]["interval"]
+        by_pairs += low <= 0 <= high
+    assert held >= 90 and by_pairs < 70
 
 
 def test_states_and_exit_codes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from train_fn.data.decision import Decision
-from train_fn.data.samples import Splits
+from train_fn.data.samples import Splits, units_of
 from train_fn.jobs import ScoreReport
 from train_fn.scoring.fitting import DECIDED, decide, fit_part
 from train_fn.scoring.probe import LEAST, probe_predictions, probe_samples, probe_tasks

@@ -233,5 +233,8 @@ def difference_over_seeds(
             if variance:  # Satterthwaite (1946)
                 freedom = variance**2 / sum(its**2 / degrees for its, degrees in parts)
             half = t_quantile(freedom) * math.sqrt(variance)
+            metric = METRICS.get(metric_of(name))
+            if not variance and metric and math.isfinite(metric.high):  # no unit tells the models apart
+                half = (metric.high - metric.low) * (1 - wilson(1.0, part.num_units, t_quantile(freedom))[0])
             found[name]["interval"] = [value - half, value + half]
     return found
