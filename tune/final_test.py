@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,8 +13,11 @@ from train_fn.jobs import JobFailed, ScoreJob
 from tune.plan.prepare import Study
 from tune.records.end_state import EndState
 from tune.records.trials import TrialRecord
-from tune.results.baselines import Model, baselines, stored, test_scores
+from tune.results.baselines import Model, baselines, decided_by, stored, test_scores
 from tune.results.outcome import Outcome, adapter_hash
+
+if TYPE_CHECKING:
+    from train_fn.model.adapters import ClassScores
 
 SCORING = 10**9  # job numbers of scoring begin here
 
@@ -90,6 +93,8 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     """
     import ray
 
+    from tune.results.coverage import coverage_rows  # here: it imports torch's libraries
+
     chosen = chosen_for_test(outcome)
     if is_tested(study, outcome, chosen):
         return ""
@@ -119,7 +124,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
                 f"not in the test's comparison"
             )
     models = {
-        who: [Model(answers[path], decisions_of(path)) for path in paths[who] if path and not problems[path]]
+        who: [Model(answers[path], fitted_with(path)[0]) for path in paths[who] if path and not problems[path]]
         for who in chosen
     }
     balanced = bool(outcome.winner and outcome.winner.settings["class_balanced_loss"])
@@ -130,6 +135,7 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
         "tested",
         tests=test_scores(models, others, splits, clean, folds),
         predictions={who: stored(its[0], splits) for who, its in models.items()},
+        coverage=coverage_rows(decided_by(models["winner"][0], splits), fitted_with(winner)[1], splits),
         adapters={who: outcome.relative(outcome.adapter_of(record)) for who, record in chosen.items()},
         sha256=hashes,
         num_adapters=sum("error" not in answer for answer in report.predictions),
@@ -139,14 +145,16 @@ def score_test(study: Study, dispatcher: Any, outcome: Outcome, say: Callable[[s
     return ""
 
 
-def decisions_of(adapter: Path) -> Mapping[str, Decision]:
-    """How an adapter's answers are chosen, from its task.json; empty: the most probable ones."""
+def fitted_with(adapter: Path) -> tuple[Mapping[str, Decision], Mapping[str, Sequence[ClassScores]]]:
+    """What was fitted for an adapter on the validation part, from its task.json: decisions, and calibration scores of
+    its sets of answers, by task. Empty in those of earlier versions."""
     from train_fn.model.adapters import BadAdapter, read_task  # here: it imports torch's libraries
 
     try:
-        return read_task(adapter).decisions
+        task = read_task(adapter)
     except BadAdapter:  # without a task.json that can be read: of an earlier version
-        return {}
+        return {}, {}
+    return task.decisions, task.conformal
 
 
 def adapter_problem(answer: dict[str, Any]) -> str:

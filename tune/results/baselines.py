@@ -15,7 +15,7 @@ import numpy as np
 from train_fn.data.decision import Decision
 from train_fn.data.samples import Splits, units_of
 from train_fn.jobs import ScoreReport
-from train_fn.scoring.fitting import DECIDED, decide, fit_part
+from train_fn.scoring.fitting import DECIDED, Decided, decide, fit_part
 from train_fn.scoring.probe import LEAST, probe_predictions, probe_samples, probe_tasks
 from train_fn.scoring.scores import PartScorer, stored_predictions
 from tune.results.comparison import CLEAN, GAIN, MAJORITY, OVER_PROBE, PROBE, UNTUNED
@@ -173,5 +173,9 @@ def taken(predicted: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]
 
 def stored(model: Model, splits: Splits) -> dict[str, list[Any]]:
     """A model's predictions of the test as study.json holds them."""
-    decided = decide(model.decisions, model.predicted, splits.test, splits)
-    return stored_predictions(model.predicted, splits.test, splits, decided)
+    return stored_predictions(model.predicted, splits.test, splits, decided_by(model, splits))
+
+
+def decided_by(model: Model, splits: Splits) -> dict[str, Decided]:
+    """Probabilities and answers of the test by task."""
+    return decide(model.decisions, model.predicted, splits.test, splits)

@@ -63,6 +63,8 @@ class Outcome:
     """With how many adapters each time."""
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By "winner" and "guide": the `answers` (class indices) and `probabilities` of the test images."""
+    coverage: list[dict[str, Any]] = field(default_factory=list)
+    """What the winner's sets of answers are worth on the test images, as `tune.results.coverage.coverage_rows`."""
     confirmations: dict[int, list[float]] = field(default_factory=dict)
     """The first goal's values over fresh seeds or folds, by trial number (`--confirm`)."""
     confirmed_runs: dict[int, list[int]] = field(default_factory=dict)
@@ -125,7 +127,7 @@ class Outcome:
         """Read a whole journal. until: as for `wall_seconds`."""
         records = trial_records(events)
         self.records = [records[number] for number in sorted(records)]
-        self.confirmations, self.confirmed_runs, self.tests, self.predictions = {}, {}, {}, {}
+        self.confirmations, self.confirmed_runs, self.tests, self.predictions, self.coverage = {}, {}, {}, {}, []
         self.confirmed, self.tested, self.num_tested = {}, 0, []
         for event in events:
             self.apply(event)
@@ -147,6 +149,7 @@ class Outcome:
             self.confirmed.setdefault(event["number"], {})[event["run"]] = event
         elif event["event"] == "tested":
             self.tests, self.predictions = event["tests"], event["predictions"]
+            self.coverage = event.get("coverage", [])
             self.tested_winner = event["adapters"]["winner"]
             self.tested += 1
             self.num_tested.append(event.get("num_adapters", len(event["adapters"])))
@@ -265,7 +268,7 @@ class Outcome:
         """Drop test scores that belong to another winner."""
         assert self.winner
         if self.tests and self.directory / self.tested_winner != self.adapter_of(self.winner):
-            self.tests, self.predictions = {}, {}
+            self.tests, self.predictions, self.coverage = {}, {}, []
 
     def adapter_of(self, record: TrialRecord) -> Path:
         """The folder that a trial's adapter is written to. With `--confirm`, the first fresh seed's or fold's: that
@@ -346,6 +349,7 @@ class Outcome:
                 "test": self.tests,
                 "test_note": self.test_note(),
                 "predictions": self.predictions,
+                "coverage": self.coverage,
                 "delivered": self.delivered(),
                 "front": [record.number for record in self.front()],
                 "confirmations": self.confirmations,
