@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
@@ -160,6 +162,17 @@ def test_folds_have_each_class_in_turn_and_do_not_divide_units() -> None:
     units = [index // 4 for index in range(60)]
     found = folds(labels, units)
     assert all(len(set(found[start : start + 4])) == 1 for start in range(0, 60, 4)) and len(set(found)) == 5
+
+
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(30_000, 3), (2000, 40), (3000, 300)])
+def test_many_samples_and_classes_take_seconds(num_samples: int, num_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, num_classes, num_samples)
+    scores = rng.normal(size=(num_samples, num_classes)) + 2 * np.eye(num_classes)[labels]
+    start = time.process_time()
+    decision = fit_decision(scores, labels, "macro_f1", None, alone(num_samples))
+    assert time.process_time() - start < 60  # without a limit it would be hours
+    assert (decision.answers(decision.probabilities(scores)) == labels).mean() > 1.2 / num_classes
 
 
 def test_the_same_samples_give_the_same_decision() -> None:

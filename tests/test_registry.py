@@ -173,6 +173,21 @@ def test_the_loaded_model_predicts_as_predict_does(loaded, images, expected, spl
     assert not np.allclose(other[1], expected[0], atol=1e-3)
 
 
+def test_the_loaded_model_decides_as_predict_does(load, store, base, splits, images, tmp_path) -> None:
+    adapter = write_adapter(base, splits, tmp_path / "decided", 0)
+    task = json.loads((adapter / "task.json").read_text())
+    rule = {"aim": "macro_f1", "scale": 0.5, "offsets": [0.4, 0.0, -0.4], "rule": [2.0, -1.0, 1.0]}
+    task["tasks"][0]["decision"] = rule
+    (adapter / "task.json").write_text(json.dumps(task))
+    wanted = ask(adapter, splits.test[:4])
+    answers = [splits.candidates[answer.chosen] for answer in wanted]
+    assert answers != [splits.candidates[int(np.argmax(answer.probabilities))] for answer in wanted]
+    found = load(log_model(store[0], new_run(store[0]), adapter, tags=TAGS)).predict(pd.DataFrame({"image": images}))
+    assert list(found["answer"]) == answers
+    expected = np.array([answer.probabilities for answer in wanted])
+    assert np.allclose(found[list(splits.candidates)].to_numpy(float), expected, rtol=0, atol=1e-6)
+
+
 def test_without_candidates_the_answer_is_generated(load, store, base, splits, images, tmp_path) -> None:
     opened = replace(splits, tasks=(Task(),), max_new_tokens=4)
     adapter = write_adapter(base, opened, tmp_path / "open", 2)

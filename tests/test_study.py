@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,21 @@ def test_the_difference_to_the_guide_is_paired_and_told(mixed) -> None:
         assert gain["num_seeds"] == [2, 2]
         assert gain["interval"][0] <= gain["value"] <= gain["interval"][1]
         assert "than the guide's defaults over 2 seeds" in mixed.out or "not distinguishable from" in mixed.out
+
+
+def test_predict_in_a_fresh_process_gives_the_decisions_of_the_test(mixed) -> None:
+    study, folder = mixed.study, mixed.folder / "results" / "s"
+    splits = json.loads((folder / "splits.json").read_text())
+    images = [sample["images"][0] for sample in splits["test"]]
+    command = [sys.executable, "-m", "train_fn.predict", "--adapter", str(folder / "best_adapter"), "--no-generate"]
+    found = subprocess.run([*command, *images], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    lines, stored = [json.loads(line) for line in found.stdout.splitlines()], study["predictions"]["winner"]
+    assert [line["answer"] for line in lines] == [study["candidates"][index] for index in stored["decided"]]
+    assert np.allclose([[*line["probabilities"].values()] for line in lines], stored["probabilities"], atol=2e-6)
+    assert splits["decide"] == study["settings"]["study"]["decide"] == "macro_f1"
+    assert [entry["coverage"] for entry in study["coverage"]] == [0.8, 0.9, 0.95]
+    assert all(0 <= entry["covered"]["value"] <= 1 for entry in study["coverage"])
 
 
 def test_baselines_are_scored_and_shown(mixed) -> None:

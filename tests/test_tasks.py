@@ -248,6 +248,7 @@ def test_metrics_by_task_are_those_of_scikit_learn_and_of_the_text_metrics() -> 
                 cohen_kappa_score(labels, best, weights="quadratic", labels=range(4))
             )
     assert metrics["auroc"] == pytest.approx(np.average(values, weights=sizes))
+    assert metrics["macro/auroc"] == pytest.approx(np.mean(values)) != metrics["auroc"]
     pairs = [(written[s.answer], s.answer) for s in splits.test if s.task == "open"]
     assert metrics["open/token_f1"] == pytest.approx(np.mean([token_f1(*pair) for pair in pairs]))
     assert metrics["open/rouge_l"] == pytest.approx(np.mean([rouge_l(*pair) for pair in pairs]))

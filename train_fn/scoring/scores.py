@@ -31,6 +31,7 @@ from train_fn.scoring.metrics import (
 from train_fn.support.numbers import parse_number
 from train_fn.support.text import plain_form
 
+MACRO = "macro"  # prefix of the means in which every task counts the same
 MAX_NAMED = 20  # tasks with metrics of their own name; the others count in the metrics of their kind
 MAX_VALUES = 1 << 20  # weights that are used at a time: memory stays bounded, and they stay in the processor's cache
 
@@ -74,8 +75,8 @@ class PartScorer:
 
     In data of one task, a metric has its plain name, such as `auroc`. In data of several tasks there are also the
     metrics of each kind of task (`open/token_f1`) and of each task (`modality/accuracy`); the plain name is their mean,
-    weighted by the samples of each task. A metric that a task cannot give is absent, or NaN where only these weights
-    cannot give it.
+    weighted by the samples of each task, and `macro/accuracy` the mean in which every task counts the same. A metric
+    that a task cannot give is absent, or NaN where only these weights cannot give it.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class PartScorer:
         if not self.several:
             return (found[0][2] if found else {}) | loss
         metrics = mean_of_tasks(found) | loss
+        alike = [(task, np.ones(len(weights)), values) for task, _, values in found]
+        metrics |= {f"{MACRO}/{name}": value for name, value in mean_of_tasks(alike).items()}
         for kind in dict.fromkeys(task.kind for task, *_ in found):
             of_kind = [entry for entry in found if entry[0].kind == kind]
             metrics |= {f"{kind}/{name}": value for name, value in mean_of_tasks(of_kind).items()}

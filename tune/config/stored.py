@@ -109,7 +109,7 @@ def stored_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise SettingsError([str(error)]) from error
     fix = "put it back from a copy, or go on with the version that wrote it"
     problems: list[str] = []
-    stored: dict[str, Any] = {"select": "last"}  # versions that had no choice took the last epoch
+    stored: dict[str, Any] = {}
     for part, group in zip(PARTS, GROUPS, strict=False):
         names = {field.name for field in dataclasses.fields(group)}
         values = plan["settings"][part]
