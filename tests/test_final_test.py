@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from train_fn.data.samples import Sample, Splits, Task, closed_set
 from train_fn.jobs import ScoreReport
 from train_fn.scoring.probe import probe_images
 from train_fn.support.storage import Storage
-from tune.final_test import decisions_of, score_test
+from tune.final_test import fitted_with, score_test
 from tune.records.journal import Journal
 from tune.results.baselines import Model, baselines, majority, scores_of, test_scores
 from tune.results.comparison import comparison_sentence, others_sentence, probe_sentence
@@ -27,16 +26,6 @@ from tune.results.outcome import Outcome
 from tune.results.summary import Summary
 
 test_scores.__test__ = False  # type: ignore[attr-defined]
-
-
-@pytest.fixture(autouse=True)
-def quick_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few resamples, where intervals come from resamples."""
-    from train_fn.scoring import metrics
-
-    if resampled := getattr(metrics, "bootstrap_intervals", None):
-        quick = functools.partial(resampled, resamples=200)
-        monkeypatch.setattr("tune.results.intervals.bootstrap_intervals", quick)
 
 
 def splits_of(num_classes: int = 3, size: int = 90, num_common: int = 30) -> Splits:
@@ -284,11 +273,11 @@ def test_a_seed_whose_adapter_cannot_be_used_is_left_out_with_a_note(confirmed: 
 
 def test_answers_of_the_test_are_chosen_by_the_decision_beside_the_adapter(tmp_path: Path, monkeypatch) -> None:
     decision = Decision("macro_f1", rule=(5.0, 0.0))
-    task = SimpleNamespace(decisions={"": decision})
+    task = SimpleNamespace(decisions={"": decision}, conformal={})
     monkeypatch.setattr("train_fn.model.adapters.read_task", lambda adapter: task)
-    assert decisions_of(tmp_path) == {"": decision}
+    assert fitted_with(tmp_path)[0] == {"": decision}
     monkeypatch.undo()
-    assert decisions_of(tmp_path) == {}  # no task.json: of an earlier version
+    assert fitted_with(tmp_path)[0] == {}  # no task.json: of an earlier version
 
 
 # ------------------------------------------------------------------------------------------------ sentences
