@@ -163,7 +163,7 @@ def test_open_answers_are_trained_and_scored_by_their_loss(base, splits, tmp_pat
     parts = {name: opened(getattr(splits, name)) for name in ("train", "validation", "test")}
     open_splits = Splits(**parts)
     report = train(base, open_splits, SHORT, tmp_path)[0]
-    assert set(report.metrics) == {"loss", "train_loss", "exact_match", "token_f1", "rouge_l", "bleu"}
+    assert set(report.metrics) == {"loss", "train_loss", "exact_match", "token_f1", "rouge_l"}  # too short for BLEU
     predicted = score_adapter(base, open_splits, "validation", 16, tmp_path / "final_model")
     assert predicted["losses"].mean() == pytest.approx(report.metrics["loss"], abs=1e-5)
     assert predicted["scores"].shape == (len(parts["validation"]), 0)
@@ -237,7 +237,8 @@ def test_saved_adapter_gives_the_trials_scores(base, splits, tmp_path, settings)
     trained = train(base, splits, settings, tmp_path)[-1].metrics
     before = weights(base)
     predicted = score_adapter(base, splits, "validation", 16, tmp_path / "final_model")
-    found = metrics_of(predicted, splits.validation, splits)
+    found = {name: value for name, value in metrics_of(predicted, splits.validation, splits).items() if value == value}
+    assert trained.keys() == {*found, "train_loss"}
     assert all(found[name] == pytest.approx(trained[name], abs=1e-6) for name in found)
     after = weights(base)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -98,8 +98,7 @@ def lines_of(found: SimpleNamespace) -> list[dict]:
 
 def test_task_json_holds_the_tasks_of_a_study(adapter, several) -> None:
     task = read_task(adapter)
-    # Neither training nor prediction needs to know the positive answer of a saved adapter.
-    assert task.tasks == tuple(replace(one, positive="") for one in several.tasks)
+    assert task.tasks == several.tasks
     assert task.questions == {"finding": (QUESTION,), "benign": (YES_NO,), "open": (OPEN,)}
     assert task.candidates == () and task.columns == ("answer", "probabilities")
     assert task.max_new_tokens == evaluation.max_new_tokens(SimpleNamespace(**vars(load())), several)

@@ -6,6 +6,7 @@ Shapes: I images, P vision patches of one image, D width of the vision tower.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Evaluation:
     """What the adapted base makes of the validation part."""
 
     metrics: dict[str, float]
+    """Without those that these samples cannot give, such as the positive predictive value of no positive answer."""
     predicted: Predictions
     decided: dict[str, Decided]
     """Probabilities and answers under decisions that were fitted without the sample itself, by the task's name."""
@@ -44,11 +46,13 @@ def evaluate(base: Base, splits: Splits, batch_size: int) -> Evaluation:
     predicted = predict(base, samples, splits, batch_size, generated_indices(splits, "validation"))
     decided = decide_out_of_fold(predicted, samples, splits)
     try:
-        return Evaluation(metrics_of(predicted, samples, splits, decided), predicted, decided)
+        found = metrics_of(predicted, samples, splits, decided)
     except ValueError as error:
         if not splits.own_metric:
             raise
         raise TrialFailed(f"a metric of one's own failed: {error}") from error
+    metrics = {name: value for name, value in found.items() if math.isfinite(value) or name == "loss"}
+    return Evaluation(metrics, predicted, decided)
 
 
 def generated_indices(splits: Splits, part: str) -> list[int]:
