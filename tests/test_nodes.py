@@ -1,8 +1,9 @@
-"""A study over several Ray nodes: they are lost and another joins, and every trial completes."""
+"""A study over several Ray nodes: one is lost and another joins, and every trial completes."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,14 @@ def cluster(monkeypatch):
 
 
 @pytest.mark.parametrize("num_nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_nodes_are_lost_and_another_joins(tmp_path: Path, cluster, num_nodes: int) -> None:
+def test_a_node_is_lost_and_another_joins(tmp_path: Path, cluster, num_nodes: int) -> None:
+    """Which lanes train the last trials depends on how fast the new node is."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(num_nodes)]
     process = start(tmp_path, *OPTIONS, "--lanes", str(num_nodes), RAY_ADDRESS=cluster.address)
     wait_for(process, "[1/5]")
+    time.sleep(1)
     cluster.remove_node(nodes[0], allow_graceful=False)
     cluster.add_node(num_cpus=1)
-    wait_for(process, "[2/5]")
-    for node in nodes[1:]:  # the last trials can only end on the node that has joined
-        cluster.remove_node(node, allow_graceful=False)
     finished = finish(process, tmp_path)
     assert finished.code == 0, finished.out + finished.err
     trials = json.loads((tmp_path / "results" / "s" / "study.json").read_text())["trials"]
