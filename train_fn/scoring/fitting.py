@@ -211,23 +211,37 @@ def folds(labels: np.ndarray, units: Sequence[int]) -> np.ndarray:
     return np.array([fold_of[unit] for unit in units])
 
 
-def task_scores(task: Task, samples: Sequence[Sample], predicted: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of a task's samples in a part [N], and the scores of its candidates [N, C]."""
-    members = np.array([index for index, sample in enumerate(samples) if sample.task == task.name], dtype=int)
-    return members, np.asarray(predicted["scores"])[members, : len(task.candidates)]
+def task_scores(task: Task, samples: Sequence[Sample], predicted: Mapping[str, Any]) -> tuple[list[Sample], np.ndarray]:
+    """A task's samples in a part, and the scores of its candidates [N, C]."""
+    members = [index for index, sample in enumerate(samples) if sample.task == task.name]
+    return [samples[index] for index in members], np.asarray(predicted["scores"])[members, : len(task.candidates)]
+
+
+def fitted_from(
+    task: Task, predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits
+) -> tuple[np.ndarray, np.ndarray, str, int | None, list[int]]:
+    """What a task's decision is fitted from: the arguments of `fit_decision` and of `out_of_fold`."""
+    its, scores = task_scores(task, samples, predicted)
+    labels = np.array([sample.label for sample in its], dtype=int)
+    return scores, labels, splits.decide or ARGMAX, task.indices.get(task.positive), units_of(its)
 
 
 def fit_part(predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits) -> dict[str, Decision]:
     """The decision of each task with one answer of a set, fitted on a part; by the task's name."""
-    found = {}
-    for task in splits.tasks:
-        if task.kind in DECIDED:
-            members, scores = task_scores(task, samples, predicted)
-            its = [samples[i] for i in members]
-            labels = np.array([sample.label for sample in its], dtype=int)
-            aim, positive = splits.decide or ARGMAX, task.indices.get(task.positive)
-            found[task.name] = fit_decision(scores, labels, aim, positive, units_of(its))
-    return found
+    return {
+        task.name: fit_decision(*fitted_from(task, predicted, samples, splits))
+        for task in splits.tasks
+        if task.kind in DECIDED
+    }
+
+
+def decide_out_of_fold(predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits) -> dict[str, Decided]:
+    """Probabilities and answers of the part on which decisions are fitted, see `out_of_fold`; by the task's name."""
+    return {
+        task.name: out_of_fold(*fitted_from(task, predicted, samples, splits))
+        for task in splits.tasks
+        if task.kind in DECIDED
+    }
 
 
 def decide(
@@ -240,17 +254,4 @@ def decide(
             _, scores = task_scores(task, samples, predicted)
             probabilities = decisions[task.name].probabilities(scores)
             found[task.name] = Decided(probabilities, decisions[task.name].answers(probabilities))
-    return found
-
-
-def decide_out_of_fold(predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits) -> dict[str, Decided]:
-    """Probabilities and answers of the part on which decisions are fitted, see `out_of_fold`; by the task's name."""
-    found = {}
-    for task in splits.tasks:
-        if task.kind in DECIDED:
-            members, scores = task_scores(task, samples, predicted)
-            its = [samples[i] for i in members]
-            labels = np.array([sample.label for sample in its], dtype=int)
-            aim, positive = splits.decide or ARGMAX, task.indices.get(task.positive)
-            found[task.name] = out_of_fold(scores, labels, aim, positive, units_of(its))
     return found
