@@ -2,9 +2,8 @@
 
     python benchmarks/epochs.py [--trials 8] [OPTION]...
 
-Every other option is one of `tune/run.py`, such as --data MANIFEST --image-root FOLDER. Random points
-of the space are trained in this process, and validation and test are scored after each epoch. So both ways see the same
-trainings. The optimism of a way is its validation score less its test score.
+Every other option is one of `tune/run.py`, such as --data MANIFEST --image-root FOLDER. Random points of the space are
+trained in this process, and validation and test are scored after each epoch. So both ways see the same trainings. The optimism of a way is its validation score less its test score.
 """
 
 from __future__ import annotations
@@ -22,9 +21,11 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from train_fn.data.samples import Splits  # noqa: E402
 from train_fn.jobs import EpochReport  # noqa: E402
-from train_fn.model.base import load_base  # noqa: E402
+from train_fn.model.base import Base, load_base  # noqa: E402
 from train_fn.scoring.evaluation import predict  # noqa: E402
+from train_fn.scoring.fitting import decide, fit_part  # noqa: E402
 from train_fn.scoring.scores import metrics_of  # noqa: E402
 from train_fn.support.storage import Storage  # noqa: E402
 from train_fn.trial.loop import run_trial  # noqa: E402
@@ -56,7 +57,7 @@ def main() -> None:
             chosen = [0]
 
             def report(message: EpochReport, epochs: list[Way] = epochs, chosen: list[int] = chosen) -> bool:
-                test = metrics_of(predict(base, study.splits.test, study.splits, 16), study.splits.test, study.splits)
+                test = test_scores(base, study.splits)
                 epochs.append((message.metrics[metric], test[metric]))
                 chosen[0] = message.best_epoch
                 return False
@@ -72,6 +73,13 @@ def main() -> None:
         validation, test = (statistics.mean(part) for part in zip(*scores, strict=True))
         won = min(scores, key=lambda score: sign(mode) * score[0])
         print(f"{way:10}{validation:12.3f}{test:8.3f}{validation - test:+10.3f}   {won[0]:.3f}, {won[1]:.3f}")
+
+
+def test_scores(base: Base, splits: Splits) -> dict[str, float]:
+    """Scores of the test under decisions that are fitted on validation, as in a study."""
+    validation, test = (predict(base, part, splits, 16) for part in (splits.validation, splits.test))
+    decided = decide(fit_part(validation, splits.validation, splits), test, splits.test, splits)
+    return metrics_of(test, splits.test, splits, decided)
 
 
 if __name__ == "__main__":
