@@ -3,7 +3,8 @@
     python benchmarks/epochs.py [--trials 8] [OPTION]...
 
 Every other option is one of `tune/run.py`, such as --data MANIFEST --image-root FOLDER. Random points of the space are
-trained in this process, and validation and test are scored after each epoch. So both ways see the same trainings. The optimism of a way is its validation score less its test score.
+trained in this process, and validation and test are scored after each epoch, the test under decisions that are fitted
+on validation. So both ways see the same trainings. The optimism of a way is its validation score less its test score.
 """
 
 from __future__ import annotations
