@@ -32,6 +32,7 @@ from train_fn.scoring.fitting import decide, decide_out_of_fold, fit_part  # noq
 from train_fn.scoring.scores import PartScorer, metrics_of  # noqa: E402
 from train_fn.settings import ModelSettings  # noqa: E402
 from tune.results.intervals import with_intervals  # noqa: E402
+from tune.results.summary import format_score  # noqa: E402
 
 WAYS = {
     "argmax": "plain argmax",
@@ -62,8 +63,7 @@ def main() -> None:
         print_header()
         for way, title in WAYS.items():
             scores = with_intervals(found[str(number)][way], units_of(splits.test))
-            print_row(title, {name: "{:.3f} ({:.3f} to {:.3f})".format(scores[name]["value"], *scores[name]["interval"])
-                              for name in SHOWN if name in scores})  # fmt: skip
+            print_row(title, {name: format_score(scores[name]) for name in SHOWN if name in scores})
     values = {way: {name: np.array([found[str(number)][way]()[name][0] for number in done]) for name in SHOWN if
                     name in found[str(done[0])][way]()} for way in WAYS}  # fmt: skip
     print(f"\nmean of {len(done)} trials (distance to the plain argmax; trials that are better)\n")

@@ -90,6 +90,12 @@ def tasks(*changes: dict) -> Callable[[Path], object]:
     return task(candidates=[], tasks=[sound | {"name": f"task {n}"} | change for n, change in enumerate(changes)])
 
 
+def decision(**changes: object) -> Callable[[Path], object]:
+    """A task.json with a sound decision, and changes in it."""
+    sound = {"aim": "macro_f1", "scale": 1.0, "offsets": [0.0, 1.0], "rule": [], "positive": None, "threshold": None}
+    return tasks({"kind": "binary", "candidates": ["no", "yes"], "decision": sound | changes}, {})
+
+
 NANO = {"model": "nano"}
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 800232\n"
 WEIGHTS = "adapter_model.safetensors"
@@ -151,6 +157,15 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a separator that is a number": (tasks({"separator": 3}), "`tasks[0].separator` must be text"),
     "questions without end": (tasks({"questions": ["?"] * 1001}), "`tasks[0].questions` must be a list of at most"),
     "questions that are numbers": (tasks({"questions": [1]}), "`tasks[0].questions` must be a list of at most"),
+    "a decision that is a number": (tasks({"decision": 3}), "`tasks[0].decision` must have the fields"),
+    "a decision with another field": (decision(code="x"), "`tasks[0].decision` must have the fields"),
+    "a decision for nothing": (decision(aim="auroc"), "`tasks[0].decision.aim` must be what answers can be chosen for"),
+    "a scale of 0": (decision(scale=0), "`tasks[0].decision.scale` must be above 0"),
+    "an offset too few": (decision(offsets=[1.0]), "`tasks[0].decision.offsets` must be a number"),
+    "an offset that overflows": (decision(rule=[1e300, 0.0]), "`tasks[0].decision.rule` must be a number from"),
+    "a threshold of no candidate": (decision(positive=2, threshold=0.5), "must be the index of a candidate"),
+    "a threshold above 1": (decision(positive=1, threshold=1.5), "must be the index of a candidate"),
+    "a positive answer of no task": (tasks({"positive": "yes"}), "`tasks[0].positive` must be one of the candidates"),
     "a file without end": (lambda a: os.truncate(a / "task.json", 65_000_000), "must have at most 64,000,000 bytes"),
     "no model": (task(model="nano"), "`model` must be an object"),
     "a setting that is not there": (task(model=NANO | {"trust_remote_code": True}), "no setting 'trust_remote_code'"),

@@ -277,7 +277,7 @@ def test_the_page_explains_the_operating_point(tmp_path: Path) -> None:
     before_and_after = "".join(page.text.split("winner, decided")[1].split("</table>")[0].split())
     assert before_and_after.startswith("accuracy0.800(0.500to0.900)0.700(0.400to0.900)")
     assert "accuracy_raw" not in text
-    assert "of benignof malignantone answer only" in text and "0.770 (0.500 to 0.900)" in text
+    assert "of benignof malignantone answer only" in text and "0.770" in text
     assert {"roc", "precision_recall", "decision_curve"} <= {path.stem for path in paths}
 
 

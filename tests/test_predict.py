@@ -86,7 +86,7 @@ def test_answers_are_decided_as_validation_has_taught(base, splits, tmp_path) ->
         scores[part] = score_adapter(base, splits, part, 16, adapter)["scores"]
     labels = np.array([sample.label for sample in splits.validation])
     decision = fit_decision(scores["validation"], labels, asked.decide, 2, units_of(splits.validation))
-    assert read_task(adapter).decisions == {"": decision} and decision.rule and decision.scale != 1
+    assert read_task(adapter).decisions == {"": decision} and decision.threshold and decision.scale != 1
     wanted = decision.probabilities(scores["test"])
     answers = [splits.candidates[index] for index in decision.answers(wanted)]
     assert answers != [splits.candidates[index] for index in scores["test"].argmax(1)]

@@ -176,7 +176,8 @@ def test_the_loaded_model_predicts_as_predict_does(loaded, images, expected, spl
 def test_the_loaded_model_decides_as_predict_does(load, store, base, splits, images, tmp_path) -> None:
     adapter = write_adapter(base, splits, tmp_path / "decided", 0)
     task = json.loads((adapter / "task.json").read_text())
-    rule = {"aim": "macro_f1", "scale": 0.5, "offsets": [0.4, 0.0, -0.4], "rule": [2.0, -1.0, 1.0]}
+    rule = {"aim": "macro_f1", "scale": 0.5, "offsets": [0.4, 0.0, -0.4], "rule": [2.0, -1.0, 1.0],
+            "positive": None, "threshold": None}  # fmt: skip
     task["tasks"][0]["decision"] = rule
     (adapter / "task.json").write_text(json.dumps(task))
     wanted = ask(adapter, splits.test[:4])

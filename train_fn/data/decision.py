@@ -1,9 +1,10 @@
 """How the scores of candidate answers become probabilities and an answer.
 
 Two separate steps. Vector scaling (Guo et al., arXiv:1706.04599, here with one temperature for all candidates) makes
-the probabilities honest: a scale, and an offset for each candidate. A rule, one more offset for each candidate, then
-chooses the answer that is best for the score that the user asks for: no one rule serves all scores. Both are fitted on
-the validation part by `train_fn.scoring.fitting`.
+the probabilities honest: a scale, and an offset for each candidate. Then the answer is chosen so that it is best for
+the score that the user asks for, because no one choice serves all scores: by a rule, one more offset for each
+candidate, or for an operating point by a threshold on the probability of the positive candidate. Both steps are fitted
+on the validation part by `train_fn.scoring.fitting`.
 
 Shapes: N samples, C candidates.
 """
@@ -32,6 +33,10 @@ class Decision:
     """Added to the scaled log-probabilities, one for each candidate; empty: none."""
     rule: tuple[float, ...] = ()
     """Added to the log of the probabilities before the largest is chosen; empty: none."""
+    positive: int | None = None
+    """Index of the positive candidate, for `threshold`."""
+    threshold: float | None = None
+    """Probability from which the positive candidate is the answer; below it, the most probable of the others is."""
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """Probabilities [N, C] from log-likelihoods [N, C]."""
@@ -39,6 +44,10 @@ class Decision:
 
     def answers(self, probabilities: np.ndarray) -> np.ndarray:
         """Index of the chosen candidate [N] from `probabilities` [N, C]."""
+        if self.positive is not None and self.threshold is not None:
+            others = probabilities.copy()
+            others[:, self.positive] = -1.0
+            return np.where(probabilities[:, self.positive] >= self.threshold, self.positive, others.argmax(1))
         if not self.rule:
             return probabilities.argmax(1)
         return (np.log(np.maximum(probabilities, SMALLEST)) + np.array(self.rule)).argmax(1)

@@ -335,8 +335,8 @@ def decision_problems(name: str, values: Any, candidates: Any) -> list[str]:
     """Every reason why a JSON value is no decision between these candidates; none for null."""
     if values is None:
         return []
-    if not isinstance(values, dict) or values.keys() != {"aim", "scale", "offsets", "rule"}:
-        return [f"`{name}` must have aim, scale, offsets and rule, but is {SHOWN.repr(values)}"]
+    if not isinstance(values, dict) or values.keys() != {field.name for field in dataclasses.fields(Decision)}:
+        return [f"`{name}` must have the fields of a decision, but is {SHOWN.repr(values)}"]
     problems = []
     if not (isinstance(values["aim"], str) and is_aim(values["aim"])):
         problems.append(f"`{name}.aim` must be what answers can be chosen for, but is {SHOWN.repr(values['aim'])}")
@@ -350,12 +350,17 @@ def decision_problems(name: str, values: Any, candidates: Any) -> list[str]:
         if not sound or len(numbers) not in (0, len(candidates) if isinstance(candidates, list) else 0):
             rule = f"must be a number from -{MAX_OFFSET:g} to {MAX_OFFSET:g} for each candidate, or empty"
             problems.append(f"`{name}.{key}` {rule}, but is {SHOWN.repr(numbers)}")
+    positive, threshold = values["positive"], values["threshold"]
+    sound = type(positive) is int and is_number(threshold) and 0 <= threshold <= 1 and isinstance(candidates, list)
+    if not (positive is threshold is None or (sound and 0 <= positive < len(candidates))):
+        rule = "must be the index of a candidate and a number from 0 to 1, or both null"
+        problems.append(f"`{name}.positive` and `threshold` {rule}, but are {SHOWN.repr([positive, threshold])}")
     return problems
 
 
 def read_decision(values: dict[str, Any]) -> Decision:
     """A decision of a task.json without problems."""
-    return Decision(values["aim"], values["scale"], tuple(values["offsets"]), tuple(values["rule"]))
+    return Decision(**{**values, "offsets": tuple(values["offsets"]), "rule": tuple(values["rule"])})
 
 
 def conformal_problems(name: str, values: Any, candidates: Any) -> list[str]:

@@ -6,7 +6,7 @@ Shapes: N samples, C candidates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,11 @@ def fit_decision(
         return Decision()
     scale, offsets = fit_scaling(scores, labels)
     scaled = Decision(aim, scale, tuple(offsets.tolist()))
-    rule = fit_rule(scaled.probabilities(scores), labels, aim, positive, units)
-    return Decision(aim, scale, scaled.offsets, tuple(rule.tolist()))
+    probabilities, point = scaled.probabilities(scores), operating_point(aim)
+    if point and positive is not None:
+        return replace(scaled, positive=positive, threshold=fit_threshold(probabilities, labels, positive, *point))
+    rule = fit_rule(probabilities, labels, "macro_f1" if point else aim, units)
+    return replace(scaled, rule=tuple(rule.tolist()))
 
 
 def fit_scaling(scores: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
@@ -77,19 +80,13 @@ def fit_scaling(scores: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarr
     return float(np.exp(found[0])), found[1:]
 
 
-def fit_rule(
-    probabilities: np.ndarray, labels: np.ndarray, aim: str, positive: int | None, units: Sequence[int]
-) -> np.ndarray:
-    """The rule [C] for an aim; see `fit_decision`.
+def fit_rule(probabilities: np.ndarray, labels: np.ndarray, aim: str, units: Sequence[int]) -> np.ndarray:
+    """The rule [C] for a score of AIMS; see `fit_decision`.
 
     A score of answers is a staircase of the rule, and its highest step on a few dozen samples is partly luck. So the
     rule is the mean of the best rules of resamples (bagging), in which units are drawn as a whole.
     """
     logs = np.log(np.maximum(probabilities, SMALLEST))
-    if point := operating_point(aim):
-        if positive is not None:
-            return threshold_rule(logs, labels, positive, *point)
-        aim = "macro_f1"
     num_bags = min(NUM_BAGS, MAX_WORK // (NUM_ROUNDS * logs.shape[1] * logs.size))
     if not num_bags:
         return np.zeros(logs.shape[1])  # the most probable answer: hundreds of thresholds could not be fitted anyway
@@ -163,21 +160,23 @@ def value_of(aim: str, hits: np.ndarray, called: np.ndarray, sizes: np.ndarray, 
     return np.where(total > 0, 2 * hits / np.maximum(total, 1), 0.0).sum(1) / (total > 0).sum(1)
 
 
-def threshold_rule(logs: np.ndarray, labels: np.ndarray, positive: int, name: str, value: float) -> np.ndarray:
-    """The rule [C] that holds an operating point.
+def fit_threshold(probabilities: np.ndarray, labels: np.ndarray, positive: int, name: str, value: float) -> float:
+    """The probability of the positive candidate from which it is the answer, so that an operating point holds.
+
+    A threshold on this probability, not on its distance to the next candidate's: among all ways to call a share of the
+    positive samples it calls fewest of the others (Neyman and Pearson), as far as the probabilities are right.
 
     Args:
-        logs: log-probabilities [N, C].
-        name: sensitivity or specificity, which is at least `value` on new samples like these.
+        probabilities: [N, C].
+        name: sensitivity or specificity, which is to be at least `value` on new samples like these.
     """
-    margin = logs[:, positive] - np.delete(logs, positive, 1).max(1)  # above 0: called positive
-    ordered = np.sort(margin[labels == positive] if name == "sensitivity" else -margin[labels != positive])
+    of_positive = probabilities[:, positive]
+    ordered = np.sort(of_positive[labels == positive] if name == "sensitivity" else -of_positive[labels != positive])
+    if not len(ordered):
+        return 0.0 if name == "sensitivity" else 1.0
     # Of k - 1 misses among n samples follows an expected share of k / (n + 1) on new ones (order statistics).
-    k = max(1, int((1 - value) * (len(ordered) + 1)))
-    threshold = ordered[k - 1] if len(ordered) else 0.0
-    rule = np.zeros(logs.shape[1])
-    rule[positive] = -(threshold - 1e-9) if name == "sensitivity" else threshold - 1e-9
-    return rule
+    last = float(ordered[max(1, int((1 - value) * (len(ordered) + 1))) - 1])
+    return last if name == "sensitivity" else float(np.nextafter(-last, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------ parts

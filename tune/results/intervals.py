@@ -149,6 +149,8 @@ def interval(name: str, value: float, error: Error, size: float) -> list[float]:
     metric = METRICS.get(metric_of(name))
     low, high = (metric.low, metric.high) if metric else (-math.inf, math.inf)
     quantile, deviation = t_quantile(error[1]), error[0]
+    if not deviation and low < value < high:
+        return [value, value]  # of a model that always answers the same, whatever the samples are
     if math.isfinite(low) and math.isfinite(high):
         share, deviation = (value - low) / (high - low), deviation / (high - low)
         number = share * (1 - share) / deviation**2 if deviation > 0 else math.inf
