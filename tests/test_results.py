@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train_fn.data.decision import softmax
 from train_fn.data.samples import Sample, Splits, closed_set
+from train_fn.scoring.fitting import Decided
 from train_fn.scoring.scores import PartScorer
 from tune.config.settings import StudySettings
 from tune.config.uris import default_uri
@@ -309,6 +311,23 @@ def test_no_perfect_score_is_certain() -> None:
     for name in ("auroc", "accuracy", "macro_f1", "sensitivity", "ppv", "sensitivity_at_specificity_90"):
         low, high = found[name]["interval"]
         assert found[name]["value"] == high == 1 and 0.8 < low < 0.95, name
+
+
+def test_a_share_of_0_widens_no_other_interval(splits) -> None:
+    """A model that calls nothing positive has a sensitivity of 0, and ranks as before."""
+    weak, units = predicted(splits, 1.0, 1), range(200)
+    never = {"": Decided(softmax(weak["scores"]), np.zeros(200, dtype=int))}
+    found, ranking = (with_intervals(PartScorer(weak, splits.test, splits, d), units) for d in (never, None))
+    assert found["sensitivity"]["value"] == 0 < found["sensitivity"]["interval"][1] < 0.1
+    assert found["auroc"] == ranking["auroc"]
+
+
+def test_an_area_that_no_sample_can_change_is_certain(splits) -> None:
+    same = {"losses": np.zeros(200), "scores": np.tile([-0.3, -1.2], (200, 1))}
+    assert with_intervals(PartScorer(same, splits.test, splits), range(200))["auroc"] == {
+        "value": 0.5,
+        "interval": [0.5, 0.5],
+    }
 
 
 def test_models_that_no_sample_tells_apart_may_still_differ() -> None:

@@ -132,7 +132,8 @@ def with_intervals(scorer: Scorer, units: Sequence[int], chosen: np.ndarray | No
     sizes = dict.fromkeys(values, float(part.num_units))
     if any(plain(name) in SHARES and value in (0, 1) for name, value in values.items()):
         alone = part.score(scorer, part.alone())  # a share has a value for each unit that is counted in it
-        sizes = {name: float(np.isfinite(its).sum()) or sizes[name] for name, its in alone.items()}
+        shares = {name: its for name, its in alone.items() if plain(name) in SHARES}
+        sizes |= {name: float(np.isfinite(its).sum()) or sizes[name] for name, its in shares.items()}
     for name, error in part.standard_errors(scorer).items():
         if plain(name) not in BIASED and math.isfinite(values[name]) and math.isfinite(error[0]):
             found[name]["interval"] = interval(name, values[name], error, sizes[name])
@@ -149,7 +150,7 @@ def interval(name: str, value: float, error: Error, size: float) -> list[float]:
     metric = METRICS.get(metric_of(name))
     low, high = (metric.low, metric.high) if metric else (-math.inf, math.inf)
     quantile, deviation = t_quantile(error[1]), error[0]
-    if not deviation and low < value < high:
+    if deviation < 1e-12 and low < value < high:
         return [value, value]  # of a model that always answers the same, whatever the samples are
     if math.isfinite(low) and math.isfinite(high):
         share, deviation = (value - low) / (high - low), deviation / (high - low)
