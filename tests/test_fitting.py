@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,6 +196,9 @@ def test_each_task_of_a_part_has_a_decision_of_its_own() -> None:
     splits = Splits((), tuple(samples), (), tasks, decide="macro_f1")
     decisions = fit_part({"scores": scores}, samples, splits)
     assert decisions.keys() == {"a", "b"} and decisions["a"] == fit_decision(logs, labels, "macro_f1", None, alone(60))
+    for aim, wanted in (("sensitivity>=0.9", ["macro_f1", "sensitivity>=0.9"]), ("quadratic_kappa", ["macro_f1"] * 2)):
+        fitted = fit_part({"scores": scores}, samples, replace(splits, decide=aim))
+        assert [decision.aim for decision in fitted.values()] == wanted  # what a task cannot have is not fitted
     found = decide(decisions, {"scores": scores}, samples, splits)
     assert found["b"].probabilities.shape == (40, 2) and np.isfinite(found["b"].probabilities).all()
     held_out = decide_out_of_fold({"scores": scores}, samples, splits)

@@ -42,8 +42,8 @@ def fit_decision(
     Args:
         scores: log-likelihoods of the candidates [N, C].
         labels: index of each true candidate [N].
-        aim: as `Decision.aim`. An operating point needs `positive`; a task without gets macro_f1.
-        positive: index of the positive candidate.
+        aim: as `Decision.aim`.
+        positive: index of the positive candidate, which an operating point needs.
         units: number of each sample's unit [N], see `units_of`.
     """
     sound = np.isfinite(scores).all(1)
@@ -53,9 +53,10 @@ def fit_decision(
     scale, offsets = fit_scaling(scores, labels)
     scaled = Decision(aim, scale, tuple(offsets.tolist()))
     probabilities, point = scaled.probabilities(scores), operating_point(aim)
-    if point and positive is not None:
+    if point:
+        assert positive is not None
         return replace(scaled, positive=positive, threshold=fit_threshold(probabilities, labels, positive, *point))
-    rule = fit_rule(probabilities, labels, "macro_f1" if point else aim, units)
+    rule = fit_rule(probabilities, labels, aim, units)
     return replace(scaled, rule=tuple(rule.tolist()))
 
 
@@ -216,13 +217,21 @@ def task_scores(task: Task, samples: Sequence[Sample], predicted: Mapping[str, A
     return [samples[index] for index in members], np.asarray(predicted["scores"])[members, : len(task.candidates)]
 
 
+def aim_of(task: Task, splits: Splits) -> str:
+    """What a task's answers are chosen for: `Splits.decide`, or macro_f1 where that needs grades or a positive answer
+    that the task lacks."""
+    aim = splits.decide or ARGMAX
+    fits = bool(task.positive) if operating_point(aim) else aim != "quadratic_kappa" or task.kind == "ordinal"
+    return aim if fits else "macro_f1"
+
+
 def fitted_from(
     task: Task, predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits
 ) -> tuple[np.ndarray, np.ndarray, str, int | None, list[int]]:
     """What a task's decision is fitted from: the arguments of `fit_decision` and of `out_of_fold`."""
     its, scores = task_scores(task, samples, predicted)
     labels = np.array([sample.label for sample in its], dtype=int)
-    return scores, labels, splits.decide or ARGMAX, task.indices.get(task.positive), units_of(its)
+    return scores, labels, aim_of(task, splits), task.indices.get(task.positive), units_of(its)
 
 
 def fit_part(predicted: Mapping[str, Any], samples: Sequence[Sample], splits: Splits) -> dict[str, Decision]:
