@@ -122,10 +122,13 @@ def test_wall_time_leaves_out_the_days_between_sessions(tmp_path: Path) -> None:
     assert show(directory).seconds["wall"] == 5.0 + 3.0 + 5.0  # the start of both, and three events a second apart
 
 
-def test_a_study_of_an_earlier_version_keeps_the_last_epoch(tmp_path: Path) -> None:
-    directory, journal = make_study(tmp_path)
+def test_a_study_of_an_earlier_version_keeps_the_last_epoch_and_the_argmax(tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("tune.records.plan.FORMAT", 3)
+        directory, journal = make_study(tmp_path)
     write_trial(journal, 0, auroc=0.6)
-    assert stored_settings(directory)[1]["select"] == "last" and show(directory).records[0].best_epoch == 0
+    stored = stored_settings(directory)[1]
+    assert (stored["select"], stored["decide"]) == ("last", "argmax") and show(directory).records[0].best_epoch == 0
     newer, _ = make_study(tmp_path, name="newer", select="best")
     assert stored_settings(newer)[1]["select"] == "best"
     problems: list[str] = []
