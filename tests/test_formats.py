@@ -703,6 +703,32 @@ def test_a_folder_of_parts_is_a_study(tmp_path: Path) -> None:
     assert any("`--test-data` must be left out" in problem for problem in refused.value.problems)
 
 
+@pytest.mark.parametrize(
+    ("answer", "more", "aim"),
+    [
+        (lambda n: ("no", "yes")[n % 2], [], "macro_f1"),
+        (lambda n: ("no", "yes")[n % 2], ["--metric", "accuracy"], "accuracy"),
+        (lambda n: ("no", "yes")[n % 2], ["--metric", "auroc", "--require", "sensitivity>=0.8"], "sensitivity>=0.8"),
+        (lambda n: ("no", "yes")[n % 2], ["--require", "sensitivity>=0.8", "--decide", "argmax"], "argmax"),
+        (lambda n: str(n % 4), ["--ordinal", "0,1,2,3", "--metric", "quadratic_kappa"], "quadratic_kappa"),
+        (lambda n: str(10 + n), ["--numeric"], "argmax"),  # nothing is decided between
+        (lambda n: f"finding number {n}", [], "argmax"),
+        (lambda n: ("Benign;Malignant", "Benign")[n % 2], ["--multilabel", ";"], "argmax"),
+    ],
+)
+def test_what_answers_are_chosen_for_follows_what_is_asked(tmp_path: Path, answer, more, aim) -> None:
+    study_folder(tmp_path / "data", "a", "b")
+    paths = sorted(path.relative_to(tmp_path / "data") for path in (tmp_path / "data").rglob("*.png"))
+    entries = [{"image": str(path), "text": "What?", "answer": answer(n)} for n, path in enumerate(paths)]
+    (tmp_path / "data" / "all.json").write_text(json.dumps(entries))
+    argv = ["--data", str(tmp_path / "data" / "all.json"), "--results", str(tmp_path / "results"), *more]
+    study = prepare(parse(argv), lambda text: None)
+    assert study.splits.decide == study.settings.study.decide == study.plan["settings"]["study"]["decide"] == aim
+    if not study.splits.has_candidates or "--multilabel" in more:
+        with pytest.raises(SettingsError, match="`--decide` accuracy needs a task with one answer of a set"):
+            prepare(parse([*argv, "--name", "other", "--decide", "accuracy"]), lambda text: None)
+
+
 def test_paths_of_a_test_manifest_start_from_its_own_folder(tmp_path: Path) -> None:
     for folder in ("data", "test"):  # the same names, other images
         study_folder(tmp_path / folder)

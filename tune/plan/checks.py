@@ -44,8 +44,7 @@ def check_model_type(model: str) -> list[str]:
 
 
 def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> list[str]:
-    """Whether the validation part can give every metric of --metric, --require and --stop-when, and what --decide
-    names."""
+    """Whether the validation part can give every metric of --metric, --require and --stop-when."""
     if (positive := settings.data.positive_label) and not any(positive in task.candidates for task in splits.tasks):
         answers = ", ".join(dict.fromkeys(answer for task in splits.tasks for answer in task.candidates))
         answers = answers or "none, for lack of a closed set"
@@ -53,14 +52,14 @@ def check_goals(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> 
             f"`--positive-label` must be an answer of the data ({answers}), but got {positive!r}: name one of them, or "
             f"leave it out"
         ]
-    problems, study = check_aim(settings, splits), settings.study
+    study = settings.study
     uses = [("--metric", name, name) for name, _ in goals if name not in COSTS]
     uses += [("--require", text, comparison(text)[0]) for text in study.require]
     uses += [("--stop-when", study.stop_when, comparison(study.stop_when)[0])] if study.stop_when else []
     if not splits.validation or not uses:
-        return problems
+        return []
     possible, limit = of_a_perfect_model(splits), settings.data.max_answers
-    return problems + [
+    return [
         f"`{option}` needs {need}, but got {text!r}: leave it out, or take another metric"
         for option, text, name in uses
         if (need := missing_for(name, splits, possible, limit))
@@ -147,10 +146,11 @@ def usual_goal(splits: Splits) -> str:
 
 def usual_aim(settings: Settings, goals: tuple[Goal, ...], splits: Splits) -> str:
     """What answers are chosen for where the user does not say: the first score of --metric that a rule can be fitted
-    for, else the operating point of --require, else macro_f1."""
+    for, else the operating point of --require, else macro_f1; the argmax where no task has one answer of a set."""
     possible = [name for name, _ in goals if possible_aim(name, splits)]
     points = [text.replace(" ", "") for text in settings.study.require if operating_point(text)]
-    return [*possible, *(text for text in points if possible_aim(text, splits)), "macro_f1"][0]
+    others = ("macro_f1" if possible_aim("macro_f1", splits) else ARGMAX,)
+    return [*possible, *(text for text in points if possible_aim(text, splits)), *others][0]
 
 
 def possible_aim(aim: str, splits: Splits) -> bool:

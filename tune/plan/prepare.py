@@ -33,7 +33,16 @@ from tune.config.settings import Settings, flag
 from tune.config.space import space_hash
 from tune.config.trust import check_metric_trust, remember_metric, remember_space
 from tune.config.uris import tracking_uri
-from tune.plan.checks import check_goals, check_model_type, check_name, shipped, usual_aim, usual_goal, with_plain_names
+from tune.plan.checks import (
+    check_aim,
+    check_goals,
+    check_model_type,
+    check_name,
+    shipped,
+    usual_aim,
+    usual_goal,
+    with_plain_names,
+)
 from tune.plan.hub_names import download_base, fetch_again, find_named, manifest_path
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
@@ -95,6 +104,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         problems += base_problems(settings.model, settings.trial, splits, say)
     settings = with_plain_names(settings, splits)
     goals = tuple(goal(text) for text in settings.study.metric or (usual_goal(splits),))
+    problems += check_aim(settings, splits)
     aim = settings.study.decide or usual_aim(settings, goals, splits)
     settings = dataclasses.replace(settings, study=dataclasses.replace(settings.study, decide=aim))
     splits = dataclasses.replace(splits, decide=aim, prevalence=settings.study.prevalence)
