@@ -239,15 +239,18 @@ def test_a_new_winner_does_not_inherit_test_scores(tmp_path) -> None:
 
 
 def test_a_summary_of_a_cost_and_of_a_score_without_interval(tmp_path, capsys) -> None:
-    for goals, tests in [
-        ((("trainable_params", "min"), ("auroc", "max")), {"auroc": {"value": 0.7, "interval": [0.6, 0.8]}}),
-        (AUROC, {"auroc": {"value": None, "interval": None}}),
-    ]:
+    for goals, tests, why in [
+        ((("trainable_params", "min"), ("auroc", "max")), {"auroc": {"value": 0.7, "interval": [0.6, 0.8]}},
+         "trainable_params is undefined on these test images"),
+        (AUROC, {"auroc": {"value": None, "interval": None}}, "auroc is undefined on these test images"),
+        (AUROC, {"auroc": {"value": 0.7, "interval": None}}, "too few patients, groups or images"),
+    ]:  # fmt: skip
         outcome = Outcome("s", tmp_path, goals, [record(0, auroc=0.7, loss=1), record(1, auroc=0.9, loss=1)])
         outcome.winner = outcome.records[1]
         outcome.tests = {"winner": tests, "guide": tests, "difference": tests}
         print_summary(outcome)
-        assert "Test scores" in capsys.readouterr().out
+        out = " ".join(capsys.readouterr().out.split())
+        assert "Test scores" in out and why in out
 
 
 @pytest.fixture(scope="module")

@@ -215,6 +215,8 @@ class Summary:
         if not self.study["test"]:
             return f"The test images were not scored: {optimistic}."
         reason = f"{self.metric} is undefined on these test images"
+        if is_number(self.study["test"].get(GAIN, {}).get(self.metric, {}).get("value")):
+            reason = "the test has too few patients, groups or images that count once, for an interval"
         if self.guide and self.guide.state != "COMPLETE":
             reason = f"trial 0 ended as {self.guide.state.lower()}"
         return f"There is no comparison with the guide's defaults: {reason}."
