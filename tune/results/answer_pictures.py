@@ -5,12 +5,14 @@ Shapes: n test samples of a task, C candidates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from train_fn.scoring.metrics import confusion
-from tune.results.operating import PositiveTask, net_benefit, positive_tasks, precision, rates, wilson
+from tune.results.intervals import wilson
+from tune.results.operating import PositiveTask, Z, net_benefit, positive_tasks, precision, rates
 from tune.results.summary import Score, is_number
 from tune.results.view import GUIDE, WINNER, TestedTask, View
 
@@ -125,7 +127,7 @@ def draw_calibration(
     right = probabilities.argmax(1) == truth
     rows, error = calibration(right, probabilities.max(1), min(10, max(2, len(right) // 10)))
     confidence, share, count = rows.T
-    axes.vlines(confidence, *wilson(share, count), color=color, linewidth=1.5)
+    axes.vlines(confidence, *wilson(share, count, Z), color=color, linewidth=1.5)
     axes.scatter(confidence, share, 45, color, marker, label=label, zorder=3)
     return error
 
@@ -133,12 +135,14 @@ def draw_calibration(
 # ------------------------------------------------------------------------------------------------ a positive answer
 
 
-def positive_figure(view: View) -> tuple[Figure, list[tuple[Any, PositiveTask]]] | str:
-    """A figure of the largest tasks with a positive answer, and by cell its axes and task; or why there is none."""
+def for_each_positive(view: View, draw: Callable[[Any, PositiveTask], None]) -> Figure | str:
+    """A figure of the largest tasks with a positive answer, each drawn on its axes by `draw`; or why there is none."""
     if not (tasks := positive_tasks(view)[:MAX_TASKS]):
         return NO_POSITIVE
     figure, grid = cell_figure(4.6, len(tasks), min(2, len(tasks)))
-    return figure, list(zip(grid, tasks, strict=True))
+    for axes, task in zip(grid, tasks, strict=True):
+        draw(axes, task)
+    return figure
 
 
 def finish(axes: Any, task: PositiveTask, **words: Any) -> None:
@@ -161,10 +165,8 @@ def cross(axes: Any, who: str, x: Score, y: Score) -> None:
 
 def roc(view: View) -> Figure | str:
     """Sensitivity over 1 - specificity at every threshold, and the operating point."""
-    if isinstance(found := positive_figure(view), str):
-        return found
-    figure, cells = found
-    for axes, task in cells:
+
+    def draw(axes: Any, task: PositiveTask) -> None:
         for who in task.tested.answers:
             hits, alarms = rates(task.positive, task.raw(who))
             axes.plot([0, *alarms], [0, *hits], **LOOKS[who], label=view.summary.title(who))
@@ -172,7 +174,8 @@ def roc(view: View) -> Figure | str:
             cross(axes, who, complement(specificity), task.share(who, "sensitivity"))
         axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":", label="chance")
         finish(axes, task, xlabel=f"1 - specificity: others called {short(task.name)}", ylabel="sensitivity")
-    return figure
+
+    return for_each_positive(view, draw)
 
 
 def complement(score: Score) -> Score:
@@ -183,10 +186,8 @@ def complement(score: Score) -> Score:
 
 def precision_recall(view: View) -> Figure | str:
     """Precision over recall at every threshold and one prevalence, and the operating point."""
-    if isinstance(found := positive_figure(view), str):
-        return found
-    figure, cells = found
-    for axes, task in cells:
+
+    def draw(axes: Any, task: PositiveTask) -> None:
         for who in task.tested.answers:
             hits, alarms = rates(task.positive, task.raw(who))
             values = precision(hits, alarms, task.prevalence)
@@ -197,16 +198,15 @@ def precision_recall(view: View) -> Figure | str:
                 cross(axes, who, task.share(who, "sensitivity"), predictive)
         axes.axhline(task.prevalence, color="#888888", linewidth=1, linestyle=":", label="chance")
         finish(axes, task, xlabel="recall (sensitivity)", ylabel="precision (positive predictive value)")
-    return figure
+
+    return for_each_positive(view, draw)
 
 
 def decision_curve(view: View) -> Figure | str:
     """Net benefit by threshold probability, beside treating all and treating none."""
-    if isinstance(found := positive_figure(view), str):
-        return found
-    figure, cells = found
     thresholds = np.arange(1, 100) / 100
-    for axes, task in cells:
+
+    def draw(axes: Any, task: PositiveTask) -> None:
         prevalence = task.prevalence
         lowest = 0.0
         for who in task.tested.answers:
@@ -219,4 +219,5 @@ def decision_curve(view: View) -> Figure | str:
         bottom = max(lowest, -0.5 * prevalence) - 0.08 * prevalence
         axes.set(xlim=(0, 1), ylim=(bottom, 1.08 * prevalence), title=task.tested.task.name)
         axes.set(xlabel=f"probability of {short(task.name)} from which one would act", ylabel="net benefit")
-    return figure
+
+    return for_each_positive(view, draw)

@@ -157,19 +157,19 @@ def interval(name: str, value: float, error: Error, size: float) -> list[float]:
         number = share * (1 - share) / deviation**2 if deviation > 0 else math.inf
         if plain(name) in AREAS or not 0 < share < 1:
             number = min(number or math.inf, size)
-        return [low + (high - low) * bound for bound in wilson(share, number, quantile)]
+        return [float(low + (high - low) * bound) for bound in wilson(share, number, quantile)]
     if low == 0 and value > 0:  # on the scale of the logarithm: errors have a long tail
         factor = math.exp(min(quantile * deviation / value, 700.0))
         return [value / factor, value * factor]
     return [value - quantile * deviation, value + quantile * deviation]
 
 
-def wilson(share: float, number: float, quantile: float) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share among a number of samples, which need not be whole."""
+def wilson(share: Any, number: Any, quantile: float) -> tuple[Any, Any]:
+    """Wilson's interval (1927) of a share among a number of samples, which need not be whole; numbers or arrays."""
     spread = quantile**2 / number
     middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    half = np.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return np.maximum(0.0, middle - half), np.minimum(1.0, middle + half)
 
 
 def t_quantile(freedom: float) -> float:

@@ -6,7 +6,6 @@ Shapes: n test samples of a task, K thresholds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,10 +13,12 @@ from train_fn.data.decision import ARGMAX, operating_point
 from train_fn.data.samples import units_of
 from train_fn.scoring.fitting import DECIDED
 from train_fn.support.text import plain
+from tune.results.comparison import CLEAN
+from tune.results.intervals import wilson
 from tune.results.summary import Score, format_score, is_number
 from tune.results.view import ADAPTERS, TestedTask, View
 
-CLEAN = ", clean part"  # of the test samples that have no near-copy in training
+Z = 1.96  # the 97.5 % quantile of the normal distribution
 
 
 def rates(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,14 +61,6 @@ def net_benefit(
     return prevalence * hits - (1 - prevalence) * alarms * thresholds / (1 - thresholds)
 
 
-def wilson(share: Any, count: Any) -> tuple[Any, Any]:
-    """Wilson's 95 % interval of a share of `count` independent cases; numbers or arrays."""
-    z = 1.96
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return middle - half, middle + half
-
-
 def proportion(hits: np.ndarray, units: np.ndarray) -> Score:
     """The share of hits with Wilson's interval. Samples of one unit count as one case, which never makes the interval
     too narrow.
@@ -79,7 +72,7 @@ def proportion(hits: np.ndarray, units: np.ndarray) -> Score:
     if not len(hits):
         return {"value": None, "interval": None}
     share = float(hits.mean())
-    low, high = wilson(share, len(np.unique(units)))
+    low, high = wilson(share, len(np.unique(units)), Z)
     return {"value": share, "interval": [float(low), float(high)]}
 
 
