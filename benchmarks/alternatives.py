@@ -40,7 +40,8 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
     from peft import get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from train_fn.data.order import class_weights, epoch_order, micro_batches
+    from train_fn.data.order import epoch_order, micro_batches
+    from train_fn.data.samples import class_weights
     from train_fn.data.splits_file import load_splits
     from train_fn.model.base import load_base
     from train_fn.model.batches import answer_losses, collate
@@ -158,7 +159,8 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
     from safetensors.torch import save_file
     from transformers import get_scheduler
 
-    from train_fn.data.order import class_weights, epoch_order, micro_batches
+    from train_fn.data.order import epoch_order, micro_batches
+    from train_fn.data.samples import class_weights
     from train_fn.model.batches import answer_losses, collate
     from train_fn.model.targets import adapter_pattern
     from train_fn.trial import loop

@@ -263,9 +263,14 @@ def probability_metrics(probabilities: np.ndarray, labels: np.ndarray, weights: 
     }
 
 
+def num_calibration_bins(num_samples: int) -> int:
+    """2 to 10 bins, of at least 10 samples where possible."""
+    return min(10, max(2, num_samples // 10))
+
+
 def calibration_bins(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each sample [N]: 2 to 10 equally large groups by confidence, of at least 10 samples where possible."""
-    groups = np.array_split(np.argsort(confidence, kind="stable"), min(10, max(2, len(confidence) // 10)))
+    """The bin of each sample [N]: equally large groups by confidence."""
+    groups = np.array_split(np.argsort(confidence, kind="stable"), num_calibration_bins(len(confidence)))
     bins = np.empty(len(confidence), dtype=int)
     for number, group in enumerate(groups):
         bins[group] = number

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train_fn.scoring.metrics import confusion
+from train_fn.scoring.metrics import confusion, num_calibration_bins
 from tune.results.intervals import wilson
 from tune.results.operating import PositiveTask, Z, net_benefit, positive_tasks, precision, rates
 from tune.results.summary import Score, is_number
@@ -125,7 +125,7 @@ def draw_calibration(
 ) -> float:
     """Draw how often the most probable answer is right, by its probability. Returns the expected calibration error."""
     right = probabilities.argmax(1) == truth
-    rows, error = calibration(right, probabilities.max(1), min(10, max(2, len(right) // 10)))
+    rows, error = calibration(right, probabilities.max(1), num_calibration_bins(len(right)))
     confidence, share, count = rows.T
     axes.vlines(confidence, *wilson(share, count, Z), color=color, linewidth=1.5)
     axes.scatter(confidence, share, 45, color, marker, label=label, zorder=3)
