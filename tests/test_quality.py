@@ -44,7 +44,7 @@ ROOMS = {
     "tune": ["run", "study", "replay", "show", "doctor", "final_test", "confirm", "conclude", "signals", "search",
              "lanes", "plan", "tracking", "results", "config", "records"],
     "train_fn": ["main", "worker", "pyfunc_model", "predict", "inspect", "datasheet", "trial", "scoring", "jobs",
-                 "model", "data", "support", "settings", "nano"],
+                 "model", "data", "support", "execution", "settings", "nano"],
 }  # fmt: skip
 MAX_LINES = 420  # "about 400"
 
