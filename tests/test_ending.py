@@ -230,7 +230,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr("tune.study.session_folder", lambda: Path("session"))
     monkeypatch.setattr("tune.study.watch_control_service", lambda directory, say: threading.Event())
     monkeypatch.setattr("tune.study.plan_layout", lambda settings, resources: Layout(2, 1, False, 1))
-    monkeypatch.setattr(tune.lanes.trainers, "start_dispatcher", lambda layout, timeout: made.dispatcher)
+    monkeypatch.setattr(tune.lanes.trainers, "start_dispatcher", lambda study, layout: made.dispatcher)
     monkeypatch.setattr(tune.lanes.trainers, "Lanes", lambda study, layout, dispatcher, say: lanes)
     monkeypatch.setattr(tune.search.tuner, "search", lambda study, layout, dispatcher, log: made.search(study, log))
     monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)

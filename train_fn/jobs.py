@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_fn.data.samples import Splits
+from train_fn.execution import Execution
 from train_fn.settings import TrialSettings
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ class TrainJob:
     known_epochs: int = 0  # epochs that the journal has: their reports are answered without asking Tune
     label: str = ""  # name of the job in the live footer. Not given: "trial" and the number
     splits: Splits | None = None  # splits of this job alone. None: the study's
-    notes: tuple[str, ...] = ()  # what the dispatcher changed so that the trial can run
+    execution: Execution | None = None  # how its steps are computed. None: as the worker's memory allows
+    too_large: tuple[tuple[TrialSettings, Execution], ...] = ()  # trials that ran out of memory on this lane, and how
+    notes: tuple[str, ...] = ()  # what was changed so that the trial can run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class TrialFacts:
     turn: int | None = None  # assignment index: how many jobs the lane's worker group had before this one
     device: str = ""
     num_threads: int = 0  # torch threads of each worker; 0: torch's default
+    free_gib: float = 0.0  # GiB of memory beside the base by which executions are chosen, the same on each kind of GPU
     base_gib: float = 0.0  # GiB of the base's weights in each worker
     base_16_bit_gib: float = 0.0  # GiB of the same weights at 2 bytes each
     base_hash: str = ""  # sha256 of the base's files as the trial's workers saw them

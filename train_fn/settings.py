@@ -27,6 +27,7 @@ PROFILE_PREFIX = "profile_"  # of the phases that `--profile` adds to a trial's 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Stage 3 would partition the frozen base itself, and bitsandbytes' 4-bit weights cannot be split (bitsandbytes#1249).
 WHY_NO_STAGE_3 = "3 would split up the frozen base, which a lane keeps from trial to trial"
+GUIDE_MICRO_BATCH = 2  # images; with auto, the global batch is a multiple of it
 BUCKET = 50_000_000  # largest communication buffer of DeepSpeed, in elements
 MAX_TEXT = 4096  # bytes of one text setting
 MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and a seed plus the number of a repeat must fit, too
@@ -116,13 +117,16 @@ def rules(group: type) -> dict[str, tuple[Any, Any]]:
 
 def broken_rule(value: Any, kind: Any, rule: Any, may_be_empty: bool = True) -> str:
     """The rule of type, range or form that a value breaks, as "must be ..."; "" if it breaks none."""
-    if kind is bool:
+    if value is None and kind in (bool | None, int | None, float | None):
+        return ""
+    if kind in (bool, bool | None):
         return "" if isinstance(value, bool) else "must be true or false"
-    if kind in (int, float, float | None):
-        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        if (number and rule.holds(value)) or (value is None and kind == float | None):
+    if kind in (int, int | None, float, float | None):
+        whole = kind in (int, int | None)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if number and rule.holds(value):
             return ""
-        return f"must be {'a whole number' if kind is int else 'a number'} {rule.words}"
+        return f"must be {'auto, or ' * (kind == int | None)}{'a whole number' if whole else 'a number'} {rule.words}"
     if kind == tuple[str, ...]:
         if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
             return "must be a list of texts"
@@ -169,6 +173,8 @@ def convert(text: str, kind: Any) -> Any:
     """An option's text as its field's type. Raises ValueError or OverflowError."""
     if kind == tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind == int | None:
+        return None if text == "auto" else int(text)
     return (float if kind == float | None else kind)(text)
 
 
@@ -194,11 +200,12 @@ class TrialSettings:
     """Passes over the training images."""
     max_steps: Annotated[int, Range(0, 10**8)] = 0
     """Optimizer steps to train for, instead of num_train_epochs. 0: num_train_epochs decides."""
-    per_device_train_batch_size: Annotated[int, Range(1, 4096)] = 2
-    """Images in one forward pass of one worker (the micro-batch)."""
+    per_device_train_batch_size: Annotated[int | None, Range(1, 4096)] = None
+    """Images in one forward pass of one worker (the micro-batch). auto, the default: as many as the memory takes, by
+    their tokens. The global batch is this number (auto: the guide's 2) x gradient_accumulation_steps images."""
     gradient_accumulation_steps: Annotated[int, Range(1, 65_536)] = 8
-    """Micro-batches in one optimizer step of a single worker. With N workers each does 1/N of them, so that the
-    global batch (micro-batch x accumulation, 16 images) and with it the meaning of the learning rate stay."""
+    """The global batch as a multiple of the micro-batch: 2 x 8 = 16 images in the guide. It stays whatever the number
+    of workers and the memory are, and so does the meaning of the learning rate."""
     learning_rate: Annotated[float, Range(0, 10, above=True)] = 2e-4
     """Peak learning rate of the adapter. 1e-4 to 5e-4 is usual for LoRA."""
     projector_learning_rate: Annotated[float | None, Range(0, 10, above=True)] = None
@@ -215,10 +222,11 @@ class TrialSettings:
     """Optimizer: adamw_torch, or bitsandbytes' adamw_8bit (a quarter of the state) or paged_adamw_8bit (the state also
     moves to the CPU when the GPU is full)."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and recompute the rest: less memory, a third more time."""
-    torch_compile: bool = False
-    """Compile the language model's layers with torch.compile: fewer and larger GPU kernels, after a wait for the
-    compiler at the beginning of every trial. Changes numbers in their last digits."""
+    """Keep only each layer's input for the backward pass and compute the rest again: about a sixteenth of the memory,
+    and half as much time again. Where nothing else fits, trials turn it on themselves and say so."""
+    torch_compile: bool | None = None
+    """Compile the language model's layers with torch.compile: fewer and larger GPU kernels, after one wait for the
+    compiler a lane. Changes numbers in their last digits. Not given: on GPUs of compute capability 8.0 and more."""
     use_lora: bool = True
     """Train an adapter. Without it only the projector is trained (--train-projector)."""
     lora_r: Annotated[int, Range(1, 16_384)] = 64
@@ -260,13 +268,11 @@ class TrialSettings:
     @property
     def global_batch_size(self) -> int:
         """Images in one optimizer step, over all workers."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return (self.per_device_train_batch_size or GUIDE_MICRO_BATCH) * self.gradient_accumulation_steps
 
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches that each of `world_size` workers does in one optimizer step."""
-        accumulation, rest = divmod(self.global_batch_size, self.per_device_train_batch_size * world_size)
-        assert rest == 0 and accumulation > 0, "the study's settings are checked for this before it starts"
-        return accumulation
+    def shared_by(self, world_size: int) -> bool:
+        """Whether the workers of a trial can each do an equal share of the global batch, in whole micro-batches."""
+        return self.global_batch_size % ((self.per_device_train_batch_size or 1) * world_size) == 0
 
     def problems(self, world_size: int = 1, label: Callable[[str], str] = str) -> list[str]:
         """Every broken rule as one message; empty if the settings can be trained.
@@ -284,8 +290,8 @@ class TrialSettings:
              "add --train-projector"),
             (("offload_optimizer", "zero_stage"), lambda: not self.offload_optimizer or self.zero_stage > 0,
              "needs ZeRO", "give --zero-stage 2"),
-            (("gradient_accumulation_steps",), lambda: self.gradient_accumulation_steps % world_size == 0, workers,
-             "change either"),
+            (("gradient_accumulation_steps", "per_device_train_batch_size"), lambda: self.shared_by(world_size),
+             workers, "change either"),
         ]  # fmt: skip
         for names, holds, text, fix in together:
             if not broken.keys() & set(names) and not holds():

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.data.samples import Splits
+from train_fn.execution import smaller
 from train_fn.jobs import EpochReport, Job, ScoreJob, ScoreReport, TrainJob
 from train_fn.model.hub import fetch_apart
 from train_fn.model.hub_ids import is_hub_model
@@ -132,13 +133,13 @@ def lane_loop(options: dict[str, Any]) -> None:
         waited_s = time.perf_counter() - idle_since
         if base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        notes = list(job.notes) if isinstance(job, TrainJob) else []
-        of_this_job = facts | {"turn": index, "waited_s": waited_s, "notes": notes}
-        report = reporter(config, job.number, group, rank, of_this_job, idle_since)
+        of_this_job = facts | {"turn": index, "waited_s": waited_s}
         try:
+            job = with_execution(config, base, job, facts["free_gib"])
+            report = reporter(config, job, group, rank, of_this_job, idle_since)
             run_job(config, base, job, group, rank, report, heartbeats)
         except Exception as error:
-            if not report_error(config, error, job.number, group):
+            if not report_error(config, error, base, job, group):
                 raise
         # Not after an error that ends these workers: on a broken device it would raise again and hide the first error.
         idle_since = time.perf_counter()
@@ -151,6 +152,7 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
 
     Returns: the base, and the fields of every `EpochReport` that only the worker knows.
     """
+    import ray
     import ray.train.torch
     import torch
 
@@ -171,6 +173,7 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
 
     from train_fn.model.base import base_gib, load_base
+    from train_fn.trial.memory import free_memory
 
     importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
     check_collectives(config.collective_timeout_s)
@@ -178,7 +181,9 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     base = load_base(config.model, device)
     held, whole = base_gib(base.model)
     facts = {"lane": config.lane, "device": name, "num_threads": config.num_threads}
-    facts |= {"base_gib": held, "base_16_bit_gib": whole}
+    share = config.num_threads / (os.cpu_count() or 1) if device.type == "cpu" else 1.0
+    free = ray.get(config.dispatcher.agree_memory.remote(name, round(free_memory(device, share), 1)))
+    facts |= {"base_gib": held, "base_16_bit_gib": whole, "free_gib": free}
     if config.inputs:
         facts |= {"base_hash": config.inputs.base_hash, "data_hash": config.inputs.data_hash}
     return base, facts
@@ -195,6 +200,19 @@ def check_collectives(timeout_s: int) -> None:
         dist.barrier()
     assert dist.group.WORLD is not None
     dist.group.WORLD.set_timeout(timedelta(seconds=timeout_s))
+
+
+def with_execution(config: LaneConfig, base: Any, job: Job, free_gib: float) -> Job:
+    """The job with a decision on how its steps are computed."""
+    import torch.distributed as dist
+
+    from train_fn.trial.memory import choose_execution
+
+    if not isinstance(job, TrainJob) or job.execution is not None:
+        return job
+    train = (job.splits or config.splits).train
+    execution, notes = choose_execution(base, train, job.settings, free_gib, dist.get_world_size(), job.too_large)
+    return replace(job, execution=execution, notes=(*job.notes, *notes))
 
 
 def run_job(
@@ -224,6 +242,7 @@ def run_job(
         job.splits or config.splits,
         job.settings,
         report,
+        execution=job.execution,
         eval_batch_size=eval_batch_size,
         output=job.output,
         storage=config.storage,
@@ -236,7 +255,7 @@ def run_job(
 
 
 def reporter(
-    config: LaneConfig, number: int, group: str, rank: int, facts: dict[str, Any], idle_since: float
+    config: LaneConfig, job: Job, group: str, rank: int, facts: dict[str, Any], idle_since: float
 ) -> Callable[[EpochReport], bool]:
     """The report function of a trial: sends rank 0's report to the dispatcher and returns its decision on every rank.
 
@@ -246,12 +265,14 @@ def reporter(
     """
     import ray
 
+    notes = job.notes if isinstance(job, TrainJob) else ()
+
     def report(message: EpochReport) -> bool:
         if rank == 0:
-            more = {"notes": [*facts["notes"], *message.notes], "wall_s": time.perf_counter() - idle_since}
+            more = {"notes": [*notes, *message.notes], "wall_s": time.perf_counter() - idle_since}
             message = replace(message, **(facts | more), system=system_metrics())
         sent = message if rank == 0 else None
-        return ray.get(config.dispatcher.report.remote(number, group, message.epoch, sent))
+        return ray.get(config.dispatcher.report.remote(job.number, group, message.epoch, sent))
 
     return report
 
@@ -278,7 +299,7 @@ def error_text(error: Exception) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
 
 
-def report_error(config: LaneConfig, error: Exception, number: int, group: str) -> bool:
+def report_error(config: LaneConfig, error: Exception, base: Any, job: Job, group: str) -> bool:
     """Report an error of a job to the dispatcher. Returns True if these workers are sound and take the next job."""
     import ray
     import torch
@@ -289,18 +310,23 @@ def report_error(config: LaneConfig, error: Exception, number: int, group: str) 
     from train_fn.trial.applied import TrialFailed
     from train_fn.trial.engine import MicroBatchTooLarge
     from train_fn.trial.loop import Preempted
+    from train_fn.trial.memory import longest_sample
     from train_fn.trial.pristine import BaseChanged
 
-    dispatcher, lane = config.dispatcher, config.lane
+    dispatcher, lane, number = config.dispatcher, config.lane, job.number
     if isinstance(error, TrialFailed):
         # Every rank reports it: the rank that asks for the next job first would otherwise have moved the lane on.
         ray.get(dispatcher.fail.remote(number, group, str(error), True))
         return True
     if is_out_of_memory(error):
-        # The trial runs again with half the micro-batch. Other ranks may wait in a collective for this one, and errors
-        # of CUDA's libraries may persist: then only a new worker group is sure to be sound.
+        # The trial runs again in a way that takes less memory. Other ranks may wait in a collective for this one, and
+        # errors of CUDA's libraries may persist: then only a new worker group is sure to be sound.
         in_step = isinstance(error, MicroBatchTooLarge)
-        ray.get(dispatcher.out_of_memory.remote(number, group, str(error), in_step))
+        used = less = None
+        if isinstance(job, TrainJob) and job.execution:
+            used, train = job.execution, (job.splits or config.splits).train
+            less = smaller(used, longest_sample(base, train))
+        ray.get(dispatcher.out_of_memory.remote(number, group, str(error), in_step, used, less))
         return isinstance(error.__cause__ if in_step else error, torch.OutOfMemoryError) and dist.get_world_size() == 1
     if isinstance(error, InputsChanged):
         ray.get(dispatcher.study_fault.remote(lane, group, str(error), True))

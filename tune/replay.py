@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
+from train_fn.execution import Execution
 from train_fn.jobs import JobFailed, TrainJob
 from train_fn.support.text import plain
 from tune.config.paths import SettingsError
@@ -39,7 +41,7 @@ def replay(study: Study, number: int, run: int, say: Callable[[str], None]) -> i
     study.storage.remove(job.output)
     metrics: list[dict[str, float]] = []
     try:
-        dispatcher = start_dispatcher(layout, study.settings.study.hang_timeout)
+        dispatcher = start_dispatcher(study, layout)
         lanes = Lanes(study, layout, dispatcher, say)
         say(f"Training {training_name(number, run)} of {study.name} again, with seed {job.settings.seed}")
         ray.get(dispatcher.submit.remote(job))
@@ -76,9 +78,9 @@ def recorded(study: Study, number: int, run: int) -> tuple[TrialRecord, TrainJob
         settings = record.typed_settings()
     except ValueError as error:
         raise SettingsError([f"`--trial` {number} must have settings of this version, but {error}"]) from error
-    output = study.directory / "replay"
+    output, execution = study.directory / "replay", execution_of(record.applied)
     if not run:
-        return record, TrainJob(number=number, settings=settings, output=output), record.epochs
+        return record, TrainJob(number=number, settings=settings, output=output, execution=execution), record.epochs
     events = [e for e in study.journal.events if e["event"] == "confirmed" and e["number"] == number]
     event = next((event for event in events if event["run"] == run), None)
     if event is None:
@@ -95,8 +97,19 @@ def recorded(study: Study, number: int, run: int) -> tuple[TrialRecord, TrainJob
         settings=dataclasses.replace(settings, seed=event.get("seed", settings.seed + run)),
         output=output,
         splits=folds[run - 1] if folds else None,
+        execution=execution_of(event.get("applied", record.applied)),
     )
     return record, job, epochs
+
+
+def execution_of(applied: dict[str, Any]) -> Execution:
+    """How a trial's steps were computed, from what its engine applied."""
+    if "execution" in applied:
+        return Execution(**applied["execution"])
+    # An earlier version's: micro-batches of images, as the settings say.
+    names = {"images": "per_device_train_batch_size", "compiled": "torch_compile"}
+    found = {ours: applied[name] for ours, name in names.items() if name in applied}
+    return Execution(**found, gradient_checkpointing=applied.get("gradient_checkpointing", False))
 
 
 def compare(epochs: list[dict[str, float]], metrics: list[dict[str, float]], num_threads: int) -> int:

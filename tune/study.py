@@ -184,7 +184,7 @@ def run_session(
 
     settings = study.settings
     needs_ray = watch_control_service(study.directory, say)
-    dispatcher = start_dispatcher(layout, settings.study.hang_timeout)
+    dispatcher = start_dispatcher(study, layout)
     lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
     tracking = open_session(study, study_params(study, layout), tags, started)

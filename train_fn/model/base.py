@@ -45,6 +45,7 @@ class Base:
     tokens: dict[tuple, Any] = field(default_factory=dict)  # tokenized prompts and answers
     patches: dict[str, int] = field(default_factory=dict)  # image path -> P
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image path -> width and height
+    trial_sizes: dict[Any, Any] = field(default_factory=dict)  # see `train_fn.trial.memory.cached_sizes`
     processor_files: dict[str, bytes] = field(default_factory=dict)  # see `train_fn.trial.adapter_files`
     # Changed by trials.
     autocasts: bool = field(init=False)  # whether the language model's float32 adapters multiply in bfloat16
@@ -75,6 +76,10 @@ class Base:
         """Whether right padding needs no mask because attention is causal. A mask would rule out the fastest attention
         kernel and copy keys and values for every query head."""
         return self.counts_patches and set(self.model.config.get_text_config().layer_types) == {"full_attention"}
+
+    def packs(self, tokens: Any) -> bool:
+        """TEMPORARY, until worktree rows is merged."""
+        return False
 
     @functools.cached_property
     def features(self) -> FeatureStore | None:

@@ -200,3 +200,10 @@ def prompt_length(base: Base, sample: Sample) -> Any:
         return prompt_tokens(base, sample.prompt, patches)["input_ids"].shape[1]
     prompt_size(base, sample)  # fills `base.sizes`
     return tuple(base.sizes[image] for image in sample.images), sample.prompt
+
+
+def num_tokens(base: Base, sample: Sample) -> int:
+    """TEMPORARY, until worktree rows is merged."""
+    patches = [num_patches(base, image) for image in sample.images]
+    answer, after = answer_tail(base, sample.prompt, sample.answer)
+    return prompt_tokens(base, sample.prompt, patches)["input_ids"].shape[1] + len(answer) + len(after)

@@ -6,12 +6,14 @@ of `TrialSettings` that decides what is trained is read back; tests/test_applied
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from train_fn.execution import PADDED_PAIRS, Execution, run_stage
 from train_fn.settings import TrialSettings
 from train_fn.trial.lora import adapter_layers, is_compiled
 
@@ -49,7 +51,7 @@ def read_applied(engine: Any) -> dict[str, Any]:
         "train_projector": "projector" in groups,
         "weight_decay": only(group["weight_decay"] for name, group in groups.items() if name != "projector_bias"),
         "max_grad_norm": engine.gradient_clipping(),
-        "per_device_train_batch_size": engine.train_micro_batch_size_per_gpu(),
+        "execution": dataclasses.asdict(engine.module.execution),
         "global_batch_size": engine.train_batch_size(),
         "class_balanced_loss": len(engine.module.sample_weights) > 0,
         "zero_stage": engine.zero_optimization_stage(),
@@ -83,16 +85,27 @@ def read_applied(engine: Any) -> dict[str, Any]:
     return applied
 
 
-def check_applied(applied: dict[str, Any], settings: TrialSettings, closed_set: bool = True) -> None:
+def check_applied(
+    applied: dict[str, Any],
+    settings: TrialSettings,
+    execution: Execution = PADDED_PAIRS,
+    world_size: int = 1,
+    closed_set: bool = True,
+) -> None:
     """Compare what `read_applied` returned with the settings.
 
     Args:
+        execution: how the steps are to be computed.
         closed_set: whether the data has a closed set of answers; without one no image is weighted.
 
     Raises:
         TrialFailed: a setting did not reach the engine; the message has all of them, each with both values.
     """
     wanted = {name: getattr(settings, name) for name in applied if hasattr(settings, name)} | {
+        "execution": dataclasses.asdict(execution),
+        "gradient_checkpointing": execution.gradient_checkpointing,
+        "torch_compile": execution.compiled,
+        "zero_stage": run_stage(settings, world_size),
         "optimizer_class": OPTIMIZER_CLASSES[settings.optim],
         "class_balanced_loss": settings.class_balanced_loss and closed_set,
         "lora_scaling": settings.lora_alpha / (settings.lora_r**0.5 if settings.use_rslora else settings.lora_r),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from train_fn.execution import PADDED_PAIRS, Execution, run_stage
 from train_fn.model.base import Base
 from train_fn.model.batches import answer_losses
 from train_fn.settings import BUCKET, TrialSettings
@@ -36,24 +37,28 @@ class MicroBatchTooLarge(torch.OutOfMemoryError):
 
 
 class AnswerLoss(torch.nn.Module):
-    """The module that the engine trains: from a batch to one number, the weighted mean of the answers' losses."""
+    """The module that the engine trains: from a batch to one number, a part of the step's loss."""
 
-    def __init__(self, base: Base, model: PeftModel, sample_weights: torch.Tensor) -> None:
+    def __init__(
+        self, base: Base, model: PeftModel, sample_weights: torch.Tensor, execution: Execution, share: int
+    ) -> None:
         super().__init__()
         self.model = model
         self.base = base
+        self.execution = execution
         self.sample_weights = sample_weights  # [training samples], mean 1; empty: all weigh the same
+        self.share = share  # samples of an optimizer step that are this worker's
 
     def forward(self, batch: dict[str, Any], indices: torch.Tensor) -> torch.Tensor:
-        """The loss of a micro-batch; indices: its training samples [B].
+        """What a micro-batch adds to the step's loss; indices: its training samples [B].
 
-        The sum is divided by the number of samples, not by their weights: over a full global batch the accumulated loss
-        is then the same however the batch is cut into micro-batches and workers.
+        The sum is divided by the worker's samples of the whole step, and not by their weights: the accumulated loss is
+        then the same however the global batch is cut into micro-batches and workers.
         """
         losses = answer_losses(self.base, batch)
         if len(self.sample_weights):
             losses = losses * self.sample_weights[indices]
-        return losses.mean()
+        return losses.sum() / self.share
 
 
 def deepspeed_config(settings: TrialSettings, world_size: int, num_trainable: int, on_gpu: bool) -> dict[str, Any]:
@@ -63,11 +68,12 @@ def deepspeed_config(settings: TrialSettings, world_size: int, num_trainable: in
     no master copy to keep and nothing to cast.
     """
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": settings.per_device_train_batch_size,
-        "gradient_accumulation_steps": settings.accumulation_steps(world_size),
+        # `train_step` cuts this into micro-batches, which may be unequal, and tells the engine which is the last.
+        "train_micro_batch_size_per_gpu": settings.global_batch_size // world_size,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.max_grad_norm,
         "zero_optimization": {
-            "stage": settings.zero_stage,
+            "stage": run_stage(settings, world_size),
             "contiguous_gradients": True,
             "overlap_comm": on_gpu and world_size > 1,
             # Buckets are allocated whole, for each trial, and a bucket overlaps with the backward pass only if it is
@@ -98,11 +104,19 @@ def build_optimizer(model: PeftModel, settings: TrialSettings, on_gpu: bool) -> 
 
 
 def build_engine(
-    base: Base, model: PeftModel, settings: TrialSettings, sample_weights: torch.Tensor, num_steps: int, world_size: int
+    base: Base,
+    model: PeftModel,
+    settings: TrialSettings,
+    sample_weights: torch.Tensor,
+    num_steps: int,
+    world_size: int,
+    execution: Execution = PADDED_PAIRS,
 ) -> Any:
     """A DeepSpeed engine around the adapted base: AdamW, learning-rate schedule over `num_steps`, ZeRO.
 
-    sample_weights: weight of each training sample in the loss; empty: all weigh the same.
+    Args:
+        sample_weights: weight of each training sample in the loss; empty: all weigh the same.
+        execution: how `train_step` will cut the steps.
 
     Raises TrialFailed for a float16 base without ZeRO.
     """
@@ -115,7 +129,7 @@ def build_engine(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     num_trainable = sum(parameter.numel() for parameter in trained)
     engine, *_ = deepspeed.initialize(
-        model=AnswerLoss(base, model, sample_weights),
+        model=AnswerLoss(base, model, sample_weights, execution, settings.global_batch_size // world_size),
         model_parameters=trained,
         optimizer=optimizer,
         lr_scheduler=schedule,

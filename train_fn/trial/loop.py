@@ -12,23 +12,21 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from train_fn.data.order import epoch_order, micro_batches
+from train_fn.data.order import epoch_order
 from train_fn.data.samples import Splits
+from train_fn.execution import Execution
 from train_fn.jobs import EpochReport
 from train_fn.model.base import Base
-from train_fn.model.batches import collate, prompt_size, to_device
-from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import TrialSettings
 from train_fn.support.profile import Clock, count_work, phase, profiled, traced
-from train_fn.support.ranks import gather, mean_over_ranks, seed_everything, world
+from train_fn.support.ranks import gather, seed_everything, world
 from train_fn.support.storage import Storage, retry_on_os_error
 from train_fn.trial.applied import (
     TrialFailed,
@@ -38,8 +36,9 @@ from train_fn.trial.applied import (
     read_applied,
     read_schedule,
 )
-from train_fn.trial.engine import MicroBatchTooLarge, build_engine, load_engine_state
+from train_fn.trial.engine import build_engine, load_engine_state
 from train_fn.trial.lora import adapted
+from train_fn.trial.memory import choose_execution, free_memory
 from train_fn.trial.outputs import (
     History,
     checkpoints,
@@ -51,10 +50,10 @@ from train_fn.trial.outputs import (
 )
 from train_fn.trial.resume_state import ResumeState
 from train_fn.trial.scoring import evaluate
+from train_fn.trial.steps import micro_batches, train_step
 
 Report = Callable[[EpochReport], bool]
 Progress = Callable[[dict[str, Any]], object]
-NOT_FINITE = "a gradient was not finite in step {}: lower the learning rate (or not --fp16)"
 
 
 class Preempted(Exception):
@@ -67,6 +66,7 @@ def run_trial(
     settings: TrialSettings,
     report: Report,
     *,
+    execution: Execution | None = None,
     eval_batch_size: int = 16,
     output: Path | None = None,
     storage: Storage | None = None,
@@ -82,6 +82,7 @@ def run_trial(
         report: called on every rank after each epoch; if it returns True, the trial stops early. The last epoch's
             report has `finished` and comes after the adapter is written. A trial that continues after a kill first
             repeats its reports: the process that received them may be gone.
+        execution: how the steps are computed. Not given: as the memory of this device allows.
         output: folder for `state/` while the trial is unfinished, for `checkpoint-N/`, and at the end of a trial that
             is not stopped early for `final_model/` and trainer_state.json.
         storage: where `output` is also kept. Not given: on this disk only.
@@ -102,24 +103,27 @@ def run_trial(
     rank, world_size = world()
     if problems := settings.problems(world_size):
         raise TrialFailed("; ".join(problems))
+    if execution is None:
+        execution, _ = choose_execution(base, splits.train, settings, free_memory(base.device, 1.0), world_size)
     with contextlib.ExitStack() as stack:
         # ---------------------------------------------------------------------------------------- adapter and engine
         seed_everything(settings.seed, 0)  # the adapter starts alike on every rank
         try:
-            model = stack.enter_context(adapted(base, settings))
+            model = stack.enter_context(adapted(base, settings, execution))
         except ValueError as error:
             raise TrialFailed(str(error)) from error
         steps_per_epoch = -(-len(splits.train) // settings.global_batch_size)
         num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
         num_epochs = -(-num_steps // steps_per_epoch)
         weights = splits.sample_weights() if settings.class_balanced_loss and splits.has_candidates else []
-        engine = build_engine(base, model, settings, torch.tensor(weights, device=base.device), num_steps, world_size)
+        sample_weights = torch.tensor(weights, device=base.device)
+        engine = build_engine(base, model, settings, sample_weights, num_steps, world_size, execution)
         stack.callback(engine.destroy)
 
         # ------------------------------------------------------------------------------- what the live engine applies
         rates = read_schedule(engine, settings, num_steps)
         applied = read_applied(engine) | {"learning_rate_at_step": rates}
-        check_applied(applied, settings, closed_set=splits.has_candidates)
+        check_applied(applied, settings, execution, world_size, closed_set=splits.has_candidates)
         check_schedule(rates, settings, num_steps)
 
         # ---------------------------------------------------------------------------- where an earlier attempt stopped
@@ -146,8 +150,10 @@ def run_trial(
             epoch = run.epoch
             first = (epoch - 1) * steps_per_epoch
             order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
-            for indices in order[log.step - first : num_steps - first]:  # indices [G]
-                loss, leave = train_step(base, splits, settings, engine, indices, log.step + 1, preempted())
+            order = order[log.step - first : num_steps - first]
+            steps = stack.enter_context(contextlib.closing(micro_batches(base, splits.train, execution, order)))
+            for _ in order:
+                loss, leave = train_step(engine, steps, log.step + 1, preempted())
                 run.losses.append(loss)
                 log.recent.append(loss)
                 log.step += 1
@@ -300,75 +306,3 @@ class Run:
         if self.progress is not None and self.state.rank == 0:
             position = {"epoch": self.epoch, "step": self.log.step, **self.totals}
             self.progress({"phase": phase, "loss": loss} | position)
-
-
-@contextlib.contextmanager
-def out_of_memory_in_step() -> Iterator[None]:
-    """Raise MicroBatchTooLarge when memory runs out in this context. An evaluation that does not fit is another case:
-    a smaller micro-batch would not help it."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise MicroBatchTooLarge(str(error)) from error
-        raise
-
-
-@out_of_memory_in_step()
-def train_step(
-    base: Base, splits: Splits, settings: TrialSettings, engine: Any, indices: np.ndarray, step: int, preempted: bool
-) -> tuple[float, bool]:
-    """One optimizer step.
-
-    Args:
-        indices: the images of the global batch [G].
-        step: number of this step, from 1.
-        preempted: whether this process must shut down.
-
-    Returns:
-        The mean loss over all workers, and whether any worker must shut down.
-
-    Raises:
-        TrialFailed: on all ranks and before the weights change, when loss or gradient is not finite on one.
-        MicroBatchTooLarge: on the ranks that ran out of memory.
-    """
-    rank, world_size = world()
-    engine.train()
-    total = torch.zeros((), device=base.device)
-    micro_batch_size = settings.per_device_train_batch_size
-    num_micro_batches = len(indices) // (micro_batch_size * world_size)
-    # Images of like size go into one micro-batch: less padding, and workers wait less for each other. The step's sum
-    # stays the same. Images of one size keep their order.
-    indices = np.array(sorted(indices, key=lambda index: prompt_size(base, splits.train[index])))
-    for number, images in enumerate(micro_batches(indices, micro_batch_size, rank, world_size), 1):
-        with phase("data"):
-            samples = [splits.train[index] for index in images]
-            chosen = to_device(torch.tensor(images), base.device)
-            batch = collate(base, samples, with_answers=True)
-        with phase("forward"):
-            loss = engine(batch, chosen)
-        with phase("backward"):
-            engine.backward(loss)
-        total += loss.detach()
-        if number == num_micro_batches:
-            # Here the step waits for the device: all ranks agree on the loss before the weights move.
-            with phase("communication"):
-                values = [total.item() / num_micro_batches, float(preempted)]
-                mean_loss, any_preempted = mean_over_ranks(values, base.device)
-            if not np.isfinite(mean_loss):
-                raise TrialFailed(f"the training loss became {mean_loss} in step {step}: lower the learning rate")
-            if not has_finite_gradient(engine):
-                raise TrialFailed(NOT_FINITE.format(step))
-        with phase("optimizer"):
-            engine.step()
-    if engine.skipped_steps:  # ZeRO skips a step whose gradient is not finite, on all ranks alike
-        raise TrialFailed(NOT_FINITE.format(step))
-    return mean_loss, any_preempted > 0
-
-
-def has_finite_gradient(engine: Any) -> bool:
-    """Whether the step may be taken. ZeRO checks this itself; without ZeRO, all ranks hold the mean gradient by now."""
-    if engine.zero_optimization_stage():
-        return True
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())

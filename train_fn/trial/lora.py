@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from train_fn.execution import Execution
 from train_fn.model.base import Base
 from train_fn.model.targets import adapter_pattern, target_problems, wanted_modules
 from train_fn.settings import TrialSettings
@@ -21,9 +22,12 @@ from train_fn.trial.pristine import BaseChanged, changes, pristine, restore
 
 
 @contextlib.contextmanager
-def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
+def adapted(base: Base, settings: TrialSettings, execution: Execution | None = None) -> Iterator[PeftModel]:
     """Put a fresh adapter on the base and, with `train_projector`, a trainable float32 projector; remove both at the
     end.
+
+    Args:
+        execution: whether layers are compiled, and what they keep. Not given: plain layers.
 
     Raises:
         ValueError: a name in `lora_target_modules` matches no module, or PEFT adapts other modules than the settings
@@ -44,10 +48,10 @@ def adapted(base: Base, settings: TrialSettings) -> Iterator[PeftModel]:
         if settings.train_projector:
             weights = base.model.get_submodule(base.projector).named_parameters()
             replace_projector(base, {name: p.detach().to(torch.float32, copy=True) for name, p in weights})
-        if settings.gradient_checkpointing:
+        if execution and execution.gradient_checkpointing:
             # Re-entrant checkpointing gives no gradient where no input needs one: the frozen embeddings.
             base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if settings.torch_compile:
+        if execution and execution.compiled:
             stack.enter_context(compiled(base))
         yield model
 

@@ -5,18 +5,34 @@ The model is built on torch's meta device, where tensors have shapes and take no
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import unittest.mock
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train_fn.data.samples import Sample
+from train_fn.execution import BUDGET, MEMORY_SETTINGS, Execution, change, needs_as_much, smaller
 from train_fn.model.memory import GIB
 from train_fn.settings import BUCKET, ModelSettings, TrialSettings
 
+if TYPE_CHECKING:
+    from train_fn.model.base import Base
+
+
+def compiles_by_default(device: Any) -> bool:
+    """TEMPORARY, until worktree compile is merged."""
+    return False
+
+
 WORKER_GIB = 1.0  # a worker's libraries in RAM, or a GPU's context, workspaces and fragments: a guess, not from shapes
+SOME_TOKENS = 1024  # what a forward pass keeps grows linearly with its tokens
+# Share of a plain layer's activations that a compiled one keeps, by activation budget: measured on an H200 with torch
+# 2.11, 7.1 and 2.8 of 8.8 GiB an image of 1,225 tokens (benchmarks/README.md).
+COMPILED_SHARE = {1.0: 0.81, BUDGET: 0.32}
+FILLED = 0.9  # of the free memory; the rest is for workspaces and fragments
+# Larger forward passes are no faster: 10,240 tokens are eight images of 1,225 on an H200 (benchmarks/README.md), and on
+# a CPU 16 images of the nano base are 400.
+MOST_TOKENS_GPU, MOST_TOKENS_CPU = 10_240, 8192
 FOUR_BIT_BYTES = 4.127 / 8  # of a weight: nf4 with double quantisation (arXiv:2305.14314, section 3)
 
 
@@ -29,87 +45,180 @@ class Sizes:
     trained: int
     """Number of trained weights."""
     activations: float
-    """Bytes that one image's forward pass keeps for the backward pass."""
+    """Bytes that the forward pass of one token keeps for the backward pass."""
+    checkpointed: float
+    """The same with gradient checkpointing: every layer's input."""
+    layer: float
+    """Bytes a token that one layer keeps while it is computed again."""
     evaluation: float
-    """Bytes of keys and values in the evaluation of one image."""
+    """Bytes a token of keys and values."""
 
 
 def memory_needed(
-    sizes: Sizes, trial: TrialSettings, workers: int, on_gpu: bool, eval_batch_size: int
+    sizes: Sizes, trial: TrialSettings, execution: Execution, workers: int, on_gpu: bool, longest: int, candidates: int
 ) -> dict[str, float]:
     """GiB that one worker needs, by purpose.
 
     A trained weight is float32: 4 bytes, 4 for its gradient, 8 for AdamW's moments (2 in 8 bit). ZeRO
     (arXiv:1910.02054) divides moments among the workers from stage 1 on, gradients in stage 2. DeepSpeed adds a copy
     of a worker's own weights and a bucket for the reduction (two where it overlaps the backward pass of a GPU).
+
+    Args:
+        longest: tokens of the longest sample.
+        candidates: number of candidate answers; an evaluation that does not fit halves its batch down to one sample.
     """
     trained, stage = sizes.trained, trial.zero_stage
     shared = workers if stage else 1
     bucket = min(trained, BUCKET) * 4 * (1 + (on_gpu and workers > 1)) if stage else 0
-    training = sizes.activations * trial.per_device_train_batch_size
+    evaluation = sizes.evaluation * longest * (1 + candidates)  # of the prompt, and again for every candidate
     taken = {
         "worker": WORKER_GIB * GIB,
         "base": sizes.base,
         "trained": 4 * trained + (4 * trained / shared if stage else 0),
         "gradients": 4 * trained / (shared if stage == 2 else 1) + bucket,
         "AdamW": 0 if trial.offload_optimizer and on_gpu else trained * (2 if "8bit" in trial.optim else 8) / shared,
-        "activations": max(training, sizes.evaluation * eval_batch_size),  # never both at once
+        "activations": max(activation_bytes(sizes, execution, longest), evaluation),  # never both at once
     }
     return {part: size / GIB for part, size in taken.items()}
 
 
-def measure(
-    settings: ModelSettings, trial: TrialSettings, on_gpu: bool, samples: Sequence[Sample], candidates: Sequence[str]
-) -> Sizes:
+def activation_bytes(sizes: Sizes, execution: Execution, longest: int) -> float:
+    """Bytes that the largest forward pass keeps for the backward pass."""
+    tokens = max(execution.images * longest, execution.tokens, longest)
+    if execution.gradient_checkpointing:
+        return tokens * (sizes.checkpointed + sizes.layer)
+    return tokens * sizes.activations * (COMPILED_SHARE[execution.activation_budget] if execution.compiled else 1)
+
+
+def measure(settings: ModelSettings, trial: TrialSettings, dtype: Any) -> Sizes:
     """A trial's sizes, from the model's shapes on torch's meta device.
 
-    Activations are those of the language model over the longest prompt: the vision tower is frozen, and the head sees
-    the answer's tokens only.
+    Activations are those of the language model: the vision tower is frozen, and the head sees the answer's tokens only.
+
+    Args:
+        dtype: the base's number format where the settings say "auto".
 
     Raises:
         ValueError: a part of the model or a module for the adapter does not exist.
     """
     import torch
 
-    from train_fn.data.images import image_size
-    from train_fn.model.batches import process
-    from train_fn.model.prompts import answer_ids
     from train_fn.trial.lora import adapted
 
-    base = skeleton(settings, torch.bfloat16 if on_gpu else torch.float32)
+    base = skeleton(settings, dtype)
     text = base.model.config.get_text_config()
-    # The most images of one sample, each as large as the largest one, and the longest words.
-    sides = {image: image_size(image, settings.image_options) for sample in samples for image in sample.images}
-    largest = {max(sides, key=lambda image: measured(sides[image])) for measured in (math.prod, min, max)}
-    longest = max(
-        samples, key=lambda s: (len(s.images), len(s.question) + sum(map(len, (s.system, *sum(s.turns, ())))))
-    )
-    prompts = [
-        process(base, dataclasses.replace(longest, images=(image,) * len(longest.images)))["input_ids"].shape[1]
-        for image in largest
-    ]
-    answers = candidates or {sample.answer for sample in samples}
-    tokens = max(prompts) + max(len(answer_ids(base, longest.prompt, answer)) for answer in answers)
     held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
     if settings.use_qlora:
         layers = base.model.get_submodule(base.language_model).modules()
         linear = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
         rest = sum(p.numel() for p in base.model.parameters()) - linear
         held = linear * FOUR_BIT_BYTES + base.model.dtype.itemsize * rest
-    plain = dataclasses.replace(trial, gradient_checkpointing=False, torch_compile=False)
-    with torch.device("meta"), adapted(base, plain) as model:
+    with torch.device("meta"), adapted(base, trial) as model:
         model.train()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         for parameter in model.parameters() if base.autocasts else ():  # the meta device has no autocast
             parameter.data = parameter.to(base.model.dtype)
-        kept = saved_bytes(base, tokens)
-    if trial.gradient_checkpointing:  # every layer's input, and one layer at a time again
-        kept /= text.num_hidden_layers
-        kept += tokens * text.num_hidden_layers * text.hidden_size * base.model.dtype.itemsize
+        kept = saved_bytes(base, SOME_TOKENS) / SOME_TOKENS
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = tokens * text.num_hidden_layers * 2 * heads * head * base.model.dtype.itemsize
-    return Sizes(held, trained, kept, cached * (1 + len(candidates)))  # of the prompt, and again for every candidate
+    return Sizes(
+        base=held,
+        trained=trained,
+        activations=kept,
+        checkpointed=text.num_hidden_layers * text.hidden_size * base.model.dtype.itemsize,
+        layer=kept / text.num_hidden_layers,
+        evaluation=text.num_hidden_layers * 2 * heads * head * base.model.dtype.itemsize,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what fits
+
+
+def free_memory(device: Any, share: float) -> float:
+    """GiB that a worker may still take, once its base is loaded.
+
+    Args:
+        share: the part of the GPU, or of the machine's memory, that belongs to this worker.
+    """
+    import psutil
+    import torch
+
+    if device.type != "cuda":
+        return psutil.virtual_memory().available * share / GIB
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(free + unused, total * share - torch.cuda.memory_allocated(device)) / GIB
+
+
+def choose_execution(
+    base: Base,
+    samples: Sequence[Sample],
+    settings: TrialSettings,
+    free_gib: float,
+    workers: int = 1,
+    too_large: Sequence[tuple[TrialSettings, Execution]] = (),
+) -> tuple[Execution, list[str]]:
+    """How this base's device computes a trial's steps: the fastest way that should fit.
+
+    Args:
+        samples: the training samples.
+        free_gib: GiB of memory beside the base.
+        workers: of the trial.
+        too_large: trials that ran out of memory on this lane, and how.
+
+    Returns: the execution, and a note for each way that ran out of memory here before.
+
+    Raises TrialFailed for settings that name no module to adapt.
+    """
+    from train_fn.trial.applied import TrialFailed
+
+    on_gpu = base.device.type == "cuda"
+    wanted = settings.torch_compile
+    execution = Execution(
+        images=settings.per_device_train_batch_size or 0,
+        tokens=0 if settings.per_device_train_batch_size else MOST_TOKENS_GPU if on_gpu else MOST_TOKENS_CPU,
+        compiled=compiles_by_default(base.device) if wanted is None else wanted,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    longest = longest_sample(base, samples)
+    notes: list[str] = []
+    if not execution.images:
+        try:
+            sizes = cached_sizes(base, settings)
+        except ValueError as error:
+            raise TrialFailed(str(error)) from error
+        fixed = {"worker", "base"}  # already taken
+
+        def fits(way: Execution) -> bool:
+            parts = memory_needed(sizes, settings, way, workers, on_gpu, longest, candidates=0)
+            return sum(gib for part, gib in parts.items() if part not in fixed) <= free_gib * FILLED
+
+        while not fits(execution) and (less := smaller(execution, longest)):
+            execution = less
+    while any(needs_as_much(settings, execution, *other) for other in too_large):
+        if (less := smaller(execution, longest)) is None:
+            break
+        notes.append(f"an earlier trial of this size ran out of memory here: {change(execution, less)}")
+        execution = less
+    return execution, notes
+
+
+def longest_sample(base: Base, samples: Sequence[Sample]) -> int:
+    """Tokens of the longest sample."""
+    from train_fn.model.batches import num_tokens
+
+    return max(num_tokens(base, sample) for sample in samples)
+
+
+def cached_sizes(base: Base, settings: TrialSettings) -> Sizes:
+    """`measure` for a loaded base, once for all trials that take the same memory."""
+    key = (settings.lora_r, settings.lora_dropout > 0, *(getattr(settings, name) for name in MEMORY_SETTINGS))
+    if key not in base.trial_sizes:
+        base.trial_sizes[key] = measure(base.settings, settings, base.model.dtype)
+    return base.trial_sizes[key]
+
+
+# ------------------------------------------------------------------------------------------------ shapes
 
 
 def skeleton(settings: ModelSettings, dtype: Any) -> Any:

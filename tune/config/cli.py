@@ -53,6 +53,11 @@ def parse(argv: Sequence[str]) -> Settings:
     return settings
 
 
+def is_switch(group: type, name: str) -> bool:
+    """Whether an option stands alone: --name or --no-name."""
+    return rules(group)[name][0] in (bool, bool | None)
+
+
 def read_words(argv: Sequence[str], problems: list[str]) -> dict[str, str | bool]:
     """The text of each option in a command line, by field name; a switch gives True or False.
 
@@ -60,7 +65,7 @@ def read_words(argv: Sequence[str], problems: list[str]) -> dict[str, str | bool
     Prints the help and exits for `--help` and `--help-all`.
     """
     fields = {flag(name): field for name, (_, field) in FIELDS.items()}
-    switches = {option for option, field in fields.items() if isinstance(field.default, bool)}
+    switches = {flag(name) for name, (group, _) in FIELDS.items() if is_switch(group, name)}
     texts: dict[str, str | bool] = {}
     words = list(argv)
     while words:
@@ -143,7 +148,7 @@ def build_parser(everything: bool) -> argparse.ArgumentParser:
             if not everything and field.name not in BASIC:
                 continue
             options: dict[str, Any] = {"metavar": ""}
-            if isinstance(field.default, bool):  # the basic ones are all off
+            if is_switch(group, field.name):  # the basic ones are all off
                 options = {"action": argparse.BooleanOptionalAction if everything else "store_true"}
             default = "" if field.default in ("", None, ()) else f" [{show(field.default)}]"
             section.add_argument(flag(field.name), help=(docs[field.name] + default).replace("%", "%%"), **options)

@@ -197,4 +197,4 @@ class Settings:
 
 def show(value: Any) -> str:
     """A setting as a command line holds it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "auto" if value is None else str(value)

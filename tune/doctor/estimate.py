@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from train_fn.execution import Execution
 from train_fn.model.memory import GIB
 from train_fn.settings import TrialSettings
-from train_fn.trial.memory import measure, memory_needed
+from train_fn.trial.memory import longest_sample, measure, memory_needed, skeleton
 from tune.config.settings import Settings
 from tune.config.space_check import corners
 from tune.doctor.findings import Facts, Finding, Need
@@ -16,6 +17,8 @@ from tune.plan.prepare import Study
 
 def estimate(study: Study, need: Need, facts: dict[str, Facts], findings: list[Finding]) -> Need:
     """The need with memory and disk of the largest trial of the space. facts: as `ask_nodes` returns them."""
+    import torch
+
     trial, workers = largest_trial(study.settings), study.settings.study.workers_per_trial
     on_gpu = need.layout is not None and need.layout.use_gpu
     samples = [*study.splits.train, *study.splits.validation, *study.splits.test]
@@ -23,17 +26,19 @@ def estimate(study: Study, need: Need, facts: dict[str, Facts], findings: list[F
     model = study.settings.model
     if on_gpu and model.base_dtype == "auto" and not all(gpu["bf16"] for gpu in gpus):
         model = dataclasses.replace(model, dtype="float16")  # it needs more memory
+    dtype = getattr(torch, "bfloat16" if on_gpu else "float32")
     try:
-        sizes = measure(model, trial, on_gpu, samples, study.splits.candidates)
+        sizes = measure(model, trial, dtype)
+        longest = longest_sample(skeleton(model, dtype), samples)
     except (ValueError, OSError) as error:
         findings.append(Finding("model", "driver", "cannot be built", str(error)))
         return need
 
     def at(micro_batch: int) -> dict[str, float]:
-        resized = dataclasses.replace(trial, per_device_train_batch_size=micro_batch)
-        return memory_needed(sizes, resized, workers, on_gpu, 1)  # an evaluation halves its batch by itself
+        way = Execution(images=micro_batch, gradient_checkpointing=trial.gradient_checkpointing)
+        return memory_needed(sizes, trial, way, workers, on_gpu, longest, len(study.splits.candidates))
 
-    size, largest = trial.per_device_train_batch_size, trial.global_batch_size // workers
+    size, largest = trial.per_device_train_batch_size or 1, trial.global_batch_size // workers
     larger = {m: sum(at(m).values()) for m in range(size + 1, largest + 1) if largest % m == 0}
     disk = disk_needed(study, trial, sizes.trained)
     return dataclasses.replace(need, memory=at(size), least=sum(at(1).values()), larger=larger, disk=disk)
@@ -42,7 +47,7 @@ def estimate(study: Study, need: Need, facts: dict[str, Facts], findings: list[F
 def largest_trial(settings: Settings) -> TrialSettings:
     """The trial with most memory among the space's guide and both ends of its ranges."""
     trials = corners(settings)
-    return max(trials, key=lambda trial: (trial.per_device_train_batch_size, trial.lora_r, trial.train_projector))
+    return max(trials, key=lambda trial: (trial.per_device_train_batch_size or 0, trial.lora_r, trial.train_projector))
 
 
 def disk_needed(study: Study, trial: TrialSettings, trained: int) -> float:

@@ -40,7 +40,7 @@ def examine(settings: Settings, say: Callable[[str], None]) -> int:
         stack.callback(ray.shutdown)
         layout = lay_out(settings, resources, findings)
         facts = ask_nodes(settings, study, storage)
-        need = Need(layout=layout, compiler=settings.trial.torch_compile)
+        need = Need(layout=layout, compiler=bool(settings.trial.torch_compile))
         if study:
             say("Estimating memory from the model's shapes")
             need = estimate(study, need, facts, findings)

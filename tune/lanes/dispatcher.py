@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
 
+from train_fn.execution import OUT_OF_MEMORY_ADVICE, Execution, change
 from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
 from tune.lanes.job_state import JobState
 from tune.lanes.lane_state import MAX_CONTROLLERS, MAX_CONTROLLERS_IN_A_ROW, LaneState, WorkerGroup
-from tune.lanes.memory import OUT_OF_MEMORY_ADVICE, halve, needs_as_much
 
 MAX_ALIKE = 3  # trials that fail in a row with the same error, before any did a step: then the study is to blame
 
@@ -34,9 +36,16 @@ class Dispatcher:
     Tune has; those are answered at once. Messages of a worker group that was given up change nothing.
     """
 
-    def __init__(self, num_lanes: int, hang_timeout_s: float = 600, devices_per_trial: float = 1) -> None:
+    def __init__(
+        self,
+        num_lanes: int,
+        hang_timeout_s: float = 600,
+        devices_per_trial: float = 1,
+        free_gib: Mapping[str, float] | None = None,
+    ) -> None:
         self.hang_timeout_s = hang_timeout_s
         self.devices_per_trial = devices_per_trial
+        self.free_gib = dict(free_gib or {})  # memory beside the base, by kind of device
         self.jobs: dict[int, JobState] = {}
         self.queue: deque[JobState] = deque()
         self.lanes = [LaneState(number) for number in range(num_lanes)]
@@ -165,6 +174,11 @@ class Dispatcher:
                 lane.group, lane.empty_since = WorkerGroup(group), None
         return lane.has(group) and not self.study_error
 
+    async def agree_memory(self, device: str, free_gib: float) -> float:
+        """GiB of memory beside the base on this kind of device: what the first worker of the study read on one. So
+        trials are computed alike on all of them."""
+        return self.free_gib.setdefault(device, free_gib)
+
     async def start_failed(self, lane_number: int, group: str, error: str) -> None:
         """Record that a worker group could not load the base. Each of its ranks may call it.
 
@@ -269,14 +283,18 @@ class Dispatcher:
             self.suspected[error] = group
             await self.interrupted(lane_number, group, error, False)
 
-    async def out_of_memory(self, number: int, group: str, error: str, in_step: bool) -> None:
-        """Start a trial again with half the micro-batch and the same global batch, because a rank ran out of memory.
+    async def out_of_memory(
+        self, number: int, group: str, error: str, in_step: bool, used: Execution | None, less: Execution | None
+    ) -> None:
+        """Start a trial again in a way that takes less memory, because a rank ran out of memory.
 
-        Several ranks may report the same error. A trial whose micro-batch is one image fails.
+        Several ranks may report the same error. A trial for which no smaller way is left fails.
 
         Args:
             in_step: the error came in a training step. Later trials on this lane that need as much memory then start
-                with a smaller micro-batch.
+                with a smaller way.
+            used: how the trial's steps were computed.
+            less: the next way that takes less memory.
         """
         lane, state = self._lane_of(number, group), self.jobs[number]
         if lane is None or lane.group is None or state.ended or state.stopped:
@@ -287,12 +305,14 @@ class Dispatcher:
             return
         lane.job, lane.group.failure = None, "out of memory"
         state.release()
-        if job.settings.per_device_train_batch_size == 1:
-            state.fail(f"out of memory with one image a step. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
+        if used is None or less is None:
+            state.fail(f"out of memory with one sample at a time and gradient checkpointing. {OUT_OF_MEMORY_ADVICE}"
+                       f"\n\n{error}")  # fmt: skip
             return
         if in_step:
-            lane.too_large.append(job.settings)
-        state.job = halve(job, "out of memory")
+            lane.too_large.append((job.settings, used))
+        notes = (*job.notes, f"out of memory: {change(used, less)}")
+        state.job = replace(job, execution=less, notes=notes)
         state.attempts -= 1
         state.decide(stop=True)
         self._enqueue(state)
@@ -313,8 +333,8 @@ class Dispatcher:
             if lane.group is not group:
                 return None
         state = self.queue.popleft()
-        while isinstance(job := state.job, TrainJob) and any(needs_as_much(job.settings, s) for s in lane.too_large):
-            state.job = halve(job, "an earlier trial of this size ran out of memory here")
+        if isinstance(state.job, TrainJob):
+            state.job = replace(state.job, too_large=tuple(lane.too_large))
         state.attempts += 1
         state.started_at = time.monotonic()
         lane.job = state

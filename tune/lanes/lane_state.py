@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from train_fn.execution import Execution
 from train_fn.jobs import Job
 from train_fn.settings import TrialSettings
 from tune.lanes.job_state import JobState
@@ -75,7 +76,8 @@ class LaneState:
     """Since when it has no worker group; None: it has one, or the study's output has mentioned the lack."""
     placement_group: Any = None  # the placement group of its last worker group
     job: JobState | None = None
-    too_large: list[TrialSettings] = field(default_factory=list)  # settings that did not fit its memory
+    too_large: list[tuple[TrialSettings, Execution]] = field(default_factory=list)
+    """Trials that ran out of its memory, and how they were computed."""
     has_worked: bool = False  # whether any of its worker groups was ready
     failed_starts: int = 0  # since a worker group was last ready
     lost_in_a_row: int = 0  # controllers lost since a worker group was last ready

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 RENDEZVOUS_S = 120  # for the workers of a lane to find each other
 
 
-def start_dispatcher(layout: Layout, hang_timeout_s: float) -> Any:
+def start_dispatcher(study: Study, layout: Layout) -> Any:
     """Start the study's dispatcher. It takes no CPU and stays on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Dispatcher)
     return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote(
-        layout.lanes, hang_timeout_s, layout.devices_per_trial
+        layout.lanes, study.settings.study.hang_timeout, layout.devices_per_trial, study.plan.get("free_gib")
     )
 
 

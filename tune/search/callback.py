@@ -10,11 +10,13 @@ from typing import Any
 import ray
 import ray.tune
 
+from train_fn.jobs import EpochReport
 from tune.plan.prepare import Study
 from tune.records.budgets import exhausted_budget
 from tune.records.end_state import DONE_STATES, EndState
 from tune.records.goals import sign
 from tune.records.optuna_study import DatabaseExport
+from tune.records.plan import save_plan
 from tune.records.trials import TrialRecord, trial_records
 from tune.results.summary import format_settings
 from tune.search.early_stopping import should_stop
@@ -59,6 +61,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         # A trial whose Tune process was lost reports its epochs again.
         if epoch > len(self.records[number].epochs):
             self._write("report", number, **vars(result["report"]))
+            self._keep_memory(result["report"])
         return should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals)
 
     def stop_all(self) -> bool:
@@ -148,6 +151,14 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         earlier = next(e for e in events if e["event"] == "started" and e["number"] == config["number"])
         names = ("searched", "distributions", "settings", "params")
         return {name: earlier[name] for name in names if name in earlier}
+
+    def _keep_memory(self, report: EpochReport) -> None:
+        """Write into the plan how much memory this kind of device has beside the base: a study that goes on computes
+        its trials as before."""
+        known = self.study.plan.setdefault("free_gib", {})
+        if report.free_gib and report.device not in known:
+            known[report.device] = report.free_gib
+            save_plan(self.study.directory, self.study.plan)
 
     def _export(self) -> None:
         try:
