@@ -25,6 +25,7 @@ from train_fn.trial.applied import read_schedule as read_back
 from train_fn.trial.engine import build_engine
 from train_fn.trial.loop import run_trial
 from train_fn.trial.lora import adapted
+from train_fn.trial.memory import wanted_execution
 
 SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 
@@ -145,7 +146,7 @@ def test_steps_and_epochs_are_counted() -> None:
 READ_BACK: dict[str, tuple[Any, str]] = {
     "num_train_epochs": (2, "check_trained: optimizer steps should be"),
     "max_steps": (3, "check_trained: optimizer steps should be 3 but are 2"),
-    "per_device_train_batch_size": (4, "check_applied: per_device_train_batch_size should be 4 but is 2"),
+    "per_device_train_batch_size": (4, "check_applied: execution should be {'tokens': 0, 'images': 4"),
     "gradient_accumulation_steps": (4, "check_applied: global_batch_size should be 8 but is 16"),
     "learning_rate": (2e-3, "check_applied: learning_rate should be 0.002 but is 0.001"),
     "projector_learning_rate": (1e-2, "check_applied: projector_learning_rate should be 0.01 but is 0.001"),
@@ -167,7 +168,7 @@ READ_BACK: dict[str, tuple[Any, str]] = {
     "lora_exclude_patterns": (("layers.0.",), "wanted_modules: the adapter must be on the modules"),
     "train_projector": (False, "check_applied: train_projector should be False but is True"),
     "class_balanced_loss": (False, "check_applied: class_balanced_loss should be False but is True"),
-    "zero_stage": (1, "check_applied: zero_stage should be 1 but is 2"),
+    "zero_stage": (0, "check_applied: zero_stage should be 0 but is 1"),
     "offload_optimizer": (True, "check_applied: offload_optimizer should be True but is False"),
     "seed": (7, "check_applied: seed should be 7 but is 0"),
     # These three reach no engine. The loop itself uses them; test_options.py checks the files and entries.
@@ -188,7 +189,7 @@ def live(base) -> Iterator[Any]:
     """The engine of a trial with the settings `ENGINE`, on a base of its own, with its two steps counted."""
     own = load_base(base.settings, base.device)
     with adapted(own, ENGINE) as model:
-        engine = build_engine(own, model, ENGINE, torch.ones(3), 2, 1)
+        engine = build_engine(own, model, ENGINE, torch.ones(3), 2, 1, wanted_execution(ENGINE, own.device))
         engine.lr_scheduler.last_epoch = 2
         yield engine
         engine.destroy()
@@ -206,7 +207,9 @@ def test_a_setting_that_the_engine_does_not_have_fails_the_trial(base, live, mon
             pass
         return
     checks = {
-        "check_applied": lambda settings: check_applied(read_applied(live), settings),
+        "check_applied": lambda settings: check_applied(
+            read_applied(live), settings, wanted_execution(settings, base.device)
+        ),
         "check_schedule": lambda settings: check_schedule(read_back(live, settings, 2), settings, 2),
         "check_trained": lambda settings: check_trained(live, settings, 32, 1),
         "loop": lambda settings: None,

@@ -17,18 +17,21 @@ from safetensors.torch import load_file
 
 from train_fn.data.images import read_image
 from train_fn.data.samples import Sample, Splits, closed_set
+from train_fn.execution import Execution
 from train_fn.jobs import EpochReport
 from train_fn.model.base import load_base
-from train_fn.model.batches import answer_losses, collate, forward_hidden
+from train_fn.model.batches import answer_losses, collate, forward_hidden, num_tokens
 from train_fn.scoring.evaluation import predict, score_candidates
 from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.support.ranks import seed_everything
 from train_fn.trial import engine as engine_module
 from train_fn.trial.applied import TrialFailed, check_applied, read_applied
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine
 from train_fn.trial.loop import Preempted, run_trial
 from train_fn.trial.lora import adapted, adapter_layers
 from train_fn.trial.scoring import score_adapter
+from train_fn.trial.steps import micro_batches, train_step
 
 SHORT = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3)
 PROJECTOR = replace(SHORT, train_projector=True, projector_learning_rate=5e-4, lora_r=8, lora_alpha=8, seed=5)
@@ -114,7 +117,7 @@ def test_applied_is_what_was_asked(base, splits) -> None:
         True,
     )
     for applied in (one, two):
-        assert (applied["zero_stage"], applied["global_batch_size"], applied["num_adapted_modules"]) == (2, 16, 28)
+        assert (applied["zero_stage"], applied["global_batch_size"], applied["num_adapted_modules"]) == (1, 16, 28)
         assert (applied["engine"], applied["optimizer"]) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
         assert applied["trainable_dtype"] == "float32"
     projector = sum(p.numel() for p in base.model.get_submodule(base.projector).parameters())
@@ -135,11 +138,26 @@ def test_a_setting_that_does_not_arrive_fails_the_trial(base) -> None:
 
 
 def test_micro_batches_do_not_change_the_step(base, splits) -> None:
+    """By tokens, all at once, in unequal parts, or the guide's pairs: the same loss and gradients, summed exactly."""
     settings = replace(SHORT, lora_dropout=0.0)
-    by_two = train(base, splits, settings)[0].metrics
-    by_eight = train(base, splits, replace(settings, per_device_train_batch_size=8, gradient_accumulation_steps=2))[0]
-    assert by_two["loss"] == pytest.approx(by_eight.metrics["loss"], abs=1e-4)
-    assert by_two["train_loss"] == pytest.approx(by_eight.metrics["train_loss"], abs=1e-4)
+    order = np.arange(16)[None]
+    four = 4 * max(num_tokens(base, sample) for sample in splits.train)
+    found = []
+    for way in (Execution(images=2), Execution(images=16), Execution(tokens=8192), Execution(tokens=four)):
+        with adapted(base, settings) as model:
+            engine = build_engine(base, model, settings, torch.linspace(0.5, 1.5, len(splits.train)), 4, 1, way)
+            parts = list(micro_batches(base, splits.train, way, order))
+            assert sorted(index for part in parts for index in part.indices.tolist()) == list(range(16))
+            assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
+            seed_everything(0, 0)
+            loss, _ = train_step(engine, iter(parts), 1, False)
+            weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+            found.append((len(parts), loss, weights))
+            engine.destroy()
+    assert [count for count, *_ in found] == [8, 1, 1, 4]
+    for _, loss, weights in found[1:]:
+        assert loss == pytest.approx(found[0][1], abs=1e-6)
+        assert (weights - found[0][2]).abs().max() < 1e-6
 
 
 def test_no_module_to_adapt_fails_the_trial(base, splits) -> None:
@@ -311,7 +329,7 @@ def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monk
     step = loop.train_step
 
     def dies(*args):
-        if args[5] == killed_in:
+        if args[2] == killed_in:
             raise Killed
         return step(*args)
 
@@ -321,7 +339,7 @@ def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monk
         run_trial(base, splits, settings, lambda report: reports.append(report) or False,
                   output=tmp_path / "killed")  # fmt: skip
     steps_done: list[int] = []
-    monkeypatch.setattr(loop, "train_step", lambda *args: steps_done.append(args[5]) or step(*args))
+    monkeypatch.setattr(loop, "train_step", lambda *args: steps_done.append(args[2]) or step(*args))
     again = train(base, splits, settings, tmp_path / "killed")
     # From the last checkpoint: of every third step, or of the epoch's end (two steps).
     saved = max([s for s in range(killed_in) if s % 2 == 0 or s % 3 == 0])
@@ -437,7 +455,7 @@ def test_the_state_of_other_settings_is_not_resumed(base, splits, tmp_path) -> N
 
 
 def test_a_profile_counts_every_second_once_and_changes_no_number(base, splits, tmp_path) -> None:
-    settings = replace(SHORT, max_steps=4, gradient_accumulation_steps=4)
+    settings = replace(SHORT, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     plain, told = train(base, splits, settings), []
     was = torch.distributed.all_reduce
 
@@ -470,7 +488,7 @@ def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) ->
     """With two alternating sizes no micro-batch mixes them, and the step equals that of unsorted images."""
     from PIL import Image
 
-    from train_fn.trial import loop
+    from train_fn.trial import steps
 
     samples = []
     for number in range(8):
@@ -478,20 +496,21 @@ def test_images_of_like_size_share_a_micro_batch(base, tmp_path, monkeypatch) ->
         Image.effect_noise((140, 140) if number % 2 else (252, 224), 60).convert("RGB").save(path)
         samples.append(Sample(images=(str(path),), question="What is it?", answer="Malignant", label=0))
     splits = Splits(train=samples, validation=samples, test=samples, tasks=closed_set(["Malignant"]))
-    settings = replace(SHORT, max_steps=1, lora_dropout=0.0, gradient_accumulation_steps=4)
+    settings = replace(SHORT, max_steps=1, lora_dropout=0.0, per_device_train_batch_size=2,
+                       gradient_accumulation_steps=4)  # fmt: skip
     assert settings.global_batch_size == 8
     batches: list[list[int]] = []
-    collate_plainly = loop.collate
+    collate_plainly = steps.collate
 
-    def spy(base, chosen, with_answers):
+    def spy(base, chosen, *others, **options):
         batches.append([int(Path(sample.image).stem) for sample in chosen])
-        return collate_plainly(base, chosen, with_answers)
+        return collate_plainly(base, chosen, *others, **options)
 
-    monkeypatch.setattr(loop, "collate", spy)
+    monkeypatch.setattr(steps, "collate", spy)
     sorted_loss = train(base, splits, settings)[0].metrics["train_loss"]
     assert sorted(number for batch in batches for number in batch) == list(range(8))
     assert all(len({number % 2 for number in batch}) == 1 for batch in batches), batches
-    monkeypatch.setattr(loop, "prompt_size", lambda base, sample: 0)
+    monkeypatch.setattr(steps, "prompt_size", lambda base, sample: 0)
     batches.clear()
     assert train(base, splits, settings)[0].metrics["train_loss"] == pytest.approx(sorted_loss, rel=1e-5)
     assert any(len({number % 2 for number in batch}) == 2 for batch in batches)

@@ -48,7 +48,7 @@ def train(base, splits, settings: TrialSettings, output=None) -> EpochReport:
         ({"gradient_checkpointing": True}, {"gradient_checkpointing": True}),
         ({"zero_stage": 0}, {"zero_stage": 0}),
         ({"zero_stage": 1}, {"zero_stage": 1}),
-        ({"offload_optimizer": True}, {"zero_stage": 2}),
+        ({"offload_optimizer": True}, {"offload_optimizer": True}),
         ({"lora_target_modules": ("q_proj", "v_proj")}, {"num_adapted_modules": 8}),
         ({"lora_exclude_patterns": ("vision", "layers.0.", "layers.1.")}, {"num_adapted_modules": 14}),
         ({"use_lora": False, "train_projector": True}, {"use_lora": False, "train_projector": True}),

@@ -21,7 +21,7 @@ from tune.config.space_check import check_space, corners, make_corner
 ROOT = Path(__file__).parents[1]
 GUIDE_VALUES = {
     "num_train_epochs": 3,
-    "per_device_train_batch_size": 2,
+    "per_device_train_batch_size": None,
     "gradient_accumulation_steps": 8,
     "learning_rate": 2e-4,
     "warmup_ratio": 0.03,
@@ -196,9 +196,23 @@ def test_settings_survive_json() -> None:
     assert TrialSettings.from_dict(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
 
 
-def test_accumulation_keeps_the_global_batch() -> None:
-    settings = TrialSettings()
-    assert [settings.accumulation_steps(n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
+def test_workers_share_the_global_batch_equally() -> None:
+    """16 images of one size each, or eight micro-batches of two: so many workers can have an equal share."""
+    auto, pairs = TrialSettings(), TrialSettings(per_device_train_batch_size=2)
+    assert auto.global_batch_size == pairs.global_batch_size == 16
+    assert [n for n in range(1, 20) if not auto.problems(n)] == [1, 2, 4, 8, 16]
+    assert [n for n in range(1, 20) if not pairs.problems(n)] == [1, 2, 4, 8]
+
+
+def test_a_micro_batch_is_a_number_or_auto() -> None:
+    assert parse(words("--per-device-train-batch-size auto")).trial.per_device_train_batch_size is None
+    assert parse(words("--per-device-train-batch-size 4")).trial.global_batch_size == 32
+    assert "must be auto, or a whole number" in problems_of("--per-device-train-batch-size", "many")[0]
+    assert parse([]).trial.torch_compile is None
+    assert [parse([option]).trial.torch_compile for option in ("--torch-compile", "--no-torch-compile")] == [
+        True,
+        False,
+    ]
 
 
 def test_threads_of_cpu_workers(monkeypatch) -> None:

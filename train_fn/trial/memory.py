@@ -150,6 +150,17 @@ def free_memory(device: Any, share: float) -> float:
     return min(free + unused, total * share - torch.cuda.memory_allocated(device)) / GIB
 
 
+def wanted_execution(settings: TrialSettings, device: Any) -> Execution:
+    """How a trial's steps are computed where the memory does not matter."""
+    images, compiled = settings.per_device_train_batch_size, settings.torch_compile
+    return Execution(
+        images=images or 0,
+        tokens=0 if images else MOST_TOKENS_GPU if device.type == "cuda" else MOST_TOKENS_CPU,
+        compiled=compiles_by_default(device) if compiled is None else compiled,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
 def choose_execution(
     base: Base,
     samples: Sequence[Sample],
@@ -173,13 +184,7 @@ def choose_execution(
     from train_fn.trial.applied import TrialFailed
 
     on_gpu = base.device.type == "cuda"
-    wanted = settings.torch_compile
-    execution = Execution(
-        images=settings.per_device_train_batch_size or 0,
-        tokens=0 if settings.per_device_train_batch_size else MOST_TOKENS_GPU if on_gpu else MOST_TOKENS_CPU,
-        compiled=compiles_by_default(base.device) if wanted is None else wanted,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
+    execution = wanted_execution(settings, base.device)
     longest = longest_sample(base, samples)
     notes: list[str] = []
     if not execution.images:
