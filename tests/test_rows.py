@@ -17,6 +17,7 @@ from train_fn.model.attention import NAME, max_length, sdpa_or_packed
 from train_fn.model.base import Base, load_base
 from train_fn.model.batches import answer_losses, collate, forward_hidden, num_tokens
 from train_fn.scoring import evaluation
+from train_fn.scoring.answering import answer_samples
 from train_fn.scoring.evaluation import generate, in_batches, predict, score_candidates
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.lora import adapted, adapter_layers
@@ -136,6 +137,19 @@ def test_a_row_on_a_gpu_is_one_call_of_the_kernel(monkeypatch) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_layer_takes_packed_rows(base, samples) -> None:
+    layer = base.model.get_submodule(base.language_model).layers[0]
+    batch = collate(base, samples, with_answers=True, packed=True)
+    with torch.no_grad():
+        wanted = answer_losses(base, batch)
+        layer.forward = torch.compile(layer.forward, backend="aot_eager", dynamic=True)
+        try:
+            torch.testing.assert_close(answer_losses(base, batch), wanted, rtol=1e-6, atol=1e-6)
+        finally:
+            del layer.forward
+
+
 # ------------------------------------------------------------------------------------------------ lengths, embeddings
 
 
@@ -210,11 +224,19 @@ def test_predictions_do_not_depend_on_the_size_of_the_batches(base, samples, ada
     assert many["scores"].shape == (len(samples), len(CANDIDATES))
 
 
+def test_answers_have_the_studys_scores_to_the_last_bit(base, samples, adapter) -> None:
+    """The same samples in the same order, as `train_fn.predict` gets them for a study's test part."""
+    splits = Splits(*[tuple(samples)] * 3, closed_set(CANDIDATES))
+    study = predict(base, samples, splits, ModelSettings().per_device_eval_batch_size)["scores"]
+    answers = list(answer_samples(base, samples, splits.by_name, 1))
+    assert [answer.scores for answer in answers] == [tuple(row) for row in study]
+
+
 def test_batches_are_of_one_task_and_of_like_lengths_within_the_limits(monkeypatch) -> None:
     lengths = {0: ("a", 50), 1: ("b", 10), 2: ("a", 20), 3: ("a", 21), 4: ("a", 22), 5: ("a", 40), 6: ("b", 9)}
     padded, equal = SimpleNamespace(needs_no_mask=True), SimpleNamespace(needs_no_mask=False)
-    assert in_batches(padded, lengths, 3) == [[2, 3, 4], [5, 0], [6, 1]]
-    assert in_batches(padded, dict(reversed(lengths.items())), 3) == [[2, 3, 4], [5, 0], [6, 1]]
+    assert in_batches(padded, lengths, 3) == [[2, 3, 4], [0, 5], [1, 6]]
+    assert in_batches(padded, dict(reversed(lengths.items())), 3) == [[2, 3, 4], [0, 5], [1, 6]]
     monkeypatch.setattr(evaluation, "MAX_PROMPT_TOKENS", 45)
-    assert in_batches(padded, lengths, 3) == [[2, 3], [4], [5], [0], [6, 1]]  # a longer one goes alone
+    assert in_batches(padded, lengths, 3) == [[2, 3], [4], [5], [0], [1, 6]]  # a longer one goes alone
     assert in_batches(equal, lengths | {7: ("a", 20)}, 3) == [[0], [1], [2, 7], [3], [4], [5], [6]]

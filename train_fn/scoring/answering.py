@@ -22,7 +22,7 @@ from train_fn.support.numbers import parse_number
 if TYPE_CHECKING:
     from train_fn.model.base import Base
 
-BATCH_SIZE = 8
+BATCH_SIZE = 16  # as `per_device_eval_batch_size`: the same samples in the same order get a study's own numbers
 WINDOW = 1024  # samples among which those with prompts of like length share a batch
 
 
@@ -58,7 +58,8 @@ def answer_samples(
     """Answer each sample.
 
     A batch that does not fit the memory is halved, and so are all later ones. A batch with a sample that cannot be
-    answered is answered one by one.
+    answered is answered one by one. Up to `WINDOW` samples are in the same batches as in `evaluation.predict` with one
+    worker, and their scores equal to the last bit. In other batches the last digits differ.
 
     Args:
         tasks: each sample's task, by its name.
@@ -113,7 +114,7 @@ def like_prompts(base: Base, samples: Sequence[Sample], batch_size: int) -> list
             lengths[index] = sample.task, prompt_length(base, sample)
         except Exception:  # readers and processors raise anything for images that they refuse
             alone.append([index])
-    return sorted(map(sorted, [*in_batches(base, lengths, batch_size), *alone]))
+    return sorted([*in_batches(base, lengths, batch_size), *alone])
 
 
 def answer_batch(

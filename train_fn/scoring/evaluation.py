@@ -247,7 +247,7 @@ def in_batches(base: Base, lengths: Mapping[int, tuple[str, Any]], batch_size: i
             last.append(index)
         else:
             batches.append([index])
-    return batches
+    return [sorted(batch) for batch in batches]
 
 
 def in_parts(batches: Iterable[list[int]], size: int) -> list[list[int]]:
