@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from train_fn.data.samples import Sample, Splits, closed_set
-from train_fn.model.attention import NAME, max_length, sdpa_or_packed
+from train_fn.model.attention import NAME, by_kernel, max_length, sdpa_or_packed
 from train_fn.model.base import Base, load_base
 from train_fn.model.batches import answer_losses, collate, forward_hidden, num_tokens
 from train_fn.scoring import evaluation
@@ -135,6 +135,26 @@ def test_a_row_on_a_gpu_is_one_call_of_the_kernel(monkeypatch) -> None:
     wanted, _ = sdpa_or_packed(None, q, k, v, None, cu_seq_lens_q=ends, max_length_q=4096, **options)
     assert calls == [(4096, 4096, (-1, 0))] and found.shape == wanted.shape == (1, 9, 4, 8)
     torch.testing.assert_close(found, wanted)
+
+
+def test_the_kernels_call_is_one_graph_for_rows_of_any_length() -> None:
+    """Traced, not run: there is no such kernel on a CPU."""
+    graphs = []
+
+    def traced(graph, inputs):
+        graphs.append(graph)
+        return lambda *inputs: (torch.empty(0),)
+
+    compiled = torch.compile(by_kernel, backend=traced, fullgraph=True)
+    for lengths in ([4, 5], [6, 3, 8], [30, 2, 7, 1]):
+        q, k, v = (torch.randn(1, heads, sum(lengths), 8, requires_grad=True) for heads in (4, 2, 2))
+        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        for tensor in (q, k, v):
+            torch._dynamo.mark_dynamic(tensor, 2)
+        torch._dynamo.mark_dynamic(ends, 0)
+        compiled(q, k, v, ends, max_length(max(lengths)), 0.3)
+    assert len(graphs) == 1
+    assert sum("_varlen_attn" in str(node.target) for node in graphs[0].graph.nodes) == 1
 
 
 @pytest.mark.filterwarnings("ignore")

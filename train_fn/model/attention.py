@@ -65,24 +65,28 @@ def sdpa_or_packed(
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    scale = options["scaling"]
-    if not cu_seq_lens_q.is_cuda:
-        return each_sequence(query, key, value, cu_seq_lens_q, scale), None
+    attend = by_kernel if cu_seq_lens_q.is_cuda else each_sequence
+    return attend(query, key, value, cu_seq_lens_q, max_length_q, options["scaling"]), None
+
+
+def by_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """Causal attention of all sequences in one kernel [1, S, A, D]."""
     query, key, value = (heads[0].transpose(0, 1).contiguous() for heads in (query, key, value))  # [S, A, D]
-    ends, longest = cu_seq_lens_q, max_length_q
     found = varlen_attn(
         query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
     )
     assert isinstance(found, torch.Tensor)  # without auxiliary outputs
-    return found[None], None
+    return found[None]
 
 
 @torch.compiler.disable  # lengths are read as numbers, and every set of them would be another graph
 def each_sequence(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
     """Causal attention of one sequence after another [1, S, A, D]."""
-    lengths = cu_seq_lens.diff().tolist()
+    lengths = ends.diff().tolist()
     found = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
