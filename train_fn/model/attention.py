@@ -73,7 +73,7 @@ def by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
     """Causal attention of all sequences in one kernel [1, S, A, D]."""
-    query, key, value = (heads[0].transpose(0, 1).contiguous() for heads in (query, key, value))  # [S, A, D]
+    query, key, value = (heads.squeeze(0).transpose(0, 1).contiguous() for heads in (query, key, value))  # [S, A, D]
     found = varlen_attn(
         query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
     )
