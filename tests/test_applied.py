@@ -230,9 +230,10 @@ def test_an_adapter_or_projector_that_the_engine_lacks_fails_the_trial(base) -> 
 
 def test_without_a_closed_set_no_image_is_weighted(live) -> None:
     applied = read_applied(live) | {"class_balanced_loss": False}
-    check_applied(applied, ENGINE, closed_set=False)
+    way = wanted_execution(ENGINE, torch.device("cpu"))
+    check_applied(applied, ENGINE, way, closed_set=False)
     with pytest.raises(TrialFailed, match="class_balanced_loss should be False but is True"):
-        check_applied(read_applied(live), ENGINE, closed_set=False)
+        check_applied(read_applied(live), ENGINE, way, closed_set=False)
 
 
 # ------------------------------------------------------------------------------------------------ one layer, one group

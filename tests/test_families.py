@@ -29,7 +29,7 @@ from train_fn.data.images import read_image
 from train_fn.data.phantoms import CLASSES, QUESTION
 from train_fn.data.samples import Sample
 from train_fn.model.base import Base, load_base
-from train_fn.model.batches import answer_losses, collate, process
+from train_fn.model.batches import answer_losses, collate, num_tokens, process
 from train_fn.model.preflight import base_problems, text_problems
 from train_fn.model.processors import image_only
 from train_fn.model.prompts import answer_tail, end_tokens
@@ -561,6 +561,17 @@ def test_the_prompt_is_the_processors_own(base, unlike) -> None:
         ours = collate(base, [sample], with_answers=False)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_number_of_tokens_is_near_the_batchs_own(base, unlike) -> None:
+    """For the token budget of a micro-batch, without preparing an image."""
+    for sample in unlike:
+        length = collate(base, [sample], with_answers=True)["input_ids"].shape[1]
+        with pytest.MonkeyPatch.context() as patch:
+            if hasattr(base.processor, "_get_num_multimodal_tokens"):
+                patch.delattr("train_fn.model.batches.process")
+            assert num_tokens(base, sample) == pytest.approx(length, abs=6)
+        assert not base.packs([length, length + 1])
 
 
 # ------------------------------------------------------------------------------------------------ finding the parts

@@ -6,14 +6,15 @@ H width of the language model, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from train_fn.data.images import image_size, read_image
 from train_fn.data.samples import Sample
+from train_fn.model.attention import has_varlen_kernel, max_length
 from train_fn.model.base import Base
 from train_fn.model.memory import is_out_of_memory
 from train_fn.model.prompts import TOKEN_KEYS, answer_tail, prompt_text, prompt_tokens, special_tokens
@@ -77,10 +78,10 @@ class BatchFailed(ValueError):
     """A batch could not be made of its images and questions. The settings of a trial have no influence on that."""
 
 
-def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
+def collate(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False) -> dict[str, Any]:
     """A batch, see `make_batch`. Raises BatchFailed for every error that is not the device's."""
     try:
-        return make_batch(base, samples, with_answers)
+        return make_batch(base, samples, with_answers, packed)
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
@@ -90,15 +91,18 @@ def collate(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[s
         ) from error
 
 
-def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dict[str, Any]:
+def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False) -> dict[str, Any]:
     """One batch for `forward_hidden`.
 
     Sequences are padded on the right: with causal attention, padding there influences nothing.
 
+    Args:
+        packed: one row [1, S] of all sequences without padding, instead of a row for each. Only if `base.packs_rows`.
+
     Returns:
         Token tensors [B, S], and `vision_features` or pixels. With answers also `labels` [B, S], -100 outside the
-        answer and its end token; and `positions`: row and column of all other labels, in labels[:, 1:] [B, S-1], which
-        aligns each label with the token before it.
+        answer and its end token; and `positions`: for all other labels, the sample of each, and the place of the token
+        before it among the B * S. All tensors are made on the CPU: on a GPU, the program would wait for the result.
     """
     batch: dict[str, Any] = {}
     if base.takes_features:
@@ -116,25 +120,52 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool) -> dic
     tails = [answer_tail(base, s.prompt, s.answer) if with_answers else ([], []) for s in samples]
     rows = [torch.tensor([[*answer, *after]], dtype=torch.long) for answer, after in tails]
     for key in TOKEN_KEYS:
-        if key in encoded[0]:
+        if key in encoded[0] and not (packed and key == "attention_mask"):
             filler = {"input_ids": None, "attention_mask": 1}.get(key, 0)
             whole = [
                 torch.cat([one[key], row if filler is None else torch.full_like(row, filler)], 1)
                 for one, row in zip(encoded, rows, strict=True)
             ]
             pad = base.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
-            batch[key] = to_device(pad_and_stack(whole, pad), base.device)
+            joined = torch.cat(whole, 1) if packed else pad_and_stack(whole, pad)
+            batch[key] = to_device(joined, base.device)
+            if key == "input_ids" and base.takes_features:
+                (places,) = (joined.flatten() == base.model.config.image_token_id).nonzero(as_tuple=True)
+                batch["image_positions"] = to_device(places, base.device)
+    if packed:
+        lengths = [one["input_ids"].shape[1] + row.shape[1] for one, row in zip(encoded, rows, strict=True)]
+        batch |= row_of(base, lengths)
     if with_answers:
         labels = [
             torch.tensor([[-100] * one["input_ids"].shape[1] + answer + [-100] * len(after)])
             for one, (answer, after) in zip(encoded, tails, strict=True)
         ]
-        joined = pad_and_stack(labels, -100)
-        # Computed on the CPU: on a GPU, the program would wait for the result.
-        positions = (joined[:, 1:] != -100).nonzero(as_tuple=True)
+        joined = torch.cat(labels, 1) if packed else pad_and_stack(labels, -100)
+        owners = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(answer) for answer, _ in tails]))
+        (places,) = (joined.flatten() != -100).nonzero(as_tuple=True)
         batch["labels"] = to_device(joined, base.device)
-        batch["positions"] = tuple(to_device(index, base.device) for index in positions)
+        batch["positions"] = to_device(owners, base.device), to_device(places - 1, base.device)
     return batch
+
+
+def row_of(base: Base, lengths: Sequence[int]) -> dict[str, Any]:
+    """Inputs that tell the language model where each sequence of a row ends: positions begin anew in each, and
+    attention stays within each.
+
+    Args:
+        lengths: tokens of each sequence; S in all.
+
+    Returns:
+        `position_ids` [1, S], and `cu_seq_lens_q` and `max_length_q` for `attention.sdpa_or_packed`.
+    """
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    has_kernel = has_varlen_kernel(base.device, base.model.dtype)
+    return {
+        "position_ids": to_device(positions, base.device),
+        "cu_seq_lens_q": to_device(ends, base.device) if has_kernel else ends,
+        "max_length_q": max_length(max(lengths)),
+    }
 
 
 def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
@@ -143,27 +174,32 @@ def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
     The projector runs here, on features or pixels, so that it can be trained. The head does not: with a vocabulary of
     152 k, logits at every position of a batch are gigabytes.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "vision_features")}
+    apart = ("labels", "positions", "vision_features", "image_positions")
+    inputs = {key: value for key, value in batch.items() if key not in apart}
+    inner = getattr(base.model, base.model.base_model_prefix)
     if "vision_features" in batch:
-        projected = base.model.get_submodule(base.projector)(batch["vision_features"])
-        # The model concatenates a tuple of images; here they are concatenated already.
-        encoded = BaseModelOutputWithPooling(pooler_output=(projected,))  # type: ignore[arg-type]
-        inputs["mm_encoder_outputs"] = {"image": encoded}
+        # As the inner model does it with `mm_encoder_outputs`, but that counts the image tokens on the device, and the
+        # program would wait for it twice.
+        tokens = inner.get_input_embeddings()(inputs.pop("input_ids"))  # [B, S, H]
+        projected = base.model.get_submodule(base.projector)(batch["vision_features"]).to(tokens.dtype)
+        embedded = tokens.flatten(0, 1).index_copy(0, batch["image_positions"], projected)
+        inputs["inputs_embeds"] = embedded.view_as(tokens)
         if base.needs_no_mask:
             inputs["attention_mask"] = {"full_attention": None}
-    inner = getattr(base.model, base.model.base_model_prefix)
     return inner(**inputs, **options)
 
 
 def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
-    """Mean cross-entropy over each answer's tokens [B]. Logits are computed at those positions only."""
-    hidden = forward_hidden(base, batch, use_cache=False).last_hidden_state[:, :-1]
-    targets = batch["labels"][:, 1:]
-    rows, columns = batch["positions"]
-    logits = base.model.get_output_embeddings()(hidden[rows, columns]).float()  # [answer tokens, V]
-    losses = torch.nn.functional.cross_entropy(logits, targets[rows, columns], reduction="none")
-    counts = (targets != -100).sum(1)
-    return torch.zeros(len(targets), device=losses.device).index_add(0, rows, losses) / counts
+    """Mean cross-entropy over each answer's tokens, one for each sample [B]. Logits are computed at those positions
+    only."""
+    owners, places = batch["positions"]
+    hidden = forward_hidden(base, batch, use_cache=False).last_hidden_state.flatten(0, 1)  # [B * S, H]
+    logits = base.model.get_output_embeddings()(hidden[places]).float()  # [answer tokens, V]
+    targets = batch["labels"].flatten()[places + 1]
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    num_samples = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["labels"])
+    none = torch.zeros(num_samples, device=losses.device)
+    return none.index_add(0, owners, losses) / none.index_add(0, owners, torch.ones_like(losses))
 
 
 def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
@@ -192,18 +228,40 @@ def pad_and_stack(tensors: Sequence[torch.Tensor], value: float = 0) -> torch.Te
     return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors])
 
 
+def num_text_tokens(base: Base, sample: Sample) -> int:
+    """Tokens of a sample's prompt, with one placeholder for each image."""
+    key = ("text", sample.prompt)
+    if key not in base.tokens:
+        text = prompt_text(base.processor, sample.prompt)
+        base.tokens[key] = len(base.processor.tokenizer(text, **special_tokens(base.processor, text))["input_ids"])
+    return base.tokens[key]
+
+
 def prompt_length(base: Base, sample: Sample) -> Any:
     """A value that is equal for prompts of equal length: their number of tokens if it can be computed, else the image's
     size and the question."""
     if base.counts_patches:
-        patches = [num_patches(base, image) for image in sample.images]
-        return prompt_tokens(base, sample.prompt, patches)["input_ids"].shape[1]
+        return num_text_tokens(base, sample) + sum(num_patches(base, image) - 1 for image in sample.images)
     prompt_size(base, sample)  # fills `base.sizes`
     return tuple(base.sizes[image] for image in sample.images), sample.prompt
 
 
 def num_tokens(base: Base, sample: Sample) -> int:
-    """TEMPORARY, until worktree rows is merged."""
-    patches = [num_patches(base, image) for image in sample.images]
+    """Tokens of a sample's prompt and answer, from the sizes in its images' headers.
+
+    Exact where `base.counts_patches`; elsewhere an estimate, which may lack a few tokens around an image. It depends on
+    the sample only, not on what was processed before.
+    """
     answer, after = answer_tail(base, sample.prompt, sample.answer)
-    return prompt_tokens(base, sample.prompt, patches)["input_ids"].shape[1] + len(answer) + len(after)
+    if base.counts_patches:
+        return prompt_length(base, sample) + len(answer) + len(after)
+    sizes, _ = key = prompt_length(base, sample)
+    if key not in base.tokens:
+        # No public name has this number; without it every image would be prepared twice in the first epoch.
+        count = getattr(base.processor, "_get_num_multimodal_tokens", None)
+        if count is None:
+            base.tokens[key] = process(base, sample)["input_ids"].shape[1]
+        else:
+            images = count(image_sizes=[[height, width] for width, height in sizes]).num_image_tokens
+            base.tokens[key] = num_text_tokens(base, sample) + sum(images) - len(images)
+    return base.tokens[key] + len(answer) + len(after)

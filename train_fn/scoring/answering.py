@@ -5,7 +5,6 @@ Shapes: C candidates of a task.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,8 @@ from train_fn.support.numbers import parse_number
 if TYPE_CHECKING:
     from train_fn.model.base import Base
 
-BATCH_SIZE = 8
-WINDOW = 1024  # samples among which those with prompts of equal length share a batch
+BATCH_SIZE = 16  # as `per_device_eval_batch_size`: the same samples in the same order get a study's own numbers
+WINDOW = 1024  # samples among which those with prompts of like length share a batch
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ def answer_samples(
     """Answer each sample.
 
     A batch that does not fit the memory is halved, and so are all later ones. A batch with a sample that cannot be
-    answered is answered one by one.
+    answered is answered one by one. Up to `WINDOW` samples are in the same batches as in `evaluation.predict` with one
+    worker, and their scores equal to the last bit. In other batches the last digits differ.
 
     Args:
         tasks: each sample's task, by its name.
@@ -76,7 +76,7 @@ def answer_samples(
 
     for start in range(0, len(samples), WINDOW):
         window = samples[start : start + WINDOW]
-        waiting = sorted(in_parts(like_prompts(base, window), batch_size))  # the next sample is in the first of them
+        waiting = like_prompts(base, window, batch_size)  # the next sample is in the first of them
         answers: dict[int, Answer] = {}
         num_yielded = 0
         while waiting:
@@ -101,24 +101,26 @@ def answer_samples(
                 num_yielded += 1
 
 
-def like_prompts(base: Base, samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of samples of one task and of equal prompt length. A sample whose length cannot be found stands alone, so
-    that its batch raises the error."""
+def like_prompts(base: Base, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Indices in batches, see `evaluation.in_batches`. A sample whose length cannot be found stands alone, so that its
+    batch raises the error."""
     from train_fn.model.batches import prompt_length
+    from train_fn.scoring.evaluation import in_batches
 
-    alike: dict[Any, list[int]] = defaultdict(list)
+    lengths: dict[int, tuple[str, Any]] = {}
+    alone = []
     for index, sample in enumerate(samples):
         try:
-            alike[sample.task, prompt_length(base, sample)].append(index)
+            lengths[index] = sample.task, prompt_length(base, sample)
         except Exception:  # readers and processors raise anything for images that they refuse
-            alike[index] = [index]
-    return list(alike.values())
+            alone.append([index])
+    return sorted([*in_batches(base, lengths, batch_size), *alone])
 
 
 def answer_batch(
     base: Base, samples: Sequence[Sample], task: Task, decision: Decision, max_new_tokens: int, generate_all: bool
 ) -> list[Answer]:
-    """Answer samples of one task and of equal prompt length; see `answer_samples`."""
+    """Answer samples that `like_prompts` has put into one batch; see `answer_samples`."""
     from train_fn.scoring.evaluation import generate, score_candidates
 
     answers = [Answer() for _ in samples]

@@ -48,11 +48,13 @@ def micro_batches(
         order: the samples of each step [steps, G].
     """
 
-    def prepare(indices: np.ndarray, packed: bool, is_last: bool) -> MicroBatch:
-        batch = collate(base, [samples[index] for index in indices], with_answers=True)
+    packed = not execution.images and base.packs([num_tokens(base, sample) for sample in samples])
+
+    def prepare(indices: np.ndarray, is_last: bool) -> MicroBatch:
+        batch = collate(base, [samples[index] for index in indices], with_answers=True, packed=packed)
         return MicroBatch(batch, to_device(torch.tensor(indices), base.device), is_last)
 
-    groups = (group for step in order for group in cut_step(base, samples, execution, step))
+    groups = (group for step in order for group in cut_step(base, samples, execution, packed, step))
     if base.device.type != "cuda" or profile.active:
         for group in groups:
             with phase("data"):
@@ -71,25 +73,23 @@ def micro_batches(
 
 
 def cut_step(
-    base: Base, samples: Sequence[Sample], execution: Execution, step: np.ndarray
-) -> Iterator[tuple[np.ndarray, bool, bool]]:
-    """This worker's part of an optimizer step: for each micro-batch its samples [B], whether they are packed into one
-    row, and whether it is the last.
+    base: Base, samples: Sequence[Sample], execution: Execution, packed: bool, step: np.ndarray
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """This worker's part of an optimizer step: for each micro-batch its samples [B], and whether it is the last.
 
     Args:
+        packed: whether a micro-batch is one row without padding.
         step: the samples of the global batch [G].
     """
     rank, world_size = world()
-    packed = False
-    if execution.images:  # as in the guide: padded
+    if execution.images:
         sizes = [prompt_size(base, samples[index]) for index in step]
         cut = by_images(sizes, execution.images, rank, world_size)
     else:
         tokens = [num_tokens(base, samples[index]) for index in step]
-        packed = base.packs(tokens)
         cut = by_tokens(tokens, execution.tokens, rank, world_size, packed)
     for number, positions in enumerate(cut, 1):
-        yield step[positions], packed, number == len(cut)
+        yield step[positions], number == len(cut)
 
 
 @contextlib.contextmanager
