@@ -27,6 +27,7 @@ from train_fn.model.base import Base
 from train_fn.model.batches import collate, prompt_size, to_device
 from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import TrialSettings
+from train_fn.support.cleanup import at_end
 from train_fn.support.profile import Clock, count_work, phase, profiled, traced
 from train_fn.support.ranks import gather, mean_over_ranks, seed_everything, world
 from train_fn.support.storage import Storage, retry_on_os_error
@@ -114,7 +115,7 @@ def run_trial(
         num_epochs = -(-num_steps // steps_per_epoch)
         weights = splits.sample_weights() if settings.class_balanced_loss and splits.has_candidates else []
         engine = build_engine(base, model, settings, torch.tensor(weights, device=base.device), num_steps, world_size)
-        stack.callback(engine.destroy)
+        stack.enter_context(at_end(engine.destroy))
 
         # ------------------------------------------------------------------------------- what the live engine applies
         rates = read_schedule(engine, settings, num_steps)
