@@ -31,7 +31,7 @@ BENEATH = [
 
 
 # Public in spite of their names.
-DOCUMENTED = {"_exit": "os._exit"}
+DOCUMENTED = {"_exit": "os._exit", "__ray_ready__": "of every actor's handle, in Ray's guide to actors"}
 
 # Names that Python documents for every module, class, function, exception or object.
 KINDS = (object, type, types.FunctionType, types.ModuleType, BaseException)

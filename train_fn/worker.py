@@ -62,6 +62,8 @@ class LaneConfig:
     """The driver's versions, which every worker must have."""
     inputs: Inputs | None = None
     """Images and base as the driver saw them; every worker must see the same."""
+    gpu_share: float = 1.0
+    """Share of a GPU's memory that each worker may allocate."""
     collective_timeout_s: int = 1800
     """After this a collective ends its process. Longer than the dispatcher waits, so that the dispatcher can report the
     reason."""
@@ -173,6 +175,8 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     name = "cpu"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else collectives of several workers on a node would all use its first GPU
+        if config.gpu_share < 1:
+            torch.cuda.set_per_process_memory_fraction(config.gpu_share, device)
         name = torch.cuda.get_device_name(device)
     else:
         # With several threads the order of a sum may otherwise depend on their timing.
