@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import get_peft_model
 from transformers import get_scheduler
 
@@ -259,6 +260,9 @@ def test_one_value_that_differs_fails_the_trial(base, name, damage) -> None:
         engine.destroy()
 
 
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, NCCL version 2.27.3\n{}\nLast error:\n{}"
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -271,12 +275,22 @@ def test_one_value_that_differs_fails_the_trial(base, name, damage) -> None:
         (RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
         (MemoryError(), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
+        (dist.DistBackendError(NCCL.format("ncclUnhandledCudaError: Call to CUDA function failed.",
+                                           "Failed to CUDA calloc async 2432 bytes")), True),
+        (dist.DistBackendError(NCCL.format("ncclSystemError: System call (e.g. socket, malloc) or external library "
+                                           "call failed or device error.", "Connection closed")), False),
+        (RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376. Reducing block sizes"
+                      " or `num_stages` may help."), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), False),
         (RuntimeError("cuDNN error: CUDNN_STATUS_MAPPING_ERROR"), False),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (ValueError("out of memory"), False),
     ],
-)
+)  # fmt: skip
 def test_out_of_memory_is_distinguished_from_other_errors(error, expected) -> None:
     assert is_out_of_memory(error) is expected

@@ -223,6 +223,50 @@ def test_the_watch_runs_from_the_start_and_restarts(killed) -> None:
     run(scenario)
 
 
+class Asked:
+    """Stands in for a worker's handle: answers, or raises, when Ray is asked whether it lives."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error, self.count = error, 0
+        self.__ray_ready__ = self
+
+    async def remote(self) -> None:
+        self.count += 1
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "moves"),
+    [
+        (ray.exceptions.ActorDiedError(), True),
+        (ray.exceptions.ActorUnavailableError("for now", b"0" * 16), False),
+        (TimeoutError(), False),
+        (None, False),
+    ],
+)
+def test_the_job_of_a_node_that_is_gone_goes_to_a_free_lane_long_before_the_time_out(monkeypatch, error, moves) -> None:
+    monkeypatch.setattr("tune.lanes.lane_state.LOST_S", 0.2)
+    killed: list = []
+    monkeypatch.setattr("ray.kill", killed.append)
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(2, hang_timeout_s=2)
+        await dispatcher.submit(train(0))
+        assert (await dispatcher.next_assignment(0, "lost", 0)).number == 0
+        worker = Asked(error)
+        await dispatcher.heartbeat(0, "lost", 0, worker, 1)
+        free = begin(dispatcher.next_assignment(1, "free", 0))
+        await asyncio.sleep(1.2)
+        assert worker.count > 0 and not killed
+        assert running(dispatcher) == {1 if moves else 0: 0} and free.done() is moves
+        if moves:
+            assert (await free).number == 0 and "its node or its workers are gone" in dispatcher.notices[0]
+            assert await dispatcher.register(0, "successor")  # once a node is there
+
+    run(scenario)
+
+
 # ------------------------------------------------------------------------------------------------ starts
 
 
@@ -285,6 +329,19 @@ def test_every_restart_gives_one_notice_and_the_number_of_controllers_is_limited
             assert (await dispatcher.controller_failed(0, "killed"))[0]
             begin(dispatcher.next_assignment(0, f"g{number}", 0))
             await asyncio.sleep(0.01)
+
+    run(scenario)
+
+
+def test_a_rendezvous_that_fails_gets_one_more_try_and_ends_the_study_with_its_reason() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(train(0))
+        reason = "the workers of a lane must reach each other within 120 s, but those on a (10.0.0.1) did not"
+        assert [(await dispatcher.controller_failed(0, reason, True))[0] for _ in range(2)] == [True, False]
+        assert dispatcher.notices == [f"lane 0 starts again: {reason}", f"lane 0 is given up: {reason}"]
+        await dispatcher.lane_ended(0, reason)
+        assert (await dispatcher.next_report(0, 0)).study_error == reason
 
     run(scenario)
 

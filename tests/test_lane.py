@@ -505,6 +505,12 @@ def caused(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+def raised_while(error: Exception, other: Exception) -> Exception:
+    """An error that was raised while another one was being handled."""
+    error.__context__ = other
+    return error
+
+
 CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 TORCH = torch.OutOfMemoryError("CUDA out of memory")
 
@@ -524,10 +530,21 @@ TORCH = torch.OutOfMemoryError("CUDA out of memory")
         (BaseChanged("differs in q_proj"), ("interrupted", 0, "g", "differs in q_proj", False), False),
         (torch.AcceleratorError("CUDA error"), ("interrupted", 0, "g", "CUDA error", False), False),
         (KeyError("a"), ("fail", 7, "g", "KeyError: 'a'"), False),
-        (dist.DistBackendError("a peer is gone"), None, False),
-        (RuntimeError("[../third_party/gloo/transport] Connection closed"), None, False),
+        (raised_while(RuntimeError("cleaning up failed"), caused(MicroBatchTooLarge("no"), TORCH)),
+         ("out_of_memory", 7, "g", "cleaning up failed", True), True),
+        (caused(RuntimeError("DeepSpeed failed"), TORCH), ("out_of_memory", 7, "g", "DeepSpeed failed", False), True),
+        (torch.AcceleratorError("CUDA error: out of memory"),
+         ("out_of_memory", 7, "g", "CUDA error: out of memory", False), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+         ("interrupted", 0, "g", "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+         False),
+        (dist.DistBackendError("a peer is gone"),
+         ("interrupted", 0, "g", "a collective failed: a peer is gone", False), False),
+        (RuntimeError("[../third_party/gloo/transport] Connection closed"),
+         ("interrupted", 0, "g", "a collective failed: [../third_party/gloo/transport] Connection closed", False),
+         False),
     ],
-)
+)  # fmt: skip
 def test_how_an_error_in_a_job_is_reported(base, monkeypatch, error, call, sound) -> None:
     monkeypatch.setattr("ray.get", lambda answer: answer)
     calls = Calls()

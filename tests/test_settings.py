@@ -239,3 +239,39 @@ def test_lanes_share_a_gpu() -> None:
     assert plan_layout(parse(["--lanes-per-gpu", "3", "--device", "cpu"]), {"CPU": 4}).worker_resources == {"CPU": 1}
     with pytest.raises(SettingsError, match="--lanes-per-gpu"):
         parse(["--lanes-per-gpu", "2", "--workers-per-trial", "2"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "lanes", "sharing", "nodes", "strategy"),
+    [
+        (2, 2, 1, [{"GPU": 2, "CPU": 8}, {"GPU": 2, "CPU": 8}], "STRICT_PACK"),
+        (2, 4, 1, [{"GPU": 8, "CPU": 64}, {"CPU": 4}], "STRICT_PACK"),
+        (2, 3, 1, [{"GPU": 3, "CPU": 8}, {"GPU": 3, "CPU": 8}], "PACK"),  # the third lane's workers lie on two nodes
+        (2, 2, 1, [{"GPU": 4, "CPU": 3}], "PACK"),  # each worker takes a core, too
+        (4, 1, 1, [{"GPU": 2, "CPU": 8}, {"GPU": 2, "CPU": 8}], "PACK"),
+        (2, 1, 1, [{"CPU": 8}], "PACK"),  # an autoscaler's nodes are not there yet
+        (2, 3, 3, [{"GPU": 2, "CPU": 8}], "STRICT_PACK"),
+    ],
+)
+def test_the_workers_of_a_lane_stay_on_one_node_where_every_lane_finds_one(
+    workers, lanes, sharing, nodes, strategy
+) -> None:
+    from tune.lanes.layout import Layout, placement_strategy
+
+    layout = Layout(lanes, workers, use_gpu=True, num_threads=0, lanes_per_gpu=sharing)
+    assert placement_strategy(layout, nodes) == strategy
+
+
+def test_gpu_workers_get_variables_unless_the_user_has_set_them(monkeypatch) -> None:
+    from tune.lanes.trainers import gpu_environment
+
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    beat = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "1260"}
+    assert gpu_environment(1260) == beat | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    assert gpu_environment(1260)["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "9")
+    assert gpu_environment(1260) == {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "9"}

@@ -63,6 +63,8 @@ class LaneConfig:
     """The driver's versions, which every worker must have."""
     inputs: Inputs | None = None
     """Images and base as the driver saw them; every worker must see the same."""
+    gpu_share: float = 1.0
+    """Share of a GPU's memory that each worker may allocate."""
     collective_timeout_s: int = 1800
     """After this a collective ends its process. Longer than the dispatcher waits, so that the dispatcher can report the
     reason."""
@@ -143,8 +145,21 @@ def lane_loop(options: dict[str, Any]) -> None:
                 raise
         # Not after an error that ends these workers: on a broken device it would raise again and hide the first error.
         idle_since = time.perf_counter()
-        gc.collect()  # DeepSpeed's engine is a cycle, and holds its trial's memory
-        torch.cuda.empty_cache()
+        release_memory()
+
+
+def release_memory() -> None:
+    """Free what a trial has left, also after an error.
+
+    DeepSpeed's engine is a cycle and holds its trial's memory. After an error, one collection is not enough: the first
+    one frees the frames that the error holds, and with them the autograd graph, a C++ object through which the
+    collector does not see. Only then it finds that nothing else holds the trained weights.
+    """
+    import torch
+
+    for _ in range(2):
+        gc.collect()
+    torch.cuda.empty_cache()
 
 
 def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
@@ -162,6 +177,8 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     name = "cpu"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else collectives of several workers on a node would all use its first GPU
+        if config.gpu_share < 1:
+            torch.cuda.set_per_process_memory_fraction(config.gpu_share, device)
         name = torch.cuda.get_device_name(device)
     else:
         # With several threads the order of a sum may otherwise depend on their timing.
@@ -300,13 +317,18 @@ def error_text(error: Exception) -> str:
 
 
 def report_error(config: LaneConfig, error: Exception, base: Any, job: Job, group: str) -> bool:
-    """Report an error of a job to the dispatcher. Returns True if these workers are sound and take the next job."""
+    """Report an error of a job to the dispatcher.
+
+    Returns: whether these workers are sound and take the next job. They are after a trial's own error, and after the
+    allocator of torch refused memory to a lone worker. After an error of CUDA, cuBLAS, cuDNN or NCCL, every later
+    call of the process may fail.
+    """
     import ray
     import torch
     import torch.distributed as dist
 
     from train_fn.model.batches import BatchFailed
-    from train_fn.model.memory import is_out_of_memory
+    from train_fn.model.memory import first_out_of_memory, is_broken_device, with_causes
     from train_fn.trial.applied import TrialFailed
     from train_fn.trial.engine import MicroBatchTooLarge
     from train_fn.trial.loop import Preempted
@@ -318,25 +340,27 @@ def report_error(config: LaneConfig, error: Exception, base: Any, job: Job, grou
         # Every rank reports it: the rank that asks for the next job first would otherwise have moved the lane on.
         ray.get(dispatcher.fail.remote(number, group, str(error), True))
         return True
-    if is_out_of_memory(error):
+    if reported := first_out_of_memory(error):
         # The trial runs again in a way that takes less memory. Other ranks may wait in a collective for this one, and
         # errors of CUDA's libraries may persist: then only a new worker group is sure to be sound.
-        in_step = isinstance(error, MicroBatchTooLarge)
+        in_step = any(isinstance(each, MicroBatchTooLarge) for each in with_causes(error))
         used = less = None
         if isinstance(job, TrainJob) and job.execution:
             used, train = job.execution, (job.splits or config.splits).train
             less = smaller(used, longest_sample(base, train))
         ray.get(dispatcher.out_of_memory.remote(number, group, str(error), in_step, used, less))
-        return isinstance(error.__cause__ if in_step else error, torch.OutOfMemoryError) and dist.get_world_size() == 1
+        return isinstance(reported, torch.OutOfMemoryError) and dist.get_world_size() == 1
     if isinstance(error, InputsChanged):
         ray.get(dispatcher.study_fault.remote(lane, group, str(error), True))
     elif isinstance(error, BatchFailed):
         ray.get(dispatcher.study_fault.remote(lane, group, str(error)))
-    elif isinstance(error, (Preempted, OSError, torch.AcceleratorError, BaseChanged)):
+    elif isinstance(error, (Preempted, OSError, BaseChanged)) or is_broken_device(error):
         # The trial is not to blame: another group continues it from its last checkpoint.
         ray.get(dispatcher.interrupted.remote(lane, group, str(error), isinstance(error, Preempted)))
-    elif not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        # A broken collective only means that another rank is gone, which has reported its own error if it had one.
+    elif isinstance(error, dist.DistError) or "gloo" in str(error):
+        # Another rank is gone. If it had an error of its own, it has reported it before its connections closed.
+        ray.get(dispatcher.interrupted.remote(lane, group, f"a collective failed: {error}", False))
+    else:
         trace = "".join(traceback.format_exception(error))
         ray.get(dispatcher.fail.remote(number, group, f"{error_text(error)}\n\n{trace}"))
     return False

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from train_fn.settings import PROFILE_PREFIX
+from train_fn.support.cleanup import at_end
 
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object",
                "reduce_scatter_tensor", "barrier")  # fmt: skip
@@ -64,11 +65,14 @@ class Profile:
         """Count the time in this context for a phase."""
         self.add_elapsed()
         self.open.append(name)
+        with at_end(self.close), torch.profiler.record_function(name):
+            yield
+
+    def close(self) -> None:
+        """Close the innermost open phase."""
         try:
-            with torch.profiler.record_function(name):
-                yield
-        finally:
             self.add_elapsed()
+        finally:
             self.open.pop()
 
 

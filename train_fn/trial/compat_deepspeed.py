@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import deepspeed.ops
+import torch
 
 
 def without_shared_memory_op() -> None:
@@ -13,3 +16,15 @@ def without_shared_memory_op() -> None:
     looks the op up in this table, which it fills when it is first read.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def remove_hooks(parameters: Iterable[torch.Tensor]) -> None:
+    """Remove the hooks that ZeRO has put on trained weights, after an engine that could not be built.
+
+    `engine.destroy` removes them, but the error leaves no engine. They hold the optimizer, and with it two copies of
+    the weights, for as long as the process lives: the cycle runs through torch's C++ objects, which Python's garbage
+    collector does not see.
+    """
+    for parameter in parameters:
+        if hooks := parameter._post_accumulate_grad_hooks:
+            hooks.clear()

@@ -26,7 +26,7 @@ import deepspeed  # chooses its accelerator at import
 from transformers import get_scheduler
 
 from train_fn.trial.compat_bitsandbytes import recycling
-from train_fn.trial.compat_deepspeed import without_shared_memory_op
+from train_fn.trial.compat_deepspeed import remove_hooks, without_shared_memory_op
 
 without_shared_memory_op()
 FP16_LOSS_SCALE = 2.0**10  # keeps the gradients of long prompts above what fp16 can hold
@@ -128,14 +128,18 @@ def build_engine(
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup, num_steps)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     num_trainable = sum(parameter.numel() for parameter in trained)
-    engine, *_ = deepspeed.initialize(
-        model=AnswerLoss(base, model, sample_weights, execution, settings.global_batch_size // world_size),
-        model_parameters=trained,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=deepspeed_config(settings, world_size, num_trainable, on_gpu),
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=AnswerLoss(base, model, sample_weights, execution, settings.global_batch_size // world_size),
+            model_parameters=trained,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=deepspeed_config(settings, world_size, num_trainable, on_gpu),
+            dist_init_required=False,
+        )
+    except BaseException:
+        remove_hooks(trained)
+        raise
     if base.model.dtype == torch.float16:
         engine.optimizer.override_loss_scale(FP16_LOSS_SCALE)  # ZeRO divides the gradients by it
     return engine

@@ -25,6 +25,7 @@ from train_fn.execution import Execution
 from train_fn.jobs import EpochReport
 from train_fn.model.base import Base
 from train_fn.settings import TrialSettings
+from train_fn.support.cleanup import at_end
 from train_fn.support.profile import Clock, count_work, phase, profiled, traced
 from train_fn.support.ranks import gather, seed_everything, world
 from train_fn.support.storage import Storage, retry_on_os_error
@@ -118,7 +119,7 @@ def run_trial(
         weights = splits.sample_weights() if settings.class_balanced_loss and splits.has_candidates else []
         sample_weights = torch.tensor(weights, device=base.device)
         engine = build_engine(base, model, settings, sample_weights, num_steps, world_size, execution)
-        stack.callback(engine.destroy)
+        stack.enter_context(at_end(engine.destroy))
 
         # ------------------------------------------------------------------------------- what the live engine applies
         rates = read_schedule(engine, settings, num_steps)

@@ -14,7 +14,7 @@ import ray
 from train_fn.execution import OUT_OF_MEMORY_ADVICE, Execution, change
 from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
 from tune.lanes.job_state import JobState
-from tune.lanes.lane_state import MAX_CONTROLLERS, MAX_CONTROLLERS_IN_A_ROW, LaneState, WorkerGroup
+from tune.lanes.lane_state import MAX_CONTROLLERS, MAX_CONTROLLERS_IN_A_ROW, MAX_RENDEZVOUS, LaneState, WorkerGroup
 
 MAX_ALIKE = 3  # trials that fail in a row with the same error, before any did a step: then the study is to blame
 
@@ -126,8 +126,11 @@ class Dispatcher:
             await self.changed.wait()
         return self.notices[seen:] or None
 
-    async def controller_failed(self, lane_number: int, error: str) -> tuple[bool, Any]:
+    async def controller_failed(self, lane_number: int, error: str, unreachable: bool = False) -> tuple[bool, Any]:
         """Record that the controller of a lane's TorchTrainer ended with an error.
+
+        Args:
+            unreachable: the lane's workers did not reach each other. That gets one more try.
 
         Returns: whether to start another controller, and the placement group of the lane's last workers.
         """
@@ -136,7 +139,8 @@ class Dispatcher:
             self._give_up(lane, error)
             lane.lost_in_a_row += 1
             lane.lost_controllers += 1
-            again = lane.lost_in_a_row < MAX_CONTROLLERS_IN_A_ROW and lane.lost_controllers < MAX_CONTROLLERS
+            most = MAX_RENDEZVOUS if unreachable else MAX_CONTROLLERS_IN_A_ROW
+            again = lane.lost_in_a_row < most and lane.lost_controllers < MAX_CONTROLLERS
             self._notify(f"lane {lane_number} {'starts again' if again else 'is given up'}: {first_line(error)}")
         return again, lane.placement_group
 
@@ -392,6 +396,8 @@ class Dispatcher:
             for lane in self._living():
                 if lane.group and (hang := lane.group.hang(self.hang_timeout_s)):
                     await self._end_workers(lane, lane.group, *hang)
+                elif lane.group and await lane.group.is_lost():
+                    self._give_up(lane, "its node or its workers are gone")
                 elif sentence := lane.slow_start():
                     self._notify(sentence)
 

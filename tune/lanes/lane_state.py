@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+
 from train_fn.execution import Execution
 from train_fn.jobs import Job
 from train_fn.settings import TrialSettings
@@ -14,7 +16,10 @@ from tune.lanes.job_state import JobState
 
 MAX_CONTROLLERS = 20  # lost controllers of one lane; no job is to blame for them
 MAX_CONTROLLERS_IN_A_ROW = 3  # of those, without a worker group that asked for a job in between
+MAX_RENDEZVOUS = 2  # of those, where the workers did not reach each other: each takes two minutes
 SILENT_S = 5.0  # without a heartbeat; then a worker group gets no job, since it may be dead
+ANSWER_S = 1.0  # for a worker to answer that it lives
+LOST_S = 15.0  # without a heartbeat; then Ray is asked whether the worker is dead
 SLOW_START_S = 60.0  # after this, the study's output mentions a lane that still loads the base
 NO_WORKERS_S = 120.0  # and after this, a lane that has no workers
 LONGEST_START_S = 1800.0  # of loading the base; the time-out for hangs if that is longer
@@ -52,6 +57,23 @@ class WorkerGroup:
         """Whether a rank's heartbeat is overdue."""
         now = time.monotonic()
         return any(now - last.received_at > SILENT_S for last in self.heartbeats.values())
+
+    async def is_lost(self) -> bool:
+        """Whether heartbeats have stopped and Ray says that the worker is dead.
+
+        The group's successor would show it, too. But when a node is lost and no other one is free, there is none. A
+        group that has not loaded the base has no job that could go elsewhere.
+        """
+        now = time.monotonic()
+        unheard = [last for last in self.heartbeats.values() if self.is_ready and now - last.received_at > LOST_S]
+        for last in unheard:
+            try:
+                await asyncio.wait_for(last.actor.__ray_ready__.remote(), ANSWER_S)
+            except ray.exceptions.ActorDiedError:
+                return True
+            except (TimeoutError, ray.exceptions.RayError):  # it lives and is busy, or cannot be reached now
+                continue
+        return False
 
     def hang(self, timeout_s: float) -> tuple[list[int], str] | None:
         """Ranks that must be killed, and the reason: they send no heartbeat, make no progress with a job, or take too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tune.config.paths import SettingsError
@@ -64,3 +65,16 @@ def plan_layout(settings: Settings, resources: dict[str, float]) -> Layout:
 def joins_cluster() -> bool:
     """Whether the study joins a running cluster."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def placement_strategy(layout: Layout, nodes: Sequence[dict[str, float]]) -> str:
+    """How Ray places the workers of a lane: "STRICT_PACK", all on one node, if every lane finds such a node; else
+    "PACK", on as few nodes as possible. So it is where some nodes are not there yet.
+
+    Args:
+        nodes: resources of each node that is there.
+    """
+    needed = layout.worker_resources.items()
+    fitting = [int(min(node.get(name, 0) / amount for name, amount in needed) + 1e-6) for node in nodes]
+    room = sum(workers // layout.workers_per_trial for workers in fitting)
+    return "STRICT_PACK" if room >= layout.lanes else "PACK"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import uuid
 from datetime import timedelta
 from typing import Any
@@ -17,12 +18,46 @@ from ray.train.torch import TorchConfig
 from tune.lanes.ray_start import session_folder
 
 INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # of the workers' environment
-SHUTDOWN_S = 30  # for the workers of a lane to leave their process group
+SHUTDOWN_S = 5  # for the workers of a lane to leave their process group; after the loss of a rank they never do
+SHUTDOWN_VARIABLE = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"  # the same for the workers of a cluster; Ray's default: 30
 
 
 def torch_config(timeout_s: int) -> TorchConfig:
     """How the workers of a lane meet: in Ray's way in a cluster that was joined, else in a file."""
-    return (TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=timeout_s)
+    return (ClusterConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=timeout_s)
+
+
+class RendezvousFailed(RuntimeError):
+    """The workers of a lane did not meet."""
+
+    @classmethod
+    def of(cls, error: Exception, timeout_s: int, hosts: str = "") -> RendezvousFailed:
+        """The error with what a user can do about it."""
+        last = [type(error).__name__, *str(error).strip().splitlines()][-1]
+        return cls(
+            f"the workers of a lane must reach each other within {timeout_s} s, but those on {hosts or 'this machine'} "
+            f"did not ({last[:300]}): open all TCP ports between the nodes, or name the network interface that "
+            f"connects them in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        )
+
+
+class ClusterConfig(TorchConfig):
+    """TorchConfig whose errors name the hosts, and whose shutdown after the loss of a rank is short."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        parent: Any = super().backend_cls
+
+        class ClusterBackend(parent):  # of the class that Ray gives to a TorchConfig
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                os.environ.setdefault(SHUTDOWN_VARIABLE, str(SHUTDOWN_S))  # of this controller, which reads it later
+                hosts = ", ".join(dict.fromkeys(worker_group.execute(host)))
+                try:
+                    super().on_start(worker_group, backend_config)
+                except RuntimeError as error:
+                    raise RendezvousFailed.of(error, backend_config.timeout_s, hosts) from error
+
+        return ClusterBackend
 
 
 class LoopbackConfig(TorchConfig):
@@ -41,12 +76,20 @@ class LoopbackBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         meeting_point = f"file://{session_folder()}/rendezvous-{uuid.uuid4().hex}"
-        worker_group.execute(join, backend, meeting_point, backend_config.timeout_s)
+        try:
+            worker_group.execute(join, backend, meeting_point, backend_config.timeout_s)
+        except RuntimeError as error:
+            raise RendezvousFailed.of(error, backend_config.timeout_s) from error
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) > 1:
             with contextlib.suppress(ray.exceptions.GetTimeoutError):
                 ray.get(worker_group.execute_async(leave), timeout=SHUTDOWN_S)
+
+
+def host() -> str:
+    """Name and address of a worker's machine."""
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
 
 
 def join(backend: str, meeting_point: str, timeout_s: int) -> None:

@@ -23,6 +23,7 @@ from train_fn.model.unchanged import Inputs
 from train_fn.worker import LaneConfig, lane_loop, versions
 from tune.config.paths import SettingsError
 from tune.lanes.dispatcher import Dispatcher
+from tune.lanes.loopback import RendezvousFailed
 from tune.records.goals import epoch_goal
 
 if TYPE_CHECKING:
@@ -74,17 +75,21 @@ class Lanes:
                     self.say(f"Lanes: {notice}")
 
     def _run(self, lane: int, trainer: Any) -> None:
-        error, again = "", True
+        error, again, unreachable = "", True, False
         while again:
             try:
                 trainer.fit()
                 error, again = "", False
             except Exception as failure:  # whatever ended the lane, the trials that waited for it report it
                 error = f"lane {lane} ended: {failure}"
+                # A rendezvous fails in the controller, and Ray puts its whole trace into the message.
+                cause = getattr(failure, "controller_failure", None)
+                unreachable = isinstance(cause, RendezvousFailed)
+                error = str(cause) if unreachable else error
             if self.over or not ray.is_initialized():
                 return  # touching Ray after its shutdown would end the whole process
             if error:
-                again, placement_group = ray.get(self.dispatcher.controller_failed.remote(lane, error))
+                again, placement_group = ray.get(self.dispatcher.controller_failed.remote(lane, error, unreachable))
                 # The resources of a lost controller stay reserved as long as the study lives: Ray's own cleaner learns
                 # of the loss only through the dashboard, which a single machine does not run.
                 if placement_group:
@@ -114,12 +119,16 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from tune.lanes.compat_ray import lane_trainer
+    from tune.lanes.layout import placement_strategy
     from tune.lanes.loopback import INTERFACE, torch_config
 
     settings = study.settings
     alone = not os.environ.get("RAY_ADDRESS")
     environment = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
     environment |= {name: os.environ.get(name, value) for name, value in INTERFACE.items()} if alone else {}
+    timeout_s = round(2 * settings.study.hang_timeout) + 60
+    environment |= gpu_environment(timeout_s) if layout.use_gpu else {}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     trainer_class = lane_trainer(alone)
     folder = f"{study.storage.uri or study.directory}/ray/{time.strftime('%Y%m%d-%H%M%S')}"
     config = LaneConfig(
@@ -134,7 +143,8 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
         trace=settings.study.trace,
         versions=versions(),
         inputs=inputs_of(study),
-        collective_timeout_s=round(2 * settings.study.hang_timeout) + 60,
+        gpu_share=1 / layout.lanes_per_gpu if layout.use_gpu else 1.0,
+        collective_timeout_s=timeout_s,
     )
 
     def make(lane: int) -> Any:
@@ -146,6 +156,7 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
                 num_workers=layout.workers_per_trial,
                 use_gpu=layout.use_gpu,
                 resources_per_worker=layout.worker_resources,
+                placement_strategy=placement_strategy(layout, nodes),
             ),
             run_config=RunConfig(
                 name=f"lane-{lane}",
@@ -156,6 +167,18 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
         )
 
     return make
+
+
+def gpu_environment(collective_timeout_s: int) -> dict[str, str]:
+    """Variables of GPU workers, but for those that the user has set.
+
+    Expandable segments: with lengths that vary, torch's allocator otherwise reserves 1.45 times what it uses. The
+    monitor of NCCL's watchdog would abort a process after 480 s, before the dispatcher can report the reason.
+    """
+    variables = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(collective_timeout_s)}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads first
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
 def inputs_of(study: Study) -> Inputs:
