@@ -6,13 +6,13 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.train
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train.backend import Backend, BackendConfig
 
 from tune.lanes.ray_start import session_folder
 
@@ -20,17 +20,32 @@ INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # of the w
 SHUTDOWN_S = 30  # for the workers of a lane to leave their process group
 
 
-def torch_config(timeout_s: int) -> TorchConfig:
+def torch_config(timeout_s: int) -> Any:
     """How the workers of a lane meet: in Ray's way in a cluster that was joined, else in a file."""
+    from ray.train.torch import TorchConfig
+
     return (TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=timeout_s)
 
 
-class LoopbackConfig(TorchConfig):
-    """TorchConfig whose workers meet in a file."""
+@dataclass
+class LoopbackConfig(BackendConfig):
+    """Stands for a TorchConfig; its workers meet in a file.
+
+    Not a subclass: a lane's controller, which receives it, would import torch and never use it.
+    """
+
+    timeout_s: int
+    backend: str = "gloo"  # TorchTrainer asks for it; LoopbackBackend chooses by the workers' resources
 
     @property
     def backend_cls(self) -> type[Backend]:
         return LoopbackBackend
+
+    @property
+    def train_func_context(self) -> Any:
+        from ray.train.torch import TorchConfig
+
+        return TorchConfig().train_func_context
 
 
 class LoopbackBackend(Backend):
