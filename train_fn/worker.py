@@ -174,6 +174,9 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     with not_imported("mlflow", *([] if config.model.use_qlora else ["bitsandbytes"])):
         from train_fn.model.base import base_gib, load_base
 
+        from peft.import_utils import is_bnb_available
+
+        is_bnb_available()  # PEFT keeps the answer; asked at the first trial, it would import bitsandbytes then
         importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
     check_collectives(config.collective_timeout_s)
     check_node(config)
