@@ -172,9 +172,9 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
 
     with not_imported("mlflow", *([] if config.model.use_qlora else ["bitsandbytes"])):
-        from train_fn.model.base import base_gib, load_base
-
         from peft.import_utils import is_bnb_available
+
+        from train_fn.model.base import base_gib, load_base
 
         is_bnb_available()  # PEFT keeps the answer; asked at the first trial, it would import bitsandbytes then
         importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
