@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from typing import Any
 
 import pytest
@@ -102,7 +103,7 @@ def test_an_idle_group_that_was_killed_for_silence_gets_no_job(killed) -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.2)
         question = begin(dispatcher.next_assignment(0, "a", 0))
         await asyncio.sleep(0.01)
-        await dispatcher.heartbeat(0, "a", 0, "worker", 1)
+        await dispatcher.heartbeat(0, "a", 0, pickle.dumps("worker"), 1)
         assert await question is None and killed == ["worker"]
         await dispatcher.submit(train(0))
         assert (await dispatcher.next_assignment(0, "b", 0)).number == 0
@@ -201,9 +202,9 @@ def test_the_watch_survives_what_a_kill_raises(monkeypatch, error) -> None:
 
     async def scenario() -> None:
         dispatcher = await at_work(2, hang_timeout_s=0.2)
-        await dispatcher.heartbeat(0, "old 0", 0, "first", 1)
+        await dispatcher.heartbeat(0, "old 0", 0, pickle.dumps("first"), 1)
         await until(lambda: killed == ["first"])
-        await dispatcher.heartbeat(1, "old 1", 0, "second", 1)
+        await dispatcher.heartbeat(1, "old 1", 0, pickle.dumps("second"), 1)
         await until(lambda: killed == ["first", "second"])
         assert any("first" in n or str(error) in n for n in dispatcher.notices)
 
@@ -217,7 +218,7 @@ def test_the_watch_runs_from_the_start_and_restarts(killed) -> None:
         assert dispatcher.watch is not None and not dispatcher.watch.done()
         dispatcher.watch.cancel()
         await asyncio.sleep(0.01)
-        await dispatcher.heartbeat(0, "a", 0, "silent", 1)
+        await dispatcher.heartbeat(0, "a", 0, pickle.dumps("silent"), 1)
         await until(lambda: killed == ["silent"])  # already while it starts
 
     run(scenario)
@@ -279,7 +280,7 @@ def test_a_start_that_never_ends_is_mentioned_then_ended_in_spite_of_heartbeats(
         await dispatcher.submit(train(0))
         assert await dispatcher.register(0, "a")
         while not killed:
-            await dispatcher.heartbeat(0, "a", 0, "worker", 0)
+            await dispatcher.heartbeat(0, "a", 0, pickle.dumps("worker"), 0)
             await asyncio.sleep(0.02)
         assert [n for n in dispatcher.notices if "has been loading the base for 0.1 s" in n] == dispatcher.notices[:1]
         last = await dispatcher.next_report(0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -453,7 +454,7 @@ def test_a_worker_that_makes_no_progress_is_ended_if_it_has_a_job(monkeypatch) -
         async def lives() -> None:
             for _ in range(6):
                 await asyncio.sleep(0.1)
-                await dispatcher.heartbeat(0, "g", 0, "zero", 1)
+                await dispatcher.heartbeat(0, "g", 0, pickle.dumps("zero"), 1)
 
         waiting = begin(dispatcher.next_assignment(0, "g", 0))
         await lives()
@@ -479,11 +480,11 @@ def test_a_worker_without_heartbeats_is_ended(monkeypatch) -> None:
         dispatcher = Dispatcher(1, hang_timeout_s=0.4)
         await dispatcher.submit(train(0))
         await dispatcher.next_assignment(0, "g", 0)
-        await dispatcher.heartbeat(0, "g", 0, "zero", 1)
-        await dispatcher.heartbeat(0, "g", 1, "one", 1)
+        await dispatcher.heartbeat(0, "g", 0, pickle.dumps("zero"), 1)
+        await dispatcher.heartbeat(0, "g", 1, pickle.dumps("one"), 1)
         for beats in range(6):
             await asyncio.sleep(0.1)
-            await dispatcher.heartbeat(0, "g", 0, "zero", beats)
+            await dispatcher.heartbeat(0, "g", 0, pickle.dumps("zero"), beats)
         assert killed == ["one"]
         assert (await dispatcher.next_assignment(0, "h", 0)).number == 0
 

@@ -25,7 +25,8 @@ from tune.records.journal import Journal, read_events
 from tune.records.optuna_study import DatabaseExport, as_optuna, distributions_json
 from tune.records.trials import TrialRecord, trial_records
 from tune.search.early_stopping import should_stop
-from tune.search.points import Point, prior_trials, propose, recover_distributions
+from tune.search.point import Point
+from tune.search.points import prior_trials, propose, recover_distributions
 from tune.search.searcher import JournalSearcher
 
 GOALS = (("auroc", "max"),)

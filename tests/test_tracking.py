@@ -119,7 +119,7 @@ def report(epoch: int, seed: int, last: int = 3) -> dict[str, Any]:
 def study(tmp_path_factory) -> Path:
     """A study's folder: six trials that end in every way, two of them begun again by a second session."""
     from tune.search.callback import StudyLog
-    from tune.search.points import Point
+    from tune.search.point import Point
 
     directory = tmp_path_factory.mktemp("study") / "s"
     adapter = directory / "best_adapter"

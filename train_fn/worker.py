@@ -28,6 +28,7 @@ from train_fn.model.hub import fetch_apart
 from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.unchanged import Inputs
 from train_fn.settings import ModelSettings
+from train_fn.support.imports import not_imported
 from train_fn.support.storage import Storage
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
@@ -189,10 +190,14 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
         fetch_apart(config.model.model)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
 
-    from train_fn.model.base import base_gib, load_base
-    from train_fn.trial.memory import free_memory
+    with not_imported("mlflow", *([] if config.model.use_qlora else ["bitsandbytes"])):
+        from peft.import_utils import is_bnb_available
 
-    importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
+        from train_fn.model.base import base_gib, load_base
+        from train_fn.trial.memory import free_memory
+
+        is_bnb_available()  # PEFT keeps the answer; asked at the first trial, it would import bitsandbytes then
+        importlib.import_module("train_fn.trial.loop")  # with DeepSpeed: seconds that should count for no trial
     check_collectives(config.collective_timeout_s)
     check_node(config)
     base = load_base(config.model, device)
@@ -380,7 +385,9 @@ class Heartbeats(threading.Thread):
 
         self.profile = profile
         self.dispatcher = config.dispatcher
-        self.sender = (config.lane, group, rank, ray.get_runtime_context().current_actor)
+        # As bytes: the dispatcher would import Ray Train for the handle, which it needs only to end a hanging worker.
+        handle = ray.cloudpickle.dumps(ray.get_runtime_context().current_actor)
+        self.sender = (config.lane, group, rank, handle)
         self.must_stop = False
 
     def run(self) -> None:

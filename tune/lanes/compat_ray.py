@@ -50,14 +50,28 @@ def keep_keys_out_of_logs() -> None:
 
 def lane_trainer(alone: bool) -> Any:
     """TorchTrainer without processes that Ray adds to each one and lanes do not need: for datasets and, on a Ray of one
-    machine, for removing placement groups, which needs the dashboard."""
+    machine, for removing placement groups, which needs the dashboard, and for asking an autoscaler for nodes. Workers
+    would start only after the latter's answer."""
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone else set())
+
+    class NoAutoscaling(FixedScalingPolicy):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            pass  # without a client, nothing is cancelled either
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
 
     class LaneTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2's TorchTrainer
             return [callback for callback in callbacks if type(callback).__name__ not in needless]
+
+        def _initialize_and_run_controller(self, **options: Any) -> Any:
+            if alone:
+                options["scaling_policy"] = NoAutoscaling(self.scaling_config)  # type: ignore[arg-type]  # of Train V2
+            return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
 
     return LaneTrainer

@@ -198,10 +198,11 @@ class Dispatcher:
         else:
             self._notify(f"lane {lane_number} starts again: {first_line(error)}")
 
-    async def heartbeat(self, lane_number: int, group: str, rank: int, actor: Any, progress: int) -> bool:
+    async def heartbeat(self, lane_number: int, group: str, rank: int, actor: bytes, progress: int) -> bool:
         """Record a heartbeat. Returns True if the worker must shut down.
 
         Args:
+            actor: the worker's handle, pickled.
             progress: a counter that rises while the worker makes progress.
         """
         self._keep_watch()
@@ -406,7 +407,7 @@ class Dispatcher:
         for rank in ranks:
             actor = group.heartbeats.pop(rank).actor
             try:
-                ray.kill(actor)
+                ray.kill(ray.cloudpickle.loads(actor))
             except (ValueError, ray.exceptions.RayError) as error:  # no longer an actor that can be killed
                 self._notify(f"a worker of lane {lane.number} could not be ended: {error}")
         if group.is_ready:

@@ -29,7 +29,7 @@ LONGEST_START_S = 1800.0  # of loading the base; the time-out for hangs if that 
 class Heartbeat:
     """The last heartbeat of a worker."""
 
-    actor: Any
+    actor: bytes  # its handle, pickled
     received_at: float
     progress: int  # the worker's counter of progress
     progressed_at: float  # when the counter last rose, or the worker had nothing to do
@@ -47,7 +47,7 @@ class WorkerGroup:
     assignments: dict[int, asyncio.Future[Job | None]] = field(default_factory=dict)  # by assignment index
     slow_start_noted: bool = False
 
-    def beat(self, rank: int, actor: Any, progress: int, busy: bool) -> None:
+    def beat(self, rank: int, actor: bytes, progress: int, busy: bool) -> None:
         """Record a heartbeat. busy: the group has a job and waits for no decision."""
         now, last = time.monotonic(), self.heartbeats.get(rank)
         stands_still = busy and last is not None and last.progress == progress
@@ -68,7 +68,7 @@ class WorkerGroup:
         unheard = [last for last in self.heartbeats.values() if self.is_ready and now - last.received_at > LOST_S]
         for last in unheard:
             try:
-                await asyncio.wait_for(last.actor.__ray_ready__.remote(), ANSWER_S)
+                await asyncio.wait_for(ray.cloudpickle.loads(last.actor).__ray_ready__.remote(), ANSWER_S)
             except ray.exceptions.ActorDiedError:
                 return True
             except (TimeoutError, ray.exceptions.RayError):  # it lives and is busy, or cannot be reached now

@@ -7,13 +7,13 @@ import contextlib
 import os
 import socket
 import uuid
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.train
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train.backend import Backend, BackendConfig
 
 from tune.lanes.ray_start import session_folder
 
@@ -22,9 +22,13 @@ SHUTDOWN_S = 5  # for the workers of a lane to leave their process group; after 
 SHUTDOWN_VARIABLE = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"  # the same for the workers of a cluster; Ray's default: 30
 
 
-def torch_config(timeout_s: int) -> TorchConfig:
+def torch_config(timeout_s: int) -> Any:
     """How the workers of a lane meet: in Ray's way in a cluster that was joined, else in a file."""
-    return (ClusterConfig if os.environ.get("RAY_ADDRESS") else LoopbackConfig)(timeout_s=timeout_s)
+    if os.environ.get("RAY_ADDRESS"):
+        from tune.lanes.cluster_backend import ClusterConfig  # a controller on a cluster needs torch for it
+
+        return ClusterConfig(timeout_s=timeout_s)
+    return LoopbackConfig(timeout_s=timeout_s)
 
 
 class RendezvousFailed(RuntimeError):
@@ -41,31 +45,25 @@ class RendezvousFailed(RuntimeError):
         )
 
 
-class ClusterConfig(TorchConfig):
-    """TorchConfig whose errors name the hosts, and whose shutdown after the loss of a rank is short."""
+@dataclass
+class LoopbackConfig(BackendConfig):
+    """Stands for a TorchConfig; its workers meet in a file.
 
-    @property
-    def backend_cls(self) -> type[Backend]:
-        parent: Any = super().backend_cls
+    Not a subclass: a lane's controller, which receives it, would import torch and never use it.
+    """
 
-        class ClusterBackend(parent):  # of the class that Ray gives to a TorchConfig
-            def on_start(self, worker_group: Any, backend_config: Any) -> None:
-                os.environ.setdefault(SHUTDOWN_VARIABLE, str(SHUTDOWN_S))  # of this controller, which reads it later
-                hosts = ", ".join(dict.fromkeys(worker_group.execute(host)))
-                try:
-                    super().on_start(worker_group, backend_config)
-                except RuntimeError as error:
-                    raise RendezvousFailed.of(error, backend_config.timeout_s, hosts) from error
-
-        return ClusterBackend
-
-
-class LoopbackConfig(TorchConfig):
-    """TorchConfig whose workers meet in a file."""
+    timeout_s: int
+    backend: str = "gloo"  # TorchTrainer asks for it; LoopbackBackend chooses by the workers' resources
 
     @property
     def backend_cls(self) -> type[Backend]:
         return LoopbackBackend
+
+    @property
+    def train_func_context(self) -> Any:
+        from ray.train.torch import TorchConfig
+
+        return TorchConfig().train_func_context
 
 
 class LoopbackBackend(Backend):

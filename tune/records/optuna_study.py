@@ -5,6 +5,7 @@ The journal is the truth. An Optuna study is made from its records whenever some
 
 from __future__ import annotations
 
+import functools
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -91,12 +92,18 @@ class DatabaseExport:
 
     def __init__(self, path: Path, name: str, goals: Sequence[Goal]) -> None:
         self.path, self.name, self.goals = path, name, goals
-        self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+        self._num_trials = 0
+
+    @functools.cached_property
+    def _connection(self) -> sqlite3.Connection:
+        return sqlite3.connect(":memory:", check_same_thread=False)
+
+    @functools.cached_property
+    def _study(self) -> optuna.Study:  # made at the first write: SQLAlchemy takes most of a second of a study's start
         storage = optuna.storages.RDBStorage(
             "sqlite://", engine_kwargs={"creator": lambda: self._connection, "poolclass": sqlalchemy.StaticPool}
         )
-        self._study = optuna.create_study(study_name=name, storage=storage, directions=directions_of(goals))
-        self._num_trials = 0
+        return optuna.create_study(study_name=self.name, storage=storage, directions=directions_of(self.goals))
 
     def write(self, records: Mapping[int, TrialRecord], ended_only: bool = True) -> None:
         """Write the trials that are not in the file yet, in the order of their numbers. Raises OSError.

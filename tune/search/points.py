@@ -12,13 +12,11 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from train_fn.settings import TrialSettings
 from tune.config.paths import study_directory
 from tune.config.samplers import make_sampler
 from tune.config.space import SpaceError, first_points, load_space, searched_settings
@@ -28,19 +26,7 @@ from tune.records.end_state import EndState
 from tune.records.journal import read_events
 from tune.records.optuna_study import as_optuna, distributions_json, read_distributions
 from tune.records.trials import TrialRecord, trial_records
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of the search space."""
-
-    searched: dict[str, Any]
-    """The values that the sampler chose, by the names under which the space asks for them."""
-    distributions: dict[str, str]
-    """Their ranges, as Optuna's JSON."""
-    settings: TrialSettings
-    decided: tuple[str, ...]
-    """The settings that the space decides; the others are the command line's."""
+from tune.search.point import Point
 
 
 def propose(
