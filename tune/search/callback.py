@@ -59,7 +59,11 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         # A trial whose Tune process was lost reports its epochs again.
         if epoch > len(self.records[number].epochs):
             self._write("report", number, **vars(result["report"]))
-        return should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals)
+        if not should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals):
+            return False
+        # Before the trial's Tune process does it, which does not know that no session goes on with the trial.
+        self.dispatcher.stop.remote(number, for_good=True)
+        return True
 
     def stop_all(self) -> bool:
         return self.spent()
