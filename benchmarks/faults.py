@@ -35,7 +35,7 @@ def space(trial):
             "num_train_epochs": 8}
 """
 OPTIONS = ["--trials", str(TRIALS), "--scheduler", "none", "--num-phantoms", "120", "--save-steps", "3"]
-OPTIONS += ["--hang-timeout", "6"]
+OPTIONS += ["--hang-timeout", "6", "--save-state-every", "0"]
 PATIENCE = 300.0  # seconds without an event in the journal after which the study is taken for stuck
 PROCESSES = {
     "worker killed": ("ray::RayTrainWorker",),

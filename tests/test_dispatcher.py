@@ -10,6 +10,7 @@ import pytest
 import ray
 from jobs import group_of, report, running, train
 
+from train_fn.jobs import Verdict
 from tune.lanes.dispatcher import MAX_ALIKE, Dispatcher
 from tune.lanes.lane_state import MAX_CONTROLLERS_IN_A_ROW
 
@@ -136,7 +137,7 @@ def test_a_late_message_of_a_dead_group_changes_nothing(kind) -> None:
         elif kind == "progress":
             await dispatcher.progress(0, "old 0", {"step": 99})
         elif kind == "report":
-            assert await dispatcher.report(0, "old 0", 1, report(1, finished=True)) is True
+            assert await dispatcher.report(0, "old 0", 1, report(1, finished=True)) == Verdict.PAUSE
         elif kind == "memory":
             await dispatcher.out_of_memory(0, "old 0", "out of memory", True)
         elif kind == "fault":
@@ -180,7 +181,7 @@ def test_a_report_of_a_trial_that_has_failed_is_answered_at_once() -> None:
     async def scenario() -> None:
         dispatcher = await at_work()
         await dispatcher.fail(0, "old 0", "boom")
-        assert await dispatcher.report(0, "old 0", 1, report(1)) is True
+        assert await dispatcher.report(0, "old 0", 1, report(1)) == Verdict.PAUSE
         assert len(dispatcher.jobs[0].reports) == 1
 
     run(scenario)
@@ -378,7 +379,7 @@ def test_the_same_fault_on_two_groups_ends_the_study_and_fails_no_trial() -> Non
         await dispatcher.study_fault(0, "new", "the processor refuses bad.png")
         for number in (0, 2):
             assert (await dispatcher.next_report(number, 0)).study_error == "the processor refuses bad.png"
-        assert (await dispatcher.next_report(1, 1)).study_error and await waiting is True
+        assert (await dispatcher.next_report(1, 1)).study_error and await waiting == Verdict.PAUSE
         await dispatcher.submit(train(9))
         assert (await dispatcher.next_report(9, 0)).study_error == "the processor refuses bad.png"
 

@@ -211,7 +211,7 @@ class Trainings:
     def _snapshot(self) -> dict[str, Any]:
         return {"lanes": 2, "starting": 0, "running": []}
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int, for_good: bool = False) -> None:
         pass
 
 

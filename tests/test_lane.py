@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jobs import group_of, report, running, train
 
 from train_fn.data.samples import Sample, Splits, closed_set
-from train_fn.jobs import ScoreJob
+from train_fn.jobs import ScoreJob, Verdict
 from train_fn.model.batches import BatchFailed
 from train_fn.settings import ModelSettings
 from train_fn.support.storage import Storage
@@ -72,7 +72,7 @@ def test_last_report_lets_a_job_run_to_its_end() -> None:
         last = begin(dispatcher.last_report(0))
         await dispatcher.next_assignment(0, "g", 0)
         for epoch in (1, 2, 3):
-            assert await dispatcher.report(0, "g", epoch, report(epoch, finished=epoch == 3)) is False
+            assert await dispatcher.report(0, "g", epoch, report(epoch, finished=epoch == 3)) == Verdict.GO_ON
         assert replace(await last, device_s=0) == report(3, finished=True)
 
     run(scenario)
@@ -153,7 +153,23 @@ def test_stop_decides_on_the_pending_report() -> None:
         rank = begin(dispatcher.report(0, "g", 1, report(1)))
         await dispatcher.next_report(0, 0)
         await dispatcher.stop(0)
-        assert await rank is True
+        assert await rank == Verdict.PAUSE
+
+    run(scenario)
+
+
+def test_a_stop_for_good_stays_one() -> None:
+    """Tune's process of the trial stops it, too, and knows nothing of the reason."""
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(train(0))
+        await dispatcher.next_assignment(0, "g", 0)
+        ranks = [begin(dispatcher.report(0, "g", 1, message)) for message in (report(1), None)]
+        await dispatcher.next_report(0, 0)
+        await dispatcher.stop(0, for_good=True)
+        await dispatcher.stop(0)
+        assert await asyncio.gather(*ranks) == [Verdict.END, Verdict.END]
 
     run(scenario)
 
@@ -166,7 +182,7 @@ def test_stop_before_a_report_and_before_a_start() -> None:
         await dispatcher.stop(1)
         await dispatcher.next_assignment(0, "g", 0)
         await dispatcher.stop(0)
-        assert await dispatcher.report(0, "g", 1, report(1)) is True
+        assert await dispatcher.report(0, "g", 1, report(1)) == Verdict.PAUSE
         assert not await soon(dispatcher.next_assignment(0, "g", 1))  # trial 1 was taken out of the queue
 
     run(scenario)
@@ -181,7 +197,7 @@ def test_a_lost_job_starts_again_and_repeated_epochs_are_not_published_twice() -
         assert (await dispatcher.next_report(7, 0)).epoch == 1
         waiting = begin(dispatcher.next_report(7, 1))
         assert (await dispatcher.next_assignment(0, "new", 0)).number == 7
-        assert await dispatcher.report(7, "new", 1, report(1)) is False
+        assert await dispatcher.report(7, "new", 1, report(1)) == Verdict.GO_ON
         assert not waiting.done()
         begin(dispatcher.report(7, "new", 2, report(2, finished=True)))
         assert (await waiting).epoch == 2
@@ -403,7 +419,7 @@ def test_a_new_tune_process_gets_the_reports_again() -> None:
         assert (await dispatcher.next_report(0, 0)).epoch == 1
         assert not rank.done()
         waiting = begin(dispatcher.next_report(0, 1))
-        assert await rank is False
+        assert await rank == Verdict.GO_ON
         waiting.cancel()
 
     run(scenario)

@@ -337,7 +337,7 @@ def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monk
     reports: list[EpochReport] = []
     with pytest.raises(Killed):
         run_trial(base, splits, settings, lambda report: reports.append(report) or False,
-                  output=tmp_path / "killed")  # fmt: skip
+                  output=tmp_path / "killed", save_state_every=0)  # fmt: skip
     steps_done: list[int] = []
     monkeypatch.setattr(loop, "train_step", lambda *args: steps_done.append(args[2]) or step(*args))
     again = train(base, splits, settings, tmp_path / "killed")

@@ -30,7 +30,8 @@ def space(trial):
     return {"lora_r": 4 * (1 + trial.number % 3), "lora_alpha": 8, "learning_rate": 1e-3 * (1 + trial.number % 2),
             "num_train_epochs": 2}
 """
-OPTIONS = ["--trials", "6", "--lanes", "1", "--scheduler", "none", "--num-phantoms", "60", "--save-steps", "2"]
+OPTIONS = ["--trials", "6", "--lanes", "1", "--scheduler", "none", "--num-phantoms", "60", "--save-steps", "2",
+           "--save-state-every", "0"]  # fmt: skip
 
 
 def processes(driver: subprocess.Popen, *names: str) -> list[psutil.Process]:

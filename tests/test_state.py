@@ -10,13 +10,14 @@ import os
 import pickle
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from train_fn.jobs import EpochReport
+from train_fn.jobs import EpochReport, Verdict
 from train_fn.settings import TrialSettings
 from train_fn.support import storage
 from train_fn.support.files import write_checked
@@ -129,9 +130,9 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
         assert not (tmp_path / "final_model").exists() or len(partial) >= 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    from train_fn.trial import loop
+    from train_fn.trial import run
 
-    write = loop.retry_on_os_error
+    write = run.retry_on_os_error
 
     def with_a_full_disk(action: Any, tell: Any) -> None:
         if not refused:
@@ -142,7 +143,7 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(storage.time, "sleep", lift)
-    monkeypatch.setattr(loop, "retry_on_os_error", with_a_full_disk)
+    monkeypatch.setattr(run, "retry_on_os_error", with_a_full_disk)
     base.processor_files = {}
     reports = train(base, splits, tmp_path)
     assert numbers(reports) == undisturbed
@@ -150,3 +151,74 @@ def test_a_full_disk_costs_time_and_no_number(base, splits, tmp_path, monkeypatc
     names = {path.name for path in (tmp_path / "final_model").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "task.json", "tokenizer.json"} <= names
     assert [path for path in tmp_path.rglob(".*")] == []
+
+
+EPOCHS = TrialSettings(num_train_epochs=3, lora_r=4, lora_alpha=8, learning_rate=1e-3, save_steps=0)
+
+
+def files_of_each_report(base, splits, output: Path, **options: Any) -> list[int]:
+    """How many files of points there are when each epoch is reported."""
+    counts: list[int] = []
+
+    def report(message: EpochReport) -> bool:
+        counts.append(len(list(output.glob("state/*.state"))))
+        return False
+
+    run_trial(base, splits, EPOCHS, report, output=output, **options)
+    return counts
+
+
+def test_a_trial_of_less_than_a_minute_has_no_state(base, splits, tmp_path) -> None:
+    assert files_of_each_report(base, splits, tmp_path) == [0, 0, 0]
+
+
+def test_the_last_report_comes_after_every_write(base, splits, tmp_path, monkeypatch) -> None:
+    write = ResumeState.write
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        write(*args)
+
+    monkeypatch.setattr(ResumeState, "write", slow)
+    assert files_of_each_report(base, splits, tmp_path, save_state_every=0)[-1] == 2
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(("verdict", "num_points"), [(Verdict.PAUSE, 1), (Verdict.END, 0)])
+def test_a_paused_trial_keeps_a_state_and_one_that_is_over_none(base, splits, tmp_path, verdict, num_points) -> None:
+    run_trial(base, splits, EPOCHS, lambda message: verdict, output=tmp_path)
+    assert len(list(tmp_path.glob("state/*.state"))) == num_points
+
+
+def test_an_error_of_a_write_in_the_background_ends_the_trial(base, splits, tmp_path, monkeypatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ResumeState, "write", full)
+    monkeypatch.setattr(storage, "MAX_RETRY_S", -1.0)
+    with pytest.raises(OSError, match="No space left"):
+        files_of_each_report(base, splits, tmp_path, save_state_every=0)
+
+
+def test_a_trial_killed_between_two_points_repeats_its_epochs(base, splits, tmp_path) -> None:
+    """It goes on from the point after the first epoch, and reports the second one again, with the same numbers."""
+
+    class Killed(BaseException):
+        pass
+
+    whole: list[EpochReport] = []
+    run_trial(base, splits, EPOCHS, lambda message: whole.append(message) or False)
+    first: list[EpochReport] = []
+    run_trial(base, splits, EPOCHS, lambda message: first.append(message) or Verdict.PAUSE, output=tmp_path)
+
+    def dies(message: EpochReport) -> bool:
+        if message.epoch == 3:
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        run_trial(base, splits, EPOCHS, dies, output=tmp_path)
+    again: list[EpochReport] = []
+    run_trial(base, splits, EPOCHS, lambda message: again.append(message) or False, output=tmp_path)
+    assert [message.epoch for message in again] == [1, 2, 3]
+    assert numbers(again) == numbers(whole)

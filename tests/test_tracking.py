@@ -131,7 +131,7 @@ def study(tmp_path_factory) -> Path:
     parts = {"name": "s", "journal": journal, "directory": directory, "storage": Storage(directory, "")}
     made: Any = SimpleNamespace(goals=(("auroc", "max"),), settings=settings, **parts)
     stopped: list[int] = []
-    dispatcher = SimpleNamespace(stop=SimpleNamespace(remote=stopped.append))
+    dispatcher = SimpleNamespace(stop=SimpleNamespace(remote=lambda number, for_good=False: stopped.append(number)))
 
     def session() -> StudyLog:
         tags = {"metric": "auroc", "version_ray": "2.60.0"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,16 @@ class EpochReport(TrialFacts):
         known = {item.name for item in dataclasses.fields(cls)}
         values = {"finished": values.get("done", False)} | dict(values)
         return cls(**{name: value for name, value in values.items() if name in known})
+
+
+class Verdict(enum.IntEnum):
+    """The answer to an `EpochReport`. False is GO_ON, and True is PAUSE."""
+
+    GO_ON = 0
+    PAUSE = 1
+    """The trial ends here for now. It keeps `state/`, because a study that goes on may train it further."""
+    END = 2
+    """Early stopping ends the trial. Nothing continues it, so it keeps no state."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial")
 GUIDE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SAVE_STATE_EVERY_S = 60.0  # between two writes of a trial's state
 PROFILE_PREFIX = "profile_"  # of the phases that `--profile` adds to a trial's seconds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Stage 3 would partition the frozen base itself, and bitsandbytes' 4-bit weights cannot be split (bitsandbytes#1249).

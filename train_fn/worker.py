@@ -23,11 +23,11 @@ from typing import Any
 
 from train_fn.data.samples import Splits
 from train_fn.execution import smaller
-from train_fn.jobs import EpochReport, Job, ScoreJob, ScoreReport, TrainJob
+from train_fn.jobs import EpochReport, Job, ScoreJob, ScoreReport, TrainJob, Verdict
 from train_fn.model.hub import fetch_apart
 from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.unchanged import Inputs
-from train_fn.settings import ModelSettings
+from train_fn.settings import SAVE_STATE_EVERY_S, ModelSettings
 from train_fn.support.imports import not_imported
 from train_fn.support.storage import Storage
 
@@ -58,6 +58,8 @@ class LaneConfig:
     """torch threads of each worker; 0 leaves torch's default (GPU workers)."""
     best_by: tuple[str, str] | None = None
     """Metric and direction by which a trial's best epoch is chosen. None: the last epoch counts."""
+    save_state_every: float = SAVE_STATE_EVERY_S
+    """Seconds between two writes of a trial's state."""
     profile: bool = False
     trace: bool = False
     versions: dict[str, str] = field(default_factory=dict)
@@ -238,7 +240,7 @@ def with_execution(config: LaneConfig, base: Any, job: Job, free_gib: float) -> 
 
 
 def run_job(
-    config: LaneConfig, base: Any, job: Job, group: str, rank: int, report: Callable[[EpochReport], bool],
+    config: LaneConfig, base: Any, job: Job, group: str, rank: int, report: Callable[[EpochReport], Verdict],
     heartbeats: Heartbeats,
 ) -> None:  # fmt: skip
     """Train a trial, or score adapters on the test images."""
@@ -269,6 +271,7 @@ def run_job(
         output=job.output,
         storage=config.storage,
         best_by=config.best_by,
+        save_state_every=config.save_state_every,
         preempted=lambda: heartbeats.must_stop,
         profile=config.profile,
         trace=config.trace,
@@ -278,8 +281,8 @@ def run_job(
 
 def reporter(
     config: LaneConfig, job: Job, group: str, rank: int, facts: dict[str, Any], idle_since: float
-) -> Callable[[EpochReport], bool]:
-    """The report function of a trial: sends rank 0's report to the dispatcher and returns its decision on every rank.
+) -> Callable[[EpochReport], Verdict]:
+    """The report function of a trial: sends rank 0's report to the dispatcher and returns its verdict on every rank.
 
     Args:
         facts: fields of the report that only the worker knows.
@@ -289,7 +292,7 @@ def reporter(
 
     notes = job.notes if isinstance(job, TrainJob) else ()
 
-    def report(message: EpochReport) -> bool:
+    def report(message: EpochReport) -> Verdict:
         if rank == 0:
             more = {"notes": [*notes, *message.notes], "wall_s": time.perf_counter() - idle_since}
             message = replace(message, **(facts | more), system=system_metrics())

@@ -51,7 +51,7 @@ def replay(study: Study, number: int, run: int, say: Callable[[str], None]) -> i
                 say(f"It failed: {report.error.splitlines()[0]}")
                 break
             metrics.append(report.metrics)
-        ray.get(dispatcher.stop.remote(number))
+        ray.get(dispatcher.stop.remote(number, for_good=True))
         lanes.close()
         ray.shutdown()
     finally:

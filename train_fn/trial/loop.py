@@ -11,24 +11,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from train_fn.data.order import epoch_order
 from train_fn.data.samples import Splits
 from train_fn.execution import Execution
-from train_fn.jobs import EpochReport
+from train_fn.jobs import EpochReport, Verdict
 from train_fn.model.base import Base
-from train_fn.settings import TrialSettings
+from train_fn.settings import SAVE_STATE_EVERY_S, TrialSettings
 from train_fn.support.cleanup import at_end
-from train_fn.support.profile import Clock, count_work, phase, profiled, traced
-from train_fn.support.ranks import gather, seed_everything, world
-from train_fn.support.storage import Storage, retry_on_os_error
+from train_fn.support.profile import Clock, phase, profiled, traced
+from train_fn.support.ranks import seed_everything, world
+from train_fn.support.storage import Storage
 from train_fn.trial.applied import (
     TrialFailed,
     check_applied,
@@ -37,11 +34,10 @@ from train_fn.trial.applied import (
     read_applied,
     read_schedule,
 )
-from train_fn.trial.engine import build_engine, load_engine_state
+from train_fn.trial.engine import build_engine
 from train_fn.trial.lora import adapted
 from train_fn.trial.memory import choose_execution, free_memory
 from train_fn.trial.outputs import (
-    History,
     checkpoints,
     copy_final,
     save_checkpoint,
@@ -50,11 +46,11 @@ from train_fn.trial.outputs import (
     save_predictions,
 )
 from train_fn.trial.resume_state import ResumeState
-from train_fn.trial.scoring import evaluate
+from train_fn.trial.run import Progress, Run
+from train_fn.trial.scoring import Evaluation, evaluate
 from train_fn.trial.steps import micro_batches, train_step
 
-Report = Callable[[EpochReport], bool]
-Progress = Callable[[dict[str, Any]], object]
+Report = Callable[[EpochReport], Verdict | bool]
 
 
 class Preempted(Exception):
@@ -72,6 +68,7 @@ def run_trial(
     output: Path | None = None,
     storage: Storage | None = None,
     best_by: tuple[str, str] | None = None,
+    save_state_every: float = SAVE_STATE_EVERY_S,
     progress: Progress | None = None,
     preempted: Callable[[], bool] = lambda: False,
     profile: bool = False,
@@ -80,15 +77,17 @@ def run_trial(
     """Train one adapter and report after each epoch.
 
     Args:
-        report: called on every rank after each epoch; if it returns True, the trial stops early. The last epoch's
-            report has `finished` and comes after the adapter is written. A trial that continues after a kill first
-            repeats its reports: the process that received them may be gone.
+        report: called on every rank after each epoch. Its answer, the same on every rank, is a `Verdict`. The last
+            epoch's report has `finished` and comes after the adapter is written. A trial that continues after a kill
+            first repeats its reports: the process that received them may be gone.
         execution: how the steps are computed. Not given: as the memory of this device allows.
         output: folder for `state/` while the trial is unfinished, for `checkpoint-N/`, and at the end of a trial that
             is not stopped early for `final_model/` and trainer_state.json.
         storage: where `output` is also kept. Not given: on this disk only.
         best_by: a validation metric, and "max" or "min": the adapter and the validation predictions that are kept are
             those of the epoch that is best by it. Not given, or the metric is finite in no epoch: of the last epoch.
+        save_state_every: seconds between two writes of `state/` after an epoch; 0: after every epoch. Every
+            `save_steps` steps, and when the trial must pause or shut down, it is written in any case.
         progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training
             begins, every `logging_steps` optimizer steps, and when an evaluation begins; it must not block.
         preempted: whether this process must shut down soon; called in each optimizer step.
@@ -133,7 +132,9 @@ def run_trial(
         tracer = traced(output / "trace.json.gz") if trace and output and rank == 0 else None
         end_traced_step = stack.enter_context(tracer or contextlib.nullcontext(lambda: None))
         totals = {"num_epochs": num_epochs, "num_steps": num_steps}
-        run = Run(engine, ResumeState(output, storage, settings), clock, progress, totals, best_by)
+        state = ResumeState(output, storage, settings)
+        run = Run(engine, state, clock, progress, totals, best_by, save_state_every)
+        stack.callback(run.writer.close)
         if not run.resume():
             run.state.discard()
             for old in checkpoints(output, storage) if output is not None and rank == 0 else []:
@@ -141,13 +142,13 @@ def run_trial(
         clock.lap("setup")
         if profile:
             stack.enter_context(profiled(clock.by_phase, base.device))
-        log, troubles, stop = run.log, run.notes, False
+        log, troubles, verdict = run.log, run.notes, Verdict.GO_ON
         for earlier in run.reports:
-            stop = stop or report(EpochReport.from_dict(earlier))
+            verdict = verdict or Verdict(report(EpochReport.from_dict(earlier)))
 
         # ------------------------------------------------------------------------------------------- epoch after epoch
         run.announce("train", None)
-        while not stop and run.epoch <= num_epochs:
+        while verdict == Verdict.GO_ON and run.epoch <= num_epochs:
             epoch = run.epoch
             first = (epoch - 1) * steps_per_epoch
             order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
@@ -171,6 +172,7 @@ def run_trial(
                 if leave:
                     clock.lap("train")
                     run.save()
+                    run.finish_writes()
                     raise Preempted(f"left at step {log.step}")
             train_loss = sum(run.losses) / len(run.losses)
             run.announce("evaluation", train_loss)
@@ -184,15 +186,19 @@ def run_trial(
             if last:
                 check_trained(engine, settings, len(splits.train), epoch)
             counts = run.is_best(metrics) or (last and not run.best_epoch)
-            if output is not None and rank == 0:
-                if counts:
-                    folder = output if last else run.state.epoch_folder(epoch)
-                    run.write(functools.partial(save_final, base, model, settings, splits, folder, storage, evaluation))
-                    run.write(functools.partial(save_predictions, splits, evaluation, folder, storage))
-                elif last:
-                    kept = run.state.epoch_folder(run.best_epoch)
-                    run.write(functools.partial(copy_final, kept, output, storage))
-                if last:
+
+            def save_epoch(folder: Path, evaluation: Evaluation = evaluation) -> None:
+                run.write(functools.partial(save_final, base, model, settings, splits, folder, storage, evaluation))
+                run.write(functools.partial(save_predictions, splits, evaluation, folder, storage))
+
+            if output is not None and last:
+                run.finish_writes()
+                if rank == 0:
+                    if counts:
+                        save_epoch(output)
+                    else:
+                        kept = run.state.epoch_folder(run.best_epoch)
+                        run.write(functools.partial(copy_final, kept, output, storage))
                     run.write(functools.partial(save_log, log, output, storage))
                 clock.lap("checkpoint")
             message = EpochReport(
@@ -208,102 +214,15 @@ def run_trial(
             )
             run.reports.append(dataclasses.asdict(message))
             run.epoch, run.losses = epoch + 1, []
-            run.save()
             with phase("idle"):
-                stop = report(message)
+                verdict = Verdict(report(message))
             clock.lap("report")
-        if not stop:
-            run.write(run.state.remove)  # a stopped trial keeps it: a study that continues may train it further
-
-
-@dataclass
-class Run:
-    """How far a trial has come, and how that is saved."""
-
-    engine: Any
-    state: ResumeState
-    clock: Clock
-    progress: Progress | None
-    totals: dict[str, int]
-    """`num_epochs` and `num_steps` of the whole trial."""
-    best_by: tuple[str, str] | None = None
-    """As for `run_trial`."""
-    best_epoch: int = 0
-    """The best epoch so far; 0: none is."""
-    best_score: float | None = None
-    """Its score."""
-    saved_best: int = 0
-    """The best epoch of the last saved point."""
-    log: History = field(default_factory=History)
-    epoch: int = 1
-    losses: list[float] = field(default_factory=list)
-    """Losses of this epoch's steps so far."""
-    reports: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """Storage errors that were retried, and damaged states; part of every report."""
-
-    def resume(self) -> bool:
-        """Continue from the newest sound state. Returns whether there was one."""
-        saved = self.state.load()
-        self.notes = list(self.state.notes)
-        if saved is None:
-            return False
-        # States of earlier versions have no best epoch. The adapter of the last one is where the trial delivers it.
-        best, finished = saved.get("best_epoch", 0), saved["reports"] and saved["reports"][-1].get("finished")
-        missing = self.state.rank == 0 and bool(best) and not finished and not self.state.has_epoch(best)
-        if any(gather(missing)):
-            self.notes.append(f"the adapter of epoch {best}, the best so far, was missing or damaged: trained again")
-            return False
-        self.best_epoch, self.best_score, self.saved_best = best, saved.get("best_score"), best
-        load_engine_state(self.engine, saved["engine"], self.state.rank)
-        torch.set_rng_state(saved["random"]["cpu"])
-        if "cuda" in saved["random"]:
-            torch.cuda.set_rng_state(saved["random"]["cuda"])
-        self.log = History(saved["step"], saved["entries"], saved["told"], saved.get("recent", []))
-        self.losses, self.epoch, self.reports = saved["losses"], saved["epoch"], saved["reports"]
-        self.clock.by_phase = saved["seconds"]
-        return True
-
-    def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether the present epoch is the best so far by `best_by`; then note it. An equal one is not, nor is a score
-        that is not finite."""
-        if self.best_by is None:
-            return False
-        name, mode = self.best_by
-        score = metrics.get(name, math.nan)
-        if not math.isfinite(score):
-            return False
-        if self.best_score is not None and (score >= self.best_score if mode == "min" else score <= self.best_score):
-            return False
-        self.best_epoch, self.best_score = self.epoch, score
-        return True
-
-    def save(self) -> None:
-        """Write the trial's state."""
-        log = self.log
-        # States of earlier versions have the number of reported entries under "told".
-        position = {"step": log.step, "entries": log.entries, "told": log.num_reported, "recent": log.recent}
-        position |= {"losses": self.losses, "epoch": self.epoch, "reports": self.reports}
-        position |= {"seconds": self.clock.seconds(), "best_epoch": self.best_epoch, "best_score": self.best_score}
-        self.write(functools.partial(self.state.save, position, self.engine))
-        if self.best_by and self.state.rank == 0:  # only now, because a kill before may go on from the points before
-            self.write(functools.partial(self.state.keep_epochs, self.saved_best, self.best_epoch))
-        self.saved_best = self.best_epoch
-        self.clock.lap("checkpoint")
-
-    def write(self, action: Callable[[], None]) -> None:
-        """Write to storage, and retry while it fails."""
-        with phase("checkpoint"):
-            retry_on_os_error(action, self.note)
-
-    def note(self, text: str) -> None:
-        """Add a note to the reports, once."""
-        count_work()  # waiting for a full disk is no hang
-        if text not in self.notes:
-            self.notes.append(text)
-
-    def announce(self, phase: str, loss: float | None) -> None:
-        """Call `progress` on rank 0."""
-        if self.progress is not None and self.state.rank == 0:
-            position = {"epoch": self.epoch, "step": self.log.step, **self.totals}
-            self.progress({"phase": phase, "loss": loss} | position)
+            # Only now is it certain that the epoch's adapter and state can be of use.
+            if output is not None and rank == 0 and counts and not last and verdict != Verdict.END:
+                save_epoch(run.state.epoch_folder(epoch))  # before the state that refers to it
+                clock.lap("checkpoint")
+            if verdict == Verdict.PAUSE or (verdict == Verdict.GO_ON and not last and run.is_due()):
+                run.save()
+        run.finish_writes()
+        if verdict != Verdict.PAUSE:
+            run.write(run.state.remove)

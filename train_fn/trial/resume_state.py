@@ -27,7 +27,8 @@ class ResumeState:
     """`state/` of an unfinished trial: one file for each rank and point, and `epoch-N/` with the adapter of its best
     epoch so far.
 
-    The last two points are kept, because ranks may be killed between their writes. So are the best epochs of both.
+    The last two points are kept, because ranks may be killed between their writes. So are the best epochs of both. No
+    rank may write a point before all ranks have written the point before it.
     """
 
     def __init__(self, output: Path | None, storage: Storage, settings: TrialSettings) -> None:
@@ -46,15 +47,14 @@ class ResumeState:
         points = Counter(name.partition("-")[0] for name in names if name.endswith(STATE_SUFFIX))
         return sorted(point for point, count in points.items() if count == self.world_size)
 
-    def save(self, progress: dict[str, Any], engine: Any) -> None:
-        """Write this rank's file of a point, and remove its files of all points before the last two.
+    def serialise(self, progress: dict[str, Any], engine: Any) -> tuple[str, memoryview]:
+        """This rank's state as it is now.
 
         Args:
             progress: how far training has come, as JSON values; "step" and "losses" decide the point.
+
+        Returns: the point's name, and the content of its file. Later training steps do not change the content.
         """
-        if self.directory is None:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
         # An epoch's last step and its end, evaluation included, are two points.
         point = f"{2 * progress['step'] + (not progress['losses']):08d}"
         text = json.dumps(progress | {"settings": self.settings, "point": point, "rank": self.rank})
@@ -64,7 +64,14 @@ class ResumeState:
         content = {"progress": text, "engine": engine_state(engine), "random": random_state}
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        write_checked(self.file(point), buffer.getbuffer())
+        return point, buffer.getbuffer()
+
+    def write(self, point: str, content: memoryview) -> None:
+        """Write this rank's file of a point, and remove its files of all points before the last two. Raises OSError."""
+        if self.directory is None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_checked(self.file(point), content)
         self.storage.push(self.file(point))
         for old in self.own_files()[:-2]:
             self.storage.remove(old)

@@ -12,7 +12,17 @@ from typing import Annotated, Any
 from train_fn.data.decision import AIMS, is_aim
 from train_fn.data.settings import DataSettings
 from train_fn.scoring.metrics import NAMED
-from train_fn.settings import MAX_SEED, PATH, ModelSettings, Range, TextRule, TrialSettings, matching, one_of
+from train_fn.settings import (
+    MAX_SEED,
+    PATH,
+    SAVE_STATE_EVERY_S,
+    ModelSettings,
+    Range,
+    TextRule,
+    TrialSettings,
+    matching,
+    one_of,
+)
 from train_fn.settings import flag as flag
 from tune.records.budgets import MAX_SECONDS, seconds
 from tune.records.goals import COSTS, comparison, goal
@@ -127,6 +137,10 @@ class StudySettings:
     hang_timeout: Annotated[float, Range(1, 10**6)] = 600.0
     """Seconds without a heartbeat or progress after which a worker is ended; its trial goes on from the last
     checkpoint. Also the timeout of collectives."""
+    save_state_every: Annotated[float, Range(0, 10**6)] = SAVE_STATE_EVERY_S
+    """Seconds of training that a killed trial may have to repeat: after the first epoch that ends later than this after
+    the last write, a trial writes its state. 0: after every epoch. It is also written every --save-steps steps, and
+    when the study is interrupted."""
     device: Annotated[str, one_of(("auto", "gpu", "cpu"))] = "auto"
     """gpu, cpu, or auto: GPUs if the cluster has one now. On an autoscaling cluster, which starts without, give gpu and
     --lanes."""

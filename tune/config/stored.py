@@ -19,7 +19,8 @@ from tune.records.plan import PARTS, read_plan
 
 # What may change when a study goes on: how it is run and shown; and the budgets, upwards only.
 FREE = ("results", "hang_timeout", "lanes", "lanes_per_gpu", "device", "verbose", "profile", "trace", "report_to",
-        "stop_when", "confirm", "confirm_seeds", "folds", "require", "register")  # fmt: skip
+        "stop_when", "confirm", "confirm_seeds", "folds", "require", "register",
+        "save_state_every")  # fmt: skip
 BUDGETS = ("trials", "time_budget", "gpu_hours", "max_failures")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from train_fn.execution import OUT_OF_MEMORY_ADVICE, Execution, change
-from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob
+from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob, Verdict
 from tune.lanes.job_state import JobState
 from tune.lanes.lane_state import MAX_CONTROLLERS, MAX_CONTROLLERS_IN_A_ROW, MAX_RENDEZVOUS, LaneState, WorkerGroup
 
@@ -28,8 +28,9 @@ class Dispatcher:
     2. Every rank of an idle worker group asks for a job (`next_assignment`). All ranks get the same one.
     3. After each epoch every rank calls `report`, rank 0 with the report. The call waits for a decision.
     4. `next_report` returns the report to Tune.
-    5. Asking for report n + 1 is the permission to go on after report n: `report` returns False on every rank. When
-       Tune calls `stop` instead, `report` returns True, and the ranks end the trial. So an early stop wastes no epoch.
+    5. Asking for report n + 1 is the permission to go on after report n: `report` returns GO_ON on every rank. When
+       `stop` is called instead, `report` returns PAUSE or END, and the ranks end the trial. So an early stop wastes no
+       epoch.
     6. After the last report (`finished`) nothing is waited for. The ranks ask for the next job.
 
     When a worker group dies, its job goes back into the queue, and the next group repeats the reports of epochs that
@@ -88,11 +89,15 @@ class Dispatcher:
             if isinstance(report, JobFailed) or report.finished:
                 return report
 
-    async def stop(self, number: int) -> None:
-        """End a job early: at once if its workers wait for a decision, else at its next report."""
+    async def stop(self, number: int, for_good: bool = False) -> None:
+        """End a job early: at once if its workers wait for a decision, else at its next report.
+
+        Args:
+            for_good: no session continues the job. It stays so when the job is stopped again.
+        """
         if (state := self.jobs.get(number)) is None:
             return
-        state.stopped = True
+        state.stopped, state.for_good = True, state.for_good or for_good
         if state in self.queue:
             self.queue.remove(state)
         state.decide(stop=True)
@@ -232,10 +237,10 @@ class Dispatcher:
             workers.assignments[index].set_result(await self._take(lane, workers))
         return await workers.assignments[index]
 
-    async def report(self, number: int, group: str, epoch: int, report: EpochReport | ScoreReport | None) -> bool:
-        """Receive a job's report from rank 0, and None from the others (step 3). Returns True to stop the trial."""
+    async def report(self, number: int, group: str, epoch: int, report: EpochReport | ScoreReport | None) -> Verdict:
+        """Receive a job's report from rank 0, and None from the others (step 3)."""
         if self._lane_of(number, group) is None:
-            return True
+            return Verdict.PAUSE
         return await self.jobs[number].receive(group, epoch, report)
 
     async def progress(self, number: int, group: str, message: dict[str, Any]) -> None:

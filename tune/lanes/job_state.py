@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport
+from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, Verdict
 
 MAX_ATTEMPTS = 3  # attempts of a job whose worker groups keep dying without further progress
 
@@ -20,13 +20,14 @@ class JobState:
     devices: float  # devices of a lane, whose seconds are counted
     reports: list[JobReport] = field(default_factory=list)
     new_report: asyncio.Event = field(default_factory=asyncio.Event)
-    decisions: dict[tuple[str, int], asyncio.Future[bool]] = field(default_factory=dict)
-    """Answers to the workers' reports, by worker group and epoch. True: stop."""
+    decisions: dict[tuple[str, int], asyncio.Future[Verdict]] = field(default_factory=dict)
+    """Answers to the workers' reports, by worker group and epoch."""
     pending: tuple[str, int] | None = None  # worker group and epoch of the report that waits for a decision
     last_epoch: int = 0
     attempts: int = 0
     furthest_step: int = 0  # optimizer step that any attempt has reached
     stopped: bool = False  # whether the study has stopped the job early
+    for_good: bool = False  # whether nothing continues the job after that
     ended: bool = False  # whether `reports` has the job's last report
     lost_s: float = 0.0  # lane seconds of lost attempts
     started_at: float | None = None
@@ -63,15 +64,15 @@ class JobState:
             await self.new_report.wait()
         return self.reports[seen]
 
-    def receive(self, group: str, epoch: int, report: EpochReport | ScoreReport | None) -> asyncio.Future[bool]:
+    def receive(self, group: str, epoch: int, report: EpochReport | ScoreReport | None) -> asyncio.Future[Verdict]:
         """Take in a report of a rank: None from all ranks but rank 0. Returns the decision on it."""
         decision = self.decisions.setdefault((group, epoch), asyncio.get_running_loop().create_future())
         if report is None or decision.done():
             return decision
         if self.stopped or self.ended:
-            decision.set_result(True)
+            decision.set_result(Verdict.END if self.for_good else Verdict.PAUSE)
         elif epoch <= self.last_epoch:  # repeated after a loss: Tune has this epoch
-            decision.set_result(False)
+            decision.set_result(Verdict.GO_ON)
         else:
             self.last_epoch, self.pending = epoch, (group, epoch)
             if isinstance(report, EpochReport):
@@ -85,7 +86,8 @@ class JobState:
     def decide(self, stop: bool) -> None:
         """Answer the report that waits for a decision, if there is one."""
         if self.pending is not None:
-            self.decisions[self.pending].set_result(stop)
+            verdict = Verdict.END if self.for_good else Verdict.PAUSE
+            self.decisions[self.pending].set_result(verdict if stop else Verdict.GO_ON)
             self.pending = None
 
     def fail(self, error: str, study_error: str = "") -> None:

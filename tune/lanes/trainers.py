@@ -139,6 +139,7 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
         storage=study.storage,
         num_threads=layout.num_threads,
         best_by=epoch_goal(study.goals, settings.study.select),
+        save_state_every=settings.study.save_state_every,
         profile=settings.study.profile,
         trace=settings.study.trace,
         versions=versions(),

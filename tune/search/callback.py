@@ -62,7 +62,11 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         if epoch > len(self.records[number].epochs):
             self._write("report", number, **vars(result["report"]))
             self._keep_memory(result["report"])
-        return should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals)
+        if not should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals):
+            return False
+        # Before the trial's Tune process does it, which does not know that no session goes on with the trial.
+        self.dispatcher.stop.remote(number, for_good=True)
+        return True
 
     def stop_all(self) -> bool:
         return self.spent()
