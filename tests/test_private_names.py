@@ -17,6 +17,9 @@ ROOMS = ("tune", "train_fn", "search_spaces")
 # (file, full name of what is used) -> why there is no public way.
 ALLOWED = {
     ("train_fn/trial/compat_deepspeed.py", "deepspeed.ops.__compatible_ops__"): "the only switch of the compiled op",
+    ("train_fn/trial/compat_torch.py", "torch._dynamo"): "see the functions there",
+    ("train_fn/trial/compat_torch.py", "torch._functorch"): "no other switch of the activation budget",
+    ("train_fn/trial/compat_torch.py", "torch.fx.experimental._config"): "no other switch of duck shapes",
     ("tune/lanes/compat_ray.py", "ray._private"): "see the functions there",
     ("tune/lanes/compat_ray.py", "ray.train.torch.TorchTrainer._create_default_callbacks"): "no needless processes",
 }
@@ -24,6 +27,16 @@ ALLOWED = {
 BENEATH = [
     "ray._private.services.canonicalize_bootstrap_address",
     "ray._private.worker.print_to_stdstream",
+    "torch._dynamo.config.force_parameter_static_shapes",
+    "torch._dynamo.config.force_nn_module_property_static_shapes",
+    "torch._dynamo.config.fail_on_recompile_limit_hit",
+    "torch._dynamo.maybe_mark_dynamic",
+    "torch._dynamo.lookup_backend",
+    "torch._dynamo.exc.TorchDynamoException",
+    "torch._dynamo.exc.FailOnRecompileLimitHit",
+    "torch._functorch.config.activation_memory_budget",
+    "torch._functorch.config.force_non_lazy_backward_lowering",
+    "torch.fx.experimental._config.use_duck_shape",
     "ray._private.authentication.authentication_utils.is_token_auth_enabled",
     "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE",
 ]

@@ -38,6 +38,7 @@ from train_fn.trial.applied import (
     read_applied,
     read_schedule,
 )
+from train_fn.trial.compiled import compiler_note
 from train_fn.trial.engine import MicroBatchTooLarge, build_engine, load_engine_state
 from train_fn.trial.lora import adapted
 from train_fn.trial.outputs import (
@@ -188,6 +189,8 @@ def run_trial(
                 if last:
                     run.write(functools.partial(save_log, log, output, storage))
                 clock.lap("checkpoint")
+            if note := compiler_note(base):
+                run.note(note)
             message = EpochReport(
                 epoch=epoch,
                 step=log.step,
