@@ -21,9 +21,8 @@ def dynamic_adapters() -> Iterator[None]:
     import torch._dynamo
     import torch.fx.experimental._config
 
-    shapes = torch.fx.experimental._config.patch(
-        use_duck_shape=False
-    )  # else sizes equal in the first call must stay so
+    # Otherwise sizes and offsets that are equal in the first call must stay equal.
+    shapes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
     settings = torch._dynamo.config.patch(
         force_parameter_static_shapes=False,
         force_nn_module_property_static_shapes=False,  # a weight is a property of its module, so both are needed
