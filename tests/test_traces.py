@@ -11,9 +11,10 @@ from peft.tuners.lora.model import LoraModel
 from train_fn.jobs import EpochReport
 from train_fn.model.base import load_base
 from train_fn.settings import ModelSettings, TrialSettings
-from train_fn.trial import lora
+from train_fn.trial import compiled, lora
+from train_fn.trial.compiled import is_compiled
 from train_fn.trial.loop import run_trial
-from train_fn.trial.lora import adapted, attached, is_compiled, lora_config
+from train_fn.trial.lora import adapted, attached, lora_config
 from train_fn.trial.pristine import BaseChanged, changes, pristine
 
 SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
@@ -66,8 +67,9 @@ def break_attaching(monkeypatch, fault: str) -> None:
         monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable",
                             lambda model, **options: no_memory(enable(model, **options)))  # fmt: skip
     if "compiling" in fault:
-        compiled = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda call: no_memory() if made else made.append(compiled(call)))
+        prepare = compiled.tensor_scalings
+        monkeypatch.setattr(compiled, "tensor_scalings",
+                            lambda layer: no_memory() if made else made.append(prepare(layer)))  # fmt: skip
 
 
 def test_a_trial_that_could_not_attach_leaves_nothing(fresh, splits, monkeypatch) -> None:

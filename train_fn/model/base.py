@@ -51,6 +51,7 @@ class Base:
     processor_files: dict[str, bytes] = field(default_factory=dict)  # see `train_fn.trial.adapter_files`
     # Changed by trials.
     autocasts: bool = field(init=False)  # whether the language model's float32 adapters multiply in bfloat16
+    compiler: Any = None  # `train_fn.trial.compiled.Compiler`
     as_loaded: Any = None  # `train_fn.trial.pristine.Snapshot` of the base before its first adapter
 
     def __post_init__(self) -> None:

@@ -15,7 +15,8 @@ from peft import PeftModel
 
 from train_fn.execution import PADDED_PAIRS, Execution, run_stage
 from train_fn.settings import TrialSettings
-from train_fn.trial.lora import adapter_layers, is_compiled
+from train_fn.trial.compiled import compiler_note, is_compiled
+from train_fn.trial.lora import adapter_layers
 
 OPTIMIZER_CLASSES = {"adamw_torch": "AdamW", "adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 NOT_APPLIED = "the engine does not train what the search asked for: "
@@ -58,7 +59,6 @@ def read_applied(engine: Any) -> dict[str, Any]:
         "optimizer_class": type(optimizer).__name__,
         "gradient_checkpointing": base_model.is_activation_checkpointing,
         "offload_optimizer": bool(getattr(engine.optimizer, "cpu_offload", False)),
-        "torch_compile": any(map(is_compiled, base_model.modules())),
         "seed": torch.initial_seed(),
         "trainable_params": sum(parameter.numel() for parameter in trainable),
         "trainable_dtype": only(str(parameter.dtype).removeprefix("torch.") for parameter in trainable),
@@ -66,6 +66,8 @@ def read_applied(engine: Any) -> dict[str, Any]:
         "engine": type(engine).__name__,
         "optimizer": type(engine.optimizer).__name__,
     }
+    if not compiler_note(engine.module.base):  # else layers run plain whatever was asked for, and a note says so
+        applied["torch_compile"] = any(map(is_compiled, base_model.modules()))
     if "adapter" in groups:
         applied |= {
             "lora_r": only(layer.r["default"] for layer in layers),

@@ -34,6 +34,7 @@ from train_fn.trial.applied import (
     read_applied,
     read_schedule,
 )
+from train_fn.trial.compiled import compiler_note
 from train_fn.trial.engine import build_engine
 from train_fn.trial.lora import adapted
 from train_fn.trial.memory import choose_execution, free_memory
@@ -201,6 +202,8 @@ def run_trial(
                         run.write(functools.partial(copy_final, kept, output, storage))
                     run.write(functools.partial(save_log, log, output, storage))
                 clock.lap("checkpoint")
+            if note := compiler_note(base):
+                run.note(note)
             message = EpochReport(
                 epoch=epoch,
                 step=log.step,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train_fn.execution import Execution
 from train_fn.model.base import Base
 from train_fn.model.targets import adapter_pattern, target_problems, wanted_modules
 from train_fn.settings import TrialSettings
+from train_fn.trial.compiled import compiled
 from train_fn.trial.pristine import BaseChanged, changes, pristine, restore
 
 # ------------------------------------------------------------------------------------------------ a trial's adapter
@@ -52,7 +50,7 @@ def adapted(base: Base, settings: TrialSettings, execution: Execution | None = N
             # Re-entrant checkpointing gives no gradient where no input needs one: the frozen embeddings.
             base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if execution and execution.compiled:
-            stack.enter_context(compiled(base))
+            stack.enter_context(compiled(base, execution.activation_budget))
         yield model
 
 
@@ -103,35 +101,6 @@ def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
     for name, weight in weights.items():
         module, _, last = name.rpartition(".")
         setattr(projector.get_submodule(module), last, torch.nn.Parameter(weight.to(base.device)))
-
-
-# ------------------------------------------------------------------------------------------------ compiled layers
-
-
-@contextlib.contextmanager
-def compiled(base: Base) -> Iterator[None]:
-    """Compile the language model's layers, for training only: an evaluation's cache of keys and values would be
-    compiled again for every layer. All layers are alike and share what is compiled."""
-    layers = [layer for layer in base.model.get_submodule(base.language_model).modules()
-              if isinstance(layer, GradientCheckpointingLayer)]  # fmt: skip
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(compiled_in_training, torch.compile(layer.forward), layer.forward)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
-        torch.compiler.reset()  # torch would keep the code of up to eight ranks, and then stop compiling
-
-
-def compiled_in_training(fast: Callable, plain: Callable, *args: Any, **kwargs: Any) -> Any:
-    """A layer's output, from the compiled forward pass where gradients are wanted."""
-    return (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
-
-
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether a module's forward pass is a compiled one of `compiled`."""
-    return getattr(vars(module).get("forward"), "func", None) is compiled_in_training
 
 
 # ------------------------------------------------------------------------------------------------ for the optimizer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unittest.mock
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from train_fn.data.samples import Sample
@@ -17,12 +17,6 @@ from train_fn.settings import BUCKET, ModelSettings, TrialSettings
 
 if TYPE_CHECKING:
     from train_fn.model.base import Base
-
-
-def compiles_by_default(device: Any) -> bool:
-    """TEMPORARY, until worktree compile is merged."""
-    return False
-
 
 WORKER_GIB = 1.0  # a worker's libraries in RAM, or a GPU's context, workspaces and fragments: a guess, not from shapes
 SOME_TOKENS = 1024  # what a forward pass keeps grows linearly with its tokens
@@ -152,6 +146,8 @@ def free_memory(device: Any, share: float) -> float:
 
 def wanted_execution(settings: TrialSettings, device: Any) -> Execution:
     """How a trial's steps are computed where the memory does not matter."""
+    from train_fn.trial.compiled import compiles_by_default
+
     images, compiled = settings.per_device_train_batch_size, settings.torch_compile
     return Execution(
         images=images or 0,
@@ -182,9 +178,12 @@ def choose_execution(
     Raises TrialFailed for settings that name no module to adapt.
     """
     from train_fn.trial.applied import TrialFailed
+    from train_fn.trial.compiled import compiler_note
 
     on_gpu = base.device.type == "cuda"
     execution = wanted_execution(settings, base.device)
+    if compiler_note(base):  # it has failed on this lane
+        execution = replace(execution, compiled=False)
     longest = longest_sample(base, samples)
     notes: list[str] = []
     if not execution.images:
