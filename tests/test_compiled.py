@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from train_fn.execution import Execution
 from train_fn.jobs import EpochReport
 from train_fn.model.base import Base
 from train_fn.settings import TrialSettings
 from train_fn.support.ranks import seed_everything
 from train_fn.trial import compiled
 from train_fn.trial.engine import build_engine
-from train_fn.trial.loop import run_trial, train_step
+from train_fn.trial.loop import run_trial
 from train_fn.trial.lora import adapted, adapter_layers
+from train_fn.trial.memory import wanted_execution
+from train_fn.trial.steps import micro_batches, train_step
 
 TRIAL = TrialSettings(lora_dropout=0.0, warmup_ratio=0.0, learning_rate=1e-3, torch_compile=True, max_steps=2)
 
@@ -35,14 +38,16 @@ def lane(base: Base, monkeypatch: pytest.MonkeyPatch) -> Base:
 def train(base: Base, splits, settings: TrialSettings, num_steps: int = 2) -> tuple[list[float], torch.Tensor, int]:
     """Losses of the product's optimizer steps, the trained weights, and how many graphs were compiled."""
     before = counters["stats"]["unique_graphs"]
-    with adapted(base, settings) as model:
-        engine = build_engine(base, model, settings, torch.tensor([]), 10, 1)
+    way = replace(wanted_execution(settings, base.device), tokens=0, images=2)
+    with adapted(base, settings, way) as model:
+        engine = build_engine(base, model, settings, torch.tensor([]), 10, 1, way)
         seed_everything(0, 0)
         losses = []
         for step in range(num_steps):
             # Each micro-batch has another length.
             indices = np.random.default_rng(step).permutation(len(splits.train))[:16]
-            losses.append(train_step(base, splits, settings, engine, indices, step + 1, False)[0])
+            batches = micro_batches(base, splits.train, way, indices[None])
+            losses.append(train_step(engine, batches, step + 1, False)[0])
         engine.destroy()
         weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     return losses, weights, counters["stats"]["unique_graphs"] - before
@@ -81,7 +86,7 @@ def test_dropout_has_its_rate_and_keeps_the_mean(lane) -> None:
 
 def test_the_scaling_that_all_others_see_stays_a_number(lane, splits) -> None:
     settings = replace(TRIAL, lora_r=8, lora_alpha=1.0)
-    with adapted(lane, settings) as model:
+    with adapted(lane, settings, Execution(images=2, compiled=True)) as model:
         layers = [layer for layer in lane.model.modules() if compiled.is_compiled(layer)]
         assert len(layers) == 4
         assert {layer.scaling["default"] for layer in adapter_layers(model).values()} == {0.125}

@@ -10,6 +10,7 @@ import pytest
 import ray
 from jobs import group_of, report, running, train
 
+from train_fn.execution import Execution
 from train_fn.jobs import Verdict
 from tune.lanes.dispatcher import MAX_ALIKE, Dispatcher
 from tune.lanes.lane_state import MAX_CONTROLLERS_IN_A_ROW
@@ -139,7 +140,7 @@ def test_a_late_message_of_a_dead_group_changes_nothing(kind) -> None:
         elif kind == "report":
             assert await dispatcher.report(0, "old 0", 1, report(1, finished=True)) == Verdict.PAUSE
         elif kind == "memory":
-            await dispatcher.out_of_memory(0, "old 0", "out of memory", True)
+            await dispatcher.out_of_memory(0, "old 0", "out of memory", True, Execution(images=2), Execution(images=1))
         elif kind == "fault":
             await dispatcher.study_fault(0, "old 0", "an image has changed", True)
         else:
@@ -257,7 +258,8 @@ def test_the_job_of_a_node_that_is_gone_goes_to_a_free_lane_long_before_the_time
         await dispatcher.submit(train(0))
         assert (await dispatcher.next_assignment(0, "lost", 0)).number == 0
         worker = Asked(error)
-        await dispatcher.heartbeat(0, "lost", 0, worker, 1)
+        monkeypatch.setattr("ray.cloudpickle.loads", lambda handle: worker)
+        await dispatcher.heartbeat(0, "lost", 0, b"its handle", 1)
         free = begin(dispatcher.next_assignment(1, "free", 0))
         await asyncio.sleep(1.2)
         assert worker.count > 0 and not killed

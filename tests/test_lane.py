@@ -14,13 +14,15 @@ import torch.distributed as dist
 from jobs import group_of, report, running, train
 
 from train_fn.data.samples import Sample, Splits, closed_set
-from train_fn.jobs import ScoreJob, Verdict
+from train_fn.execution import Execution, smaller
+from train_fn.jobs import ScoreJob, TrainJob, Verdict
 from train_fn.model.batches import BatchFailed
-from train_fn.settings import ModelSettings
+from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.support.storage import Storage
 from train_fn.trial.applied import TrialFailed
 from train_fn.trial.engine import MicroBatchTooLarge
 from train_fn.trial.loop import Preempted
+from train_fn.trial.memory import cached_sizes, choose_execution, longest_sample, memory_needed
 from train_fn.trial.pristine import BaseChanged
 from train_fn.worker import InputsChanged, LaneConfig, check_node, report_error, versions
 from tune.lanes.dispatcher import Dispatcher
@@ -139,7 +141,7 @@ def test_a_stopped_trial_is_not_queued_again_after_out_of_memory() -> None:
         await dispatcher.next_assignment(0, "g", 0)
         await dispatcher.stop(0)
         await dispatcher.stop(1)  # never submitted: nothing to stop
-        await dispatcher.out_of_memory(0, "g", "out of memory", True)
+        await dispatcher.out_of_memory(0, "g", "out of memory", True, Execution(images=2), Execution(images=1))
         assert not dispatcher.queue
 
     run(scenario)
@@ -246,94 +248,111 @@ def test_a_trial_that_failed_is_not_tried_again() -> None:
     run(scenario)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch() -> None:
+def test_the_ladder_goes_from_large_micro_batches_to_gradient_checkpointing() -> None:
+    """Halved down to one sample, then a smaller activation budget, then each layer's input only, then nothing."""
+
+    def ladder(way: Execution | None) -> list[Execution]:
+        ways: list[Execution] = []
+        while way := smaller(way, 2600):
+            ways.append(way)
+        return ways
+
+    by_tokens = ladder(Execution(tokens=10_240, compiled=True))
+    assert [way.tokens for way in by_tokens] == [5120, 2600, 2600, 2600]
+    assert ladder(Execution(tokens=5200, gradient_checkpointing=True))[0].tokens == 2600
+    assert [way.activation_budget for way in by_tokens] == [1.0, 1.0, 0.6, 1.0]
+    assert [way.gradient_checkpointing for way in by_tokens] == [False, False, False, True]
+    by_images = ladder(Execution(images=6))
+    assert [(way.images, way.gradient_checkpointing) for way in by_images] == [(3, False), (1, False), (1, True)]
+    assert ladder(Execution(images=1, gradient_checkpointing=True)) == []
+
+
+def test_out_of_memory_takes_the_next_smaller_way_until_there_is_none() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(1)
-        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-        await dispatcher.submit(train(0, **settings))
-        for group, micro, accumulation in (("a", 4, 4), ("b", 2, 8), ("c", 1, 16)):
+        await dispatcher.submit(train(0))
+        ways = [Execution(images=4), Execution(images=2), Execution(images=1, gradient_checkpointing=True), None]
+        for group, used, less in zip("abc", ways, ways[1:], strict=False):
             assignment = await dispatcher.next_assignment(0, group, 0)
-            found = assignment.settings
-            assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (micro, accumulation)
+            assert assignment.execution == (used if group > "a" else None)  # the worker chooses the first one
             for _ in range(2):  # both ranks report it
-                await dispatcher.out_of_memory(0, group, "CUDA out of memory", True)
-        assert len(assignment.notes) == 2 and "micro-batch 2 -> 1" in assignment.notes[1]
+                await dispatcher.out_of_memory(0, group, "CUDA out of memory", True, used, less)
+        assert assignment.notes == (
+            "out of memory: micro-batch 4 -> 2 images, same global batch",
+            "out of memory: micro-batch 2 -> 1 images, same global batch",
+        )
         error = (await dispatcher.next_report(0, 0)).error
-        places = [error.index(word) for word in ("--use-qlora", "size 1", "--lora-r", "checkpointing", "paged")]
+        places = [error.index(word) for word in ("checkpointing", "--use-qlora", "--lora-r", "paged")]
         assert places == sorted(places) and "CUDA out of memory" in error
+        assert dispatcher.jobs[0].attempts == 1
 
     run(scenario)
 
 
-def test_a_trial_as_large_as_one_that_did_not_fit_starts_with_a_smaller_micro_batch() -> None:
-    async def scenario() -> None:
-        dispatcher = Dispatcher(1)
-
-        async def micro_batch(number: int, **settings) -> int:
-            batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-            await dispatcher.submit(train(number, **batch | settings))
-            found = await dispatcher.next_assignment(0, f"group {number}", 0)
-            assert found.settings.global_batch_size == 16
-            return found.settings.per_device_train_batch_size
-
-        assert await micro_batch(0, lora_r=16) == 8
-        for group, micro in (("again", 4), ("and again", 2)):
-            await dispatcher.out_of_memory(0, group_of(dispatcher), "CUDA out of memory", True)
-            found = await dispatcher.next_assignment(0, group, 0)
-            assert found.settings.per_device_train_batch_size == micro
-        dispatcher.jobs[0].ended = True
-        assert await micro_batch(1, lora_r=64) == 2
-        assert "earlier trial" in dispatcher.jobs[1].job.notes[0]
-        dispatcher.jobs[1].ended = True
-        for number, settings in ((2, {"lora_r": 8}), (3, {"lora_r": 64, "gradient_checkpointing": True})):
-            assert await micro_batch(number, **settings) == 8
-            assert not dispatcher.jobs[number].job.notes
-            dispatcher.jobs[number].ended = True
-        await dispatcher.submit(ScoreJob(number=4, adapters=()))
-        assert isinstance(await dispatcher.next_assignment(0, "group 4", 0), ScoreJob)
-
-    run(scenario)
-
-
-def test_only_a_step_that_did_not_fit_counts_and_only_on_its_lane() -> None:
+def test_later_trials_on_the_lane_know_what_ran_out_of_memory_in_a_step() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(2)
-        batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "lora_target_modules": ("q_proj",)}
+        used, less = Execution(tokens=8192), Execution(tokens=4096)
 
         async def ran_out(number: int, lane: int, turn: int, in_step: bool) -> None:
-            await dispatcher.submit(train(number, **batch))
+            await dispatcher.submit(train(number))
             await dispatcher.next_assignment(lane, f"of lane {lane}", turn)
-            await dispatcher.out_of_memory(number, f"of lane {lane}", "CUDA out of memory", in_step)
+            await dispatcher.out_of_memory(number, f"of lane {lane}", "CUDA out of memory", in_step, used, less)
             # The same group, for a lone rank goes on; a rank of another group is late and says nothing new.
             again = await dispatcher.next_assignment(lane, f"of lane {lane}", turn + 1)
-            await dispatcher.out_of_memory(number, "gone by now", "CUDA out of memory", in_step)
-            assert running(dispatcher)[lane] == number and again.settings.per_device_train_batch_size == 2
+            await dispatcher.out_of_memory(number, "gone by now", "CUDA out of memory", in_step, used, less)
+            assert running(dispatcher)[lane] == number and again.execution == less
             dispatcher.jobs[number].ended = True
 
-        async def begun(number: int, lane: int, turn: int) -> int:
-            await dispatcher.submit(train(number, **batch | {"lora_target_modules": ["q_proj"]}))  # out of a file
+        async def known(number: int, lane: int, turn: int) -> tuple:
+            await dispatcher.submit(train(number))
             found = await dispatcher.next_assignment(lane, f"of lane {lane}", turn)
             dispatcher.jobs[number].ended = True
-            return found.settings.per_device_train_batch_size
+            return found.too_large
 
         await ran_out(0, 0, 0, in_step=False)
-        assert await begun(1, 0, 2) == 4
+        assert await known(1, 0, 2) == ()
         await ran_out(2, 0, 3, in_step=True)
-        assert await begun(3, 0, 5) == 2 and await begun(4, 1, 0) == 4
+        assert await known(3, 0, 5) == ((train(2).settings, used),) and await known(4, 1, 0) == ()
+        await dispatcher.submit(ScoreJob(number=5, adapters=()))
+        assert isinstance(await dispatcher.next_assignment(0, "of lane 0", 6), ScoreJob)
 
     run(scenario)
 
 
-def test_out_of_memory_does_not_count_as_an_attempt() -> None:
-    async def scenario() -> None:
-        dispatcher = Dispatcher(1)
-        await dispatcher.submit(train(0, per_device_train_batch_size=2, gradient_accumulation_steps=1))
-        await dispatcher.next_assignment(0, "a", 0)
-        await dispatcher.out_of_memory(0, "a", "", True)
-        assert (await dispatcher.next_assignment(0, "b", 0)).settings.per_device_train_batch_size == 1
-        assert dispatcher.jobs[0].attempts == 1 and not dispatcher.queue
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, 4096),
+        ({"lora_r": 128}, 4096),
+        ({"lora_r": 8}, 8192),  # it needs less
+        ({"lora_dropout": 0.0}, 8192),
+        ({"use_dora": True}, 8192),  # it cannot be compared
+        ({"gradient_checkpointing": True}, 8192),
+    ],
+)
+def test_a_trial_as_large_as_one_that_did_not_fit_starts_with_a_smaller_micro_batch(base, splits, options, tokens):
+    settings = TrialSettings(lora_r=64)
+    failed = ((settings, Execution(tokens=8192)),)
+    execution, notes = choose_execution(base, splits.train, replace(settings, **options), 100.0, too_large=failed)
+    assert execution.tokens == tokens and execution.images == 0
+    assert len(notes) == (tokens < 8192) and all("8,192 -> 4,096 tokens" in note for note in notes)
 
-    run(scenario)
+
+def test_the_memory_decides_how_many_tokens_go_through_at_once(base, splits) -> None:
+    """What the model of the memory expects fits, and the next larger way would not."""
+    settings = TrialSettings()
+    sizes, longest = cached_sizes(base, settings), longest_sample(base, splits.train)
+    expected = []
+    for free_gib in (10.0, 0.4, 0.2, 0.01):
+        execution, notes = choose_execution(base, splits.train, settings, free_gib)
+        parts = memory_needed(sizes, settings, execution, 1, False, longest, 0)
+        needed = sum(gib for part, gib in parts.items() if part not in ("worker", "base"))
+        expected.append((execution.tokens, execution.gradient_checkpointing, needed <= 0.9 * free_gib))
+        assert not notes
+    assert expected[0] == (8192, False, True)
+    assert longest < expected[1][0] < 8192 and expected[1][1:] == (False, True)
+    assert expected[3] == (longest, True, False)  # nothing fits: the smallest way is tried
 
 
 def test_a_pending_call_of_a_dead_group_gets_no_job() -> None:
@@ -536,10 +555,10 @@ TORCH = torch.OutOfMemoryError("CUDA out of memory")
     ("error", "call", "sound"),
     [
         (TrialFailed("lower the learning rate"), ("fail", 7, "g", "lower the learning rate", True), True),
-        (TORCH, ("out_of_memory", 7, "g", "CUDA out of memory", False), True),
-        (caused(MicroBatchTooLarge("no"), TORCH), ("out_of_memory", 7, "g", "no", True), True),
-        (caused(MicroBatchTooLarge("no"), CUBLAS), ("out_of_memory", 7, "g", "no", True), False),
-        (CUBLAS, ("out_of_memory", 7, "g", str(CUBLAS), False), False),
+        (TORCH, ("out_of_memory", 7, "g", "CUDA out of memory", False, None, None), True),
+        (caused(MicroBatchTooLarge("no"), TORCH), ("out_of_memory", 7, "g", "no", True, None, None), True),
+        (caused(MicroBatchTooLarge("no"), CUBLAS), ("out_of_memory", 7, "g", "no", True, None, None), False),
+        (CUBLAS, ("out_of_memory", 7, "g", str(CUBLAS), False, None, None), False),
         (InputsChanged("a.png has changed"), ("study_fault", 0, "g", "a.png has changed", True), False),
         (BatchFailed("not a.png"), ("study_fault", 0, "g", "not a.png"), False),
         (Preempted("left"), ("interrupted", 0, "g", "left", True), False),
@@ -548,10 +567,11 @@ TORCH = torch.OutOfMemoryError("CUDA out of memory")
         (torch.AcceleratorError("CUDA error"), ("interrupted", 0, "g", "CUDA error", False), False),
         (KeyError("a"), ("fail", 7, "g", "KeyError: 'a'"), False),
         (raised_while(RuntimeError("cleaning up failed"), caused(MicroBatchTooLarge("no"), TORCH)),
-         ("out_of_memory", 7, "g", "cleaning up failed", True), True),
-        (caused(RuntimeError("DeepSpeed failed"), TORCH), ("out_of_memory", 7, "g", "DeepSpeed failed", False), True),
+         ("out_of_memory", 7, "g", "cleaning up failed", True, None, None), True),
+        (caused(RuntimeError("DeepSpeed failed"), TORCH),
+         ("out_of_memory", 7, "g", "DeepSpeed failed", False, None, None), True),
         (torch.AcceleratorError("CUDA error: out of memory"),
-         ("out_of_memory", 7, "g", "CUDA error: out of memory", False), False),
+         ("out_of_memory", 7, "g", "CUDA error: out of memory", False, None, None), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
          ("interrupted", 0, "g", "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
          False),
@@ -567,5 +587,5 @@ def test_how_an_error_in_a_job_is_reported(base, monkeypatch, error, call, sound
     calls = Calls()
     job = LaneConfig(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")),
                   storage=Storage(Path()), num_threads=1)  # fmt: skip
-    assert report_error(job, error, 7, "g") is sound
+    assert report_error(job, error, base, TrainJob(number=7, settings=TrialSettings(), output=Path()), "g") is sound
     assert [(*made[:3], made[3].partition("\n")[0], *made[4:]) for made in calls.made] == [call] * (call is not None)

@@ -109,7 +109,7 @@ def test_a_broken_device_does_not_hide_the_first_error(base, splits, monkeypatch
         monkeypatch.setattr(engine, "backward", raise_first)
         return engine
 
-    def raise_first(loss: torch.Tensor) -> None:
+    def raise_first(loss: torch.Tensor, **options: Any) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(loop, "build_engine", build)

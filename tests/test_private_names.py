@@ -18,6 +18,7 @@ ROOMS = ("tune", "train_fn", "search_spaces")
 ALLOWED = {
     ("train_fn/trial/compat_deepspeed.py", "deepspeed.ops.__compatible_ops__"): "the only switch of the compiled op",
     ("train_fn/trial/compat_deepspeed.py", "torch.Tensor._post_accumulate_grad_hooks"): "hooks without a handle",
+    ("train_fn/model/compat_transformers.py", "transformers.LlavaProcessor._get_num_multimodal_tokens"): "lengths",
     ("train_fn/trial/compat_torch.py", "torch._dynamo"): "see the functions there",
     ("train_fn/trial/compat_torch.py", "torch._functorch"): "no other switch of the activation budget",
     ("train_fn/trial/compat_torch.py", "torch.fx.experimental._config"): "no other switch of duck shapes",

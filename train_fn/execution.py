@@ -41,11 +41,11 @@ def smaller(execution: Execution, longest: int) -> Execution | None:
         return replace(execution, images=execution.images // 2 if execution.images % 2 == 0 else 1)
     if execution.tokens > longest:
         return replace(execution, tokens=max(execution.tokens // 2, longest))
+    if execution.gradient_checkpointing:
+        return None
     if execution.compiled and execution.activation_budget > BUDGET:
         return replace(execution, activation_budget=BUDGET)
-    if not execution.gradient_checkpointing:
-        return replace(execution, activation_budget=1.0, gradient_checkpointing=True)
-    return None
+    return replace(execution, activation_budget=1.0, gradient_checkpointing=True)
 
 
 def change(before: Execution, after: Execution) -> str:

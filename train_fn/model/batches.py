@@ -16,6 +16,7 @@ from train_fn.data.images import image_size, read_image
 from train_fn.data.samples import Sample
 from train_fn.model.attention import has_varlen_kernel, max_length
 from train_fn.model.base import Base
+from train_fn.model.compat_transformers import image_tokens
 from train_fn.model.memory import is_out_of_memory
 from train_fn.model.prompts import TOKEN_KEYS, answer_tail, prompt_text, prompt_tokens, special_tokens
 from train_fn.support.profile import phase
@@ -257,11 +258,9 @@ def num_tokens(base: Base, sample: Sample) -> int:
         return prompt_length(base, sample) + len(answer) + len(after)
     sizes, _ = key = prompt_length(base, sample)
     if key not in base.tokens:
-        # No public name has this number; without it every image would be prepared twice in the first epoch.
-        count = getattr(base.processor, "_get_num_multimodal_tokens", None)
-        if count is None:
+        images = image_tokens(base.processor, sizes)
+        if images is None:  # it is prepared an additional time
             base.tokens[key] = process(base, sample)["input_ids"].shape[1]
         else:
-            images = count(image_sizes=[[height, width] for width, height in sizes]).num_image_tokens
             base.tokens[key] = num_text_tokens(base, sample) + sum(images) - len(images)
     return base.tokens[key] + len(answer) + len(after)

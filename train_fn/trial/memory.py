@@ -197,8 +197,12 @@ def choose_execution(
             parts = memory_needed(sizes, settings, way, workers, on_gpu, longest, candidates=0)
             return sum(gib for part, gib in parts.items() if part not in fixed) <= free_gib * FILLED
 
+        most = execution.tokens
         while not fits(execution) and (less := smaller(execution, longest)):
             execution = less
+        # What keeps less may leave room for more samples again.
+        while execution.tokens < most and fits(more := replace(execution, tokens=min(2 * execution.tokens, most))):
+            execution = more
     while any(needs_as_much(settings, execution, *other) for other in too_large):
         if (less := smaller(execution, longest)) is None:
             break

@@ -8,7 +8,7 @@ from typing import Any
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
-from tune.lanes.loopback import SHUTDOWN_S, SHUTDOWN_VARIABLE, RendezvousFailed, host
+from tune.lanes.rendezvous import SHUTDOWN_S, SHUTDOWN_VARIABLE, RendezvousFailed, host
 
 
 class ClusterConfig(TorchConfig):

@@ -9,12 +9,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from train_fn.execution import OUT_OF_MEMORY_ADVICE, Execution, change
 from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob, Verdict
-from tune.lanes.job_state import JobState
-from tune.lanes.lane_state import MAX_CONTROLLERS, MAX_CONTROLLERS_IN_A_ROW, MAX_RENDEZVOUS, LaneState, WorkerGroup
+from tune.lanes.job_state import JobState, first_line
+from tune.lanes.lane_state import (
+    MAX_CONTROLLERS,
+    MAX_CONTROLLERS_IN_A_ROW,
+    MAX_RENDEZVOUS,
+    LaneState,
+    WorkerGroup,
+    describe,
+)
 
 MAX_ALIKE = 3  # trials that fail in a row with the same error, before any did a step: then the study is to blame
 
@@ -103,17 +108,9 @@ class Dispatcher:
         state.decide(stop=True)
 
     async def snapshot(self) -> dict[str, Any]:
-        """What the lanes do now: number of `lanes`, of those that are `starting`, and for each `running` job its label,
-        its seconds so far and, once training has begun, its progress."""
+        """What the lanes do now, see `lane_state.describe`."""
         self._keep_watch()
-        living = self._living()
-        starting = sum(not (lane.group and lane.group.is_ready) for lane in living)
-        states = [lane.job for lane in living if lane.job]
-        running: list[dict[str, Any]] = [
-            {"label": state.job.label or f"trial {state.job.number}", "seconds": state.lane_s} | state.progress
-            for state in states
-        ]
-        return {"lanes": len(living), "starting": starting, "running": running}
+        return describe(self._living())
 
     async def close(self, drain: bool = False) -> None:
         """Let each lane end when it asks for a job and the queue is empty.
@@ -316,13 +313,11 @@ class Dispatcher:
         lane.job, lane.group.failure = None, "out of memory"
         state.release()
         if used is None or less is None:
-            state.fail(f"out of memory with one sample at a time and gradient checkpointing. {OUT_OF_MEMORY_ADVICE}"
-                       f"\n\n{error}")  # fmt: skip
+            state.fail(f"out of memory in the smallest way there is. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
             return
         if in_step:
             lane.too_large.append((job.settings, used))
-        notes = (*job.notes, f"out of memory: {change(used, less)}")
-        state.job = replace(job, execution=less, notes=notes)
+        state.job = replace(job, execution=less, notes=(*job.notes, f"out of memory: {change(used, less)}"))
         state.attempts -= 1
         state.decide(stop=True)
         self._enqueue(state)
@@ -409,12 +404,8 @@ class Dispatcher:
 
     async def _end_workers(self, lane: LaneState, group: WorkerGroup, ranks: list[int], reason: str) -> None:
         """Kill workers of a lane. Ray then ends the others of their group and starts new ones."""
-        for rank in ranks:
-            actor = group.heartbeats.pop(rank).actor
-            try:
-                ray.kill(ray.cloudpickle.loads(actor))
-            except (ValueError, ray.exceptions.RayError) as error:  # no longer an actor that can be killed
-                self._notify(f"a worker of lane {lane.number} could not be ended: {error}")
+        for problem in group.kill(ranks):
+            self._notify(f"a worker of lane {lane.number} could not be ended: {problem}")
         if group.is_ready:
             self._give_up(lane, reason)
         else:
@@ -430,8 +421,3 @@ class Dispatcher:
         """Let every waiting call look again."""
         self.changed.set()
         self.changed = asyncio.Event()
-
-
-def first_line(text: str) -> str:
-    """The first line of an error, without its trace."""
-    return text.strip().partition("\n")[0]

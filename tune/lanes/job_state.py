@@ -99,3 +99,8 @@ class JobState:
     def _publish(self, report: JobReport) -> None:
         self.reports.append(report)
         self.new_report.set()
+
+
+def first_line(text: str) -> str:
+    """The first line of an error, without its trace."""
+    return text.strip().partition("\n")[0]

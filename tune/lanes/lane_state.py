@@ -75,6 +75,16 @@ class WorkerGroup:
                 continue
         return False
 
+    def kill(self, ranks: list[int]) -> list[str]:
+        """Kill some of the workers. Returns why it was impossible, for each where it was."""
+        problems = []
+        for rank in ranks:
+            try:
+                ray.kill(ray.cloudpickle.loads(self.heartbeats.pop(rank).actor))
+            except (ValueError, ray.exceptions.RayError) as error:  # no longer an actor that can be killed
+                problems.append(str(error))
+        return problems
+
     def hang(self, timeout_s: float) -> tuple[list[int], str] | None:
         """Ranks that must be killed, and the reason: they send no heartbeat, make no progress with a job, or take too
         long to load the base."""
@@ -121,3 +131,15 @@ class LaneState:
             group.slow_start_noted = True
             return f"lane {self.number} has been loading the base for {SLOW_START_S:g} s"
         return ""
+
+
+def describe(living: list[LaneState]) -> dict[str, Any]:
+    """What the lanes do now: number of `lanes`, of those that are `starting`, and for each `running` job its label, its
+    seconds so far and, once training has begun, its progress."""
+    starting = sum(not (lane.group and lane.group.is_ready) for lane in living)
+    states = [lane.job for lane in living if lane.job]
+    running: list[dict[str, Any]] = [
+        {"label": state.job.label or f"trial {state.job.number}", "seconds": state.lane_s} | state.progress
+        for state in states
+    ]
+    return {"lanes": len(living), "starting": starting, "running": running}

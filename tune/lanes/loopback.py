@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +15,9 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 
 from tune.lanes.ray_start import session_folder
+from tune.lanes.rendezvous import SHUTDOWN_S, RendezvousFailed
 
 INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # of the workers' environment
-SHUTDOWN_S = 5  # for the workers of a lane to leave their process group; after the loss of a rank they never do
-SHUTDOWN_VARIABLE = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"  # the same for the workers of a cluster; Ray's default: 30
 
 
 def torch_config(timeout_s: int) -> Any:
@@ -29,20 +27,6 @@ def torch_config(timeout_s: int) -> Any:
 
         return ClusterConfig(timeout_s=timeout_s)
     return LoopbackConfig(timeout_s=timeout_s)
-
-
-class RendezvousFailed(RuntimeError):
-    """The workers of a lane did not meet."""
-
-    @classmethod
-    def of(cls, error: Exception, timeout_s: int, hosts: str = "") -> RendezvousFailed:
-        """The error with what a user can do about it."""
-        last = [type(error).__name__, *str(error).strip().splitlines()][-1]
-        return cls(
-            f"the workers of a lane must reach each other within {timeout_s} s, but those on {hosts or 'this machine'} "
-            f"did not ({last[:300]}): open all TCP ports between the nodes, or name the network interface that "
-            f"connects them in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-        )
 
 
 @dataclass
@@ -83,11 +67,6 @@ class LoopbackBackend(Backend):
         if len(worker_group) > 1:
             with contextlib.suppress(ray.exceptions.GetTimeoutError):
                 ray.get(worker_group.execute_async(leave), timeout=SHUTDOWN_S)
-
-
-def host() -> str:
-    """Name and address of a worker's machine."""
-    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
 
 
 def join(backend: str, meeting_point: str, timeout_s: int) -> None:

@@ -23,7 +23,7 @@ from train_fn.model.unchanged import Inputs
 from train_fn.worker import LaneConfig, lane_loop, versions
 from tune.config.paths import SettingsError
 from tune.lanes.dispatcher import Dispatcher
-from tune.lanes.loopback import RendezvousFailed
+from tune.lanes.rendezvous import RendezvousFailed
 from tune.records.goals import epoch_goal
 
 if TYPE_CHECKING:
