@@ -282,7 +282,7 @@ def test_out_of_memory_takes_the_next_smaller_way_until_there_is_none() -> None:
             "out of memory: micro-batch 2 -> 1 images, same global batch",
         )
         error = (await dispatcher.next_report(0, 0)).error
-        places = [error.index(word) for word in ("checkpointing", "--use-qlora", "--lora-r", "paged")]
+        places = [error.index(word) for word in ("smallest way", "--use-qlora", "--lora-r", "paged")]
         assert places == sorted(places) and "CUDA out of memory" in error
         assert dispatcher.jobs[0].attempts == 1
 

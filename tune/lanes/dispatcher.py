@@ -34,8 +34,7 @@ class Dispatcher:
     3. After each epoch every rank calls `report`, rank 0 with the report. The call waits for a decision.
     4. `next_report` returns the report to Tune.
     5. Asking for report n + 1 is the permission to go on after report n: `report` returns GO_ON on every rank. When
-       `stop` is called instead, `report` returns PAUSE or END, and the ranks end the trial. So an early stop wastes no
-       epoch.
+       `stop` is called instead, `report` returns PAUSE or END: the ranks end the trial, and no epoch is wasted.
     6. After the last report (`finished`) nothing is waited for. The ranks ask for the next job.
 
     When a worker group dies, its job goes back into the queue, and the next group repeats the reports of epochs that
@@ -181,8 +180,7 @@ class Dispatcher:
         return lane.has(group) and not self.study_error
 
     async def agree_memory(self, device: str, free_gib: float) -> float:
-        """GiB of memory beside the base on this kind of device: what the first worker of the study read on one. So
-        trials are computed alike on all of them."""
+        """GiB of memory beside the base on this kind of device: what the first worker of the study read on one."""
         return self.free_gib.setdefault(device, free_gib)
 
     async def start_failed(self, lane_number: int, group: str, error: str) -> None:
@@ -298,8 +296,7 @@ class Dispatcher:
         Several ranks may report the same error. A trial for which no smaller way is left fails.
 
         Args:
-            in_step: the error came in a training step. Later trials on this lane that need as much memory then start
-                with a smaller way.
+            in_step: the error came in a training step. Later trials on this lane then know of it.
             used: how the trial's steps were computed.
             less: the next way that takes less memory.
         """
