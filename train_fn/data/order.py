@@ -35,8 +35,7 @@ def by_images(sizes: Sequence, micro_batch_size: int, rank: int, world_size: int
 def by_tokens(tokens: Sequence[int], most: int, rank: int, world_size: int, packed: bool) -> list[np.ndarray]:
     """This worker's micro-batches of at most `most` tokens, as few as possible; a longer sample goes alone.
 
-    All workers get the same number of micro-batches and as many samples, give or take one, because they reduce their
-    gradients after each.
+    All workers get the same number of micro-batches, because they reduce their gradients after each.
 
     Args:
         tokens: tokens of each sample of a step [G].
@@ -47,14 +46,25 @@ def by_tokens(tokens: Sequence[int], most: int, rank: int, world_size: int, pack
     lengths = np.asarray(tokens)
     order = np.argsort(lengths, kind="stable")
     for number in range(1, -(-len(order) // world_size) + 1):
-        if packed:  # long and short ones together: all micro-batches have about the same number of tokens
-            turns = np.arange(len(order)) % (2 * world_size * number)
-            group = np.minimum(turns, 2 * world_size * number - 1 - turns)  # 0 1 2 2 1 0 0 1 ...
-            groups = [np.sort(order[::-1][group == index]) for index in range(world_size * number)]
-            fits = all(len(g) == 1 or lengths[g].sum() <= most for g in groups)
-        else:
-            groups = np.array_split(order, world_size * number)
-            fits = all(len(g) == 1 or lengths[g].max() * len(g) <= most for g in groups)
-        if fits:
+        groups = (
+            fill_rows(lengths, order, world_size * number) if packed else np.array_split(order, world_size * number)
+        )
+        sizes = [lengths[g].sum() if packed else lengths[g].max(initial=0) * len(g) for g in groups]
+        if all(size <= most or len(group) == 1 for size, group in zip(sizes, groups, strict=True)):
             break
     return groups[rank::world_size]
+
+
+def fill_rows(lengths: np.ndarray, order: np.ndarray, number: int) -> list[np.ndarray]:
+    """Samples in `number` rows of about as many tokens: each one, the longest first, goes to the shortest row so far.
+
+    Args:
+        order: the samples by length, the longest last.
+    """
+    rows: list[list[int]] = [[] for _ in range(number)]
+    totals = np.zeros(number, dtype=int)
+    for position in order[::-1]:
+        shortest = int(totals.argmin())
+        rows[shortest].append(position)
+        totals[shortest] += lengths[position]
+    return [np.array(sorted(row), dtype=int) for row in rows]

@@ -55,7 +55,7 @@ def micro_batches(
         return MicroBatch(batch, to_device(torch.tensor(indices), base.device), is_last)
 
     groups = (group for step in order for group in cut_step(base, samples, execution, packed, step))
-    if base.device.type != "cuda" or profile.active:
+    if not prepares_ahead(base.device):
         for group in groups:
             with phase("data"):
                 ready = prepare(*group)
@@ -70,6 +70,11 @@ def micro_batches(
             waiting = following
         if waiting:
             yield waiting.result()
+
+
+def prepares_ahead(device: torch.device) -> bool:
+    """Whether a thread prepares the next micro-batch."""
+    return device.type == "cuda" and profile.active is None
 
 
 def cut_step(
