@@ -72,8 +72,9 @@ def test_packed_padded_and_small_micro_batches_give_the_same_gradients(base, mix
     lengths = [num_tokens(base, sample) for sample in mixed.train]
     assert base.packs(lengths)
     found = []
-    for way, packs in ((Execution(images=2), True), (Execution(tokens=8192), True), (Execution(tokens=8192), False),
-                       (Execution(tokens=3 * max(lengths)), True), (Execution(tokens=3 * max(lengths)), False)):  # fmt: skip
+    all_at_once, thrice = Execution(tokens=8192), Execution(tokens=3 * max(lengths))
+    for way, packs in ((Execution(images=2), True), (all_at_once, True), (all_at_once, False), (thrice, True),
+                       (thrice, False)):  # fmt: skip
         with adapted(base, TRIAL) as model, pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(base), "packs", lambda self, sizes, packs=packs: packs)
             for name, weight in model.named_parameters():
