@@ -261,7 +261,7 @@ def test_a_model_that_transformers_does_not_know(tmp_path) -> None:
 
 
 # Loaded by Python at the start of every worker: a trial of rank 4 runs out of memory on all ranks, one of rank 8 on the
-# second alone, as long as two images are in a micro-batch.
+# second alone, as long as a micro-batch may have more than 4,096 tokens.
 ALLOCATOR_ERROR = """
 import importlib.abc, importlib.util, sys
 
@@ -275,12 +275,13 @@ class Finder(importlib.abc.MetaPathFinder):
         def patched(module):
             execute(module)
             step = module.train_step
-            def train_step(base, splits, settings, *others):
+            def train_step(engine, *others):
                 import torch
                 rank, _ = module.world()
-                if settings.per_device_train_batch_size > 1 and (settings.lora_r == 4 or rank == 1):
+                trained = engine.module
+                if trained.execution.tokens > 4096 and (trained.model.peft_config["default"].r == 4 or rank == 1):
                     raise torch.OutOfMemoryError("simulated: CUDA out of memory")
-                return step(base, splits, settings, *others)
+                return step(engine, *others)
             module.train_step = train_step
         spec.loader.exec_module = patched
         return spec
@@ -308,9 +309,11 @@ def two_workers(tmp_path_factory) -> Finished:
 def test_out_of_memory_on_all_ranks_and_on_one(two_workers) -> None:
     for trial in two_workers.study["trials"][:2]:
         assert trial["state"] == "COMPLETE"
-        assert trial["notes"] == ["out of memory: micro-batch 2 -> 1, same global batch"]
-        assert (trial["applied"]["per_device_train_batch_size"], trial["applied"]["global_batch_size"]) == (1, 16)
-    assert "micro-batch 2 -> 1" in two_workers.out
+        assert trial["notes"] == ["out of memory: micro-batch 8,192 -> 4,096 tokens, same global batch"]
+        assert (trial["applied"]["execution"]["tokens"], trial["applied"]["global_batch_size"]) == (4096, 16)
+    assert "micro-batch 8,192 -> 4,096 tokens" in two_workers.out
+    plan = json.loads((two_workers.folder / "results" / "s" / "plan.json").read_text())
+    assert plan["free_gib"]["cpu"] > 0
 
 
 def test_two_workers_and_a_trial_that_fails_on_both(two_workers) -> None:
