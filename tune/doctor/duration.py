@@ -20,7 +20,8 @@ from train_fn.trial.memory import Sizes
 MATMUL_SHARE = 0.63  # of the probe's rate that a step's matrix products reach
 TRAFFIC_EAGER, TRAFFIC_COMPILED = 12.0, 3.0  # bytes moved in a step for each byte that is kept for the backward pass
 LAUNCHES_EAGER, LAUNCHES_COMPILED = 350, 190  # operations of one layer, forwards and backwards: 12,600 of 36 layers
-LAUNCH_OVERHEAD = 2.0  # time of an operation in the model, as a multiple of the probe's bare one
+LAUNCHES_TOWER = 20  # of a layer without adapters, forwards
+LAUNCH_OVERHEAD = 2.0  # time of an operation in the model, as a multiple of the probe's bare one: a guess
 RECOMPUTED_BUDGET, RECOMPUTED_ALL = 1.06, 1.47  # time of a step with an activation budget, with gradient checkpointing
 ATTENTION_BACKWARD = 2.5  # FLOPs of attention's backward pass, as a multiple of its forward pass: 5 products to 2
 # Constants of a study in seconds (benchmarks/README.md).
@@ -89,7 +90,7 @@ def work_of(base: Any, sizes: Sizes, *lengths: Sequence[int]) -> Work:
 
     text, vision = base.model.config.get_text_config(), getattr(base.model.config, "vision_config", None)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    tower_layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
+    tower_layers: int = getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0)
     train, validation, test = map(tuple, lengths)
     return Work(
         weights=linear_weights(base.language_model),
@@ -128,7 +129,7 @@ def tower_s(work: Work, speed: Speed, lengths: Sequence[int]) -> float:
     """Seconds of the vision tower for the images of these samples, one by one."""
     patches = [length * work.patches_per_token for length in lengths]
     flops = sum(2 * p * work.tower_weights + p**2 * work.tower_attention for p in patches)
-    floor = len(patches) * work.tower_layers * LAUNCHES_EAGER / 3 * LAUNCH_OVERHEAD * speed.launch / 7  # no adapters
+    floor = len(patches) * work.tower_layers * LAUNCHES_TOWER * LAUNCH_OVERHEAD * speed.launch
     return max(flops / (MATMUL_SHARE * speed.matmul), floor)
 
 
@@ -171,12 +172,13 @@ def evaluation_s(work: Work, speed: Speed, lengths: Sequence[int], batch_size: i
 
 def times(
     work: Work, speed: Speed, execution: Execution, trial: TrialSettings, *, workers: int, lanes: int, trials: int,
-    eval_batch_size: int, first_stop: int = 0,
+    eval_batch_size: int, to_end: int, first_stop: int,
 ) -> Times:  # fmt: skip
     """Estimate a trial and a study.
 
     Args:
-        first_stop: the epoch after which early stopping may end all trials but the first; 0 if there is none.
+        to_end: trials that run to their end in any case.
+        first_stop: the epoch after which early stopping may end all others; 0 if there is none.
     """
     step = step_s(work, speed, execution, trial, workers)
     steps = math.ceil(len(work.train) / trial.global_batch_size)
@@ -190,7 +192,7 @@ def times(
     stopped = min(epochs, first_stop) if first_stop else epochs
 
     def study(others: int) -> float:
-        total = (epochs + others * (trials - 1)) / lanes
-        return once + epoch * max(total, epochs)
+        first = min(to_end, trials)
+        return once + epoch * max((first * epochs + (trials - first) * others) / lanes, epochs)
 
     return Times(step, epoch, epochs * epoch, (study(stopped), study(epochs)))
