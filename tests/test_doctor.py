@@ -29,6 +29,7 @@ from tune.doctor.examine import examine
 from tune.doctor.findings import Need, check_nodes, check_times
 from tune.doctor.fit import Worker, fit
 from tune.doctor.nodes import node_facts, parse_gpus
+from tune.doctor.probe import probe
 from tune.lanes.layout import Layout
 
 A10G = {"name": "NVIDIA A10G", "free_gib": 22.0, "driver": "570.1", "bf16": True}
@@ -165,9 +166,23 @@ def test_each_kind_of_gpu_of_a_node_has_its_line() -> None:
     assert [line.rsplit(" of ", 1)[1] for line in lines] == ["NVIDIA A10G", "NVIDIA H100"]
 
 
-def test_a_node_without_workers_needs_no_memory() -> None:
-    found = checked({"resources": {"CPU": 0.0}, "ram_gib": 0.1}, Need(layout=CPU, worker=worker(False)))
-    assert "memory" not in found and all(status == "ok" for status, _ in found.values())
+def test_a_node_without_workers_needs_no_memory_and_the_next_one_is_described() -> None:
+    need = Need(layout=GPU, worker=worker(True))
+    findings = check_nodes({"driver": GOOD, "head": GOOD | {"resources": {"CPU": 0.0}}}, need)
+    assert all(found.status == "ok" for found in findings)
+    (found,) = [found for found in findings if found.check == "memory"]
+    # 100 tokens with gradient checkpointing, and 10,240 compiled ones, beside 2 GiB.
+    assert found.where == "cluster" and "2.1 GiB at least and 84.9 GiB" in found.found
+
+
+def test_the_probe_measures_this_machine(monkeypatch) -> None:
+    monkeypatch.setattr("tune.doctor.probe.TIMED_S", 0.05)
+    threads = torch.get_num_threads()
+    try:
+        speed = probe(1)
+    finally:
+        torch.set_num_threads(threads)
+    assert 1e9 < speed.matmul < 1e13 and 1e9 < speed.copy < 1e12 and 1e-7 < speed.launch < 1e-3
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:

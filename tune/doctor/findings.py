@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,10 @@ def check_nodes(facts: dict[str, Facts], need: Need) -> list[Finding]:
             Finding(check, where, text, f"{where}: {fix}" if fix else "", any(warning))
             for check, text, fix, *warning in rows
         ]
+    if need.worker and not any(finding.check in ("memory", "GPU") for finding in findings):
+        least, most = (sum(fit(need.worker, gib, need.worker.on_gpu).parts.values()) for gib in (0.0, math.inf))
+        text = f"no node for workers yet: one needs {least:.1f} GiB at least and {most:.1f} GiB for the fastest way"
+        findings.append(Finding("memory", "cluster", text))
     return findings
 
 
