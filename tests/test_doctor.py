@@ -340,7 +340,7 @@ def test_the_estimate_of_time_has_its_line() -> None:
     need = Need(layout=CPU, times=lambda speed, gib, compiles: Times(0.5, 12.0, 36.0, (100.0, 7500.0 * speed.launch)))
     facts = {"driver": GOOD, "node": GOOD}
     (found,) = check_times(facts, {"node": Speed(1e11, 2e10, 1.0)}, need)
-    assert "0.50 s a step, 36 s the guide's trial, 100 s to 2.1 h the study if all 4 lanes" in found.found
+    assert "0.50 s a step, 36 s the guide's trial, 100 s to 2.1 h the study on 4 such lane(s)" in found.found
     assert "matmul 0.1 TFLOP/s, copy 20 GB/s" in found.found and found.status == "ok"
     (found,) = check_times(facts, {}, need)
     assert found.found.startswith("not estimated")

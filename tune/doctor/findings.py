@@ -170,8 +170,8 @@ def check_times(facts: dict[str, Facts], speeds: dict[str, Speed], need: Need) -
         found = need.times(speed, present, compiles)
         study = " to ".join(dict.fromkeys(map(duration, found.study)))
         text = (
-            f"estimate: {found.step:.2f} s a step, {duration(found.trial)} the guide's trial, {study} the study if all "
-            f"{need.layout.lanes} lanes are like this (matmul {speed.matmul / 1e12:.3g} TFLOP/s, copy "
+            f"estimate: {found.step:.2f} s a step, {duration(found.trial)} the guide's trial, {study} the study on "
+            f"{need.layout.lanes} such lane(s) (matmul {speed.matmul / 1e12:.3g} TFLOP/s, copy "
             f"{speed.copy / 1e9:.3g} GB/s, {speed.launch * 1e6:.1f} us an operation)"
         )
         yield Finding("time", where, text)
