@@ -21,9 +21,9 @@ from tune.records.goals import goal
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {field.name: (group, field) for group in GROUPS for field in dataclasses.fields(group)}
-NUMBERS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (int, float, float | None)}
+NUMBERS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (int, int | None, float, float | None)}
 TEXTS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (str, tuple[str, ...])}
-SWITCHES = {name for name, (_, field) in FIELDS.items() if isinstance(field.default, bool)}
+SWITCHES = {n for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (bool, bool | None)}
 # Options that some numbers need.
 WITH = {"folds": ("--confirm", "3"), "trial": ("--replay", "none"), "run": ("--replay", "none"),
         "projector_learning_rate": ("--train-projector",)}  # fmt: skip

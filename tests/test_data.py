@@ -20,7 +20,7 @@ from PIL import Image
 from train_fn.data.copies import copy_pairs
 from train_fn.data.dealing import split_indices
 from train_fn.data.manifest import read_manifest, unreadable_images
-from train_fn.data.order import epoch_order, micro_batches
+from train_fn.data.order import epoch_order
 from train_fn.data.samples import PARTS, Sample, Splits, class_weights, closed_set
 from train_fn.data.splits_file import load_splits, save_splits
 from train_fn.data.splitting import UNEVEN, SplitRules, fold_splits, make_splits
@@ -274,13 +274,6 @@ def test_epoch_order_covers_all_images_in_full_batches() -> None:
     assert order.shape == (4, 16)
     assert sorted(order.ravel()[:50]) == list(range(50))
     assert (order == epoch_order(50, 16, 3, 1)).all() and (order != epoch_order(50, 16, 3, 2)).any()
-
-
-def test_micro_batches_divide_each_step() -> None:
-    step = np.arange(16)
-    shares = [np.concatenate(list(micro_batches(step, 2, rank, 2))) for rank in range(2)]
-    assert sorted(np.concatenate(shares)) == list(range(16))
-    assert all(len(share) == 8 for share in shares)
 
 
 # ------------------------------------------------------------------------------------------------ any manifest

@@ -409,5 +409,5 @@ def test_an_older_plan_gets_newer_settings_by_default(plan: dict[str, Any], tmp_
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "plan.json").write_text(json.dumps(older))
     settings = parse(["--resume", "s", "--results", str(tmp_path)])
-    assert settings.study.lanes_per_gpu == 1 and settings.trial.torch_compile is False
+    assert settings.study.lanes_per_gpu == 1 and settings.trial.torch_compile is None
     assert settings.first_points == ({"lora_r": 4},)  # from the file, as then

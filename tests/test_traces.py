@@ -15,6 +15,7 @@ from train_fn.trial import compiled, lora
 from train_fn.trial.compiled import is_compiled
 from train_fn.trial.loop import run_trial
 from train_fn.trial.lora import adapted, attached, lora_config
+from train_fn.trial.memory import wanted_execution
 from train_fn.trial.pristine import BaseChanged, changes, pristine
 
 SHORT = TrialSettings(max_steps=2, lora_r=4, lora_alpha=8, learning_rate=1e-3)
@@ -77,7 +78,8 @@ def test_a_trial_that_could_not_attach_leaves_nothing(fresh, splits, monkeypatch
     for fault, settings in FAULTS.items():
         with monkeypatch.context() as broken:
             break_attaching(broken, fault)
-            with pytest.raises(torch.OutOfMemoryError), adapted(fresh, replace(SHORT, **settings)):
+            asked = replace(SHORT, **settings)
+            with pytest.raises(torch.OutOfMemoryError), adapted(fresh, asked, wanted_execution(asked, fresh.device)):
                 pass
         assert dict(fresh.model.named_modules()) == modules, fault
         assert not changes(fresh, pristine(fresh)), fault

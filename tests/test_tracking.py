@@ -129,7 +129,7 @@ def study(tmp_path_factory) -> Path:
     settings = SimpleNamespace(study=StudySettings(trials=6, scheduler="none"))
     journal = Journal(directory / "journal.jsonl")
     parts = {"name": "s", "journal": journal, "directory": directory, "storage": Storage(directory, "")}
-    made: Any = SimpleNamespace(goals=(("auroc", "max"),), settings=settings, **parts)
+    made: Any = SimpleNamespace(goals=(("auroc", "max"),), settings=settings, plan={}, **parts)
     stopped: list[int] = []
     dispatcher = SimpleNamespace(stop=SimpleNamespace(remote=lambda number, for_good=False: stopped.append(number)))
 

@@ -148,13 +148,47 @@ def wanted_execution(settings: TrialSettings, device: Any) -> Execution:
     """How a trial's steps are computed where the memory does not matter."""
     from train_fn.trial.compiled import compiles_by_default
 
+    return roomy_execution(settings, device.type == "cuda", compiles_by_default(device))
+
+
+def roomy_execution(settings: TrialSettings, on_gpu: bool, compiles: bool) -> Execution:
+    """The same of a device that is not at hand. compiles: whether it compiles if the user does not choose."""
     images, compiled = settings.per_device_train_batch_size, settings.torch_compile
     return Execution(
         images=images or 0,
-        tokens=0 if images else MOST_TOKENS_GPU if device.type == "cuda" else MOST_TOKENS_CPU,
-        compiled=compiles_by_default(device) if compiled is None else compiled,
+        tokens=0 if images else MOST_TOKENS_GPU if on_gpu else MOST_TOKENS_CPU,
+        compiled=compiles if compiled is None else compiled,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+
+
+def fitting_execution(
+    sizes: Sizes, settings: TrialSettings, execution: Execution, free_gib: float, workers: int, on_gpu: bool,
+    longest: int,
+) -> tuple[Execution, bool]:  # fmt: skip
+    """The first way from `execution` downwards that should fit, with as many tokens as then fit.
+
+    Args:
+        free_gib: GiB of memory beside the base and the worker's own.
+        longest: tokens of the longest sample.
+
+    Returns: the way, and whether it fits. If none does, it is the last one.
+    """
+    fixed = {"worker", "base"}  # already taken
+
+    def fits(way: Execution) -> bool:
+        parts = memory_needed(sizes, settings, way, workers, on_gpu, longest, candidates=0)
+        return sum(gib for part, gib in parts.items() if part not in fixed) <= free_gib * FILLED
+
+    most = execution.tokens
+    while not fits(execution):
+        if (less := smaller(execution, longest)) is None:
+            return execution, False
+        execution = less
+    # What keeps less may leave room for more samples again.
+    while execution.tokens < most and fits(more := replace(execution, tokens=min(2 * execution.tokens, most))):
+        execution = more
+    return execution, True
 
 
 def choose_execution(
@@ -191,18 +225,7 @@ def choose_execution(
             sizes = cached_sizes(base, settings)
         except ValueError as error:
             raise TrialFailed(str(error)) from error
-        fixed = {"worker", "base"}  # already taken
-
-        def fits(way: Execution) -> bool:
-            parts = memory_needed(sizes, settings, way, workers, on_gpu, longest, candidates=0)
-            return sum(gib for part, gib in parts.items() if part not in fixed) <= free_gib * FILLED
-
-        most = execution.tokens
-        while not fits(execution) and (less := smaller(execution, longest)):
-            execution = less
-        # What keeps less may leave room for more samples again.
-        while execution.tokens < most and fits(more := replace(execution, tokens=min(2 * execution.tokens, most))):
-            execution = more
+        execution, _ = fitting_execution(sizes, settings, execution, free_gib, workers, on_gpu, longest)
     while any(needs_as_much(settings, execution, *other) for other in too_large):
         if (less := smaller(execution, longest)) is None:
             break

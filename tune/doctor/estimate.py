@@ -1,52 +1,87 @@
-"""How much memory and disk a study needs, estimated from the model's shapes."""
+"""How much memory, disk and time a study needs, estimated from the model's shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-from train_fn.execution import Execution
+from train_fn.model.batches import num_tokens
 from train_fn.model.memory import GIB
 from train_fn.settings import TrialSettings
-from train_fn.trial.memory import longest_sample, measure, memory_needed, skeleton
+from train_fn.trial.memory import measure, skeleton
 from tune.config.settings import Settings
 from tune.config.space_check import corners
+from tune.doctor.duration import Speed, Times, times, work_of
 from tune.doctor.findings import Facts, Finding, Need
+from tune.doctor.fit import Worker, fit
 from tune.plan.prepare import Study
+from tune.search.early_stopping import MIN_SAMPLES
 
 
 def estimate(study: Study, need: Need, facts: dict[str, Facts], findings: list[Finding]) -> Need:
-    """The need with memory and disk of the largest trial of the space. facts: as `ask_nodes` returns them."""
+    """The need with memory and disk of the largest trial of the space, and the times of the guide's trial.
+
+    Args:
+        facts: as `ask_nodes` returns them.
+    """
     import torch
 
-    trial, workers = largest_trial(study.settings), study.settings.study.workers_per_trial
-    on_gpu = need.layout is not None and need.layout.use_gpu
-    samples = [*study.splits.train, *study.splits.validation, *study.splits.test]
+    settings, layout = study.settings, need.layout
+    on_gpu = layout is not None and layout.use_gpu
     gpus = [gpu for node in facts.values() for gpu in node.get("gpus", ())]
-    model = study.settings.model
+    model = settings.model
     if on_gpu and model.base_dtype == "auto" and not all(gpu["bf16"] for gpu in gpus):
         model = dataclasses.replace(model, dtype="float16")  # it needs more memory
     dtype = getattr(torch, "bfloat16" if on_gpu else "float32")
+    guide, *others = corners(settings)
     try:
-        sizes = measure(model, trial, dtype)
-        longest = longest_sample(skeleton(model, dtype), samples)
+        base = skeleton(model, dtype)
+        parts = (study.splits.train, study.splits.validation, study.splits.test)
+        lengths = [[num_tokens(base, sample) for sample in part] for part in parts]
+
+        def worker(trial: TrialSettings) -> Worker:
+            return Worker(
+                sizes=measure(model, trial, dtype),
+                trial=trial,
+                workers=settings.study.workers_per_trial,
+                on_gpu=on_gpu,
+                longest=max(map(max, filter(None, lengths))),
+                candidates=len(study.splits.candidates),
+            )
+
+        largest, usual = worker(largest_trial([guide, *others])), worker(guide)
     except (ValueError, OSError) as error:
         findings.append(Finding("model", "driver", "cannot be built", str(error)))
         return need
+    work = work_of(base, usual.sizes, *lengths)
 
-    def at(micro_batch: int) -> dict[str, float]:
-        way = Execution(images=micro_batch, gradient_checkpointing=trial.gradient_checkpointing)
-        return memory_needed(sizes, trial, way, workers, on_gpu, longest, len(study.splits.candidates))
+    def times_on(speed: Speed, present_gib: float, compiles: bool) -> Times:
+        return times(
+            work,
+            speed,
+            fit(usual, present_gib, compiles).execution,
+            guide,
+            workers=usual.workers,
+            lanes=layout.lanes if layout else 1,
+            trials=settings.study.trials,
+            eval_batch_size=model.per_device_eval_batch_size,
+            **early_stopping(settings),
+        )
 
-    size, largest = trial.per_device_train_batch_size or 1, trial.global_batch_size // workers
-    larger = {m: sum(at(m).values()) for m in range(size + 1, largest + 1) if largest % m == 0}
-    disk = disk_needed(study, trial, sizes.trained)
-    return dataclasses.replace(need, memory=at(size), least=sum(at(1).values()), larger=larger, disk=disk)
+    disk = disk_needed(study, largest.trial, largest.sizes.trained)
+    return dataclasses.replace(need, worker=largest, times=times_on, disk=disk)
 
 
-def largest_trial(settings: Settings) -> TrialSettings:
-    """The trial with most memory among the space's guide and both ends of its ranges."""
-    trials = corners(settings)
+def early_stopping(settings: Settings) -> dict[str, int]:
+    """How many trials run to their end in any case, and after which epoch all others may be stopped; 0: never."""
+    study = settings.study
+    if study.scheduler == "none" or len(study.metric) > 1:
+        return {"to_end": study.trials, "first_stop": 0}
+    return {"to_end": 1 if study.scheduler == "asha" else MIN_SAMPLES, "first_stop": study.grace_period}
+
+
+def largest_trial(trials: list[TrialSettings]) -> TrialSettings:
+    """The trial with most memory."""
     return max(trials, key=lambda trial: (trial.per_device_train_batch_size or 0, trial.lora_r, trial.train_projector))
 
 

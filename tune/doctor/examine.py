@@ -16,8 +16,9 @@ from tune.config.settings import Settings
 from tune.config.uris import tracking_uri
 from tune.doctor.collectives import measure_collectives
 from tune.doctor.estimate import estimate
-from tune.doctor.findings import Facts, Finding, Need, check_nodes
+from tune.doctor.findings import Facts, Finding, Need, check_nodes, check_times
 from tune.doctor.nodes import ask_nodes, probe_folder
+from tune.doctor.probe import probe_nodes
 from tune.lanes.layout import Layout, plan_layout
 from tune.lanes.ray_start import start_ray
 from tune.plan.prepare import Study, generate_phantoms, prepare
@@ -40,11 +41,13 @@ def examine(settings: Settings, say: Callable[[str], None]) -> int:
         stack.callback(ray.shutdown)
         layout = lay_out(settings, resources, findings)
         facts = ask_nodes(settings, study, storage)
-        need = Need(layout=layout, compiler=bool(settings.trial.torch_compile))
+        need = Need(layout=layout, torch_compile=settings.trial.torch_compile)
         if study:
-            say("Estimating memory from the model's shapes")
+            say("Estimating memory and time from the model's shapes")
             need = estimate(study, need, facts, findings)
         findings += check_nodes(facts, need)
+        if need.times:
+            findings += check_times(facts, probe_nodes(layout, facts), need)
         findings += measure_collectives(layout, facts, storage, say)
         findings += [*check_records(settings), *check_access(facts)]
     print_table(findings)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from train_fn.execution import OUT_OF_MEMORY_ADVICE
+from tune.doctor.duration import Speed, Times
+from tune.doctor.fit import Worker, fit, words
 from tune.lanes.layout import Layout
 
 Facts = dict[str, Any]
 """A node as `node_facts` describes it."""
 
 FULL_DISK = 0.95  # above this Ray spills no more objects (its local_fs_capacity_threshold)
-SMALLER = "in this order: --use-qlora; --gradient-checkpointing; a lower --lora-r; on CPUs fewer --lanes"
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,17 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What the study needs of a node. All sizes are in GiB."""
+    """What the study needs of a node."""
 
     layout: Layout | None = None
-    compiler: bool = False
-    memory: dict[str, float] = field(default_factory=dict)
-    """Of one worker, by use."""
-    least: float = 0.0
-    """Memory of one worker at a micro-batch of one image."""
-    larger: dict[int, float] = field(default_factory=dict)
-    """Memory of one worker at micro-batches larger than the one of the settings."""
+    torch_compile: bool | None = None
+    """As the settings say."""
+    worker: Worker | None = None
+    """Of the study's largest trial; None if the model cannot be built."""
+    times: Callable[[Speed, float, bool], Times] | None = None
+    """Estimate from a device's speed, the memory of one worker, and whether layers are compiled by default."""
     disk: float = 0.0
-    """Of the results."""
+    """Of the results, in GiB."""
 
 
 def check_nodes(facts: dict[str, Facts], need: Need) -> list[Finding]:
@@ -59,9 +61,13 @@ def check_nodes(facts: dict[str, Facts], need: Need) -> list[Finding]:
             continue
         rows = [*check_node(node, facts["driver"], need), *check_device(node, need)]
         findings += [
-            Finding(check, where, text, f"{where}: {fix}" if fix else "", bool(warning))
+            Finding(check, where, text, f"{where}: {fix}" if fix else "", any(warning))
             for check, text, fix, *warning in rows
         ]
+    if need.worker and not any(finding.check in ("memory", "GPU") for finding in findings):
+        least, most = (sum(fit(need.worker, gib, need.worker.on_gpu).parts.values()) for gib in (0.0, math.inf))
+        text = f"no node for workers yet: one needs {least:.1f} GiB at least and {most:.1f} GiB for the fastest way"
+        findings.append(Finding("memory", "cluster", text))
     return findings
 
 
@@ -102,25 +108,80 @@ def check_device(node: Facts, need: Need) -> Iterator[tuple]:
         lack = "torch is built without CUDA" if not node["cuda"] else "" if gpus else "nvidia-smi shows no GPU"
         fix = f"GPUs must be usable, but {lack}: install driver and torch for them" if lack else ""
         yield "GPU", f"{slots} x {'; '.join(sorted(names))}", fix
-    if need.compiler:
-        fix = "`--torch-compile` needs a C compiler on every node: install one (Debian: build-essential python3-dev)"
-        yield "compiler", node["compiler"] or "none", "" if node["compiler"] else fix
-    if not need.memory:
+    by_default = need.torch_compile is None and layout.use_gpu and any(gpu["bf16"] for gpu in gpus)
+    if need.torch_compile or by_default:
+        fix = "compiled layers need a C compiler on every node: install one (Debian: build-essential python3-dev)"
+        fix = "" if node["compiler"] else fix if need.torch_compile else f"{fix}; without it trials are slower"
+        yield "compiler", node["compiler"] or "none", fix, not need.torch_compile
+    if need.worker:
+        yield from check_memory(node, need.worker, layout)
+
+
+def check_memory(node: Facts, worker: Worker, layout: Layout) -> Iterator[tuple]:
+    """How the study's largest trial would run in the memory of each kind of device. Yields as `check_node`."""
+    for name, present, compiles in devices(node, layout):
+        got, given = fit(worker, present, compiles), worker.trial.per_device_train_batch_size
+        sum_of = " + ".join(f"{use} {gib:.2f}" for use, gib in got.parts.items())
+        text = f"{words(got.execution)}: {sum_of} = {sum(got.parts.values()):.2f} GiB of {present:.2f} GiB {name}"
+        if not got.fits:
+            advice = OUT_OF_MEMORY_ADVICE[0].lower() + OUT_OF_MEMORY_ADVICE[1:]
+            advice += "" if layout.use_gpu else "; fewer --lanes"
+            yield "memory", text, f"one sample at a time and gradient checkpointing do not fit, either: {advice}"
+            continue
+        fix = ""
+        if given and got.execution.images < given:
+            fix = f"trials will run out of memory and halve their micro-batch of {given}: leave it out (auto)"
+        elif given and got.execution.gradient_checkpointing > worker.trial.gradient_checkpointing:
+            fix = "trials will run out of memory and turn on gradient checkpointing"
+        elif given and layout.use_gpu and (larger := larger_micro_batch(worker, present, compiles)) > given:
+            steps = worker.trial.global_batch_size // larger
+            text += (f"; larger micro-batches also fit, and are faster: --per-device-train-batch-size {larger} "
+                     f"--gradient-accumulation-steps {steps}, or auto")  # fmt: skip
+        yield "memory", text, fix, True
+
+
+def devices(node: Facts, layout: Layout) -> list[tuple[str, float, bool]]:
+    """The kinds of devices of a node: name, GiB that one worker may take, whether layers are compiled by default."""
+    if not layout.use_gpu:
+        slots = int(node["resources"].get("CPU", 0))
+        workers = max(1, min(slots, layout.lanes * layout.workers_per_trial))
+        return [(f"RAM ({workers} workers)", node["ram_gib"] / workers, False)]
+    free: dict[tuple[str, bool], float] = {}
+    for gpu in node["gpus"]:
+        kind = (gpu["name"], gpu["bf16"] and bool(node["compiler"]))
+        free[kind] = min(gpu["free_gib"], free.get(kind, gpu["free_gib"]))
+    return [(f"of {name}", gib / layout.lanes_per_gpu, compiles) for (name, compiles), gib in free.items()]
+
+
+def larger_micro_batch(worker: Worker, present: float, compiles: bool) -> int:
+    """The largest micro-batch of the same images a step that fits; 0 if none does."""
+    most = worker.trial.global_batch_size // worker.workers
+    sizes = [images for images in range(1, most + 1) if most % images == 0]
+    fitting = (fit(worker, present, compiles, images).execution.images == images for images in sizes)
+    return max((images for images, fits in zip(sizes, fitting, strict=True) if fits), default=0)
+
+
+def check_times(facts: dict[str, Facts], speeds: dict[str, Speed], need: Need) -> Iterator[Finding]:
+    """How long a trial and the study would take on the devices of each node."""
+    if not need.times or not need.layout:
         return
-    workers = 1 if layout.use_gpu else min(slots, layout.lanes * layout.workers_per_trial)
-    present = node["ram_gib"] / workers
-    if layout.use_gpu:
-        present = min((gpu["free_gib"] for gpu in gpus), default=0.0) / layout.lanes_per_gpu
-    whole = sum(need.memory.values())
-    text = " + ".join(f"{use} {gib:.2f}" for use, gib in need.memory.items())
-    text += f" = {whole:.2f} GiB of {present:.2f} GiB " + ("of a GPU" if layout.use_gpu else f"RAM ({workers} workers)")
-    if need.least > present:
-        yield "memory", text, f"a micro-batch of one image needs {need.least:.2f} GiB: {SMALLER}"
-        return
-    fitting = [micro_batch for micro_batch, gib in need.larger.items() if gib < 0.95 * present]
-    if layout.use_gpu and fitting:
-        steps = max(need.larger) // max(fitting) * layout.workers_per_trial
-        text += (f"; the same images a step in larger micro-batches also fit, and are faster: "
-                 f"--per-device-train-batch-size {max(fitting)} --gradient-accumulation-steps {steps}")  # fmt: skip
-    fix = f"trials will run out of memory and halve their micro-batch: {SMALLER}"
-    yield "memory", text, fix if whole > present else "", True
+    for where, speed in speeds.items():
+        _, present, compiles = devices(facts[where], need.layout)[0]
+        found = need.times(speed, present, compiles)
+        study = " to ".join(dict.fromkeys(map(duration, found.study)))
+        text = (
+            f"estimate: {found.step:.2f} s a step, {duration(found.trial)} the guide's trial, {study} the study on "
+            f"{need.layout.lanes} such lane(s) (matmul {speed.matmul / 1e12:.3g} TFLOP/s, copy "
+            f"{speed.copy / 1e9:.3g} GB/s, {speed.launch * 1e6:.1f} us an operation)"
+        )
+        yield Finding("time", where, text)
+    if not speeds:
+        yield Finding("time", "cluster", "not estimated: no free device to measure")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: two digits and a unit."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -72,7 +72,7 @@ def ask_nodes(settings: Settings, study: Study | None, storage: Storage | None) 
             continue
         # A clock like the driver's shows a time between the question and now.
         skew_s = max(asked_at - node_answer["time"], node_answer["time"] - time.time(), 0.0)
-        facts[where] = node_answer | {"skew_s": skew_s, "resources": node["Resources"]}
+        facts[where] = node_answer | {"skew_s": skew_s, "resources": node["Resources"], "id": node["NodeID"]}
     return facts
 
 
