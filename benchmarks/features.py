@@ -1,8 +1,11 @@
 """What keeping vision features saves: measured on small models, computed for Hulu-Med-4B. Times are CPU seconds.
 
     HULUMED_FIXTURES=DIR python benchmarks/features.py [--images 120]
+    python benchmarks/features.py --lanes MANIFEST [--repeats 3]
 
-Without HULUMED_FIXTURES (see tests/test_hulumed.py) only the nano base is measured.
+Without HULUMED_FIXTURES (see tests/test_hulumed.py) only the nano base is measured. --lanes trains the first epoch of
+the nano base in two processes of one thread at once, on an empty cache: with the images shared, and with each process
+computing all of them.
 """
 
 from __future__ import annotations
@@ -79,6 +82,50 @@ def fill(model: str, manifest: Path) -> list[torch.Tensor]:
     print(f"  process {os.getpid()}: key {key_s:.3f} s, {len(images)} images {seconds:.2f} s; of the mapped files "
           f"resident {maps['Rss'] / 1024:.1f} MiB, this process' share {maps['Pss'] / 1024:.1f} MiB")  # fmt: skip
     return held
+
+
+def first_epoch(manifest: Path, folder: Path, shares: bool) -> None:
+    """Train an epoch in this process, beside another one that does the same; print wall and CPU seconds of it."""
+    from unittest import mock
+
+    from train_fn.data.manifest import read_manifest
+    from train_fn.data.splitting import SplitRules, make_splits
+    from train_fn.model.base import load_base
+    from train_fn.model.features import FeatureStore
+    from train_fn.settings import ModelSettings, TrialSettings
+    from train_fn.trial.loop import run_trial
+
+    rules = SplitRules(val_fraction=0.2, test_fraction=0.2, seed=0)
+    splits = make_splits(read_manifest(manifest, manifest.parent).samples, None, None, rules)[0]
+    base, computed = load_base(ModelSettings(), torch.device("cpu")), []
+    base.model.get_submodule(base.vision_tower).register_forward_hook(lambda *given: computed.append(1))
+    assert base.features
+    if not shares:  # as before: no process regards the others
+        mock.patch("train_fn.trial.loop.prepare_features", lambda *given: None).start()
+        mock.patch.object(FeatureStore, "claim", lambda *given: True).start()
+    (folder / f"ready-{os.getpid()}").touch()
+    while len(list(folder.glob("ready-*"))) < 2:
+        time.sleep(0.01)
+    wall, cpu = time.perf_counter(), time.process_time()
+    run_trial(base, splits, TrialSettings(num_train_epochs=1), lambda told: False)
+    print(f"{time.perf_counter() - wall} {time.process_time() - cpu} {len(computed)}")
+
+
+def measure_lanes(manifest: Path, repeats: int) -> None:
+    """The first epoch of two lanes at once, alternately with and without sharing."""
+    for repeat in range(repeats):
+        for how in ("apart", "shared"):
+            with tempfile.TemporaryDirectory(prefix="features-") as folder:
+                command = [sys.executable, __file__, "--lane", how, folder, "--lanes", str(manifest)]
+                lanes = [
+                    subprocess.Popen(command, env=os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"},
+                                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                    for _ in range(2)
+                ]  # fmt: skip
+                told = [lane.communicate()[0].split()[-3:] for lane in lanes]
+            walls, cpus, images = ([float(lane[column]) for lane in told] for column in range(3))
+            print(f"{repeat + 1} {how:7} first epoch {max(walls):.2f} s, CPU of both {sum(cpus):.2f} s, "
+                  f"images computed {images[0]:.0f} + {images[1]:.0f}", flush=True)  # fmt: skip
 
 
 def measure_preparation(image_tokens: int) -> None:
@@ -172,8 +219,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--fill", nargs=2, metavar=("MODEL", "MANIFEST"), help=argparse.SUPPRESS)
+    parser.add_argument("--lanes", type=Path, metavar="MANIFEST", help="measure two lanes on these images only")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lane", nargs=2, metavar=("HOW", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.lanes and not options.lane:
+        measure_lanes(options.lanes, options.repeats)
+        return
     if options.fill:
         fill(options.fill[0], Path(options.fill[1]))
         return
@@ -183,6 +236,9 @@ def main() -> None:
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # DeepSpeed wants a group
+    if options.lane:
+        first_epoch(options.lanes, Path(options.lane[1]), options.lane[0] == "shared")
+        return
     fixtures = os.environ.get("HULUMED_FIXTURES")
     for model in ["nano"] + [f"{fixtures}/checkpoint"] * bool(fixtures):
         with tempfile.TemporaryDirectory(prefix="features-") as folder:

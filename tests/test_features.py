@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,15 +18,18 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from train_fn.data.samples import Sample
 from train_fn.model.base import Base, load_base
-from train_fn.model.batches import answer_losses, collate, image_features, num_patches, process
-from train_fn.model.features import FeatureStore, features_key
+from train_fn.model.batches import BatchFailed, answer_losses, collate, image_features, num_patches, process
+from train_fn.model.features import CLAIM_S, FeatureStore, features_key, start_time
+from train_fn.model.preparation import prepare_features
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.trial.loop import run_trial
 from train_fn.trial.lora import attached, lora_config
 
+HOST = socket.gethostname()
 FIXTURES = os.environ.get("HULUMED_FIXTURES", "")
 NANO = ModelSettings()
 HULUMED = ModelSettings(model=f"{FIXTURES}/checkpoint")
@@ -253,3 +259,167 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(images, cache, monkeypatch)
     assert torch.equal(image_features(base, images[1]), wanted)
     seen = tower_calls(base)
     assert torch.equal(image_features(base, images[0]), image_features(load_base(NANO, CPU), images[0])) and not seen
+
+
+# ------------------------------------------------------------------------------------------------ shared work
+
+
+def prepare(rank: int, images: Sequence[str], folder: Path) -> None:
+    """Prepare the features of images in a process of its own, and note how many the tower computed."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    torch.set_num_threads(1)
+    base = load_base(NANO, CPU)
+    seen, ready = tower_calls(base), folder / f"ready-{rank}"
+    ready.touch()
+    while len(list(folder.glob("ready-*"))) < 2:
+        time.sleep(0.001)
+    prepare_features(base, images)
+    (folder / f"computed-{rank}").write_text(str(len(seen)))
+
+
+def hold_claim(rank: int, store: FeatureStore, image: str) -> None:
+    assert store.claim(image, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def claims(cache: Path) -> list[Path]:
+    return list(cache.glob("*/*.claim"))
+
+
+def test_two_processes_share_the_images(splits, cache, tmp_path) -> None:
+    images = [sample.image for sample in splits.train + splits.validation]
+    run_ranks(prepare, (images, tmp_path))
+    computed = [int((tmp_path / f"computed-{rank}").read_text()) for rank in (0, 1)]
+    assert sum(computed) == len(images) == len(list(cache.glob("*/*.safetensors")))
+    assert min(computed) > 0
+    assert not claims(cache)
+
+
+def test_preparing_changes_no_bit_of_a_trial_and_costs_little_once_done(base, splits, cache, monkeypatch) -> None:
+    def trial(fresh: Base) -> list:
+        reports: list = []
+        run_trial(fresh, splits, TRIAL, lambda report: bool(reports.append(report)))
+        return [(report.metrics, report.log) for report in reports]
+
+    prepared = load_base(NANO, CPU)
+    seen = tower_calls(prepared)
+    first = trial(prepared)
+    assert len(seen) == len({sample.image for sample in splits.train + splits.validation})
+    looked: list[str] = []
+    find = FeatureStore.find
+    monkeypatch.setattr(
+        FeatureStore, "find", lambda self, image, shape: looked.append(image) or find(self, image, shape)
+    )
+    prepare_features(prepared, [sample.image for sample in splits.train + splits.validation])
+    assert not looked
+    shutil.rmtree(cache)
+    monkeypatch.setattr("train_fn.trial.loop.prepare_features", lambda *given: None)
+    assert trial(load_base(NANO, CPU)) == first
+
+
+def test_a_trial_of_few_steps_prepares_its_own_images_only(base, splits) -> None:
+    fresh = load_base(NANO, CPU)
+    seen = tower_calls(fresh)
+    trained = replace(TRIAL, max_steps=1)
+    run_trial(fresh, splits, trained, lambda report: False)
+    assert len(seen) == trained.global_batch_size + len(splits.validation) < len(splits.train + splits.validation)
+
+
+def test_the_claim_of_a_killed_process_is_taken_over(images, cache) -> None:
+    base = load_base(NANO, CPU)
+    seen = tower_calls(base)
+    with pytest.raises(ProcessExitedException):
+        run_ranks(hold_claim, (base.features, images[0]), 1)
+    assert len(claims(cache)) == 1
+    started = time.monotonic()
+    prepare_features(base, images)
+    assert time.monotonic() - started < CLAIM_S / 2
+    assert len(seen) == 4 and len(list(cache.glob("*/*.safetensors"))) == 4 and not claims(cache)
+
+
+@pytest.mark.parametrize("holder", ["being written", "on another host", "living"])
+def test_a_claim_is_waited_for_until_it_is_old(images, cache, monkeypatch, holder) -> None:
+    living = f"{os.getppid()} {start_time(os.getppid())} {HOST}"
+    owner = {"being written": "", "on another host": "1 0 another-host", "living": living}[holder]
+    base = load_base(NANO, CPU)
+    assert base.features
+    claim = base.features.file(images[0]).with_suffix(".claim")
+    claim.parent.mkdir(parents=True)
+    claim.write_text(owner)
+    assert not base.features.claim(images[0], 1)
+    monkeypatch.setattr("train_fn.model.features.CLAIM_S", 0.5)
+    started, seen = time.monotonic(), tower_calls(base)
+    image_features(base, images[0])
+    assert time.monotonic() - started > 0.2 and len(seen) == 1 and not claims(cache)
+
+
+def test_a_claim_of_a_reused_process_number_is_void(images, cache) -> None:
+    base = load_base(NANO, CPU)
+    assert base.features and base.features.claim(images[0], 1)
+    assert not base.features.claim(images[0], 1)
+    (claim,) = claims(cache)
+    claim.write_text(f"{os.getpid()} 1 {HOST}")  # as of a process that started just after the machine
+    assert base.features.claim(images[0], 1)
+
+
+def test_features_of_another_process_are_taken_without_computing(images, monkeypatch) -> None:
+    wanted = image_features(load_base(NANO, CPU), images[0]).clone()
+    base = load_base(NANO, CPU)
+    assert base.features
+    file, seen = base.features.file(images[0]), tower_calls(base)
+    hidden = file.with_suffix(".hidden")
+    file.rename(hidden)
+    file.with_suffix(".claim").write_text("")
+    timer = threading.Timer(0.2, hidden.rename, [file])  # the other process writes it
+    timer.start()
+    assert torch.equal(image_features(base, images[0]), wanted) and not seen
+    timer.join()
+
+
+def test_a_cache_that_is_too_small_is_filled_and_no_more_computed(splits, cache) -> None:
+    images = [sample.image for sample in splits.train]
+    image_features(load_base(NANO, CPU), images[0])
+    (file,) = cache.glob("*/*")
+    size = file.stat().st_size
+    shutil.rmtree(cache)
+    base = load_base(replace(NANO, feature_cache_gib=3.5 * size / 2**30), CPU)
+    seen = tower_calls(base)
+    prepare_features(base, images)
+    assert len(seen) == len(list(cache.glob("*/*.safetensors"))) == 3
+    prepare_features(base, images)
+    assert len(seen) == 3 and not claims(cache)
+
+
+def test_a_cache_that_cannot_be_written_is_not_prepared(images, cache, monkeypatch) -> None:
+    first = load_base(NANO, CPU)
+    image_features(first, images[0])
+
+    def refuses(path: Path, *given: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("train_fn.model.features.open", refuses, raising=False)
+    base = load_base(NANO, CPU)
+    seen = tower_calls(base)
+    with pytest.warns(UserWarning, match="in memory only") as told:
+        prepare_features(base, images)
+        assert len(seen) <= 1
+        assert torch.equal(image_features(base, images[0]), image_features(first, images[0]))
+        for image in images:
+            image_features(base, image)
+    assert len(told) == 1 and len(seen) == 3
+
+
+def test_an_image_that_cannot_be_read_is_named_and_its_claim_released(images, cache) -> None:
+    base = load_base(NANO, CPU)
+    num_patches(base, images[2])
+    Path(images[2]).write_bytes(b"no image")
+    with pytest.raises(BatchFailed, match=f"but not {images[2]}: "):
+        prepare_features(base, images)
+    assert not claims(cache)
+
+
+def test_a_preempted_process_prepares_no_more(images) -> None:
+    base = load_base(NANO, CPU)
+    seen = tower_calls(base)
+    prepare_features(base, images, lambda: len(seen) == 2)
+    assert len(seen) == 2

@@ -6,8 +6,9 @@ H width of the language model, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,29 +44,53 @@ def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
     return sum(width * height for width, height in sizes), *sizes[0]
 
 
-@torch.no_grad()
 def image_features(base: Base, image: str) -> torch.Tensor:
     """The vision tower's output for an image [P, D], before the projector; from the cache or computed.
+
+    If another process computes it now, its result is waited for.
+    """
+    store = base.features
+    if store is None:
+        return compute_features(base, image)
+    shape, num_bytes = features_size(base, image)
+    cached = store.find_or_claim(image, shape, num_bytes)
+    return compute_and_keep(base, image) if cached is None else cached
+
+
+def features_size(base: Base, image: str) -> tuple[tuple[int, int], int]:
+    """Shape [P, D] and bytes of an image's features."""
+    shape = num_patches(base, image), base.model.config.vision_config.hidden_size
+    return shape, shape[0] * shape[1] * base.model.dtype.itemsize
+
+
+def compute_and_keep(base: Base, image: str) -> torch.Tensor:
+    """Compute the features of an image that this process has claimed, and store them."""
+    store = base.features
+    assert store is not None
+    try:
+        computed = compute_features(base, image)
+        store.keep(image, computed)
+    finally:
+        store.release(image)
+    return computed
+
+
+@torch.no_grad()
+def compute_features(base: Base, image: str) -> torch.Tensor:
+    """The vision tower's output for an image [P, D].
 
     It is always computed for one image at a time. Packed with others, an image's features differ in the last bits (on a
     CPU in float32 at Hulu-Med's shapes: all images, by up to 1e-6), and metrics would depend on who filled the cache.
     """
-    shape = num_patches(base, image), base.model.config.vision_config.hidden_size
-    cached = base.features.find(image, shape) if base.features else None
-    if cached is not None:
-        return cached
     tower = base.model.get_submodule(base.vision_tower).eval()
     picture = read_image(image, base.settings.image_options)
     pixels = base.processor.image_processor([picture], return_tensors="pt").to(base.device)
     with phase("encoder"):
-        computed = tower(
+        return tower(
             pixel_values=pixels["pixel_values"].to(base.model.dtype),
             grid_thw=pixels["image_grid_thw"],
             merge_sizes=pixels["image_merge_sizes"],
         ).last_hidden_state
-    if base.features:
-        base.features.keep(image, computed)
-    return computed
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -79,17 +104,24 @@ class BatchFailed(ValueError):
     """A batch could not be made of its images and questions. The settings of a trial have no influence on that."""
 
 
-def collate(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False) -> dict[str, Any]:
-    """A batch, see `make_batch`. Raises BatchFailed for every error that is not the device's."""
+@contextlib.contextmanager
+def blames_images(images: Sequence[str]) -> Iterator[None]:
+    """Raise BatchFailed for every error in this context that is not the device's."""
     try:
-        return make_batch(base, samples, with_answers, packed)
+        yield
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
-        images = ", ".join(s.image for s in samples[:2]) + (" ..." if len(samples) > 2 else "")
+        some = ", ".join(images[:2]) + (" ..." if len(images) > 2 else "")
         raise BatchFailed(
-            f"the processor must take every image and question, but not {images}: {type(error).__name__}: {error}"
+            f"the processor must take every image and question, but not {some}: {type(error).__name__}: {error}"
         ) from error
+
+
+def collate(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False) -> dict[str, Any]:
+    """A batch, see `make_batch`. Raises BatchFailed for every error that is not the device's."""
+    with blames_images([sample.image for sample in samples]):
+        return make_batch(base, samples, with_answers, packed)
 
 
 def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False) -> dict[str, Any]:

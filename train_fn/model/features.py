@@ -2,8 +2,11 @@
 
 Each image has one safetensors file: `vlm-tune/features/<key>/<sha256 of the image file>.safetensors` in the user's
 cache. The key covers everything else that the features depend on, to the last bit. A file is written under another name
-and then renamed, so no process reads an unfinished file; two workers that need the same image at once write the same
-bytes. Reading maps the file, so all processes share the kernel's copy of it.
+and then renamed, so no process reads an unfinished file. Reading maps the file, so all processes share the kernel's
+copy of it.
+
+A process that computes an image's features claims the image by a file `<sha256>.claim` beside it, and others wait. A
+claim saves work and guards nothing: two processes that compute the same image write the same bytes.
 
 Shapes: P patches of one image, D width of the vision tower.
 """
@@ -15,6 +18,7 @@ import hashlib
 import inspect
 import json
 import os
+import socket
 import time
 import uuid
 import warnings
@@ -33,9 +37,12 @@ from train_fn.data.images import READING
 from train_fn.settings import ImageOptions
 from train_fn.support.cache import cache_folder
 from train_fn.support.files import file_hash
+from train_fn.support.profile import count_work
 
 WRITES_PER_COUNT = 16  # files that a process writes before it measures the cache's size again
 GRACE_S = 60  # a file used up to this long before a process began counts as used by it; covers coarse file clocks
+CLAIM_S = 60.0  # after this a claim is void, though its process lives: it may be frozen, or on another host
+POLL_S = 0.02  # between two looks at an image that another process computes
 
 
 def features_key(
@@ -83,6 +90,7 @@ class FeatureStore:
         self.started = time.time() - GRACE_S
         self.contents: dict[str, str] = {}  # image path -> sha256 of the file, which a process reads once
         self.memory: dict[str, torch.Tensor] = {}  # sha256 -> [P, D], where the disk cannot be written
+        self.prepared: set[str] = set()  # image paths that `batches.prepare_features` has seen to
         self.on_disk = True
         self.num_writes = 0
 
@@ -110,6 +118,48 @@ class FeatureStore:
             os.utime(file)
         return features if tuple(features.shape) == shape else None
 
+    def find_or_claim(self, image: str, shape: tuple[int, int], num_bytes: int) -> torch.Tensor | None:
+        """As `find`. None: this process must compute the features, `keep` them, and `release` the image.
+
+        Waits while another process computes them, at most about as long as a claim holds.
+        """
+        claimed, give_up_at = False, time.monotonic() + CLAIM_S
+        while (features := self.find(image, shape)) is None and not claimed and time.monotonic() < give_up_at:
+            claimed = self.claim(image, num_bytes)  # then one more look: another process may just have written them
+            if not claimed:
+                count_work()
+                time.sleep(POLL_S)
+        if claimed and features is not None:
+            self.release(image)
+        return features
+
+    def can_write(self, num_bytes: int) -> bool:
+        """Whether features of so many bytes would be written, as far as this process knows."""
+        return self.on_disk and num_bytes <= self.room
+
+    def claim(self, image: str, num_bytes: int) -> bool:
+        """Claim an image for this process. False: another process computes its features now. Features that will not be
+        written need no claim, because nobody should wait for them."""
+        if not self.can_write(num_bytes):
+            return True
+        claim = self.file(image).with_suffix(".claim")
+        try:
+            if is_void(claim):
+                claim.unlink(missing_ok=True)
+            claim.parent.mkdir(parents=True, exist_ok=True)
+            with open(claim, "x") as file:
+                file.write(f"{os.getpid()} {start_time(os.getpid())} {socket.gethostname()}")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            self.use_memory(error)
+        return True
+
+    def release(self, image: str) -> None:
+        """Remove this process's claim, after the features are written or computing them failed."""
+        with contextlib.suppress(OSError):
+            self.file(image).with_suffix(".claim").unlink()
+
     def keep(self, image: str, features: torch.Tensor) -> None:
         """Store an image's features [P, D] if there is space."""
         file, features = self.file(image), features.detach().cpu().contiguous()
@@ -117,12 +167,16 @@ class FeatureStore:
             try:
                 return self.write(file, features)
             except OSError as error:
-                self.on_disk, self.room = False, self.limit
-                reason = f"vision features are kept in memory only: {self.directory} cannot be written ({error})"
-                warnings.warn(reason, stacklevel=2)
+                self.use_memory(error)
         if features.nbytes <= self.room:
             self.memory[file.stem] = features
             self.room -= features.nbytes
+
+    def use_memory(self, error: OSError) -> None:
+        """From now on keep features in this process's memory."""
+        self.on_disk, self.room = False, self.limit
+        reason = f"vision features are kept in memory only: {self.directory} cannot be written ({error})"
+        warnings.warn(reason, stacklevel=3)
 
     def write(self, file: Path, features: torch.Tensor) -> None:
         """Write a file under another name, then rename it. Raises OSError."""
@@ -149,6 +203,31 @@ class FeatureStore:
             file.unlink(missing_ok=True)
             free += size
         return free
+
+
+def is_void(claim: Path) -> bool:
+    """Whether a claim exists and is void: its process is gone, or it is older than `CLAIM_S`. Raises OSError."""
+    try:
+        age_s, owner = time.time() - claim.stat().st_mtime, claim.read_text(errors="replace").split(" ", 2)
+    except FileNotFoundError:
+        return False
+    if age_s > CLAIM_S:
+        return True
+    if (
+        len(owner) < 3 or not owner[0].isdecimal() or owner[2] != socket.gethostname()
+    ):  # not written yet, or on another host
+        return False
+    return start_time(int(owner[0])) != owner[1]
+
+
+def start_time(pid: int) -> str:
+    """When a process of this host started, in clock ticks since boot; empty if there is no such process. A number of a
+    process that has ended may belong to another one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def sizes(files: Iterable[Path]) -> Iterable[tuple[float, int, Path]]:

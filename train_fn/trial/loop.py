@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from train_fn.data.order import epoch_order
@@ -21,6 +22,7 @@ from train_fn.data.samples import Splits
 from train_fn.execution import Execution
 from train_fn.jobs import EpochReport, Verdict
 from train_fn.model.base import Base
+from train_fn.model.preparation import prepare_features
 from train_fn.settings import SAVE_STATE_EVERY_S, TrialSettings
 from train_fn.support.cleanup import at_end
 from train_fn.support.profile import Clock, phase, profiled, traced
@@ -149,6 +151,11 @@ def run_trial(
 
         # ------------------------------------------------------------------------------------------- epoch after epoch
         run.announce("train", None)
+        if verdict == Verdict.GO_ON and run.epoch <= num_epochs:
+            # A trial that is shorter than an epoch does not use all images.
+            used = np.unique(epoch_order(len(splits.train), settings.global_batch_size, settings.seed, 1)[:num_steps])
+            samples = [*(splits.train[index] for index in used), *splits.validation]
+            prepare_features(base, [image for sample in samples for image in sample.images], preempted)
         while verdict == Verdict.GO_ON and run.epoch <= num_epochs:
             epoch = run.epoch
             first = (epoch - 1) * steps_per_epoch
