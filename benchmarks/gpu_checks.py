@@ -373,7 +373,7 @@ def out_of_memory(lab: Lab) -> Result:
 
     base, splits, trial = lab.base(), lab.splits(), settings(lab)
     longest = longest_sample(base, splits.train)
-    execution: Execution | None = replace(chosen(lab, base, splits, trial), tokens=0, images=16)
+    execution: Execution | None = replace(chosen(lab, base, splits, trial), tokens=0, images=16, compiled=lab.on_gpu)
     fresh = train(lab, base, splits, trial, PADDED_PAIRS, 2)
     release_memory()
     held = torch.cuda.memory_allocated() if lab.on_gpu else 0

@@ -47,19 +47,20 @@ def test_an_error_and_a_cut_off_leave_the_other_figures(gpu, tmp_path, capsys) -
     output = tmp_path / "gpu.json"
     lab = gpu.open_lab(tmp_path, None, output)
     handler = signal.getsignal(signal.SIGTERM)
-    assert not gpu.run_checks(lab, [fails, gpu_checks.out_of_memory, stopped, later])
+    assert not gpu.run_checks(lab, [fails, gpu_checks.evaluation, gpu_checks.out_of_memory, stopped, later])
     assert signal.getsignal(signal.SIGTERM) == handler
     found = json.loads(output.read_text())
     assert found["cut_off"] and found["device"]
     checks = found["checks"]
-    assert [checks[name]["result"] for name in ("fails", "out_of_memory", "stopped", "later")] == [
-        "FAIL", "PASS", "CUT OFF", "CUT OFF"]  # fmt: skip
+    results = {name: check["result"] for name, check in checks.items()}
+    assert results == {"fails": "FAIL", "evaluation": "PASS", "out_of_memory": "PASS", "stopped": "CUT OFF",
+                       "later": "CUT OFF"}  # fmt: skip
     assert checks["fails"]["criterion"] == "RuntimeError: no such kernel"
     assert checks["fails"]["rows"] == {"before": {"step_s": 1.0}}
     assert checks["stopped"]["rows"] == {"before": {"step_s": 2.0}}
     assert checks["out_of_memory"]["rows"]["failure 1"]["then"].startswith("micro-batch 16 -> 8")
     assert "failure 2" in checks["out_of_memory"]["rows"] and "failure 3" not in checks["out_of_memory"]["rows"]
-    assert capsys.readouterr().out.splitlines()[-4].startswith("FAIL    fails")
+    assert capsys.readouterr().out.splitlines()[-5].startswith("FAIL    fails")
 
 
 def test_the_time_limit_ends_all(gpu, tmp_path) -> None:
