@@ -51,9 +51,13 @@ class Steps:
         return median(self.seconds[2:] or self.seconds[1:] or self.seconds)
 
 
-def settings(lab: Lab, **options: Any) -> TrialSettings:
-    """The default trial. On a CPU it compiles, too, as on a GPU by default."""
-    return TrialSettings(**({} if lab.on_gpu else {"torch_compile": True}), **options)
+def settings(lab: Lab, compiled: bool = False, **options: Any) -> TrialSettings:
+    """The default trial, which a GPU compiles and a CPU does not.
+
+    Args:
+        compiled: whether a CPU compiles, too.
+    """
+    return TrialSettings(**({"torch_compile": True} if compiled and not lab.on_gpu else {}), **options)
 
 
 def chosen(lab: Lab, base: Any, splits: Any, trial: TrialSettings, share: float = 1.0) -> Execution:
@@ -140,7 +144,7 @@ def brief(execution: Execution) -> str:
 
 def default_step(lab: Lab) -> Result:
     """The default step against the guide's micro-batch of 2."""
-    base, trial = lab.base(), settings(lab)
+    base, trial = lab.base(), settings(lab, compiled=True)
     default: dict[bool, Steps] = {}
     guide: dict[bool, Steps] = {}
     for mixed in (False, True):
@@ -168,7 +172,7 @@ def compile_once(lab: Lab) -> Result:
     base, splits = lab.base(), lab.splits(mixed=True)
     graphs, quick = [], True
     for rank, alpha, dropout in ((64, 128.0, 0.05), (8, 4.0, 0.1), (128, 512.0, 0.05), (16, 16.0, 0.2)):
-        trial = settings(lab, lora_r=rank, lora_alpha=alpha, lora_dropout=dropout)
+        trial = settings(lab, compiled=True, lora_r=rank, lora_alpha=alpha, lora_dropout=dropout)
         run = train(lab, base, splits, trial, chosen(lab, base, splits, trial), 4)
         lab.row(f"rank {rank}", first_s=run.seconds[0], later_s=run.step_s, graphs=run.graphs, loss=run.losses[-1])
         graphs.append(run.graphs)
