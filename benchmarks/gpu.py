@@ -15,14 +15,14 @@ A bare GPU machine needs, for Python 3.11 or later and CUDA 13 (for all that the
     pip install "ray[train,tune]==2.60.0" optuna==5.0.0 mlflow==3.17.2    # for the studies of `-m gpu`; 80 MB
 
 A machine without a network, which has torch with CUDA and what comes with it: its Python's version is the 3.12 below.
-The wheels take 28 MB, since bitsandbytes keeps only the libraries of CUDA 13. Here:
+The wheels take about 40 MB, since bitsandbytes keeps only the libraries of CUDA 13. Here:
 
     pip wheel --no-deps -w .whl deepspeed==0.19.8
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp -d .whl \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \\
         --platform manylinux2014_x86_64 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 \\
         huggingface_hub==2.4.0 tokenizers==0.23.3 hjson==3.1.0 pydantic==2.14.4 pydantic_core==2.50.5 \\
-        annotated-types==0.8.0 typing-inspection==0.4.2 rapidfuzz==3.14.5
+        annotated-types==0.8.0 typing-inspection==0.4.5 rapidfuzz==3.14.6 pillow==13.0.0
     zip -qd .whl/bitsandbytes-*.whl '*cuda11*' '*cuda12*' '*rocm*' '*xpu*'
 
 There, in the same folder:
