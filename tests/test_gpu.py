@@ -45,17 +45,43 @@ def train(base, splits, settings: TrialSettings, output: Path | None = None) -> 
 
 @pytest.mark.parametrize("options", [{}, {"train_projector": True}, {"optim": "paged_adamw_8bit"},
                                      {"gradient_checkpointing": True}, {"offload_optimizer": True},
-                                     {"torch_compile": True}])  # fmt: skip
+                                     {"torch_compile": False}, {"per_device_train_batch_size": 2}])  # fmt: skip
 def test_a_trial_on_a_gpu(on_gpu, splits, tmp_path, options) -> None:
+    from train_fn.trial.compiled import compiles_by_default
     from train_fn.trial.scoring import score_adapter
 
     before = {name: parameter.clone() for name, parameter in on_gpu.model.named_parameters()}
     reports = train(on_gpu, splits, replace(SHORT, **options), tmp_path)
     assert reports[1].metrics["train_loss"] < reports[0].metrics["train_loss"]
     assert reports[0].applied["trainable_dtype"] == "float32"
+    is_compiled = options.get("torch_compile", compiles_by_default(on_gpu.device))
+    assert reports[0].applied.get("torch_compile", False) == is_compiled and not reports[0].notes
     predicted = score_adapter(on_gpu, splits, "validation", 16, tmp_path / "final_model")
     assert predicted["losses"].mean() == pytest.approx(reports[1].metrics["loss"], abs=1e-3)
     assert all(torch.equal(before[name], parameter) for name, parameter in on_gpu.model.named_parameters())
+
+
+def test_other_ranks_compile_nothing(on_gpu, splits) -> None:
+    from torch._dynamo.utils import counters
+
+    train(on_gpu, splits, SHORT)
+    before = counters["stats"]["unique_graphs"]
+    for rank in (64, 128, 16):
+        train(on_gpu, splits, replace(SHORT, lora_r=rank, lora_dropout=0.1))
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_packed_rows_have_the_losses_of_padded_batches(on_gpu, splits) -> None:
+    """With torch's variable-length kernel, in bfloat16."""
+    from train_fn.model.batches import answer_losses, collate
+
+    if not on_gpu.packs_rows:
+        pytest.skip("no kernel for packed rows on this GPU")
+    on_gpu.model.eval()
+    with torch.no_grad():
+        packed, padded = (answer_losses(on_gpu, collate(on_gpu, splits.train[:8], True, packed=packed))
+                          for packed in (True, False))  # fmt: skip
+    assert torch.allclose(packed, padded, atol=0.05)
 
 
 def test_trials_leave_no_gpu_memory_behind(on_gpu, splits) -> None:
