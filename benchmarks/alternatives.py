@@ -40,7 +40,7 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
     from peft import get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from train_fn.data.order import epoch_order, micro_batches
+    from train_fn.data.order import epoch_order
     from train_fn.data.samples import class_weights
     from train_fn.data.splits_file import load_splits
     from train_fn.model.base import load_base
@@ -72,7 +72,7 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
         def __iter__(self) -> Any:
             self.epoch += 1
             steps = epoch_order(len(splits.train), guide.global_batch_size, now["settings"].seed, self.epoch)
-            return (batch.tolist() for step in steps for batch in micro_batches(step, 2, 0, 1))
+            return (batch.tolist() for step in steps for batch in step.reshape(-1, 2))
 
         def __len__(self) -> int:
             return num_steps // guide.num_train_epochs * guide.gradient_accumulation_steps
@@ -159,7 +159,7 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
     from safetensors.torch import save_file
     from transformers import get_scheduler
 
-    from train_fn.data.order import epoch_order, micro_batches
+    from train_fn.data.order import epoch_order
     from train_fn.data.samples import class_weights
     from train_fn.model.batches import answer_losses, collate
     from train_fn.model.targets import adapter_pattern
@@ -208,7 +208,7 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
         for epoch in range(1, settings.num_train_epochs + 1):
             base.model.train()
             for step in epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch):
-                for images in micro_batches(step, settings.per_device_train_batch_size, 0, 1):
+                for images in step.reshape(-1, settings.per_device_train_batch_size or 2):
                     inputs, weight = batch(*images.tolist())
                     loss = (answer_losses(base, inputs) * weight).mean() / settings.gradient_accumulation_steps
                     loss.backward()
