@@ -16,6 +16,7 @@ from train_fn.support.profile import Profile
 from train_fn.trial import engine as engines
 from train_fn.trial import loop
 from train_fn.trial.engine import MicroBatchTooLarge
+from train_fn.trial.memory import free_memory
 from train_fn.worker import release_memory
 
 SETTINGS = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3)
@@ -139,3 +140,12 @@ def test_a_profiled_phase_does_not_hide_the_first_error(monkeypatch) -> None:
 def test_an_error_at_the_end_alone_is_raised() -> None:
     with pytest.raises(ValueError, match="alone"), at_end(lambda: (_ for _ in ()).throw(ValueError("alone"))):
         pass
+
+
+@pytest.mark.parametrize(("share", "free_gib"), [(1.0, 30.0), (0.5, 36 / 2 - 4)])
+def test_a_worker_counts_on_its_share_of_a_gpu_only(monkeypatch, share, free_gib) -> None:
+    """Of 36 GiB it holds 4, and others hold 2; another lane of the same GPU may not have loaded its base yet."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (30 * 2**30, 36 * 2**30))
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 4 * 2**30)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 4 * 2**30)
+    assert free_memory(torch.device("cuda"), share) == free_gib

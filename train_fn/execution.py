@@ -66,23 +66,17 @@ MEMORY_SETTINGS = ("use_lora", "use_dora", "lora_target_modules", "lora_exclude_
 
 def needs_as_much(settings: TrialSettings, execution: Execution, other: TrialSettings, before: Execution) -> bool:
     """Whether a trial, computed this way, needs at least the memory of another one, computed as `before`."""
-    alike = all(getattr(settings, name) == getattr(other, name) for name in MEMORY_SETTINGS)
-    cut = ("compiled", "activation_budget", "gradient_checkpointing")
-    same_way = all(getattr(execution, name) == getattr(before, name) for name in cut)
-    # A limit in images and one in tokens do not compare: 0 of the one is not less than some of the other.
+    if any(getattr(settings, name) != getattr(other, name) for name in MEMORY_SETTINGS):
+        return False
+    # They must differ in the size of the micro-batch only, and a limit in images does not compare with one in tokens.
+    if replace(execution, tokens=before.tokens, images=before.images) != before:
+        return False
     larger = bool(execution.images) == bool(before.images) and execution.images >= before.images
-    dropout = settings.lora_dropout > 0 or other.lora_dropout == 0
-    return (
-        alike
-        and same_way
-        and larger
-        and execution.tokens >= before.tokens
-        and dropout
-        and settings.lora_r >= other.lora_r
-    )
+    larger = larger and execution.tokens >= before.tokens and settings.lora_r >= other.lora_r
+    return larger and (settings.lora_dropout > 0 or other.lora_dropout == 0)
 
 
 def run_stage(settings: TrialSettings, world_size: int) -> int:
     """The ZeRO stage that DeepSpeed runs. A single worker has nothing to partition, so stage 2 runs as stage 1: the
-    same bits (tests/test_applied.py) without a reduction after each micro-batch."""
+    same bits (tests/test_steps.py) without a reduction after each micro-batch."""
     return min(settings.zero_stage, 1) if world_size == 1 else settings.zero_stage

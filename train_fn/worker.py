@@ -205,7 +205,8 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
     base = load_base(config.model, device)
     held, whole = base_gib(base.model)
     facts = {"lane": config.lane, "device": name, "num_threads": config.num_threads}
-    share = config.num_threads / (os.cpu_count() or 1) if device.type == "cpu" else 1.0
+    # On a CPU, as much of the memory as of the cores that this process may use.
+    share = config.num_threads / len(os.sched_getaffinity(0)) if device.type == "cpu" else config.gpu_share
     free = ray.get(config.dispatcher.agree_memory.remote(name, round(free_memory(device, share), 1)))
     facts |= {"base_gib": held, "base_16_bit_gib": whole, "free_gib": free}
     if config.inputs:
