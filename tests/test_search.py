@@ -386,6 +386,15 @@ def test_the_export_holds_ended_trials_in_order_and_all_at_the_end(tmp_path: Pat
     assert [t.params for t in found.trials] == [record.searched for record in records.values()]
 
 
+def test_the_export_begins_when_a_later_trial_ends_before_the_first(tmp_path: Path) -> None:
+    """The first one still runs, so no trial is written yet. An error here would make Tune run the trial again."""
+    records = run(make_study(), 2)
+    records[0].state = "RUNNING"
+    DatabaseExport(tmp_path / "optuna.db", "s", GOALS).write(records)
+    found = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    assert found.trials == []
+
+
 @pytest.mark.parametrize("make", ["DatabaseExport(Path({folder!r}) / 'x.db', 's', GOALS)", "as_optuna({{}}, GOALS)"])
 def test_optuna_logs_nothing_between_the_lines_of_the_display(tmp_path: Path, make: str) -> None:
     begin = "from pathlib import Path; from tune.records.optuna_study import *; GOALS = [('auroc', 'max')]; "

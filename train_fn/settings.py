@@ -284,7 +284,8 @@ class TrialSettings:
         broken = broken_rules(self, label)
         problems = list(broken.values())
 
-        workers = f"must be a multiple of the {world_size} workers per trial, so that the global batch stays"
+        times = "" if self.per_device_train_batch_size else f"times {GUIDE_MICRO_BATCH} (auto) "
+        workers = f"{times}must be a multiple of the {world_size} workers per trial, so that the global batch stays"
         together: list[tuple[tuple[str, ...], Callable[[], bool], str, str]] = [
             (("lora_target_modules",), lambda: bool(self.lora_target_modules), "must name a layer", "such as q_proj"),
             (("use_lora", "train_projector"), lambda: self.use_lora or self.train_projector, "leaves nothing to train",

@@ -93,10 +93,7 @@ class DatabaseExport:
     def __init__(self, path: Path, name: str, goals: Sequence[Goal]) -> None:
         self.path, self.name, self.goals = path, name, goals
         self._num_trials = 0
-
-    @functools.cached_property
-    def _connection(self) -> sqlite3.Connection:
-        return sqlite3.connect(":memory:", check_same_thread=False)
+        self._connection = sqlite3.connect(":memory:", check_same_thread=False)
 
     @functools.cached_property
     def _study(self) -> optuna.Study:  # made at the first write: SQLAlchemy takes most of a second of a study's start
@@ -112,11 +109,12 @@ class DatabaseExport:
             ended_only: stop before the first trial that has not ended, since Optuna's trials cannot be changed later.
         """
         before = self._num_trials
+        study = self._study  # made here, and not with the first trial: without its tables there is nothing to write
         for number in range(self._num_trials, max(records, default=-1) + 1):
             trial = frozen_trial(records.get(number), self.goals)
             if ended_only and not trial.state.is_finished():
                 break
-            self._study.add_trial(trial)
+            study.add_trial(trial)
             self._num_trials += 1
         if self._num_trials > before or not self.path.exists():
             write_file(self.path, self._connection.serialize())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.tune
+import sqlalchemy.exc
 
 from train_fn.jobs import EpochReport
 from tune.plan.prepare import Study
@@ -167,7 +169,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
     def _export(self) -> None:
         try:
             self.export.write(self.records)
-        except OSError as error:
+        except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.say(f"optuna.db could not be written ({error}); the search does not need it")
 
     def _write(self, kind: str, number: int, **fields: Any) -> None:
