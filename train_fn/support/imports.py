@@ -28,7 +28,7 @@ def not_imported(*names: str) -> Iterator[None]:
 def no_garbage_collection() -> Iterator[None]:
     """Pause Python's garbage collector while libraries are imported.
 
-    It would search thousands of new modules again and again, and they stay: a tenth to a sixth of the time of importing
+    It would search thousands of new modules again and again, and they stay: about a sixth of the time of importing
     transformers, PEFT and DeepSpeed.
     """
     was_enabled = gc.isenabled()
