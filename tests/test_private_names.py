@@ -29,6 +29,8 @@ ALLOWED = {
 }
 # Of modules that are private as a whole, or undocumented.
 BENEATH = [
+    "deepspeed.runtime.compiler.compile",
+    "deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam",
     "ray._private.services.canonicalize_bootstrap_address",
     "ray._private.worker.print_to_stdstream",
     "torch._dynamo.config.force_parameter_static_shapes",

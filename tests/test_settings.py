@@ -265,13 +265,35 @@ def test_the_workers_of_a_lane_stay_on_one_node_where_every_lane_finds_one(
 def test_gpu_workers_get_variables_unless_the_user_has_set_them(monkeypatch) -> None:
     from tune.lanes.trainers import gpu_environment
 
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+    compilers = "TORCHINDUCTOR_COMPILE_THREADS"
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", compilers)
     for name in names:
         monkeypatch.delenv(name, raising=False)
     beat = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "1260"}
-    assert gpu_environment(1260) == beat | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert gpu_environment(1260, 6) == beat | {compilers: "6"} | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
-    assert gpu_environment(1260)["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
+    assert gpu_environment(1260, 0)["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "9")
-    assert gpu_environment(1260) == {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "9"}
+    assert gpu_environment(1260, 0) == {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "9"}
+    monkeypatch.setenv(compilers, "3")
+    assert gpu_environment(1260, 6)[compilers] == "3"
+
+
+@pytest.mark.parametrize(
+    ("lanes", "workers", "sharing", "nodes", "threads"),
+    [
+        (4, 1, 1, [{"CPU": 48, "GPU": 4}], 12),
+        (2, 1, 1, [{"CPU": 48, "GPU": 4}], 24),  # two GPUs stay free
+        (1, 4, 1, [{"CPU": 48, "GPU": 4}], 12),
+        (2, 1, 2, [{"CPU": 8, "GPU": 1}], 4),
+        (1, 1, 1, [{"CPU": 192, "GPU": 1}], 32),
+        (8, 1, 1, [{"CPU": 4, "GPU": 8}], 1),
+        (2, 1, 1, [{"CPU": 16}, {"CPU": 16, "GPU": 1}, {"CPU": 8, "GPU": 1}], 8),
+        (2, 1, 1, [{"CPU": 16}], 0),  # an autoscaler has yet to bring GPUs
+    ],
+)
+def test_gpu_workers_share_the_cores_of_their_node_when_they_compile(lanes, workers, sharing, nodes, threads) -> None:
+    from tune.lanes.layout import Layout, compile_threads
+
+    assert compile_threads(Layout(lanes, workers, use_gpu=True, num_threads=0, lanes_per_gpu=sharing), nodes) == threads

@@ -28,7 +28,7 @@ from train_fn.model.hub import fetch_apart
 from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.unchanged import Inputs
 from train_fn.settings import SAVE_STATE_EVERY_S, ModelSettings
-from train_fn.support.imports import not_imported
+from train_fn.support.imports import no_garbage_collection, not_imported
 from train_fn.support.storage import Storage
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "optuna", "pillow", "mlflow")
@@ -185,14 +185,18 @@ def load(config: LaneConfig) -> tuple[Any, dict[str, Any]]:
         name = torch.cuda.get_device_name(device)
     else:
         # With several threads the order of a sum may otherwise depend on their timing.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # The same as `torch.use_deterministic_algorithms`, which also imports torch's compiler: 1 to 2 s a worker. The
+        # compiler reads the variable when it is imported.
+        torch.set_deterministic_debug_mode("warn")
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if is_hub_model(config.model.model):
         check_collectives(DOWNLOAD_TIMEOUT_S)  # the lane's other workers may have to wait for this node's download
         fetch_apart(config.model.model)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
 
-    with not_imported("mlflow", *([] if config.model.use_qlora else ["bitsandbytes"])):
+    unused = ["mlflow", *([] if config.model.use_qlora else ["bitsandbytes"])]
+    with no_garbage_collection(), not_imported(*unused):
         from peft.import_utils import is_bnb_available
 
         from train_fn.model.base import base_gib, load_base
@@ -276,6 +280,7 @@ def run_job(
         preempted=lambda: heartbeats.must_stop,
         profile=config.profile,
         trace=config.trace,
+        collective_timeout_s=config.collective_timeout_s,
         progress=functools.partial(config.dispatcher.progress.remote, job.number, group),  # not waited for
     )
 

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -134,12 +135,15 @@ def _write(directory: Path, recipe: dict[str, int]) -> None:
     labels = np.searchsorted(edges, np.arange(num_images), side="right")
     np.random.default_rng(seed).shuffle(labels)
     (directory / "images").mkdir()
-    records = []
-    for index, label in enumerate(labels.tolist()):
+
+    def draw(index: int, label: int) -> dict[str, str | int]:
         image, _, _ = phantom(np.random.default_rng([seed, index]), label)
         name = f"images/{index:05d}.png"
         Image.fromarray(image).save(directory / name)
-        records.append({"image": name, "text": QUESTION, "answer": CLASSES[label], "label": label})
+        return {"image": name, "text": QUESTION, "answer": CLASSES[label], "label": label}
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # NumPy and SciPy release Python's lock
+        records = list(threads.map(draw, range(num_images), labels.tolist()))
     (directory / "recipe.json").write_text(json.dumps(recipe) + "\n")
     (directory / "phantoms.json").write_text(json.dumps(records, indent=1) + "\n")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Callable, Iterable
+from unittest.mock import patch
 
 import deepspeed.ops
+import deepspeed.runtime.compiler
 import torch
 
 
@@ -16,6 +19,20 @@ def without_shared_memory_op() -> None:
     looks the op up in this table, which it fills when it is first read.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def without_compiled_muon() -> None:
+    """Import DeepSpeed's Muon optimizer without loading torch's compiler, which takes 0.8 s of each worker.
+
+    ZeRO imports it to compare every optimizer with it, and the import wraps its functions in torch.compile. No trial
+    uses them.
+    """
+
+    def as_it_is(function: Callable) -> Callable:
+        return function
+
+    with patch.object(deepspeed.runtime.compiler, "compile", lambda: as_it_is):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def remove_hooks(parameters: Iterable[torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ Shapes: B samples of a micro-batch.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ import deepspeed  # chooses its accelerator at import
 from transformers import get_scheduler
 
 from train_fn.trial.compat_bitsandbytes import recycling
-from train_fn.trial.compat_deepspeed import remove_hooks, without_shared_memory_op
+from train_fn.trial.compat_deepspeed import remove_hooks, without_compiled_muon, without_shared_memory_op
 
 without_shared_memory_op()
+without_compiled_muon()
 FP16_LOSS_SCALE = 2.0**10  # keeps the gradients of long prompts above what fp16 can hold
 
 
@@ -111,12 +113,14 @@ def build_engine(
     num_steps: int,
     world_size: int,
     execution: Execution = PADDED_PAIRS,
+    collective_timeout_s: float | None = None,
 ) -> Any:
     """A DeepSpeed engine around the adapted base: AdamW, learning-rate schedule over `num_steps`, ZeRO.
 
     Args:
         sample_weights: weight of each training sample in the loss; empty: all weigh the same.
         execution: how `train_step` will cut the steps.
+        collective_timeout_s: time-out of the engine's collectives. Not given: torch's default for its backend.
 
     Raises TrialFailed for a float16 base without ZeRO.
     """
@@ -140,6 +144,9 @@ def build_engine(
     except BaseException:
         remove_hooks(trained)
         raise
+    if collective_timeout_s is not None:
+        # DeepSpeed's process group is a copy of the lane's, with torch's default time-out.
+        engine.data_parallel_group.set_timeout(timedelta(seconds=collective_timeout_s))
     if base.model.dtype == torch.float16:
         engine.optimizer.override_loss_scale(FP16_LOSS_SCALE)  # ZeRO divides the gradients by it
     return engine

@@ -76,6 +76,7 @@ def run_trial(
     preempted: Callable[[], bool] = lambda: False,
     profile: bool = False,
     trace: bool = False,
+    collective_timeout_s: float | None = None,
 ) -> None:
     """Train one adapter and report after each epoch.
 
@@ -96,6 +97,7 @@ def run_trial(
         preempted: whether this process must shut down soon; called in each optimizer step.
         profile: measure phases (see `train_fn.support.profile`) and report their seconds with the others.
         trace: write `trace.json.gz` of a few optimizer steps into `output`.
+        collective_timeout_s: see `build_engine`.
 
     Raises:
         Preempted: on all ranks, with `state/` just written, when one of them must shut down.
@@ -120,7 +122,9 @@ def run_trial(
         num_epochs = -(-num_steps // steps_per_epoch)
         weights = splits.sample_weights() if settings.class_balanced_loss and splits.has_candidates else []
         sample_weights = torch.tensor(weights, device=base.device)
-        engine = build_engine(base, model, settings, sample_weights, num_steps, world_size, execution)
+        engine = build_engine(
+            base, model, settings, sample_weights, num_steps, world_size, execution, collective_timeout_s
+        )
         stack.enter_context(at_end(engine.destroy))
 
         # ------------------------------------------------------------------------------- what the live engine applies

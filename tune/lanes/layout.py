@@ -78,3 +78,18 @@ def placement_strategy(layout: Layout, nodes: Sequence[dict[str, float]]) -> str
     fitting = [int(min(node.get(name, 0) / amount for name, amount in needed) + 1e-6) for node in nodes]
     room = sum(workers // layout.workers_per_trial for workers in fitting)
     return "STRICT_PACK" if room >= layout.lanes else "PACK"
+
+
+def compile_threads(layout: Layout, nodes: Sequence[dict[str, float]]) -> int:
+    """Cores for each GPU worker to compile with, on the node with the fewest; at most 32, torch's own limit. 0: no node
+    has a GPU yet.
+
+    Args:
+        nodes: resources of each node that is there.
+    """
+    shares = []
+    for node in nodes:
+        room = int(node.get("GPU", 0)) * layout.lanes_per_gpu
+        if room:
+            shares.append(node.get("CPU", 1) / min(room, layout.lanes * layout.workers_per_trial))
+    return min(32, max(1, int(min(shares)))) if shares else 0

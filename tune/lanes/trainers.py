@@ -119,7 +119,7 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from tune.lanes.compat_ray import lane_trainer
-    from tune.lanes.layout import placement_strategy
+    from tune.lanes.layout import compile_threads, placement_strategy
     from tune.lanes.loopback import INTERFACE, torch_config
 
     settings = study.settings
@@ -127,8 +127,8 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
     environment = {"OMP_NUM_THREADS": str(layout.num_threads)} if layout.num_threads else {}
     environment |= {name: os.environ.get(name, value) for name, value in INTERFACE.items()} if alone else {}
     timeout_s = round(2 * settings.study.hang_timeout) + 60
-    environment |= gpu_environment(timeout_s) if layout.use_gpu else {}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    environment |= gpu_environment(timeout_s, compile_threads(layout, nodes)) if layout.use_gpu else {}
     trainer_class = lane_trainer(alone)
     folder = f"{study.storage.uri or study.directory}/ray/{time.strftime('%Y%m%d-%H%M%S')}"
     config = LaneConfig(
@@ -170,13 +170,19 @@ def trainer_factory(study: Study, layout: Layout, dispatcher: Any) -> Callable[[
     return make
 
 
-def gpu_environment(collective_timeout_s: int) -> dict[str, str]:
+def gpu_environment(collective_timeout_s: int, num_compile_threads: int) -> dict[str, str]:
     """Variables of GPU workers, but for those that the user has set.
 
     Expandable segments: with lengths that vary, torch's allocator otherwise reserves 1.45 times what it uses. The
-    monitor of NCCL's watchdog would abort a process after 480 s, before the dispatcher can report the reason.
+    monitor of NCCL's watchdog would abort a process after 480 s, before the dispatcher can report the reason. Each
+    worker starts processes that compile: by default one for each core of the node, up to 32.
+
+    Args:
+        num_compile_threads: processes that compile for a worker; 0: torch's default.
     """
     variables = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(collective_timeout_s)}
+    if num_compile_threads:
+        variables["TORCHINDUCTOR_COMPILE_THREADS"] = str(num_compile_threads)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads first
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return {name: os.environ.get(name, value) for name, value in variables.items()}
