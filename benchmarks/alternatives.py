@@ -41,7 +41,6 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from train_fn.data.order import epoch_order
-    from train_fn.data.samples import class_weights
     from train_fn.data.splits_file import load_splits
     from train_fn.model.base import load_base
     from train_fn.model.batches import answer_losses, collate
@@ -50,7 +49,8 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
     from train_fn.trial.lora import lora_config, parameter_groups
 
     splits, trials = load_splits(Path(work["splits"])), [TrialSettings.from_dict(values) for values in work["trials"]]
-    weights, guide = torch.tensor(class_weights(splits.class_counts("train"))), TrialSettings()
+    weights, guide = torch.tensor(splits.sample_weights()), TrialSettings(per_device_train_batch_size=2)
+    numbers = {id(sample): index for index, sample in enumerate(splits.train)}
     num_steps = -(-len(splits.train) // guide.global_batch_size) * guide.num_train_epochs
     now: dict[str, Any] = {}  # the trial that is trained
     found: list[dict[str, Any]] = []
@@ -90,15 +90,15 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
 
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
             def batch(samples: list[Any]) -> dict[str, Any]:
-                classes = torch.tensor([sample.label for sample in samples])
-                return collate(now["base"], samples, with_answers=True) | {"classes": classes}
+                indices = torch.tensor([numbers[id(sample)] for sample in samples])
+                return collate(now["base"], samples, with_answers=True) | {"indices": indices}
 
             own = torch.Generator()  # the loader draws a number per epoch; from torch's, dropout would change
             return torch.utils.data.DataLoader(splits.train, batch_sampler=Order(), collate_fn=batch, generator=own)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> torch.Tensor:
-            classes = inputs.pop("classes")
-            return (answer_losses(now["base"], inputs) * weights[classes]).mean()
+            indices = inputs.pop("indices")
+            return (answer_losses(now["base"], inputs) * weights[indices]).mean()
 
         def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
             start = time.perf_counter()
@@ -160,7 +160,6 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
     from transformers import get_scheduler
 
     from train_fn.data.order import epoch_order
-    from train_fn.data.samples import class_weights
     from train_fn.model.batches import answer_losses, collate
     from train_fn.model.targets import adapter_pattern
     from train_fn.trial import loop
@@ -180,13 +179,13 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
             return self.frozen(given) + self.lora_B(self.lora_A(self.dropout(given))) * self.scaling
 
     device = base.device
-    weights = torch.tensor(class_weights(splits.class_counts("train")), device=device)
+    weights = torch.tensor(splits.sample_weights(), device=device)
     pristine = dict(base.model.named_modules())
 
     @functools.cache
     def batch(*images: int) -> tuple[dict[str, Any], torch.Tensor]:
         samples = [splits.train[image] for image in images]
-        return collate(base, samples, with_answers=True), weights[[sample.label for sample in samples]]
+        return collate(base, samples, with_answers=True), weights[list(images)]
 
     found = []
     for turn, (number, settings) in enumerate(trials.items()):
@@ -208,9 +207,9 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
         for epoch in range(1, settings.num_train_epochs + 1):
             base.model.train()
             for step in epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch):
-                for images in step.reshape(-1, settings.per_device_train_batch_size or 2):
+                for images in step.reshape(-1, settings.per_device_train_batch_size or settings.global_batch_size):
                     inputs, weight = batch(*images.tolist())
-                    loss = (answer_losses(base, inputs) * weight).mean() / settings.gradient_accumulation_steps
+                    loss = (answer_losses(base, inputs) * weight).sum() / settings.global_batch_size
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
                 optimizer.step()

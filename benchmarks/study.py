@@ -1,9 +1,10 @@
 """This study against its alternatives on the same trials, in one run on the CPU of one machine, as ratios.
 
-    python benchmarks/study.py [--trials 20] [--repeats 3] [--only a,d] [--output study.json]
+    python benchmarks/study.py [--trials 20] [--repeats 3] [--only a,d] [--before DIR] [--output study.json]
     python benchmarks/study.py --growth [100 1000 10000]
 
 a   `python tune/run.py`, process start to end, as two lanes of one worker
+a0  the same with another version of this project, in the folder --before
 a1  the same as one lane of one worker with all cores; a2: as one lane of two ZeRO-2 workers (three trials each)
 b   Ray's documented pattern, one TorchTrainer per trial (benchmarks/lanes.py), two at once: four times trial 0; its
     time for as many trials as the others train adds the rounds that are missing, each as long as its median trial
@@ -11,7 +12,9 @@ c   transformers' `Trainer.hyperparameter_search` over Optuna in one process, ba
 d   the floor: a bare PyTorch loop in two processes, features and batches in memory, no framework; d1: in one process
 
 All train the same list, the guide's settings and points drawn from search_spaces/lora.py with a fixed seed, each to its
-end, on the same images, base, seeds, order and batch. Each begins with an empty cache and ends with the adapters on
+end, on the same images, base, seeds, order and global batch,
+without dropout. Micro-batches: b and c the guide's 2 images, d 16, the others their version's default. Each begins with
+an empty cache and ends with the adapters on
 disk (a and c: also what a killed trial goes on from). Nobody wins by doing less: validation loss and AUROC must agree,
 but those of a2, whose workers draw their dropout apart.
 """
@@ -35,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(Path(__file__).resolve().parent))]
 
 ALTERNATIVES = ROOT / "benchmarks" / "alternatives.py"
-PARTS = ("a", "a1", "a2", "b", "c", "d", "d1")
+PARTS = ("a", "a0", "a1", "a2", "b", "c", "d", "d1")
 FEW = {"a1": 3, "a2": 3, "b": 4}  # trials of the parts that are not trained through
 # Sums of the same terms in another order differ in the last bits, and training lets them grow. Metrics that count
 # decisions are told, but not asserted: a trial that has hardly learned puts many images close to the line.
@@ -78,10 +81,10 @@ def measure(commands: Sequence[list[str]], folder: Path, **environment: str) -> 
     return {"began": began, "wall_s": wall_s, "peak_gib": peaks, "driver_gib": samples["driver"]}
 
 
-def run_study(folder: Path, trials: int, *options: str) -> dict[str, Any]:
+def run_study(folder: Path, trials: int, *options: str, code: Path = ROOT) -> dict[str, Any]:
     """One `tune/run.py` whose trials all run to their end: what was measured, and what its journal and record tell."""
-    command = [sys.executable, str(ROOT / "tune" / "run.py"), "--trials", str(trials), "--name", "study", *options]
-    measured = measure([[*command, "--scheduler", "none", "--device", "cpu"]], folder)
+    command = [sys.executable, str(code / "tune" / "run.py"), "--trials", str(trials), "--name", "study", *options]
+    measured = measure([[*command, "--scheduler", "none", "--device", "cpu"]], folder, PYTHONPATH=str(code))
     study = json.loads((folder / "results" / "study" / "study.json").read_text())
     journal = [json.loads(line) for line in (folder / "results" / "study" / "journal.jsonl").read_text().splitlines()]
     reports = [event for event in journal if event["event"] == "report"]
@@ -94,19 +97,22 @@ def run_study(folder: Path, trials: int, *options: str) -> dict[str, Any]:
     return {**measured, "start_up_s": min(since) - measured["began"], "trials": found, "reports": reports}
 
 
-def run_part(part: str, folder: Path, work: dict[str, Any]) -> dict[str, Any]:
+def run_part(part: str, folder: Path, work: dict[str, Any], before: Path) -> dict[str, Any]:
     """One alternative in a folder of its own: what was measured, and the seconds and metrics of each trial."""
     folder.mkdir()
     count = min(FEW.get(part, len(work["trials"])), len(work["trials"]))
     if part.startswith("a"):
         space = f"TRIALS = {work['trials']!r}\nGUIDE = {{}}\n\n\ndef space(trial):\n    return TRIALS[trial.number]\n"
         (folder / "listed.py").write_text(space)
-        lanes, workers = {"a": "21", "a1": "11", "a2": "12"}[part]
+        lanes, workers = {"a": "21", "a0": "21", "a1": "11", "a2": "12"}[part]
         data = ("--data", work["manifest"], "--image-root", str(Path(work["manifest"]).parent))
         layout = ("--lanes", lanes, "--workers-per-trial", workers)
-        measured = run_study(folder, count, "--space", "listed.py", *data, *layout)
-        splits = (folder / "results" / "study" / "splits.json").read_bytes()
-        assert splits == Path(work["splits"]).read_bytes(), "the study has divided the images otherwise"
+        code = before if part == "a0" else ROOT
+        measured = run_study(folder, count, "--space", "listed.py", *data, *layout, code=code)
+        parts = [json.loads(path.read_text()) for path in (folder / "results/study/splits.json", Path(work["splits"]))]
+        for name in ("train", "validation", "test"):
+            images, expected = ([(s["images"], s["answer"]) for s in part[name]] for part in parts)
+            assert images == expected, f"the study has another {name} part"
         return {name: value for name, value in measured.items() if name not in ("reports", "driver_gib")}
     shares = 2 if part == "d" else 1
     threads = str(max(1, (os.cpu_count() or 1) // (2 if part in "bd" else 1)))
@@ -125,23 +131,31 @@ def run_part(part: str, folder: Path, work: dict[str, Any]) -> dict[str, Any]:
 
 def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
     """Images, splits and the list of trials, for all alternatives alike."""
+    import dataclasses
+
     import optuna
 
     from search_spaces import lora
-    from train_fn.data.manifest import read_manifest
     from train_fn.data.phantoms import generate
+    from train_fn.data.settings import split_rules, task_rules
     from train_fn.data.splits_file import save_splits
-    from train_fn.data.splitting import SplitRules, make_splits
-    from tune.config.settings import DataSettings
+    from train_fn.data.splitting import make_splits
+    from tune.config.cli import parse
+    from tune.plan.prepare import read_manifests
 
-    data, splits_file = DataSettings(), folder / "splits.json"
-    manifest = Path(generate(folder / "phantoms", num_phantoms, data.split_seed))
-    entries = read_manifest(manifest, manifest.parent).samples
-    rules = SplitRules(val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=data.split_seed)
-    save_splits(make_splits(entries, None, None, rules, hash_cache=folder / "hashes.json")[0], splits_file)
+    splits_file = folder / "splits.json"
+    manifest = Path(generate(folder / "phantoms", num_phantoms, 0))
+    settings = parse(["--data", str(manifest), "--image-root", str(manifest.parent), "--results", str(folder)])
+    samples = read_manifests(settings, lambda line: None)["data"] or []
+    rules = split_rules(settings.data, settings.model.image_options)
+    splits, _, problems = make_splits(samples, None, None, rules, task_rules(settings.data), folder / "hashes.json")
+    assert not problems, problems
+    save_splits(dataclasses.replace(splits, decide="macro_f1"), splits_file)
     drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     listed = [lora.space(optuna.trial.FixedTrial(lora.GUIDE)), *(lora.space(drawn.ask()) for _ in range(trials - 1))]
-    return {"manifest": str(manifest), "splits": str(splits_file), "trials": listed}
+    # Dropout would draw other numbers where a step is cut otherwise; scores could not be compared.
+    return {"manifest": str(manifest), "splits": str(splits_file),
+            "trials": [{**settings, "lora_dropout": 0.0} for settings in listed]}  # fmt: skip
 
 
 def row(part: str, run: dict[str, Any], count: int) -> dict[str, float]:
@@ -179,18 +193,26 @@ def check_equal(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
     return largest
 
 
-def compare(folder: Path, parts: Sequence[str], num_trials: int, num_phantoms: int, repeats: int) -> dict[str, Any]:
+def compare(
+    folder: Path, parts: Sequence[str], num_trials: int, num_phantoms: int, repeats: int, before: Path
+) -> dict[str, Any]:
     """Measure the parts in turn, print their table and ratios."""
     work = prepare(folder, num_trials, num_phantoms)
     repeated: list[dict[str, dict[str, Any]]] = []
     for repeat in range(repeats):
-        repeated.append({part: run_part(part, folder / f"{part}-{repeat}", work) for part in parts})
+        repeated.append({part: run_part(part, folder / f"{part}-{repeat}", work, before) for part in parts})
         print(f"largest differences of metrics: {dict(check_equal(repeated[-1]))}", flush=True)
         for part, run in repeated[-1].items():  # so far, should the rest be interrupted
             print(f"{part}: {row(part, run, num_trials)}", flush=True)
     rows = [{part: row(part, run, num_trials) for part, run in runs.items()} for runs in repeated]
-    ratios = [("wall_s", part, "a") for part in parts if part in ("b", "c", "d", "d1")]
-    ratios += [("step_s", "a", "d"), ("trial_s", "a", "d"), ("trial_s", "b", "a"), ("images_per_s", "a2", "a1")]
+    ratios = [("wall_s", part, "a") for part in parts if part in ("a0", "b", "c", "d", "d1")]
+    ratios += [
+        ("step_s", "a", "d"),
+        ("step_s", "a0", "a"),
+        ("trial_s", "a", "d"),
+        ("trial_s", "b", "a"),
+        ("images_per_s", "a2", "a1"),
+    ]
     # A second in which another process was seen may be in one repeat only.
     told = {part: {name: [found[part].get(name, 0.0) for found in rows] for name in rows[0][part]} for part in parts}
     names = dict.fromkeys(name for part in parts for name in told[part])
@@ -243,17 +265,20 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--phantoms", type=int, default=240, help="images")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
+    parser.add_argument("--only", help="parts, with commas between")
+    parser.add_argument("--before", type=Path, help="another version of this project, for a0")
     parser.add_argument("--growth", type=int, nargs="*", metavar="IMAGES", help="measure growth instead")
     parser.add_argument("--tiny-trials", type=int, default=200, help="trials of --growth on one lane")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    parts = options.only.split(",")
+    parts = options.only.split(",") if options.only else [part for part in PARTS if part != "a0" or options.before]
+    if "a0" in parts and not options.before:
+        parser.error("a0 needs --before DIR")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only must name parts of {','.join(PARTS)}, but got {','.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(prefix="study-") as name:
         if options.growth is None:
-            found = compare(Path(name), parts, options.trials, options.phantoms, options.repeats)
+            found = compare(Path(name), parts, options.trials, options.phantoms, options.repeats, options.before)
         else:
             found = growth(Path(name), options.growth or [100, 1000], options.tiny_trials)
     if options.output:
