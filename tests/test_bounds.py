@@ -366,6 +366,25 @@ def test_metrics_that_the_data_cannot_give_are_refused(
     assert all(words in problem and options.split()[0] in problem for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", ""),  # the default's 16 images, of 8: as few as there are
+        ("--gradient-accumulation-steps 4", ""),
+        (
+            "--gradient-accumulation-steps 5",
+            "must give a global batch of at most the 8 training",
+        ),
+        ("--per-device-train-batch-size 2 --gradient-accumulation-steps 65536", "but it is 131,072: lower one"),
+    ],
+)
+def test_a_global_batch_above_the_training_images_is_refused(options: str, words: str) -> None:
+    from tune.plan.checks import check_global_batch
+
+    problems = check_global_batch(parse(options.split()), splits_of("BMBMBMBM", "BM"))
+    assert len(problems) == bool(words) and all(words in problem for problem in problems)
+
+
 def test_open_answers_have_no_metric_of_classes() -> None:
     from tune.plan.checks import check_goals
 

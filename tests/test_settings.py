@@ -130,6 +130,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("--lora-alpha 32", "--lora-alpha"),
         ("--trials", "followed by a value"),
         ("--seed -1", "seed"),
+        ("--zero-stage 0 --fp16", "must be 1 or 2 with a float16 base"),
     ],
 )
 def test_a_bad_value_is_refused(argv: str, word: str) -> None:

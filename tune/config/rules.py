@@ -23,7 +23,7 @@ Rule = tuple[str, object, str, str]
 def check(settings: Settings) -> list[str]:
     """Every broken rule, as one sentence each: the rule, the value, the fix."""
     study, data, model = settings.study, settings.data, settings.model
-    shown = {**vars(study), **vars(data), **vars(model)}
+    shown = {**vars(settings.trial), **vars(study), **vars(data), **vars(model)}
     shown |= {name: strip_credentials(shown[name]) for name in ("storage", "mlflow_uri")}
     study_shown = dataclasses.replace(study, storage=shown["storage"], mlflow_uri=shown["mlflow_uri"])
     broken: dict[str, str] = {}
@@ -70,6 +70,8 @@ def rules_between(settings: Settings) -> list[Rule]:
         ("bf16", not (model.bf16 and model.fp16), "must not be combined with --fp16", "keep one"),
         ("dtype", model.dtype == "auto" or not (model.bf16 or model.fp16), "must not be combined with --bf16 or --fp16",
          "keep one"),
+        ("zero_stage", model.base_dtype != "float16" or settings.trial.zero_stage > 0,
+         "must be 1 or 2 with a float16 base, which needs the loss scale of ZeRO", "give --zero-stage 2, or --bf16"),
         # Others see command lines, and settings are written to files.
         ("storage", strip_credentials(study.storage) == study.storage, "must hold no key or password",
          "leave them to AWS_ACCESS_KEY_ID and the like"),

@@ -16,7 +16,7 @@ from train_fn.scoring.fitting import decide
 from train_fn.scoring.metrics import CHOICE, METRICS, OF_POSITIVE
 from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
-from tune.config.settings import Settings
+from tune.config.settings import Settings, flag
 from tune.records.goals import COSTS, Goal, comparison, metric_of
 from tune.records.journal import read_events
 
@@ -172,6 +172,18 @@ def check_aim(settings: Settings, splits: Splits) -> list[str]:
     elif aim == "quadratic_kappa":
         need = "grades (--ordinal)"
     return [f"`--decide` {aim} needs {need}, which this data lacks: leave it out, or choose another"]
+
+
+def check_global_batch(settings: Settings, splits: Splits) -> list[str]:
+    """Whether the command line's global batch holds no image twice. The default's may, on a handful of images."""
+    size, images = settings.trial.global_batch_size, len(splits.train)
+    given = [n for n in ("per_device_train_batch_size", "gradient_accumulation_steps") if n in settings.pinned]
+    if not given or size <= images:
+        return []
+    names = " x ".join(f"`{flag(name)}`" for name in given)
+    return [
+        f"{names} must give a global batch of at most the {images:,} training samples, but it is {size:,}: lower one"
+    ]
 
 
 def check_name(directory: Path) -> list[str]:

@@ -35,6 +35,7 @@ from tune.config.trust import check_metric_trust, remember_metric, remember_spac
 from tune.config.uris import tracking_uri
 from tune.plan.checks import (
     check_aim,
+    check_global_batch,
     check_goals,
     check_model_type,
     check_name,
@@ -109,6 +110,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     settings = dataclasses.replace(settings, study=dataclasses.replace(settings.study, decide=aim))
     splits = dataclasses.replace(splits, decide=aim, prevalence=settings.study.prevalence)
     problems += check_goals(settings, goals, splits)
+    problems += check_global_batch(settings, splits)
     settings = with_absolute_paths(settings)
     name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
     directory = Path(settings.study.results).resolve() / name
