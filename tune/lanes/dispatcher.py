@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from train_fn.execution import OUT_OF_MEMORY_ADVICE, Execution, change
-from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob, Verdict
+from train_fn.execution import Execution
+from train_fn.jobs import EpochReport, Job, JobReport, ScoreReport, TrainJob, Verdict
 from tune.lanes.job_state import JobState, first_line
 from tune.lanes.lane_state import (
     MAX_CONTROLLERS,
@@ -67,13 +67,14 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------- called by the study
 
-    async def submit(self, job: Job) -> None:
-        """Queue a job. A job that was submitted before continues: Tune started the trial's process again."""
+    async def submit(self, job: Job, submission: str = "") -> None:
+        """Queue a job. A job that was submitted before continues: Tune started the trial's process again, which
+        `submission` identifies."""
         self._keep_watch()
-        known = self.jobs.get(job.number)
-        if known is not None and not known.stopped:
+        if (known := self.jobs.get(job.number)) and not known.stopped:
+            known.submission = submission
             return
-        state = self.jobs[job.number] = JobState(job, self.devices_per_trial)
+        state = self.jobs[job.number] = JobState(job, self.devices_per_trial, submission)
         if isinstance(job, TrainJob):
             state.last_epoch = job.known_epochs
         if self.study_error:
@@ -87,24 +88,30 @@ class Dispatcher:
 
     async def last_report(self, number: int) -> JobReport:
         """The last report of a job on whose earlier reports nobody decides."""
-        seen = 0
-        while True:
-            report, seen = await self.jobs[number].next_report(seen), seen + 1
-            if isinstance(report, JobFailed) or report.finished:
-                return report
+        return await self.jobs[number].last_report()
 
-    async def stop(self, number: int, for_good: bool = False) -> None:
+    async def stop(self, number: int, for_good: bool = False, submission: str | None = None) -> None:
         """End a job early: at once if its workers wait for a decision, else at its next report.
 
         Args:
             for_good: no session continues the job. It stays so when the job is stopped again.
+            submission: of the process that stops the job; None: the study itself. One that was replaced stops nothing:
+                its `stop` may come after its successor's `submit`.
         """
-        if (state := self.jobs.get(number)) is None:
+        if (state := self.jobs.get(number)) is None or submission not in (None, state.submission):
             return
         state.stopped, state.for_good = True, state.for_good or for_good
         if state in self.queue:
             self.queue.remove(state)
         state.decide(stop=True)
+
+    async def stop_soon(self, number: int) -> None:
+        """End a job at the user's wish: now if it waits for a lane, else at its next report, which Tune answers so."""
+        if state := self.jobs.get(number):
+            state.unwanted = True
+            if state in self.queue:
+                self.queue.remove(state)
+                self._enqueue(state)
 
     async def snapshot(self) -> dict[str, Any]:
         """What the lanes do now, see `lane_state.describe`."""
@@ -112,12 +119,8 @@ class Dispatcher:
         return describe(self._living())
 
     async def close(self, drain: bool = False) -> None:
-        """Let each lane end when it asks for a job and the queue is empty.
-
-        Args:
-            drain: the study is interrupted. Every running trial writes its state at its next step, and no lane takes
-                another job from the queue.
-        """
+        """Let each lane end when it asks for a job and the queue is empty. With `drain`, as the study is interrupted,
+        every running trial writes its state at its next step, and no lane takes another job from the queue."""
         self.closed, self.draining = True, self.draining or drain
         self._wake()
 
@@ -308,21 +311,18 @@ class Dispatcher:
             state.fail(f"out of memory while scoring a single image\n\n{error}")
             return
         lane.job, lane.group.failure = None, "out of memory"
-        state.release()
-        if used is None or less is None:
-            state.fail(f"out of memory in the smallest way there is. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
-            return
-        if in_step:
+        if in_step and used and less:
             lane.too_large.append((job.settings, used))
-        state.job = replace(job, execution=less, notes=(*job.notes, f"out of memory: {change(used, less)}"))
-        state.attempts -= 1
-        state.decide(stop=True)
-        self._enqueue(state)
+        if state.shrink(job, used, less, error):
+            self._enqueue(state)
 
     # -------------------------------------------------------------------------------- jobs
 
     def _enqueue(self, state: JobState) -> None:
-        self.queue.append(state)
+        if state.unwanted:
+            state.fail("", stopped=True)
+        else:
+            self.queue.append(state)
         self._wake()
 
     async def _take(self, lane: LaneState, group: WorkerGroup) -> Job | None:
