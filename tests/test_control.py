@@ -290,10 +290,16 @@ def test_the_number_of_trials_outlives_a_kill(tmp_path: Path) -> None:
 
     def events(*numbers: int | None) -> list[Event]:
         """None is the first event of a session, a number an action after which the study is to have so many trials."""
-        return [{"event": "control", "trials": n} if n else {"event": "session"} for n in numbers]
+        fields = {"event": "control", "file": "", "action": "trials", "refused": "", "done": ""}
+        return [fields | {"trials": n, "value": n} if n else {"event": "session"} for n in numbers]
 
     assert asked_trials([], 20) == 20 and asked_trials(events(None, 30, 25), 20) == 25
     assert asked_trials(events(None, 30, None), 40) == 40 and asked_trials(events(None, 10, None, 12), 10) == 12
+    strange: list[Event] = [
+        {"event": "control"},
+        *({"event": "control", "action": a, "value": "1"} for a in ("stop", "add")),
+    ]
+    assert asked_trials(strange, 20) == 20 and stopped_trials(strange) == set() and added_points(strange) == {}
     directory = tmp_path / "s"
     directory.mkdir()
     write_plan(directory, {"trials": 20})
@@ -391,3 +397,58 @@ def test_the_command_line_ends_without_a_traceback(results: Path) -> None:
     command = [sys.executable, "-m", "tune.control", "s", "stop", "9", "--results", str(results)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Nothing was done" in done.stderr and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ on a real Ray
+
+SPACE = """
+GUIDE = {"lora_r": 4}
+def space(trial):
+    return {"lora_r": trial.suggest_int("lora_r", 1, 64), "lora_alpha": 8, "learning_rate": 1e-3,
+            "num_train_epochs": 200 if trial.number == 1 else 1}
+"""
+
+
+def events_of(folder: Path, kind: str) -> list[Event]:
+    return [event for event in read_events(folder / "results" / "s" / "journal.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.ray
+def test_stop_add_and_extend_a_running_study_that_is_killed_and_goes_on(tmp_path: Path) -> None:
+    """Trial 1 would train for hours. The study is killed while trial 3 runs, and asked for one more before it goes on."""
+    (tmp_path / "space.py").write_text(SPACE)
+    options = ["--trials", "2", "--lanes", "1", "--scheduler", "none", "--num-phantoms", "60"]
+    process = start(tmp_path, "--space", "space.py", *options)
+    command = [sys.executable, "-m", "tune.control", "--results", str(tmp_path / "results"), "s"]
+    asked = environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *words], env=asked, capture_output=True, text=True)
+
+    wait_for(process, "[1/2]")
+    while len(events_of(tmp_path, "started")) < 2:
+        time.sleep(0.1)
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda words: ask(*words), (("add", '{"lora_r": 33}'), ("trials", "5"), ("stop", "1"))))
+    assert [answer.returncode for answer in answers] == [0, 0, 0], answers
+    assert "is tried next" in answers[0].stdout and "5 trials" in answers[1].stdout, answers
+    stop_s = events_of(tmp_path, "control")[-1]["time"]
+    wait_for(process, "stopped")
+    wait_for(process, "trial 2")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    late = ask("trials", "4")
+    assert late.returncode == 0 and "does not run" in late.stdout
+    finished = finish(start(tmp_path, "--resume", "s", name=""), tmp_path)
+    assert finished.code == 0, finished.out + finished.err
+    trials = finished.study["trials"]
+    assert [trial["state"] for trial in trials] == ["COMPLETE", "STOPPED", "COMPLETE", "COMPLETE"]
+    assert finished.study["settings"]["study"]["trials"] == 4
+    assert trials[1]["notes"] == [STOPPED_BY_USER] and trials[1]["ended_at"] - stop_s < 60
+    assert trials[2]["searched"] == {"lora_r": 33}
+    assert len(events_of(tmp_path, "control")) == 4 and not list((tmp_path / "results" / "s" / "control").iterdir())
+    runs = {run.data.tags.get("trial", "parent"): run for run in finished.runs()}
+    tags = runs["parent"].data.tags
+    assert sorted(text.partition(":")[0] for name, text in tags.items() if name.startswith("control_")) == [
+        'add {"lora_r": 33}', "stop 1", "trials 4", "trials 5"]  # fmt: skip
+    assert runs["1"].info.status == "KILLED" and runs["1"].data.tags["notes"] == STOPPED_BY_USER

@@ -176,6 +176,8 @@ def study(tmp_path_factory) -> Path:
             second.end(number, "COMPLETE")
     second.close()
     assert stopped == [3, 5]  # what still ran when a session ended is stopped on its lane
+    taken = {"file": "1.json", "refused": "", "done": "the study ends after 6 trials", "trials": 6}
+    journal.write("control", action="trials", value=6, **taken)
     for run_number in (1, 2):
         journal.write("confirmed", number=0, run=run_number, value=0.8 + run_number / 100)
     score = {"auroc": {"value": 0.8, "interval": [0.7, 0.9]}}

@@ -58,9 +58,17 @@ def read_request(directory: Path, name: str) -> Request:
     return Request(content["action"], content.get("value"))
 
 
+def is_control(event: Event) -> bool:
+    """Whether an event is a whole "control" event. A study's folder, with its journal, may come from a stranger."""
+    kind = {"stop": int, "add": dict}.get(str(event.get("action")), object)
+    texts = all(isinstance(event.get(name), str) for name in ("file", "action", "refused", "done"))
+    whole = isinstance(event.get("value"), kind) or bool(event.get("refused"))
+    return event["event"] == "control" and texts and whole and isinstance(event.get("trials"), int)
+
+
 def taken(events: Sequence[Event]) -> list[Event]:
     """The "control" events of the actions that were taken, without those that were refused."""
-    return [event for event in events if event["event"] == "control" and not event["refused"]]
+    return [event for event in events if is_control(event) and not event["refused"]]
 
 
 def asked_trials(events: Sequence[Event], planned: int) -> int:
@@ -69,7 +77,7 @@ def asked_trials(events: Sequence[Event], planned: int) -> int:
     Args:
         planned: the number in plan.json, which is written before each session's first event.
     """
-    last = next((event for event in reversed(events) if event["event"] in ("session", "control")), None)
+    last = next((event for event in reversed(events) if event["event"] == "session" or is_control(event)), None)
     return last["trials"] if last and last["event"] == "control" else planned
 
 
@@ -87,5 +95,5 @@ def added_points(events: Sequence[Event]) -> dict[str, dict[str, Any]]:
 
 def sentence(event: Event) -> str:
     """A "control" event in words."""
-    value = "" if event["value"] is None else f" {json.dumps(event['value'])}"
+    value = "" if event.get("value") is None else f" {json.dumps(event['value'])}"
     return f"{event['action']}{value}: {event['refused'] or event['done']}"
