@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from studies import ROOT, report_event, write_plan, write_trial
+from studies import ROOT, environment, finish, report_event, start, wait_for, write_plan, write_trial
 
 from train_fn.jobs import EpochReport
 from train_fn.support.storage import Storage
@@ -295,10 +295,7 @@ def test_the_number_of_trials_outlives_a_kill(tmp_path: Path) -> None:
 
     assert asked_trials([], 20) == 20 and asked_trials(events(None, 30, 25), 20) == 25
     assert asked_trials(events(None, 30, None), 40) == 40 and asked_trials(events(None, 10, None, 12), 10) == 12
-    strange: list[Event] = [
-        {"event": "control"},
-        *({"event": "control", "action": a, "value": "1"} for a in ("stop", "add")),
-    ]
+    strange: list[Event] = [{"event": "control"}, {"event": "control", "action": "stop", "value": "1", "refused": ""}]
     assert asked_trials(strange, 20) == 20 and stopped_trials(strange) == set() and added_points(strange) == {}
     directory = tmp_path / "s"
     directory.mkdir()
@@ -415,7 +412,7 @@ def events_of(folder: Path, kind: str) -> list[Event]:
 
 @pytest.mark.ray
 def test_stop_add_and_extend_a_running_study_that_is_killed_and_goes_on(tmp_path: Path) -> None:
-    """Trial 1 would train for hours. The study is killed while trial 3 runs, and asked for one more before it goes on."""
+    """Trial 1 would train for minutes. The study is killed while trial 3 runs, and acted on before it goes on."""
     (tmp_path / "space.py").write_text(SPACE)
     options = ["--trials", "2", "--lanes", "1", "--scheduler", "none", "--num-phantoms", "60"]
     process = start(tmp_path, "--space", "space.py", *options)
@@ -428,8 +425,9 @@ def test_stop_add_and_extend_a_running_study_that_is_killed_and_goes_on(tmp_path
     wait_for(process, "[1/2]")
     while len(events_of(tmp_path, "started")) < 2:
         time.sleep(0.1)
-    with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda words: ask(*words), (("add", '{"lora_r": 33}'), ("trials", "5"), ("stop", "1"))))
+    with ThreadPoolExecutor(2) as pool:  # two people
+        answers = list(pool.map(lambda words: ask(*words), (("add", '{"lora_r": 33}'), ("trials", "5"))))
+    answers.append(ask("stop", "1"))
     assert [answer.returncode for answer in answers] == [0, 0, 0], answers
     assert "is tried next" in answers[0].stdout and "5 trials" in answers[1].stdout, answers
     stop_s = events_of(tmp_path, "control")[-1]["time"]
