@@ -444,6 +444,7 @@ def test_stop_add_and_extend_a_running_study_that_is_killed_and_goes_on(tmp_path
     assert finished.study["settings"]["study"]["trials"] == 4
     assert trials[1]["notes"] == [STOPPED_BY_USER] and trials[1]["ended_at"] - stop_s < 60
     assert trials[2]["searched"] == {"lora_r": 33}
+    assert [trial["turn"] for trial in trials[:3]] == [0, 1, 2]  # the lane has kept its workers
     assert len(events_of(tmp_path, "control")) == 4 and not list((tmp_path / "results" / "s" / "control").iterdir())
     runs = {run.data.tags.get("trial", "parent"): run for run in finished.runs()}
     tags = runs["parent"].data.tags

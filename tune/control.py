@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 WAIT_S = 15.0  # for the answer of a study that runs
 HELP = """\
 actions:
-  stop NUMBER   end a trial for good, as early stopping does: at its next report,
-                or at once if it waits for a lane
+  stop NUMBER   end a trial for good, as early stopping does: after the step that
+                it trains, or at once if it waits for a lane
   add POINT     try a point next, such as '{"lora_r": 16}': names as the search
                 space asks for them; the sampler chooses what is left out. The
                 study has one trial more

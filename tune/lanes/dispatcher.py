@@ -68,8 +68,7 @@ class Dispatcher:
     # -------------------------------------------------------------------------------- called by the study
 
     async def submit(self, job: Job, submission: str = "") -> None:
-        """Queue a job. A job that was submitted before continues: Tune started the trial's process again, which
-        `submission` identifies."""
+        """Queue a job. One that was submitted before continues: Tune has begun a new process (`submission`) for it."""
         self._keep_watch()
         if (known := self.jobs.get(job.number)) and not known.stopped:
             known.submission = submission
@@ -106,7 +105,7 @@ class Dispatcher:
         state.decide(stop=True)
 
     async def stop_soon(self, number: int) -> None:
-        """End a job at the user's wish: now if it waits for a lane, else at its next report, which Tune answers so."""
+        """End a job at the user's wish: now if it waits for a lane, else at its next step (`left`) or report."""
         if state := self.jobs.get(number):
             state.unwanted = True
             if state in self.queue:
@@ -201,22 +200,28 @@ class Dispatcher:
         else:
             self._notify(f"lane {lane_number} starts again: {first_line(error)}")
 
-    async def heartbeat(self, lane_number: int, group: str, rank: int, actor: bytes, progress: int) -> bool:
-        """Record a heartbeat. Returns True if the worker must shut down.
-
-        Args:
-            actor: the worker's handle, pickled.
-            progress: a counter that rises while the worker makes progress.
-        """
+    async def heartbeat(
+        self, lane_number: int, group: str, rank: int, actor: bytes, progress: int
+    ) -> tuple[bool, int | None]:
+        """Record a heartbeat: the worker's pickled handle, and a counter that rises as it makes progress. Returns
+        whether the worker must shut down, and the number of the job that it must leave (see `left`), if any."""
         self._keep_watch()
         lane = self.lanes[lane_number]
         if lane.ended or group in self.given_up:
-            return True
+            return True, None
         if lane.group is not None and lane.has(group):
             lane.group.beat(rank, actor, progress, busy=lane.job is not None and lane.job.pending is None)
         if self.queue:
             self._wake()
-        return self.draining
+        return self.draining, lane.job.job.number if lane.job and lane.job.unwanted else None
+
+    async def left(self, number: int, group: str) -> bool:
+        """Record that a rank has left a job at a step. Returns whether the user has stopped the job; all ranks leave it
+        then, and take the next one."""
+        state = self.jobs[number]
+        if state.unwanted and self._lane_of(number, group):
+            state.fail("", stopped=True)
+        return state.unwanted
 
     async def next_assignment(self, lane_number: int, group: str, index: int) -> Job | None:
         """The next job of a worker group (step 2 of the protocol); None: there is no more."""
@@ -265,11 +270,8 @@ class Dispatcher:
             self._end_study(f"{MAX_ALIKE} trials in a row failed alike before any trial had got further: {first}")
 
     async def interrupted(self, lane_number: int, group: str, reason: str, free: bool) -> None:
-        """Record that a worker group ends and its trial is not to blame. Another group continues the trial.
-
-        Args:
-            free: the loss does not count as an attempt.
-        """
+        """Record that a worker group ends and its trial is not to blame. Another group continues the trial. If `free`,
+        the loss does not count as an attempt."""
         lane = self.lanes[lane_number]
         if lane.group and lane.has(group) and lane.job and lane.group.failure is None:
             lane.group.failure = reason
@@ -407,8 +409,6 @@ class Dispatcher:
             self._give_up(lane, reason)
         else:
             await self.start_failed(lane.number, group.id, f"lane {lane.number} could not start: {reason}")
-
-    # -------------------------------------------------------------------------------- waiting calls
 
     def _notify(self, text: str) -> None:
         self.notices.append(text)

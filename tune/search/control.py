@@ -97,7 +97,7 @@ def answer(study: Study, name: str, records: Mapping[int, TrialRecord], num_tria
         pass
     elif request.action == "stop":
         cost = "; it has the guide's defaults, with which the winner can then not be compared" if value == 0 else ""
-        done = f"trial {value} ends as stopped, after the epoch that it trains if it has begun one{cost}"
+        done = f"trial {value} ends as stopped{cost}"
     elif request.action == "add":
         num_trials += 1
         done = f"the point is tried next, as one of now {num_trials} trials"
