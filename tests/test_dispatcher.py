@@ -123,6 +123,84 @@ def test_new_workers_release_the_job_of_the_old_ones_at_once() -> None:
     run(scenario)
 
 
+def test_a_late_stop_of_a_process_that_was_replaced_stops_nothing() -> None:
+    """Tune starts a trial's process again; the old one's `stop` may arrive after the new one's `submit`."""
+
+    async def scenario() -> None:
+        dispatcher = await at_work()
+        await dispatcher.submit(train(1), "old")
+        await dispatcher.submit(train(1), "new")
+        await dispatcher.stop(1, submission="old")
+        waiting = begin(dispatcher.next_report(1, 0))
+        assert (await dispatcher.next_assignment(0, "old 0", 1)).number == 1
+        begin(dispatcher.report(1, "old 0", 1, report(1)))
+        assert (await waiting).epoch == 1
+        await dispatcher.stop(1, submission="new")
+        assert dispatcher.jobs[1].stopped
+
+    run(scenario)
+
+
+def test_a_trial_that_is_submitted_after_its_stop_begins_anew() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(train(1), "old")
+        await dispatcher.stop(1, submission="old")
+        await dispatcher.submit(train(1), "new")
+        assert [state.submission for state in dispatcher.queue] == ["new"]
+
+    run(scenario)
+
+
+# -------------------------------------------------------------------------------- trials that the user stops
+
+
+def test_a_trial_that_waits_for_a_lane_and_is_stopped_by_the_user_ends_at_once() -> None:
+    async def scenario() -> None:
+        dispatcher = await at_work()
+        await dispatcher.submit(train(1))
+        waiting = begin(dispatcher.next_report(1, 0))
+        await asyncio.sleep(0.01)
+        await dispatcher.stop_soon(1)
+        last = await waiting
+        assert last.stopped and not last.error and not dispatcher.queue
+
+    run(scenario)
+
+
+def test_a_trial_that_the_user_stops_while_it_trains_ends_at_its_report_or_with_its_workers() -> None:
+    async def scenario() -> None:
+        dispatcher = await at_work(2)
+        for number in range(2):
+            await dispatcher.stop_soon(number)
+        assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) == (False, 0)
+        begin(dispatcher.report(0, "old 0", 1, report(1)))
+        assert (await dispatcher.next_report(0, 0)).epoch == 1  # Tune, which has the report, stops the trial
+        waiting = begin(dispatcher.next_report(1, 0))
+        await dispatcher.register(1, "new")  # the workers have died: the trial is not tried again
+        last = await waiting
+        assert last.stopped and last.device_s > 0 and not dispatcher.queue
+
+    run(scenario)
+
+
+def test_a_trial_that_the_user_stops_is_left_at_a_step_and_its_workers_take_the_next() -> None:
+    async def scenario() -> None:
+        dispatcher = await at_work()
+        waiting = begin(dispatcher.next_report(0, 0))
+        assert not await dispatcher.left(0, "old 0")  # a preempted worker
+        await dispatcher.stop_soon(0)
+        await dispatcher.submit(train(1))
+        assert await dispatcher.left(0, "old 0")
+        assert (await waiting).stopped
+        assert (await dispatcher.next_assignment(0, "old 0", 1)).number == 1
+        assert await dispatcher.left(0, "old 0")  # a slower rank
+        assert not dispatcher.jobs[1].ended and not dispatcher.jobs[1].unwanted
+        assert await dispatcher.heartbeat(0, "old 0", 0, None, 2) == (False, None)
+
+    run(scenario)
+
+
 # -------------------------------------------------------------------------------- late messages of dead groups
 
 
@@ -169,11 +247,11 @@ def test_what_other_ranks_report_after_the_first_does_not_fail_the_trial() -> No
 def test_a_heartbeat_of_a_dead_group_is_answered_with_shutdown() -> None:
     async def scenario() -> None:
         dispatcher = await at_work(2)
-        assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) is False
+        assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) == (False, None)
         await dispatcher.register(0, "new")
-        assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) is True
+        assert await dispatcher.heartbeat(0, "old 0", 0, None, 1) == (True, None)
         await dispatcher.lane_ended(1, "node gone")
-        assert await dispatcher.heartbeat(1, "old 1", 0, None, 1) is True
+        assert await dispatcher.heartbeat(1, "old 1", 0, None, 1) == (True, None)
 
     run(scenario)
 

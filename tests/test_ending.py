@@ -568,6 +568,23 @@ def test_errors_of_our_own_are_not_explained_away(new_study, stand_ins) -> None:
         run_new(new_study("--trials", "3"))
 
 
+def test_an_error_of_a_callback_is_told_in_a_sentence_and_resume_goes_on(new_study, stand_ins, capsys, caplog) -> None:
+    def search(study: Any, log: Any) -> None:
+        write_trial(study.journal, 0, auroc=0.6)
+        write_trial(study.journal, 1, "RUNNING")
+        log.failure = KeyError("no such thing")
+        raise log.failure
+
+    stand_ins.search = search
+    outcome = run_new(new_study("--trials", "3"))
+    out = summary(outcome, capsys)
+    assert outcome.exit_code == 3 and "error of this program" in out and "no such thing" in out and "--resume s" in out
+    assert "no such thing" in caplog.text and caplog.records[-1].exc_info  # with its trace, for a report
+    stand_ins.search = trains({1: 0.7, 2: 0.8})
+    again = resume()
+    assert again.exit_code == 0 and again.winner.number == 2
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

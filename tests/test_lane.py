@@ -469,9 +469,9 @@ def test_an_interrupted_study_drains_the_lanes_and_starts_no_job() -> None:
         await dispatcher.submit(train(0))
         await dispatcher.submit(train(1))
         await dispatcher.next_assignment(0, "g", 0)
-        assert await dispatcher.heartbeat(0, "g", 0, None, 1) is False
+        assert await dispatcher.heartbeat(0, "g", 0, None, 1) == (False, None)
         await dispatcher.close(drain=True)
-        assert await dispatcher.heartbeat(0, "g", 0, None, 1) is True
+        assert await dispatcher.heartbeat(0, "g", 0, None, 1) == (True, None)
         await dispatcher.interrupted(0, "g", "left at step 3", True)
         assert (await dispatcher.snapshot())["running"] == []
         assert await dispatcher.next_assignment(0, "h", 0) is None
@@ -588,4 +588,16 @@ def test_how_an_error_in_a_job_is_reported(base, monkeypatch, error, call, sound
     job = LaneConfig(lane=0, dispatcher=calls, model=ModelSettings(), splits=splits_of(Path("a")),
                   storage=Storage(Path()), num_threads=1)  # fmt: skip
     assert report_error(job, error, base, TrainJob(number=7, settings=TrialSettings(), output=Path()), "g") is sound
-    assert [(*made[:3], made[3].partition("\n")[0], *made[4:]) for made in calls.made] == [call] * (call is not None)
+    asked = [made for made in calls.made if made[0] == "left"]  # whether the user has stopped it: no
+    assert asked == [("left", 7, "g")] * isinstance(error, Preempted)
+    reported = [made for made in calls.made if made not in asked]
+    assert [(*made[:3], made[3].partition("\n")[0], *made[4:]) for made in reported] == [call] * (call is not None)
+
+
+def test_workers_that_leave_a_trial_which_the_user_has_stopped_take_the_next(base, monkeypatch) -> None:
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    dispatcher = SimpleNamespace(left=SimpleNamespace(remote=lambda number, group: (number, group) == (7, "g")))
+    config = LaneConfig(lane=0, dispatcher=dispatcher, model=ModelSettings(), splits=splits_of(Path("a")),
+                        storage=Storage(Path()), num_threads=1)  # fmt: skip
+    job = TrainJob(number=7, settings=TrialSettings(), output=Path())
+    assert report_error(config, Preempted("left"), base, job, "g")

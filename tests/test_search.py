@@ -16,6 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 from search_spaces import lora
+from train_fn.support.storage import Storage
 from tune.config.cli import parse
 from tune.config.samplers import grid_points
 from tune.config.settings import SAMPLERS
@@ -28,6 +29,7 @@ from tune.search.early_stopping import should_stop
 from tune.search.point import Point
 from tune.search.points import prior_trials, propose, recover_distributions
 from tune.search.searcher import JournalSearcher
+from tune.search.tuner import search
 
 GOALS = (("auroc", "max"),)
 NAN = float("nan")
@@ -35,7 +37,9 @@ WIDE = "GUIDE = {}\ndef space(trial):\n    return {'lora_r': trial.suggest_int('
 
 
 def make_study(*argv: str, name: str = "s", folder: Path = Path()) -> Any:
-    return SimpleNamespace(settings=parse([*argv]), name=name, directory=folder, goals=GOALS, metric="auroc")
+    journal = SimpleNamespace(events=[])
+    settings = parse([*argv])
+    return SimpleNamespace(settings=settings, name=name, directory=folder, goals=GOALS, metric="auroc", journal=journal)
 
 
 def record_of(point: Point, number: int, auroc: float | None, state: str = "COMPLETE") -> TrialRecord:
@@ -104,7 +108,10 @@ class Log:
     """Stands for `StudyLog`."""
 
     def __init__(self, records: dict[int, TrialRecord]) -> None:
-        self.records, self.space_error, self.said = records, "", []
+        self.records, self.space_error, self.said, self.num_trials = records, "", [], 100
+
+    def end_stopped(self, handed_out: Any) -> None:
+        pass  # the user has stopped none
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -191,6 +198,78 @@ def test_a_space_that_fails_ends_the_search_and_is_asked_again_later(tmp_path: P
     searcher = JournalSearcher(study, log)  # type: ignore[arg-type]
     assert [searcher.suggest(str(n))["number"] for n in range(2)] == [0, 1]  # type: ignore[index]
     assert searcher.suggest("2") == searcher.FINISHED and "no more" in log.space_error
+
+
+# ------------------------------------------------------------------------------------------------ Tune's callback
+
+
+def make_log(folder: Path, *argv: str) -> Any:
+    """A `StudyLog` of a study whose trial 0 has begun."""
+    from tune.search.callback import StudyLog
+
+    study = make_study(*argv, folder=folder)
+    study.journal, study.storage, study.plan = Journal(folder / "journal.jsonl"), Storage(folder), {}
+    tracking, remote = SimpleNamespace(notify=lambda: None), SimpleNamespace(remote=lambda *_, **__: None)
+    dispatcher: Any = SimpleNamespace(stop=remote)
+    log = StudyLog(study, dispatcher, tracking, lambda text: None)  # type: ignore[arg-type]
+    log.on_trial_start(0, [], trial_of(study, {}))
+    return log
+
+
+def trial_of(study: Any, records: dict[int, TrialRecord], number: int = 0) -> Any:
+    """Tune's object of a trial."""
+    point = propose(study, records, number)
+    assert point
+    return SimpleNamespace(config={"number": number, "point": point, "settings": point.settings}, last_result={})
+
+
+@pytest.mark.parametrize("name", ["on_trial_start", "__call__", "on_trial_complete", "on_step_begin", "on_trial_error"])
+def test_an_error_of_our_own_in_a_callback_ends_the_search_and_not_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Tune would take it for the trial's error, and run the trial again."""
+    log = make_log(tmp_path)
+    monkeypatch.setattr(log, "check_lanes", lambda: None)
+    trial = trial_of(log.study, log.records, number=1)
+    arguments: dict[str, Any] = {"trial_id": "a", "result": {"number": 0, "epoch": 1, "report": None}}
+    if name != "__call__":
+        arguments = {"iteration": 0, "trials": []} | ({} if name == "on_step_begin" else {"trial": trial})
+    if name in ("on_trial_complete", "on_trial_error"):
+        trial.config["number"] = 0
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("no such thing")
+
+    for inner in ("_write", "end"):
+        monkeypatch.setattr(log, inner, broken)
+    monkeypatch.setattr("tune.search.callback.take_requests", broken)
+    assert not log.stop_all()
+    assert not getattr(log, name)(**arguments)
+    assert log.stop_all() and isinstance(log.failure, (KeyError, TypeError))
+    first = log.failure
+    assert not log.on_trial_complete(0, [], trial) and log.failure is first  # nothing is written any more
+    log.close()
+    monkeypatch.undo()
+    monkeypatch.setattr("ray.tune.with_parameters", lambda trainable, **_: trainable)
+    monkeypatch.setattr("ray.tune.Tuner", lambda *_, **__: SimpleNamespace(fit=lambda: None))
+    with pytest.raises(type(first)):  # whoever has begun the search learns of it
+        search(log.study, SimpleNamespace(lanes=1), None, log)  # type: ignore[arg-type]
+    assert [event["event"] for event in read_events(tmp_path / "journal.jsonl")] == ["started"]  # --resume goes on
+
+
+def test_a_dispatcher_that_is_gone_is_not_taken_for_an_error_of_our_own(tmp_path: Path) -> None:
+    import ray
+
+    log = make_log(tmp_path)
+
+    def gone() -> None:
+        raise ray.exceptions.RayActorError
+
+    log.check_lanes = gone
+    for callback in (log.on_trial_error, log.on_trial_recover):
+        with pytest.raises(ray.exceptions.RayActorError):
+            callback(0, [], trial_of(log.study, {}))
+    assert log.failure is None
 
 
 # ------------------------------------------------------------------------------------------------ early stopping

@@ -176,6 +176,8 @@ def study(tmp_path_factory) -> Path:
             second.end(number, "COMPLETE")
     second.close()
     assert stopped == [3, 5]  # what still ran when a session ended is stopped on its lane
+    taken = {"file": "1.json", "refused": "", "done": "the study ends after 6 trials", "trials": 6}
+    journal.write("control", action="trials", value=6, **taken)
     for run_number in (1, 2):
         journal.write("confirmed", number=0, run=run_number, value=0.8 + run_number / 100)
     score = {"auroc": {"value": 0.8, "interval": [0.7, 0.9]}}
@@ -291,6 +293,8 @@ def test_metrics_parameters_and_files_are_whole(undisturbed, study) -> None:
     assert [step for step, _, _ in undisturbed["/0"]["metrics"]["confirmed"]] == [1, 2]
     assert [step for step, _, _ in undisturbed["/study"]["metrics"]["best_so_far"]] == [1, 2, 3, 4, 5]
     assert undisturbed["/study"]["metrics"]["test_winner_auroc"][0][1] == "0.8"
+    (control,) = [text for name, text in undisturbed["/study"]["tags"].items() if name.startswith("control_")]
+    assert control == "trials 6: the study ends after 6 trials"
     assert {"report.html", "pictures/one.png", "parameters.json"} <= set(undisturbed["/study"]["artifacts"])
     assert len(undisturbed["/study"]["params"]["notes"]) == len(undisturbed["/5"]["params"]["lora_target_modules"])
     assert "parameters.json" in undisturbed["/5"]["artifacts"] and "parameters.json" not in trial["artifacts"]

@@ -117,11 +117,12 @@ class ScoreReport:
 
 @dataclass(frozen=True, kw_only=True)
 class JobFailed:
-    """The dispatcher's last report of a job that ends with an error."""
+    """The dispatcher's last report of a job that ends with an error, or that the user has stopped."""
 
     error: str
     device_s: float  # as in `EpochReport`
     study_error: str = ""  # what ended the whole study; then the job is not to blame
+    stopped: bool = False  # whether the user has stopped the job; then there is no error
 
 
 JobReport = EpochReport | ScoreReport | JobFailed

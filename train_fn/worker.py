@@ -277,7 +277,7 @@ def run_job(
         storage=config.storage,
         best_by=config.best_by,
         save_state_every=config.save_state_every,
-        preempted=lambda: heartbeats.must_stop,
+        preempted=lambda: heartbeats.must_stop or heartbeats.unwanted == job.number,
         profile=config.profile,
         trace=config.trace,
         collective_timeout_s=config.collective_timeout_s,
@@ -350,6 +350,8 @@ def report_error(config: LaneConfig, error: Exception, base: Any, job: Job, grou
     from train_fn.trial.pristine import BaseChanged
 
     dispatcher, lane, number = config.dispatcher, config.lane, job.number
+    if isinstance(error, Preempted) and ray.get(dispatcher.left.remote(number, group)):
+        return True  # the user has stopped the trial
     if isinstance(error, TrialFailed):
         # Every rank reports it: the rank that asks for the next job first would otherwise have moved the lane on.
         ray.get(dispatcher.fail.remote(number, group, str(error), True))
@@ -384,6 +386,7 @@ class Heartbeats(threading.Thread):
     """Sends the dispatcher a heartbeat every second, with a counter that rises while the worker makes progress.
 
     `must_stop` becomes True when the dispatcher answers that the study is interrupted, or when this node is preempted.
+    `unwanted` is the number of a job that the user has stopped.
     """
 
     def __init__(self, config: LaneConfig, group: str, rank: int) -> None:
@@ -398,6 +401,7 @@ class Heartbeats(threading.Thread):
         handle = ray.cloudpickle.dumps(ray.get_runtime_context().current_actor)
         self.sender = (config.lane, group, rank, handle)
         self.must_stop = False
+        self.unwanted: int | None = None
 
     def run(self) -> None:
         import ray
@@ -407,5 +411,5 @@ class Heartbeats(threading.Thread):
                 answer = ray.get(self.dispatcher.heartbeat.remote(*self.sender, self.profile.work_count))
             except ray.exceptions.RayError:
                 return  # the study is gone, and soon this process
-            self.must_stop = answer or is_preempted()
+            self.must_stop, self.unwanted = answer[0] or is_preempted(), answer[1]
             time.sleep(1)

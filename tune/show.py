@@ -10,6 +10,7 @@ from pathlib import Path
 from tune.config.paths import SettingsError
 from tune.config.stored import stored_settings
 from tune.records.budgets import last_time
+from tune.records.control import asked_trials
 from tune.records.end_state import EndState
 from tune.records.journal import read_journal
 from tune.results.outcome import Outcome
@@ -45,7 +46,7 @@ def show(directory: Path) -> Outcome:
         directory=directory,
         goals=tuple((name, mode) for name, mode in plan["goals"]),
         require=settings.get("require", ()),
-        num_trials=settings["trials"],
+        num_trials=asked_trials(journal.events, settings["trials"]),
         records=[],
         running=running,
         tracking_uri=plan["tracking_uri"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 import traceback
@@ -27,6 +28,7 @@ from tune.records.budgets import exhausted_budget, last_time
 from tune.records.end_state import DONE_STATES
 from tune.records.plan import save_plan
 from tune.results.outcome import Outcome
+from tune.search.control import act_before_session
 from tune.signals import StopSignals
 from tune.tracking.delivery import Tracking
 from tune.tracking.target import target_of
@@ -48,6 +50,8 @@ def run(study: Study, say: Callable[[str], None], started: float) -> Outcome:
     outcome = earlier_outcome(study, say)
     with StopSignals() as stop:
         try:
+            study = act_before_session(study, say)
+            outcome.num_trials = study.settings.study.trials
             if nothing_left(study, outcome):
                 say("Every trial has ended and the test is scored: writing study.json and the report")
                 conclude_again(study, outcome, stop, started)
@@ -208,6 +212,10 @@ def run_session(
             outcome.note("the study lost its dispatcher")
         elif reason := error_of_space_or_storage(error):
             outcome.interrupted, outcome.error = stop.count > 0, reason
+        elif error is log.failure:
+            logging.getLogger(__name__).error("An error of this program ended the search", exc_info=error)
+            outcome.interrupted = stop.count > 0
+            outcome.error = f"an error of this program ended the search: {type(error).__name__}: {error}"
         else:
             lanes.over = True
             end_of_study(study, outcome, tracking, {"error": f"{type(error).__name__}: {error}"}, [])
@@ -267,8 +275,9 @@ def collect(study: Study, log: StudyLog, outcome: Outcome, stop: StopSignals) ->
     if log.space_error:
         outcome.error = f"the search space gave no further trial: {log.space_error}"
     outcome.error = outcome.error or log.study_error
+    outcome.num_trials = study.plan["settings"]["study"]["trials"] = log.num_trials
     num_ended = sum(record.state != "INTERRUPTED" for record in outcome.records)
-    outcome.interrupted |= stop.count > 0 or (not log.ended_by and num_ended < study.settings.study.trials)
+    outcome.interrupted |= stop.count > 0 or (not log.ended_by and num_ended < log.num_trials)
 
 
 def lost_dispatcher(error: BaseException, dispatcher: Any) -> bool:

@@ -15,6 +15,8 @@ from tune.config.settings import GROUPS, REMOVED_METRICS, REMOVED_SAMPLERS, flag
 from tune.config.space import is_own
 from tune.config.trust import check_trust
 from tune.records.budgets import seconds
+from tune.records.control import asked_trials
+from tune.records.journal import read_events
 from tune.records.plan import PARTS, read_plan
 
 # What may change when a study goes on: how it is run and shown; and the budgets, upwards only.
@@ -42,6 +44,8 @@ def resumed_values(
     plan, stored = stored_settings(directory)
     defaults = {field.name: field.default for group in GROUPS for field in dataclasses.fields(group)}
     merged = stored | {"results": str(directory.parent)}
+    if "trials" in stored:
+        merged["trials"] = asked_trials(read_events(directory / "journal.jsonl"), stored["trials"])
     for name, value in values.items():
         before = merged.get(name, defaults[name])
         if name in BUDGETS:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from train_fn.execution import OUT_OF_MEMORY_ADVICE, Execution, change
-from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob, Verdict
+from train_fn.execution import Execution
+from train_fn.jobs import EpochReport, Job, JobReport, ScoreReport, TrainJob, Verdict
 from tune.lanes.job_state import JobState, first_line
 from tune.lanes.lane_state import (
     MAX_CONTROLLERS,
@@ -67,13 +67,13 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------- called by the study
 
-    async def submit(self, job: Job) -> None:
-        """Queue a job. A job that was submitted before continues: Tune started the trial's process again."""
+    async def submit(self, job: Job, submission: str = "") -> None:
+        """Queue a job. One that was submitted before continues: Tune has begun a new process (`submission`) for it."""
         self._keep_watch()
-        known = self.jobs.get(job.number)
-        if known is not None and not known.stopped:
+        if (known := self.jobs.get(job.number)) and not known.stopped:
+            known.submission = submission
             return
-        state = self.jobs[job.number] = JobState(job, self.devices_per_trial)
+        state = self.jobs[job.number] = JobState(job, self.devices_per_trial, submission)
         if isinstance(job, TrainJob):
             state.last_epoch = job.known_epochs
         if self.study_error:
@@ -87,24 +87,30 @@ class Dispatcher:
 
     async def last_report(self, number: int) -> JobReport:
         """The last report of a job on whose earlier reports nobody decides."""
-        seen = 0
-        while True:
-            report, seen = await self.jobs[number].next_report(seen), seen + 1
-            if isinstance(report, JobFailed) or report.finished:
-                return report
+        return await self.jobs[number].last_report()
 
-    async def stop(self, number: int, for_good: bool = False) -> None:
+    async def stop(self, number: int, for_good: bool = False, submission: str | None = None) -> None:
         """End a job early: at once if its workers wait for a decision, else at its next report.
 
         Args:
             for_good: no session continues the job. It stays so when the job is stopped again.
+            submission: of the process that stops the job; None: the study itself. One that was replaced stops nothing:
+                its `stop` may come after its successor's `submit`.
         """
-        if (state := self.jobs.get(number)) is None:
+        if (state := self.jobs.get(number)) is None or submission not in (None, state.submission):
             return
         state.stopped, state.for_good = True, state.for_good or for_good
         if state in self.queue:
             self.queue.remove(state)
         state.decide(stop=True)
+
+    async def stop_soon(self, number: int) -> None:
+        """End a job at the user's wish: now if it waits for a lane, else at its next step (`left`) or report."""
+        if state := self.jobs.get(number):
+            state.unwanted = True
+            if state in self.queue:
+                self.queue.remove(state)
+                self._enqueue(state)
 
     async def snapshot(self) -> dict[str, Any]:
         """What the lanes do now, see `lane_state.describe`."""
@@ -112,12 +118,8 @@ class Dispatcher:
         return describe(self._living())
 
     async def close(self, drain: bool = False) -> None:
-        """Let each lane end when it asks for a job and the queue is empty.
-
-        Args:
-            drain: the study is interrupted. Every running trial writes its state at its next step, and no lane takes
-                another job from the queue.
-        """
+        """Let each lane end when it asks for a job and the queue is empty. With `drain`, as the study is interrupted,
+        every running trial writes its state at its next step, and no lane takes another job from the queue."""
         self.closed, self.draining = True, self.draining or drain
         self._wake()
 
@@ -198,22 +200,28 @@ class Dispatcher:
         else:
             self._notify(f"lane {lane_number} starts again: {first_line(error)}")
 
-    async def heartbeat(self, lane_number: int, group: str, rank: int, actor: bytes, progress: int) -> bool:
-        """Record a heartbeat. Returns True if the worker must shut down.
-
-        Args:
-            actor: the worker's handle, pickled.
-            progress: a counter that rises while the worker makes progress.
-        """
+    async def heartbeat(
+        self, lane_number: int, group: str, rank: int, actor: bytes, progress: int
+    ) -> tuple[bool, int | None]:
+        """Record a heartbeat: the worker's pickled handle, and a counter that rises as it makes progress. Returns
+        whether the worker must shut down, and the number of the job that it must leave (see `left`), if any."""
         self._keep_watch()
         lane = self.lanes[lane_number]
         if lane.ended or group in self.given_up:
-            return True
+            return True, None
         if lane.group is not None and lane.has(group):
             lane.group.beat(rank, actor, progress, busy=lane.job is not None and lane.job.pending is None)
         if self.queue:
             self._wake()
-        return self.draining
+        return self.draining, lane.job.job.number if lane.job and lane.job.unwanted else None
+
+    async def left(self, number: int, group: str) -> bool:
+        """Record that a rank has left a job at a step. Returns whether the user has stopped the job; all ranks leave it
+        then, and take the next one."""
+        state = self.jobs[number]
+        if state.unwanted and self._lane_of(number, group):
+            state.fail("", stopped=True)
+        return state.unwanted
 
     async def next_assignment(self, lane_number: int, group: str, index: int) -> Job | None:
         """The next job of a worker group (step 2 of the protocol); None: there is no more."""
@@ -262,11 +270,8 @@ class Dispatcher:
             self._end_study(f"{MAX_ALIKE} trials in a row failed alike before any trial had got further: {first}")
 
     async def interrupted(self, lane_number: int, group: str, reason: str, free: bool) -> None:
-        """Record that a worker group ends and its trial is not to blame. Another group continues the trial.
-
-        Args:
-            free: the loss does not count as an attempt.
-        """
+        """Record that a worker group ends and its trial is not to blame. Another group continues the trial. If `free`,
+        the loss does not count as an attempt."""
         lane = self.lanes[lane_number]
         if lane.group and lane.has(group) and lane.job and lane.group.failure is None:
             lane.group.failure = reason
@@ -308,21 +313,18 @@ class Dispatcher:
             state.fail(f"out of memory while scoring a single image\n\n{error}")
             return
         lane.job, lane.group.failure = None, "out of memory"
-        state.release()
-        if used is None or less is None:
-            state.fail(f"out of memory in the smallest way there is. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
-            return
-        if in_step:
+        if in_step and used and less:
             lane.too_large.append((job.settings, used))
-        state.job = replace(job, execution=less, notes=(*job.notes, f"out of memory: {change(used, less)}"))
-        state.attempts -= 1
-        state.decide(stop=True)
-        self._enqueue(state)
+        if state.shrink(job, used, less, error):
+            self._enqueue(state)
 
     # -------------------------------------------------------------------------------- jobs
 
     def _enqueue(self, state: JobState) -> None:
-        self.queue.append(state)
+        if state.unwanted:
+            state.fail("", stopped=True)
+        else:
+            self.queue.append(state)
         self._wake()
 
     async def _take(self, lane: LaneState, group: WorkerGroup) -> Job | None:
@@ -407,8 +409,6 @@ class Dispatcher:
             self._give_up(lane, reason)
         else:
             await self.start_failed(lane.number, group.id, f"lane {lane.number} could not start: {reason}")
-
-    # -------------------------------------------------------------------------------- waiting calls
 
     def _notify(self, text: str) -> None:
         self.notices.append(text)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, Verdict
+from train_fn.execution import OUT_OF_MEMORY_ADVICE, Execution, change
+from train_fn.jobs import EpochReport, Job, JobFailed, JobReport, ScoreReport, TrainJob, Verdict
 
 MAX_ATTEMPTS = 3  # attempts of a job whose worker groups keep dying without further progress
 
@@ -18,6 +19,7 @@ class JobState:
 
     job: Job
     devices: float  # devices of a lane, whose seconds are counted
+    submission: str = ""  # of the process of Tune's that waits for the reports
     reports: list[JobReport] = field(default_factory=list)
     new_report: asyncio.Event = field(default_factory=asyncio.Event)
     decisions: dict[tuple[str, int], asyncio.Future[Verdict]] = field(default_factory=dict)
@@ -28,6 +30,7 @@ class JobState:
     furthest_step: int = 0  # optimizer step that any attempt has reached
     stopped: bool = False  # whether the study has stopped the job early
     for_good: bool = False  # whether nothing continues the job after that
+    unwanted: bool = False  # whether the user has stopped the job: no lane takes it any more
     ended: bool = False  # whether `reports` has the job's last report
     lost_s: float = 0.0  # lane seconds of lost attempts
     started_at: float | None = None
@@ -53,6 +56,26 @@ class JobState:
         self.release()
         self.decide(stop=True)  # for ranks of the dead group that still wait
         return f"lost {self.attempts} times, last because {reason}" if self.attempts >= MAX_ATTEMPTS else ""
+
+    def shrink(self, job: TrainJob, used: Execution | None, less: Execution | None, error: str) -> bool:
+        """End an attempt because a rank ran out of memory. Returns whether the job is tried again, computed as `less`;
+        without a smaller way it fails."""
+        self.release()
+        if used is None or less is None:
+            self.fail(f"out of memory in the smallest way there is. {OUT_OF_MEMORY_ADVICE}\n\n{error}")
+            return False
+        self.job = replace(job, execution=less, notes=(*job.notes, f"out of memory: {change(used, less)}"))
+        self.attempts -= 1
+        self.decide(stop=True)
+        return True
+
+    async def last_report(self) -> JobReport:
+        """The last report of a job on whose earlier reports nobody decides."""
+        seen = 0
+        while True:
+            report, seen = await self.next_report(seen), seen + 1
+            if isinstance(report, JobFailed) or report.finished:
+                return report
 
     async def next_report(self, seen: int) -> JobReport:
         """The report after the first `seen` ones. Asking for a report that is not there yet is the permission to go
@@ -90,11 +113,11 @@ class JobState:
             self.decisions[self.pending].set_result(verdict if stop else Verdict.GO_ON)
             self.pending = None
 
-    def fail(self, error: str, study_error: str = "") -> None:
-        """End the job with an error, unless it has ended."""
+    def fail(self, error: str, study_error: str = "", stopped: bool = False) -> None:
+        """End the job with an error, or because the user has stopped it, unless it has ended."""
         if not self.ended:
-            self.ended = True
-            self._publish(JobFailed(error=error, device_s=self.lane_s * self.devices, study_error=study_error))
+            self.ended, device_s = True, self.lane_s * self.devices
+            self._publish(JobFailed(error=error, device_s=device_s, study_error=study_error, stopped=stopped))
 
     def _publish(self, report: JobReport) -> None:
         self.reports.append(report)

@@ -83,7 +83,7 @@ class Lease:
         if not self.storage.uri:
             return ""
         for _ in range(2):
-            held = self._read()
+            held = self.read()
             if held and held["token"] != self.token and not abandoned(held):
                 left = max(1, round(held["renewed_at"] + LEASE_S - time.time()))
                 return (
@@ -102,7 +102,7 @@ class Lease:
         """Whether this process may still write the study's files to the storage. Raises OSError."""
         if not self.storage.uri:
             return True
-        held = self._read()
+        held = self.read()
         return held is None or held["token"] == self.token
 
     def release(self) -> None:
@@ -126,7 +126,7 @@ class Lease:
             except OSError:  # retried; if the lease runs out until then, the next read shows its new owner
                 continue
 
-    def _read(self) -> dict[str, Any] | None:
+    def read(self) -> dict[str, Any] | None:
         """The lease on the storage; None when there is none, or when it is damaged."""
         content = self.storage.read(self.path)
         try:

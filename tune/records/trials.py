@@ -84,6 +84,7 @@ class TrialRecord(TrialFacts):
         elif event["event"] == "ended":
             self.state, self.error, self.ended_at = EndState(event["state"]), event["error"], event["time"]
             self.device_seconds = event["device_s"]
+            self.notes = event.get("notes", self.notes)
 
     def contradicts(self, event: Event) -> bool:
         """Whether an event cannot follow those before it, because one between them is lost."""

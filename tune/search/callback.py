@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
+import signal
 import sqlite3
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Container
 from typing import Any
 
 import ray
@@ -15,14 +19,38 @@ import sqlalchemy.exc
 from train_fn.jobs import EpochReport
 from tune.plan.prepare import Study
 from tune.records.budgets import exhausted_budget
+from tune.records.control import sentence, stopped_trials
 from tune.records.end_state import DONE_STATES, EndState
 from tune.records.goals import sign
 from tune.records.optuna_study import DatabaseExport
 from tune.records.plan import save_plan
 from tune.records.trials import TrialRecord, trial_records
 from tune.results.summary import format_settings
+from tune.search.control import take_requests
 from tune.search.early_stopping import should_stop
 from tune.tracking.delivery import Tracking
+
+CONTROL_S = 1.0  # between two looks at the user's requests
+STOPPED_BY_USER = "stopped by the user"
+
+
+def kept_from_tune(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep an error of a callback from Tune, which would take it for the trial's and run the trial again.
+
+    The error ends the search instead: `StudyLog.failure` keeps it, and later callbacks do nothing. After a kill, or
+    such an error, `--resume` goes on from the journal.
+    """
+
+    @functools.wraps(callback)
+    def kept(self: StudyLog, *args: Any, **options: Any) -> Any:
+        if self.failure is None:
+            try:
+                return callback(self, *args, **options)
+            except Exception as error:
+                self.failure = error
+        return None
+
+    return kept
 
 
 class StudyLog(ray.tune.Callback, ray.tune.Stopper):
@@ -46,39 +74,65 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         self.ended_by = ""  # why the search ended before all trials had
         self.space_error = ""  # why the search space gave no further trial
         self.study_error = ""  # an error that ended the search and that no trial is to blame for
+        self.failure: Exception | None = None  # an error of a callback, which ends the search
+        self.num_trials = study.settings.study.trials  # the user may change it (`tune.control`)
+        self.stopped = stopped_trials(study.journal.events)  # trials that the user has stopped
+        self.next_control = 0.0  # `time.monotonic()` of the next look at the user's requests
         self.num_checked = -1  # events when the budgets were last checked
         self.export = DatabaseExport(study.directory / "optuna.db", study.name, study.goals)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles this object for a restore that is never used
 
+    @kept_from_tune
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Write an epoch's report to the journal. Returns True if its trial is stopped early.
 
         Tune calls it with each result, before anything else.
         """
-        if "error" in result:
+        if "report" not in result:
             return False
         number, epoch = result["number"], result["epoch"]
         # A trial whose Tune process was lost reports its epochs again.
         if epoch > len(self.records[number].epochs):
             self._write("report", number, **vars(result["report"]))
             self._keep_memory(result["report"])
-        if not should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals):
+        early = should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals)
+        if not early and number not in self.stopped:
             return False
         # Before the trial's Tune process does it, which does not know that no session goes on with the trial.
         self.dispatcher.stop.remote(number, for_good=True)
         return True
 
     def stop_all(self) -> bool:
-        return self.spent()
+        return self.failure is not None or self.spent()
 
+    @kept_from_tune
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        """Take the actions that the user asks for (`tune.control`)."""
+        if time.monotonic() < self.next_control:
+            return
+        self.next_control = time.monotonic() + CONTROL_S
+        for event in take_requests(self.study, self.records, self.num_trials):
+            self.num_trials = event["trials"]
+            if event["action"] == "stop" and not event["refused"]:
+                self.stopped.add(event["value"])
+                self.dispatcher.stop_soon.remote(event["value"])
+            elif event["action"] == "pause" and not event["refused"]:
+                os.kill(os.getpid(), signal.SIGINT)  # as the first Ctrl-C
+            self.say(f"Control: {sentence(event)}")
+            self.tracking.notify()
+
+    @kept_from_tune
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         config = trial.config
         if config["number"] not in self.running:
             self.running.add(config["number"])
             self._write("started", config["number"], **self._start_fields(config))
+            if config["number"] in self.stopped:  # while Tune's process started
+                self.dispatcher.stop_soon.remote(config["number"])
 
+    @kept_from_tune
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number, last = trial.config["number"], trial.last_result
         if "study_error" in last:  # the trial is not to blame: a resumed study runs it again
@@ -86,13 +140,19 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             self.ended_by = self.ended_by or self.study_error
         elif "error" in last:
             self.end(number, EndState.FAILED, last["error"], last["device_s"])
+        elif "stopped" in last:
+            self.end(number, EndState.STOPPED, device_s=last["device_s"])
         else:
             self.end(number, EndState.COMPLETE if self.records[number].finished else EndState.STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
-        if trial.config["number"] in self.records:
-            self.end(trial.config["number"], EndState.FAILED, "its Tune process was lost again and again")
+        self._on_lost_trial(trial.config["number"])
+
+    @kept_from_tune
+    def _on_lost_trial(self, number: int) -> None:
+        if number in self.records:
+            self.end(number, EndState.FAILED, "its Tune process was lost again and again")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.check_lanes()
@@ -116,7 +176,19 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             if record.state == EndState.RUNNING:
                 # Tune kills the trial's process while that waits for a report, so the process cannot do this itself.
                 self.dispatcher.stop.remote(record.number)
-                self.end(record.number, EndState.INTERRUPTED)
+                with contextlib.suppress(Exception) if self.failure else contextlib.nullcontext():
+                    self.end(record.number, EndState.INTERRUPTED)
+
+    def end_stopped(self, handed_out: Container[int] = ()) -> None:
+        """End the trials that the user has stopped and that no process of Tune's has: before they go on.
+
+        Args:
+            handed_out: the numbers of the trials that Tune has.
+        """
+        for number in self.stopped:
+            record = self.records.get(number)
+            if record and record.state not in DONE_STATES and number not in handed_out:
+                self.end(number, EndState.STOPPED)
 
     def end(self, number: int, state: str, error: str = "", device_s: float = 0.0) -> None:
         """Write a trial's end to the journal and print it."""
@@ -130,6 +202,8 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         best = min((value for value in scores if value == value), key=lambda v: sign(mode) * v, default=None)
         names = ("step", "seconds", "applied", "lane", "device", "notes", "best_epoch")
         facts = {fact: getattr(record, fact) for fact in names} | {"score": record.value(name)}
+        if state == EndState.STOPPED and number in self.stopped:
+            facts["notes"] = [*record.notes, STOPPED_BY_USER]
         facts["device_s"] = max(device_s + record.spent_before, record.device_seconds)
         self._write("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
         if state in DONE_STATES:
@@ -141,7 +215,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         values = format_settings(record.searched)
         values += "; " + "; ".join(record.notes) if record.notes else ""
         reason = ": " + error.splitlines()[0] if error else ""
-        total = self.study.settings.study.trials
+        total = self.num_trials
         count = f"[{len(ended)}/{total}] trial {number}".ljust(len(f"[{total}/{total}] trial {total}"))
         took = f"{record.seconds.get('wall', 0):.1f} s"
         self.say(f"{count} {f'{state.lower()}{reason},':9} {score}, {took:>7} ({values})")
@@ -151,8 +225,8 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         if point := config.get("point"):
             settings = dataclasses.asdict(point.settings)
             params = point.searched | {name: settings[name] for name in point.decided}
-            return {"searched": point.searched, "distributions": point.distributions, "settings": settings,
-                    "params": params}  # fmt: skip
+            fields = {"searched": point.searched, "distributions": point.distributions, "settings": settings}
+            return fields | {"params": params} | ({"added": point.added} if point.added else {})
         events = self.study.journal.events
         earlier = next(e for e in events if e["event"] == "started" and e["number"] == config["number"])
         names = ("searched", "distributions", "settings", "params")

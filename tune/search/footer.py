@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import ray
@@ -32,4 +33,5 @@ class Footer:
             self.asked = self.log.dispatcher.snapshot.remote()
         study = self.log.study
         records = list(self.log.records.values())
-        return footer(records, self.snapshot, study.goals, study.settings.study, self.devices_per_trial)
+        settings = dataclasses.replace(study.settings.study, trials=self.log.num_trials)
+        return footer(records, self.snapshot, study.goals, settings, self.devices_per_trial)

@@ -19,3 +19,5 @@ class Point:
     settings: TrialSettings
     decided: tuple[str, ...]
     """The settings that the space decides; the others are the command line's."""
+    added: str = ""
+    """The file of the user's request for this point; empty: the search has chosen it."""

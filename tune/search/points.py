@@ -35,20 +35,26 @@ def propose(
     number: int,
     prior: Sequence[FrozenTrial] = (),
     grid: Sequence[dict[str, Any]] = (),
+    added: tuple[str, dict[str, Any]] | None = None,
 ) -> Point | None:
     """The point of trial `number`; None when every point of a grid has been tried. Raises SpaceError.
 
     Args:
         prior: trials of another study, from `prior_trials`.
         grid: all points of `--sampler grid`, from `grid_points`.
+        added: a point that the user has added, and the file of its request. It comes after the first points.
     """
     settings = study.settings.study
     space, _ = load_space(settings.space)
     optuna_study = as_optuna(records, study.goals, prior)
     optuna_study.sampler = make_sampler(settings.sampler, settings.study_seed + number)
     first = first_points(study.settings)
+    request = ""
     if number < len(first):
         optuna_study.enqueue_trial({k: v for k, v in first[number].items() if k not in study.settings.pinned})
+    elif added is not None:
+        request, values = added
+        optuna_study.enqueue_trial({k: v for k, v in values.items() if k not in study.settings.pinned})
     elif settings.sampler == "grid":
         tried = [record.searched for record in records.values()]
         left = next((point for point in grid if as_json(point) not in tried), None)
@@ -58,7 +64,7 @@ def propose(
     trial = optuna_study.ask()
     with time_limit(TIMEOUT_S):
         chosen, decided = searched_settings(study.settings, space, trial, number)
-    return Point(trial.params, distributions_json(trial.distributions), chosen, tuple(decided))
+    return Point(trial.params, distributions_json(trial.distributions), chosen, tuple(decided), request)
 
 
 @contextlib.contextmanager

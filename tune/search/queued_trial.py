@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from train_fn.jobs import JobFailed, TrainJob
 class QueuedTrial(ray.tune.Trainable):
     """Submits a trial's settings to the dispatcher and returns the reports of the lane that trains it.
 
-    A result holds the trial's `number`, `epoch`, `finished`, and the `EpochReport` as `report`; or `error`, `device_s`
-    and, when no trial is to blame, `study_error`.
+    A result holds the trial's `number`, `epoch`, `finished`, and the `EpochReport` as `report`; or the fields of
+    `JobFailed`.
     """
 
     def setup(self, config: dict[str, Any], dispatcher: Any = None, trials: str = "") -> None:  # type: ignore[override]
@@ -34,7 +35,7 @@ class QueuedTrial(ray.tune.Trainable):
         self.seen += 1
         if isinstance(report, JobFailed):
             # Not an exception: Tune would start the trial again, as after the loss of its process.
-            facts = {name: value for name, value in vars(report).items() if value != ""}
+            facts = {name: value for name, value in vars(report).items() if value != "" and value is not False}
             return {**facts, "done": True}
         return {
             "number": self.number,
@@ -55,9 +56,10 @@ class QueuedTrial(ray.tune.Trainable):
             output=self.trials / f"{self.number:04d}",
             known_epochs=config["known_epochs"],
         )
-        ray.get(self.dispatcher.submit.remote(job))
+        self.submission = uuid.uuid4().hex
+        ray.get(self.dispatcher.submit.remote(job, self.submission))
 
     def _stop(self) -> None:
         if self.number is not None:
-            ray.get(self.dispatcher.stop.remote(self.number))
+            ray.get(self.dispatcher.stop.remote(self.number, submission=self.submission))
             self.number = None

@@ -11,6 +11,7 @@ from tune.config.samplers import grid_points
 from tune.config.space import SpaceError
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
+from tune.records.control import added_points
 from tune.records.end_state import DONE_STATES
 from tune.records.trials import TrialRecord
 from tune.search.callback import StudyLog
@@ -37,6 +38,10 @@ class JournalSearcher(Searcher):
             self._grid = grid_points(study.settings) if study.settings.study.sampler == "grid" else []
         self._handed_out: dict[int, TrialRecord] = {}
         """The records of the trials of this session, also of those that Tune has not started yet."""
+        self._live: set[str] = set()
+        """Tune's names of the trials of this session that have not ended."""
+        self._added: set[str] = set()
+        """The requests whose points this session has handed out."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles this object for a restore that is never used
@@ -44,23 +49,31 @@ class JournalSearcher(Searcher):
     def save(self, checkpoint_path: str) -> None:
         open(checkpoint_path, "w").close()  # Tune moves the file that it asks for
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         records = self.log.records
+        self.log.end_stopped(self._handed_out)
+        if len(self._handed_out.keys() | {n for n in records if self._has_ended(n)}) >= self.log.num_trials:
+            # Not the end while a trial runs: the user may still ask for more.
+            return None if self._live else Searcher.FINISHED
         number = next(n for n in itertools.count() if n not in self._handed_out and not self._has_ended(n))
         if number in records:
             config: dict[str, Any] = {"settings": records[number].typed_settings()}
             self._handed_out[number] = records[number]
         else:
             try:
-                point = propose(self.study, self._handed_out | records, number, self._prior, self._grid)
+                waiting = added_points(self.study.journal.events).items()
+                added = next((item for item in waiting if item[0] not in self._added), None)
+                point = propose(self.study, self._handed_out | records, number, self._prior, self._grid, added)
             except SpaceError as error:  # the trials that run may end; a resumed study asks for this one again
                 self.log.space_error = self.log.space_error or str(error)
                 return Searcher.FINISHED
             if point is None:
                 self.exhausted = True
                 return Searcher.FINISHED
+            self._added.add(point.added)
             config = {"settings": point.settings, "point": point}
             self._handed_out[number] = TrialRecord(number, as_json(point.searched), {}, point.distributions)
+        self._live.add(trial_id)
         known_epochs = len(records[number].epochs) if number in records else 0
         return {"number": number, "known_epochs": known_epochs, **config}
 
@@ -68,4 +81,4 @@ class JournalSearcher(Searcher):
         return number in self.log.records and self.log.records[number].state in DONE_STATES
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        pass  # the journal has the result
+        self._live.discard(trial_id)  # the journal has the result

@@ -22,8 +22,8 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
     """Run the trials that are left. `log` writes their events. A failed trial does not end the study."""
     settings = study.settings.study
     end_decided_trials(study, log)
-    left = settings.trials - sum(record.state in DONE_STATES for record in log.records.values())
-    if left <= 0 or log.spent():
+    ended = sum(record.state in DONE_STATES for record in log.records.values())
+    if ended >= log.num_trials or log.spent():
         return
     try:
         searcher = JournalSearcher(study, log)
@@ -37,7 +37,7 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
     ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            num_samples=left,
+            num_samples=-1,  # the searcher ends the search, since the user may change the number of trials
             max_concurrent_trials=layout.lanes,
             reuse_actors=True,
             search_alg=searcher,
@@ -54,6 +54,8 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()
+    if log.failure:
+        raise log.failure
     if searcher.exhausted:
         log.ended_by = log.ended_by or "every point of the grid has been tried"
     if log.space_error:
@@ -61,7 +63,8 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
 
 
 def end_decided_trials(study: Study, log: StudyLog) -> None:
-    """After a kill, end the trials whose last report was their own last, or would have stopped them."""
+    """After a kill, end the trials whose last report was their own last or would have stopped them, and those that the
+    user has stopped."""
     for record in list(log.records.values()):
         if record.state in DONE_STATES:
             continue
@@ -70,3 +73,4 @@ def end_decided_trials(study: Study, log: StudyLog) -> None:
             log.end(record.number, EndState.COMPLETE)
         elif epoch and should_stop(log.records, record.number, epoch, study.settings.study, study.goals):
             log.end(record.number, EndState.STOPPED)
+    log.end_stopped()

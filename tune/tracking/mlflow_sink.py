@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tune.records.control import sentence
 from tune.records.end_state import IN_MLFLOW
 from tune.records.journal import Event
 from tune.tracking.calls import SLOW_S, Refusal, StoreUnavailable, final_metrics, log_entries, reason_of
@@ -92,6 +93,9 @@ class MLflowSink:
             self._artifact("applied.json", lambda: self.client.log_dict(run, event["applied"], "applied.json"))
         if event["error"]:
             self._artifact("error.txt", lambda: self.client.log_text(run, event["error"], "error.txt"))
+
+    def _on_control(self, event: Event) -> None:
+        self._tags(self._parent(), {f"control_{event['seq']:06}": sentence(event)})
 
     def _on_confirmed(self, event: Event) -> None:
         self._metrics(self._child(event["number"]), [(event["run"], {"confirmed": event["value"]})])
