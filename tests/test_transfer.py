@@ -12,7 +12,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
-from studies import LAYOUT, write_plan
+from studies import LAYOUT, SMALL, finish, start, wait_for, write_plan
 
 from search_spaces import lora
 from tune.config.cli import parse
@@ -460,3 +460,60 @@ def test_a_study_that_took_over_no_ranking_says_nothing_of_it() -> None:
     assert facts_of({1.0: 0.5}, {1.0: 0.1}, only_ranking=False) is None
     assert transfer_facts({}, [], GOALS[0]) is None and transfer_facts({"trials": []}, [], GOALS[0]) is None
     assert Summary({"device_seconds": 1.0}, Path()).transfer_sentences == ""
+
+
+# ------------------------------------------------------------------------------------------------ the real thing
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_one_command_searches_on_the_sibling_ends_on_the_base_and_survives_kills(tmp_path: Path) -> None:
+    """Killed once in each of the two studies, it comes to the numbers of an undisturbed run."""
+    ended = []
+    for name, kills in (("whole", ()), ("killed", ("trial 1 complete", "Now its best settings", "trial 0 complete"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        sibling(folder)
+        argv = ["--model-small", "sibling", "--trials", "4", "--transfer-trials", "2", "--lanes", "1", *SMALL]
+        process = start(folder, *argv)
+        if kills:
+            wait_for(process, kills[0])
+            process.kill()
+            process.communicate()
+            process = start(folder, "--resume", "s", name="")
+            wait_for(process, kills[1])
+            wait_for(process, kills[2])
+            process.kill()
+            process.communicate()
+            process = start(folder, "--resume", "s", name="")
+        finished = finish(process, folder)
+        assert finished.code == 0, finished.err
+        ended.append(finished)
+    whole, killed = (
+        [json.loads((each.folder / "results" / name / "study.json").read_text()) for name in ("s-small", "s")]
+        for each in ended
+    )
+    for undisturbed, again in zip(whole, killed, strict=True):
+        assert [t["searched"] for t in again["trials"]] == [t["searched"] for t in undisturbed["trials"]]
+        assert [t["epochs"] for t in again["trials"]] == [t["epochs"] for t in undisturbed["trials"]]
+    search, study = whole
+    assert [len(each["trials"]) for each in whole] == [4, 3] and study["test"]["winner"] and search["transfer"] is None
+    assert study["trials"][0]["searched"] == lora.GUIDE and {t["state"] for t in study["trials"]} == {"COMPLETE"}
+    facts = study["transfer"]
+    assert facts["study"] == "s-small" and facts["num_points"] == 3 and facts["device_seconds_saved"] is not None
+    assert "Transfer: 3 settings were trained both here and in s-small" in ended[0].out
+    assert "Transfer: 3 settings" in (ended[0].folder / "results" / "s" / "report.html").read_text()
+    parents = {run.info.run_name: run.data.tags for run in ended[0].runs() if "mlflow.parentRunId" not in run.data.tags}
+    assert parents["s"]["warm_start"] == "s-small" and "warm_start" not in parents["s-small"]
+
+
+def sibling(folder: Path) -> None:
+    """A base of nano's shape with other weights."""
+    from safetensors.torch import load_file, save_file
+
+    from train_fn.nano import CHECKPOINT
+
+    shutil.copytree(CHECKPOINT, folder / "sibling")
+    weights = load_file(folder / "sibling" / "model.safetensors")
+    noisy = {name: weight * (1.05 if weight.ndim > 1 else 1.0) for name, weight in weights.items()}
+    save_file(noisy, folder / "sibling" / "model.safetensors", metadata={"format": "pt"})

@@ -70,9 +70,9 @@ def begin(argv: list[str]) -> Study | int:
     small = settings.study.model_small
     if command.doctor:
         from tune.doctor.examine import examine
-        from tune.transfer import settings_of_both
+        from tune.transfer import examine_both
 
-        return max(examine(each, say) for each in (settings_of_both(settings) if small else (settings,)))
+        return examine_both(settings, say) if small else examine(settings, say)
     if command.show:
         from tune.show import print_outcome, show
 

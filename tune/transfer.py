@@ -10,6 +10,7 @@ from tune.config.cli import parse
 from tune.config.paths import SettingsError, study_directory
 from tune.config.settings import Settings, StudySettings
 from tune.config.space import is_own
+from tune.doctor.examine import examine
 from tune.plan.prepare import Study, name_of, prepare, resume
 from tune.show import show
 from tune.study import discard
@@ -68,6 +69,15 @@ def prepare_both(settings: Settings, say: Callable[[str], None]) -> Study:
         raise SettingsError(list(dict.fromkeys(problems)))
     search, target = studies
     return dataclasses.replace(search, then=target)
+
+
+def examine_both(settings: Settings, say: Callable[[str], None]) -> int:
+    """`--doctor` for both studies. Returns the exit code."""
+    codes = []
+    for each in settings_of_both(settings):
+        say(f"Examining {each.study.name} on {each.model.model}")
+        codes.append(examine(each, say))
+    return max(codes)
 
 
 def resume_both(settings: Settings, say: Callable[[str], None]) -> Study:
