@@ -43,11 +43,8 @@ def train_all(options: argparse.Namespace, data: str, arguments: list[str]) -> N
     import torch
     import torch.distributed as dist
 
-    from train_fn.jobs import EpochReport
     from train_fn.model.base import load_base
     from train_fn.settings import ModelSettings
-    from train_fn.support.storage import Storage
-    from train_fn.trial.loop import run_trial
     from tune.config.cli import parse
     from tune.plan.prepare import prepare
     from tune.search.points import propose
@@ -66,30 +63,48 @@ def train_all(options: argparse.Namespace, data: str, arguments: list[str]) -> N
                 if (data, name, number) in done:
                     continue
                 assert point is not None
-                epochs: list[EpochReport] = []
-
-                def report(message: EpochReport, epochs: list[EpochReport] = epochs) -> bool:
-                    epochs.append(message)
-                    return False
-
-                output = Path(folder) / f"{model.replace('/', '-')}-{seed}-{number}"
-                output.mkdir()
-                settings = dataclasses.replace(point.settings, seed=seed)
                 began = time.process_time()
-                run_trial(
-                    base, study.splits, settings, report, output=output, storage=Storage(output), best_by=study.goals[0]
-                )
-                best = epochs[epochs[-1].best_epoch - 1].metrics
+                metrics = train(base, study, dataclasses.replace(point.settings, seed=seed))
                 line = {"data": data, "base": name, "setting": number, "searched": point.searched}
-                line |= {score: best[score] for score in SCORES} | {"cpu_s": time.process_time() - began}
+                line |= {score: metrics.get(score) for score in SCORES} | {"cpu_s": time.process_time() - began}
                 with options.output.open("a") as file:
                     print(json.dumps(line), file=file)
                 print(line, flush=True)
 
 
+def train(base: Any, study: Any, settings: Any) -> dict[str, float]:
+    """The validation metrics of one training's best epoch; empty if it failed."""
+    from train_fn.jobs import EpochReport
+    from train_fn.support.storage import Storage
+    from train_fn.trial.applied import TrialFailed
+    from train_fn.trial.loop import run_trial
+
+    epochs: list[EpochReport] = []
+
+    def report(message: EpochReport) -> bool:
+        epochs.append(message)
+        return False
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        try:
+            run_trial(
+                base, study.splits, settings, report, output=output, storage=Storage(output), best_by=study.goals[0]
+            )
+        except TrialFailed:
+            return {}
+    return epochs[epochs[-1].best_epoch - 1].metrics
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The trainings that have been done."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def costs(lines: list[dict[str, Any]], score: str) -> np.ndarray:
+    """A score of each setting [N], less is better; of a training that failed the worst."""
+    cost = sign(mode_of(score)) * np.array([line[score] for line in lines], dtype=float)
+    return np.where(np.isfinite(cost), cost, np.nanmax(cost))
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
@@ -140,8 +155,7 @@ def main() -> None:
     print("| --- " * (3 + len(TOP)) + "|")
     for name, score in product(data, SCORES):
         rng = np.random.default_rng(0)
-        # [N] each, less is better
-        cost = {b: sign(mode_of(score)) * np.array([x[score] for x in values[name, b]]) for b in (SIBLING, SAME, AGAIN)}
+        cost = {base: costs(values[name, base], score) for base in (SIBLING, SAME, AGAIN)}
         for base in (SIBLING, AGAIN):
             low, high = interval(cost[base], cost[SAME], rng)
             shown = f"{spearman(cost[base], cost[SAME]):.2f} ({low:.2f} to {high:.2f})"
