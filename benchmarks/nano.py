@@ -1,4 +1,4 @@
-"""Train the nano base from phantoms: `python benchmarks/nano.py [--output DIR] [--seed 0]`.
+"""Train the nano base from phantoms: `python benchmarks/nano.py [--output DIR] [--seed 0] [--width 128] [--layers 4]`.
 
 The result is a base model that can see and talk a little and has never met a diagnosis: its images show attributes
 drawn uniformly and independently (`draw_attributes(rng, None)`), its questions are about these attributes. Two stages:
@@ -14,6 +14,8 @@ drawn uniformly and independently (`draw_attributes(rng, None)`), its questions 
 The checkpoint in train_fn/nano/: seed 0, one thread, about 20 minutes; mean accuracy 0.710 over the nine attributes on
 400 new phantoms, where the commonest answer of each has 0.470. Its answers on shape and margin are no better than that;
 size, depth, location, posterior features and echo pattern (0.78 to 0.83) carry the mean.
+
+A smaller or larger sibling, as `benchmarks/sibling.py` needs one: `--width` and `--layers`, of tower and text alike.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ CELLS = 7  # the segmentation head resolves CELLS x CELLS cells a patch
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_merge_sizes")
 NUM_TURNS = 3  # questions about one image in a row
 VOCAB_SIZE = 256
+HEAD_DIM = 32
 
 # attribute -> possible answers. Those that flips and crops change are read off the mask, see `augment`.
 ANSWERS: dict[str, list[str]] = {
@@ -219,10 +222,12 @@ def augment(pool: dict[str, torch.Tensor], rows: np.ndarray, rng: np.random.Gene
 # ---------------------------------------------------------------------------------------------------------- model
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> VideoLlama3ForConditionalGeneration:
-    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048}
+def make_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> VideoLlama3ForConditionalGeneration:
+    heads = width // HEAD_DIM
+    shared = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    vision = {**shared, "intermediate_size": 4 * width}
+    text = {**shared, "intermediate_size": 3 * width, "num_key_value_heads": heads // 2, "head_dim": HEAD_DIM}
+    text |= {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048}
     initial = {"initializer_range": 0.06}  # three times the usual: the text model is narrow
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     rows = tokenizer.get_vocab()
@@ -375,12 +380,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the nano base from phantoms.")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="directory of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=128, choices=(64, 128, 192, 256), help="of tower and text")
+    parser.add_argument("--layers", type=int, default=4, help="of tower and text, each")
     options = parser.parse_args()
     torch.set_num_threads(1)  # two makers side by side beat one with two threads; and sums keep their order
     torch.manual_seed(options.seed)
     started = time.perf_counter()
     processor = make_processor(make_tokenizer())
-    model = make_model(processor.tokenizer)
+    model = make_model(processor.tokenizer, options.width, options.layers)
     heads = AuxiliaryHeads(width=model.model.projector.readout[0].in_features)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} words")
     pool = draw_phantoms(options.seed, NUM_PHANTOMS)

@@ -27,7 +27,7 @@ from tune.records.optuna_study import DatabaseExport, as_optuna, distributions_j
 from tune.records.trials import TrialRecord, trial_records
 from tune.search.early_stopping import should_stop
 from tune.search.point import Point
-from tune.search.points import prior_trials, propose, recover_distributions
+from tune.search.points import propose, recover_distributions
 from tune.search.searcher import JournalSearcher
 from tune.search.tuner import search
 
@@ -480,45 +480,6 @@ def test_optuna_logs_nothing_between_the_lines_of_the_display(tmp_path: Path, ma
     code = begin + make.format(folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == ""
-
-
-# ------------------------------------------------------------------------------------------------ warm start
-
-
-def test_a_warm_start_takes_what_fits_the_space_and_stays(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "plan.json").write_text("{}")
-    write_study(other / "journal.jsonl", make_study(), 5)
-    study = make_study("--results", str(tmp_path), "--warm-start", "other")
-    study.journal = Journal(tmp_path / "journal.jsonl")
-    said: list[str] = []
-    trials = prior_trials(study, said.append)
-    assert len(trials) == 5 and said == ["Warm start: 5 of the 5 completed trials of other fit the space"]
-    assert {str(trial.params) for trial in trials} == {str(r.searched) for r in run(make_study(), 5).values()}
-    assert propose(study, {}, 0, trials).searched == lora.GUIDE  # type: ignore[union-attr]
-    (other / "journal.jsonl").unlink()  # the study that goes on keeps what it has taken
-    assert [t.params for t in prior_trials(study, said.append)] == [t.params for t in trials] and len(said) == 1
-
-
-def test_a_warm_start_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "plan.json").write_text("{}")
-    write_study(other / "journal.jsonl", make_study(), 5)
-    pinned = make_study("--results", str(tmp_path), "--warm-start", "other", "--lora-r", "8")
-    pinned.journal = Journal(tmp_path / "journal.jsonl")
-    said: list[str] = []
-    assert prior_trials(pinned, said.append) == [] and "0 of the 5" in said[-1]
-
-
-def test_a_warm_start_whose_study_is_elsewhere_is_said(tmp_path: Path) -> None:
-    """A study that goes on from object storage has its own trials only."""
-    study = make_study("--results", str(tmp_path))
-    object.__setattr__(study.settings.study, "warm_start", "/nowhere/other")
-    study.journal = Journal(tmp_path / "journal.jsonl")
-    said: list[str] = []
-    assert prior_trials(study, said.append) == [] and "/nowhere/other is not on this machine" in said[0]
 
 
 def test_distributions_come_back_from_the_journal() -> None:

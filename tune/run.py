@@ -32,9 +32,15 @@ def main(argv: list[str]) -> int:
             study = begin(argv)
         if isinstance(study, int):
             return study
+        from tune.show import print_outcome
         from tune.study import run
 
         outcome = run(study, say, STARTED)
+        while study.then and outcome.exit_code == 0:
+            print_outcome(outcome)
+            study = study.then
+            say(f"Now its best settings on {study.settings.model.model}, as the study {study.name}")
+            outcome = run(study, say, time.perf_counter())
     except SettingsError as error:
         print("The study cannot start:", file=sys.stderr)
         for problem in error.problems:
@@ -43,9 +49,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted: nothing has been changed.", file=sys.stderr)
         return 130
-    from tune.show import print_outcome
-
     print_outcome(outcome)
+    if study.then:
+        print(f"The study {study.then.name} needs this search: --resume {study.then.name} goes on with both.")
     if outcome.interrupted or outcome.error:
         # Lanes still run in threads; one that uses Ray while the interpreter shuts it down ends the process with
         # another code. Ray's processes end with this one.
@@ -61,10 +67,12 @@ def begin(argv: list[str]) -> Study | int:
     """
     settings = parse(argv)
     command = settings.command
+    small = settings.study.model_small
     if command.doctor:
         from tune.doctor.examine import examine
+        from tune.transfer import examine_both
 
-        return examine(settings, say)
+        return examine_both(settings, say) if small else examine(settings, say)
     if command.show:
         from tune.show import print_outcome, show
 
@@ -76,7 +84,11 @@ def begin(argv: list[str]) -> Study | int:
         from tune.replay import replay
 
         return replay(resume(settings, say), command.trial, command.run, say)
-    return resume(settings, say) if command.resume else prepare(settings, say)
+    from tune.transfer import prepare_both, resume_both
+
+    if command.resume:
+        return resume_both(settings, say)
+    return prepare_both(settings, say) if small else prepare(settings, say)
 
 
 def say(text: str) -> None:

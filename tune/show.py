@@ -63,6 +63,8 @@ def show(directory: Path) -> Outcome:
         outcome.incomplete = True
         for record in outcome.records:
             record.state = EndState.INTERRUPTED if record.state == EndState.RUNNING else record.state
+    if not events and settings.get("model_small"):
+        outcome.note(f"it begins when the search on its small base ends: --show {settings['warm_start']}")
     try:
         # Not `pick_winner`: a file that is missing here may lie on object storage.
         outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_fn.data.samples import MAX_GENERATED, PARTS
@@ -24,6 +25,7 @@ from tune.final_test import choose_and_score, chosen_for_test, is_tested
 from tune.lanes.layout import Layout, joins_cluster, plan_layout
 from tune.lanes.ray_start import session_folder, start_ray, watch_control_service
 from tune.plan.prepare import Study
+from tune.records.bucket import FILES
 from tune.records.budgets import exhausted_budget, last_time
 from tune.records.end_state import DONE_STATES
 from tune.records.plan import save_plan
@@ -152,7 +154,10 @@ def set_up(study: Study, say: Callable[[str], None]) -> Layout:
 
 
 def discard(study: Study) -> None:
-    """Remove the folder of a new study that could not begin, if it holds nothing but what `prepare` wrote."""
+    """Remove the folder of a new study that could not begin, if it holds nothing but what `prepare` wrote; also that of
+    the study that would have come after it."""
+    if study.then:
+        discard(study.then)
     if (study.directory / "plan.json").exists() or study.journal.events:
         return
     for name in ("journal.jsonl", "lock"):
@@ -162,7 +167,12 @@ def discard(study: Study) -> None:
 
 
 def write_plan(study: Study) -> None:
-    """Write splits.json, then plan.json, which makes the folder a study."""
+    """Write splits.json, then plan.json, which makes the folder a study; first those of the study that comes after it,
+    by whose name the user resumes both."""
+    if study.then:
+        write_plan(study.then)
+        for name in FILES:
+            study.then.storage.push(study.then.directory / name)
     path = study.directory / "splits.json"
     if "splits_hash" not in study.plan:  # a new study
         save_splits(study.splits, path)
@@ -191,6 +201,7 @@ def run_session(
     dispatcher = start_dispatcher(study, layout)
     lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
+    tags["warm_start"] = Path(settings.study.warm_start).name
     tracking = open_session(study, study_params(study, layout), tags, started)
     recover_distributions(study, outcome.records)
     log = StudyLog(study, dispatcher, tracking, say)

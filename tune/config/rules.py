@@ -12,7 +12,7 @@ from train_fn.model.hub_ids import is_hub_data, is_hub_model, name_problem
 from train_fn.settings import SHOWN, broken_rules
 from train_fn.support.files import DamagedFile, read_json, unwritable
 from tune.config.paths import study_directory
-from tune.config.settings import REPORT_TO, DataSettings, Settings, flag
+from tune.config.settings import REPORT_TO, DataSettings, Settings, StudySettings, flag
 from tune.config.space_check import check_space
 from tune.config.uris import strip_credentials
 
@@ -39,6 +39,8 @@ def check(settings: Settings) -> list[str]:
         problems += check_writable(Path(study.results))
     if "model" not in broken:
         problems += check_model(model.model)
+    if study.model_small and "model_small" not in broken and not (settings.command.resume or settings.command.replay):
+        problems += [text.replace("`--model`", "`--model-small`") for text in check_model(study.model_small)]
     problems += settings.trial.problems(max(1, study.workers_per_trial), flag)
     if not {"space", "workers_per_trial"} & broken.keys():
         problems += check_space(settings)
@@ -65,6 +67,9 @@ def rules_between(settings: Settings) -> list[Rule]:
          "pip install wandb"),
         ("warm_start", goes_on or not study.warm_start or study_directory(study.warm_start, study.results),
          "must name a study", "give its name or its folder"),
+        ("model_small", study.model_small != model.model, "must be another base than --model", "name the smaller one"),
+        ("transfer_trials", study.model_small or study.transfer_trials == StudySettings().transfer_trials,
+         "goes with --model-small", "add it, or leave this out"),
         ("test_fraction", data.val_fraction >= 1 or data.val_fraction + data.test_fraction < 1,
          f"must leave images to train on beside --val-fraction {data.val_fraction:g}", "lower one"),
         ("bf16", not (model.bf16 and model.fp16), "must not be combined with --fp16", "keep one"),

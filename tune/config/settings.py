@@ -114,7 +114,15 @@ class StudySettings:
     first_points: Annotated[str, PATH] = ""
     """JSON list of points to try right after the guide's. A point is an object by the names that the space asks for."""
     warm_start: Annotated[str, PATH] = ""
-    """A study (name or folder) whose completed trials the sampler learns from first, if they fit the space."""
+    """A study (name or folder) whose completed trials the sampler learns from first, if they fit the space. If it had
+    another base, other data or other fixed settings, only the order of its trials counts, and its best points, those
+    near a better one left out, are tried right after the guide's."""
+    model_small: Annotated[str, PATH] = ""
+    """A smaller base of --model's family, named as --model is. The whole search runs on it first, as the study
+    NAME-small. Then the guide's settings and the best ones of the search are trained on --model, each to its end, as
+    the study NAME. --confirm and --register are for the second study; budgets are for each of the two."""
+    transfer_trials: Annotated[int, Range(1, 1000)] = 5
+    """How many of the small base's best settings are trained on --model. With --model-small."""
     metric: Annotated[tuple[str, ...], GOAL] = ()
     """Validation metric to tune on. Not given: auroc, or loss if the answers are no small closed set. Several with
     commas give a Pareto front; then the first one names the winner, and every trial runs to its end. trainable_params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -16,9 +17,14 @@ from train_fn.scoring.fitting import decide
 from train_fn.scoring.metrics import CHOICE, METRICS, OF_POSITIVE
 from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.support.files import DamagedFile
+from tune.config.paths import study_directory
 from tune.config.settings import Settings, flag
+from tune.records.end_state import EndState
 from tune.records.goals import COSTS, Goal, comparison, metric_of
 from tune.records.journal import read_events
+from tune.records.plan import read_plan
+from tune.records.trials import trial_records
 
 
 def shipped(settings: Settings) -> bool:
@@ -40,6 +46,37 @@ def check_model_type(model: str) -> list[str]:
     return [
         f"`--model` {model!r} must be an image-text-to-text model that transformers knows, but its model_type is "
         f"{kind!r}: the known ones are hulumed_qwen2, hulumed_qwen3, {', '.join(sorted(TYPES))}"
+    ]
+
+
+def family_of(model: str) -> str:
+    """The family of a base, such as video_llama_3/qwen3: the model_type of its config.json and of its text model. Bases
+    of one family differ in size only."""
+    config = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config")
+    kinds = [config["model_type"], text.get("model_type", "") if isinstance(text, dict) else ""]
+    return "/".join(filter(None, kinds))
+
+
+def check_warm_start(settings: Settings, goals: tuple[Goal, ...]) -> list[str]:
+    """Whether the study of --warm-start can be read, and its trials have this study's goals."""
+    study = settings.study
+    other = study_directory(study.warm_start, study.results) if study.warm_start else None
+    if other is None:  # with --model-small it has not begun
+        return []
+    try:
+        read_plan(other)
+        records = trial_records(read_events(other / "journal.jsonl")).values()
+    except (OSError, DamagedFile) as error:
+        return [f"`--warm-start` must name a study that can be read, but {error}"]
+    complete = [record for record in records if record.state == EndState.COMPLETE]
+    lacking = [name for name, _ in goals if not any(math.isfinite(record.value(name)) for record in complete)]
+    if not complete or not lacking:
+        return []
+    given = ", ".join(dict.fromkeys(name for record in complete for name in record.metrics))
+    return [
+        f"`--warm-start` needs a study whose trials have this one's goals, but {other.name} lacks {', '.join(lacking)} "
+        f"(it has {given}): give another --metric, or leave it out"
     ]
 
 

@@ -39,6 +39,8 @@ from tune.plan.checks import (
     check_goals,
     check_model_type,
     check_name,
+    check_warm_start,
+    family_of,
     shipped,
     usual_aim,
     usual_goal,
@@ -69,6 +71,8 @@ class Study:
     journal: Journal = field(compare=False)
     lock: StudyLock = field(compare=False)
     lease: Lease = field(compare=False)
+    then: Study | None = field(default=None, compare=False)
+    """The study that begins when this one has a winner (`--model-small`)."""
 
     @property
     def metric(self) -> str:
@@ -111,8 +115,9 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     splits = dataclasses.replace(splits, decide=aim, prevalence=settings.study.prevalence)
     problems += check_goals(settings, goals, splits)
     problems += check_global_batch(settings, splits)
+    problems += check_warm_start(settings, goals)
     settings = with_absolute_paths(settings)
-    name = settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
+    name = name_of(settings)
     directory = Path(settings.study.results).resolve() / name
     uri = tracking_uri(settings.study.mlflow_uri)
     problems += check_name(directory)
@@ -139,6 +144,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "class_counts": {part: splits.class_counts(part) for part in ("train", "validation", "test")},
         "data_hash": data_hash(splits),
         "base_hash": base_hash(settings.model.model),
+        "family": family_of(settings.model.model),
         "space_hash": space_hash(settings.study.space),
         "first_points": settings.first_points,
         "versions": versions(),
@@ -148,6 +154,11 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     lock = take_lock(directory)
     journal = Journal(directory / "journal.jsonl")
     return Study(settings, name, directory, goals, splits, report, plan, storage, journal, lock, lease)
+
+
+def name_of(settings: Settings) -> str:
+    """The name of a new study."""
+    return settings.study.name or time.strftime("study-%Y%m%d-%H%M%S")
 
 
 def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:

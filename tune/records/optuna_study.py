@@ -6,12 +6,14 @@ The journal is the truth. An Optuna study is made from its records whenever some
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import optuna
 import sqlalchemy
 from optuna.study import StudyDirection
@@ -26,6 +28,9 @@ from tune.records.trials import TrialRecord
 # search is made, and not in one of the functions: which one runs first depends on the threads.
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
+ONLY_RANKING = "only_ranking"
+"""User attribute of another study's trials whose values are not on this study's scale."""
+
 
 def as_optuna(
     records: Mapping[int, TrialRecord], goals: Sequence[Goal], prior: Sequence[FrozenTrial] = ()
@@ -36,9 +41,48 @@ def as_optuna(
         prior: trials of another study (`--warm-start`), which come first.
     """
     study = optuna.create_study(directions=directions_of(goals))
-    numbers = range(max(records, default=-1) + 1)
-    study.add_trials([*prior, *(frozen_trial(records.get(number), goals) for number in numbers)])
+    own = [frozen_trial(records.get(number), goals) for number in range(max(records, default=-1) + 1)]
+    if any(ONLY_RANKING in trial.user_attrs for trial in prior):
+        prior = on_own_scale(prior, own)
+    study.add_trials([*prior, *own])
     return study
+
+
+def on_own_scale(prior: Sequence[FrozenTrial], own: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials of another study, with values on the scale of this one's.
+
+    TPE sorts all trials in one order, so both studies need one scale, and only the order within the other study is
+    evidence. The points that both studies completed give the scale: their values there and here, each sorted. A value
+    between two of them there becomes a value between the same two here, and one beyond the ends becomes that of the
+    end. So the other study's order stays, and a point that was not tried here never ranks above the best that was. The
+    quantiles of this study's trials would rank too high what the other study found mediocre: this study's first points
+    are the other one's best.
+
+    A point that has ended here counts by its own result, so the other study's is left out. While no point is shared,
+    the values stay as they are.
+    """
+    here = {point_key(trial): trial for trial in own if trial.state.is_finished()}
+    shared = [(other, here[point_key(other)]) for other in prior if point_key(other) in here]
+    shared = [(other, trial) for other, trial in shared if trial.state == TrialState.COMPLETE]
+    left = [trial for trial in prior if point_key(trial) not in here]
+    if not shared:
+        return left
+    there_and_here = [np.sort([trial.values for trial in trials], axis=0).T for trials in zip(*shared, strict=True)]
+    scales = list(zip(*there_and_here, strict=True))  # of each goal: sorted values [points] there, and here
+    return [
+        optuna.trial.create_trial(
+            params=trial.params,
+            distributions=trial.distributions,
+            values=[float(np.interp(v, *scale)) for v, scale in zip(trial.values, scales, strict=True)],
+            user_attrs=trial.user_attrs,
+        )
+        for trial in left
+    ]
+
+
+def point_key(trial: FrozenTrial) -> str:
+    """The values of a trial's parameters as text, the same for the same point."""
+    return json.dumps(trial.params, sort_keys=True)
 
 
 def directions_of(goals: Sequence[Goal]) -> list[StudyDirection]:

@@ -87,6 +87,7 @@ def result_lines(summary: Summary) -> list[str]:
     """How the study ended, where its results are, and commands to type next."""
     study, next_step = summary.study, list(summary.commands)[-1]
     lines = [summary.explanation] if summary.winner else []
+    lines += [summary.transfer_sentences] if summary.transfer_sentences else []
     lines += [f"The test images were {study['test_note']}."] if study["test"] else []
     lines += [f"Ended by an error: {study['error']}."] if study["error"] else []
     lines += [f"Ended because {study['ended_by']}."] if study["ended_by"] else []

@@ -22,6 +22,7 @@ from tune.records.goals import Goal, comparison, holds, sign
 from tune.records.journal import Event
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, trial_records
+from tune.results.transferred import transfer_facts
 
 # What to do next with a study.
 LOOK_AGAIN = "Look again"
@@ -80,6 +81,8 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     tracking_uri: str = ""
     storage: Storage | None = None
+    prior: Event = field(default_factory=dict)
+    """The event "warm_start": what another study gave."""
 
     @property
     def metric(self) -> str:
@@ -143,6 +146,8 @@ class Outcome:
         """Apply one event of the study; those of trials are in `records`."""
         if event["event"] == "session":
             self.lanes, self.ended_by, self.rejected, self.incomplete = lanes_of(event), "", {}, False
+        elif event["event"] == "warm_start":
+            self.prior = event
         elif event["event"] == "confirmed":
             self.confirmations.setdefault(event["number"], []).append(event["value"])
             self.confirmed_runs.setdefault(event["number"], []).append(event["run"])
@@ -352,6 +357,7 @@ class Outcome:
                 "coverage": self.coverage,
                 "delivered": self.delivered(),
                 "front": [record.number for record in self.front()],
+                "transfer": transfer_facts(self.prior, self.records, self.goals[0]),
                 "confirmations": self.confirmations,
                 "seconds": self.seconds,
                 "share_training_and_evaluation": self.busy_share,

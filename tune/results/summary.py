@@ -33,6 +33,7 @@ from tune.results.comparison import (
     others_sentence,
     probe_sentence,
 )
+from tune.results.transferred import transfer_sentences
 
 KNOWN_FOR = {
     "closed": "auroc", "binary": "auroc", "ordinal": "quadratic_kappa", "multilabel": "label_f1", "open": "token_f1",
@@ -197,6 +198,11 @@ class Summary:
             return ""
         mode = self.goals[0][1]
         return probe_sentence(clean or whole, ours, probe, self.metric, mode, whole if clean else None)
+
+    @property
+    def transfer_sentences(self) -> str:
+        """How well another base's ranking of settings held, and what it saved; "" if this study took none over."""
+        return transfer_sentences(self.study.get("transfer"), self.study.get("device_seconds") or 0.0)
 
     @property
     def guide_sentence(self) -> str:

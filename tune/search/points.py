@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from tune.config.paths import study_directory
 from tune.config.samplers import make_sampler
 from tune.config.space import SpaceError, first_points, load_space, searched_settings
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
-from tune.records.end_state import EndState
-from tune.records.journal import read_events
-from tune.records.optuna_study import as_optuna, distributions_json, read_distributions
-from tune.records.trials import TrialRecord, trial_records
+from tune.records.optuna_study import as_optuna, distributions_json
+from tune.records.trials import TrialRecord
 from tune.search.point import Point
 
 
@@ -40,7 +36,7 @@ def propose(
     """The point of trial `number`; None when every point of a grid has been tried. Raises SpaceError.
 
     Args:
-        prior: trials of another study, from `prior_trials`.
+        prior: trials of another study, from `tune.search.prior`.
         grid: all points of `--sampler grid`, from `grid_points`.
         added: a point that the user has added, and the file of its request. It comes after the first points.
     """
@@ -82,45 +78,6 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def prior_trials(study: Study, say: Callable[[str], None]) -> list[FrozenTrial]:
-    """The trials of `--warm-start`. The first session reads them from the other study and writes them to the journal;
-    later sessions read them there, so that a change of the other study has no effect."""
-    if not study.settings.study.warm_start:
-        return []
-    event = next((event for event in study.journal.events if event["event"] == "warm_start"), None)
-    if event is None:
-        event = study.journal.write("warm_start", trials=warm_start(study, say))
-    return [
-        optuna.trial.create_trial(
-            params=trial["params"],
-            distributions=read_distributions(trial["distributions"]),
-            values=trial["values"],
-        )
-        for trial in event["trials"]
-    ]
-
-
-def warm_start(study: Study, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The completed trials of another study that fit this one's space, each with `params`, `distributions` and the
-    `values` of this study's goals."""
-    name = study.settings.study.warm_start
-    other = study_directory(name, study.settings.study.results)
-    if other is None:  # a study that goes on where the other one's files are not
-        say(f"Warm start: {name} is not on this machine; the search goes on without it")
-        return []
-    records = trial_records(read_events(other / "journal.jsonl")).values()
-    complete = [record for record in records if record.state == EndState.COMPLETE]
-    trials = []
-    for record in complete:
-        values = [record.value(goal) for goal, _ in study.goals]
-        asked = ask_with(study, record.searched)
-        if asked is not None and all(map(math.isfinite, values)):
-            ranges = distributions_json(asked.distributions)
-            trials.append({"params": asked.params, "distributions": ranges, "values": values})
-    say(f"Warm start: {len(trials)} of the {len(complete)} completed trials of {other.name} fit the space")
-    return trials
 
 
 def recover_distributions(study: Study, records: Sequence[TrialRecord]) -> None:

@@ -15,7 +15,8 @@ from tune.records.control import added_points
 from tune.records.end_state import DONE_STATES
 from tune.records.trials import TrialRecord
 from tune.search.callback import StudyLog
-from tune.search.points import as_json, prior_trials, propose, time_limit
+from tune.search.points import as_json, propose, time_limit
+from tune.search.prior import prior_trials, with_prior_points
 
 
 class JournalSearcher(Searcher):
@@ -34,6 +35,7 @@ class JournalSearcher(Searcher):
         self.exhausted = False
         """Whether every point of a grid has been tried."""
         self._prior = prior_trials(study, log.say)
+        self.study = study = with_prior_points(study)
         with time_limit(TIMEOUT_S):
             self._grid = grid_points(study.settings) if study.settings.study.sampler == "grid" else []
         self._handed_out: dict[int, TrialRecord] = {}

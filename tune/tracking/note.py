@@ -22,7 +22,7 @@ def study_note(directory: Path) -> str:
     summary = Summary(study, directory)
     metric, winner = summary.metric, summary.winner
     lines = [f"**{summary.headline}** ({len(summary.records)} trials: {summary.counts_text}).", ""]
-    lines += [summary.explanation, ""]
+    lines += [summary.explanation, summary.transfer_sentences, ""]
     lines += [f"| | validation {metric} | test {metric} (95 % interval) | settings |", "| --- | --- | --- | --- |"]
     for who, record in (("guide", summary.guide if summary.guide is not winner else None), ("winner", winner)):
         if record and record.epochs:

@@ -1,0 +1,174 @@
+"""Does a smaller sibling rank settings like the base itself?
+
+    python benchmarks/nano.py --width 64 --layers 2 --output nano-small
+    python benchmarks/sibling.py --small nano-small [--settings 24] [--output sibling.jsonl]
+
+The guide's settings and random points of the wide space, drawn once, are trained on both bases in this process: on the
+default phantoms and, where BUSI_ROOT names the images, on BUSI. For each data set and score: Spearman's correlation of
+the two rankings with a bootstrap interval over the settings, and the regret: how much worse than the best of all
+settings on the base is the best of those that the sibling ranks first, against as many at random. The base with another
+seed in the sibling's place is the ceiling: no ranking can agree better than the scores do with themselves.
+
+A training that is in the output file is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from tune.records.goals import mode_of, sign  # noqa: E402
+
+SCORES = ("auroc", "loss")
+TOP = (1, 3, 5)
+NUM_RESAMPLES = 10_000
+SIBLING, SAME, AGAIN = "the sibling", "the base", "the base with another seed"
+
+
+def train_all(options: argparse.Namespace, data: str, arguments: list[str]) -> None:
+    """Train every setting on each base, and append a line for each training to the output file."""
+    import torch
+    import torch.distributed as dist
+
+    from train_fn.model.base import load_base
+    from train_fn.settings import ModelSettings
+    from tune.config.cli import parse
+    from tune.plan.prepare import prepare
+    from tune.search.points import propose
+
+    done = {(line["data"], line["base"], line["setting"]) for line in read(options.output)}
+    with tempfile.TemporaryDirectory() as folder:
+        search = ["--results", folder, "--space", options.space, "--sampler", "random", "--metric", "auroc"]
+        study = prepare(parse([*search, *arguments]), lambda text: None)
+        points = [propose(study, {}, number) for number in range(options.settings)]
+        if not dist.is_initialized():
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        for name, model, seed in ((SIBLING, str(options.small), 0), (SAME, "nano", 0), (AGAIN, "nano", 1)):
+            base = load_base(ModelSettings(model=model), torch.device("cpu"))
+            for number, point in enumerate(points):
+                if (data, name, number) in done:
+                    continue
+                assert point is not None
+                began = time.process_time()
+                metrics = train(base, study, dataclasses.replace(point.settings, seed=seed))
+                line = {"data": data, "base": name, "setting": number, "searched": point.searched}
+                line |= {score: metrics.get(score) for score in SCORES} | {"cpu_s": time.process_time() - began}
+                with options.output.open("a") as file:
+                    print(json.dumps(line), file=file)
+                print(line, flush=True)
+
+
+def train(base: Any, study: Any, settings: Any) -> dict[str, float]:
+    """The validation metrics of one training's best epoch; empty if it failed."""
+    from train_fn.jobs import EpochReport
+    from train_fn.support.storage import Storage
+    from train_fn.trial.applied import TrialFailed
+    from train_fn.trial.loop import run_trial
+
+    epochs: list[EpochReport] = []
+
+    def report(message: EpochReport) -> bool:
+        epochs.append(message)
+        return False
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        try:
+            run_trial(
+                base, study.splits, settings, report, output=output, storage=Storage(output), best_by=study.goals[0]
+            )
+        except TrialFailed:
+            return {}
+    return epochs[epochs[-1].best_epoch - 1].metrics
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The trainings that have been done."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def costs(lines: list[dict[str, Any]], score: str) -> np.ndarray:
+    """A score of each setting [N], less is better; of a training that failed the worst."""
+    cost = sign(mode_of(score)) * np.array([line[score] for line in lines], dtype=float)
+    return np.where(np.isfinite(cost), cost, np.nanmax(cost))
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's correlation of two [N]; NaN where one of them does not vary."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(one), rankdata(other)
+    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(each) for each in ranks) else np.nan
+
+
+def interval(one: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % of Spearman's correlation over settings drawn with replacement."""
+    rows = rng.integers(len(one), size=(NUM_RESAMPLES, len(one)))
+    low, high = np.nanpercentile([spearman(one[row], other[row]) for row in rows], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def regrets(cost: np.ndarray, order: np.ndarray) -> list[float]:
+    """For each of TOP: how much the best of the first settings in an order costs beyond the best of all.
+
+    Args:
+        cost: of each setting on the base [N], less is better.
+        order: settings [N] or, for a mean over orders, [R, N].
+    """
+    orders = np.atleast_2d(order)
+    return [float(np.mean(cost[orders[:, :k]].min(1)) - cost.min()) for k in TOP]
+
+
+def main() -> None:
+    """Train what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", type=Path, required=True, help="the sibling's folder")
+    parser.add_argument("--settings", type=int, default=24)
+    parser.add_argument("--space", default="wide")
+    parser.add_argument("--output", type=Path, default=Path("sibling.jsonl"))
+    options = parser.parse_args()
+    data: dict[str, list[str]] = {"phantoms": []}
+    if root := os.environ.get("BUSI_ROOT"):
+        data["BUSI"] = ["--data", f"{root}/train_busi_breast_cancer.json", "--image-root", root]
+    for name, arguments in data.items():
+        train_all(options, name, arguments)
+    lines = [line for line in read(options.output) if line["setting"] < options.settings]
+    values: dict[tuple[str, str], list[dict[str, Any]]] = {
+        (name, base): sorted((x for x in lines if (x["data"], x["base"]) == (name, base)), key=lambda x: x["setting"])
+        for name, base in product(data, (SIBLING, SAME, AGAIN))
+    }
+    print("| data, score | ranked by | Spearman | " + " | ".join(f"regret of its best {k}" for k in TOP) + " |")
+    print("| --- " * (3 + len(TOP)) + "|")
+    for name, score in product(data, SCORES):
+        rng = np.random.default_rng(0)
+        cost = {base: costs(values[name, base], score) for base in (SIBLING, SAME, AGAIN)}
+        for base in (SIBLING, AGAIN):
+            low, high = interval(cost[base], cost[SAME], rng)
+            shown = f"{spearman(cost[base], cost[SAME]):.2f} ({low:.2f} to {high:.2f})"
+            found = regrets(cost[SAME], np.argsort(cost[base], kind="stable"))
+            print(f"| {name}, {score} | {base} | {shown} | " + " | ".join(f"{regret:.4f}" for regret in found) + " |")
+        random = np.array([rng.permutation(options.settings) for _ in range(NUM_RESAMPLES)])
+        found = regrets(cost[SAME], random)
+        spread = f"{np.abs(cost[SAME]).min():.3f} to {np.abs(cost[SAME]).max():.3f}"
+        print(f"| {name}, {score} ({spread}) | chance | | " + " | ".join(f"{regret:.4f}" for regret in found) + " |")
+    for name in data:
+        small, same = (np.mean([x["cpu_s"] for x in values[name, base]]) for base in (SIBLING, SAME))
+        print(f"{name}: {small:.1f} CPU seconds a training on the sibling, {same:.1f} on the base")
+
+
+if __name__ == "__main__":
+    main()
