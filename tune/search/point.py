@@ -19,3 +19,5 @@ class Point:
     settings: TrialSettings
     decided: tuple[str, ...]
     """The settings that the space decides; the others are the command line's."""
+    repeats: int | None = None
+    """The trial of which this is another seed. None: the point was not tried before."""
