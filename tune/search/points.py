@@ -42,8 +42,8 @@ def propose(
     prior: Sequence[FrozenTrial] = (),
     grid: Sequence[dict[str, Any]] = (),
 ) -> Point | None:
-    """The point of trial `number`. It was not tried before, or it is another seed of a point when the space has no more.
-    None when there is neither. Raises SpaceError.
+    """The point of trial `number`: one that was not tried before or, when the space has no more, another seed of one
+    that was. None when there is neither. Raises SpaceError.
 
     Args:
         prior: trials of another study, from `prior_trials`.
