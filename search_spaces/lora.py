@@ -1,32 +1,91 @@
-"""The LoRA space: rank, scaling, learning rates, and whether the projector is trained.
+"""The default space: learning rate, global batch, rank, epochs, and the projector with a rate of its own.
+
+Rate and global batch decide most, the rank decides little, and alpha is the rate once more (arXiv:2602.04998,
+2602.06204, 2602.09492). With the rate tuned, LoRA and nine of its variants end within 1 to 2 % of each other (the first
+of these, which searched rate, batch, rank and duration). So alpha is searched with `--search-alpha`, or in the space
+`wide`.
 
 `space(trial)` is define-by-run: it asks Optuna's trial for values and returns the settings they make. What it returns
-reaches the trial; what it asks for is what Optuna models, so a rank and a ratio are asked where rank and alpha are set.
+reaches the trial; what it asks for is what Optuna models.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 # The fine-tuning guide's own values, in the names that are asked for: always the first trial.
-GUIDE = {"lora_r": 64, "lora_alpha_ratio": 2.0, "learning_rate": 2e-4, "train_projector": False}
+GUIDE = {
+    "learning_rate": 2e-4,
+    "gradient_accumulation_steps": 8,
+    "lora_r": 64,
+    "lora_alpha_ratio": 2.0,
+    "num_train_epochs": 3,
+    "train_projector": False,
+}
 
 
 def space(trial: Any) -> dict[str, Any]:
     """The settings of one trial."""
-    # The guide advises 32 to 128. Down to 4 because on a few hundred images less capacity may generalise better (LoRA,
-    # arXiv:2106.09685, finds 4 to 8 enough on many tasks). Powers of two: neighbours do the same.
-    lora_r = trial.suggest_categorical("lora_r", [4, 8, 16, 32, 64, 128])
-    # lora_alpha / lora_r multiplies the adapter's output. Asked as a ratio, since alpha alone means another strength at
-    # every rank. 2 is the guide's, 1 neutral; 4 and 0.5 show on which side the data is.
-    ratio = trial.suggest_categorical("lora_alpha_ratio", [0.5, 1.0, 2.0, 4.0])
-    # From the lower end of the guide's advice (1e-4 to 5e-4) upwards: a few hundred images make few optimizer steps,
-    # which reward a higher rate. On the nano base training collapses at about 5e-3.
-    learning_rate = trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True)
-    settings = {"lora_r": lora_r, "lora_alpha": ratio * lora_r, "learning_rate": learning_rate}
-    settings["train_projector"] = trial.suggest_categorical("train_projector", [False, True])
-    if settings["train_projector"]:
-        # Pretrained full-rank weights usually want a lower rate than a fresh adapter (LLaVA-1.5's LoRA recipe gives its
-        # projector a tenth of the adapter's); the upper end lets a study of few steps move it at all.
-        settings["projector_learning_rate"] = trial.suggest_float("projector_learning_rate", 1e-5, 5e-3, log=True)
-    return settings
+    rate = usual_rate(trial)
+    # From 1e-4 to 3e-3 for most bases. Below the usual rate, because that was measured with an alpha of 32: for ranks
+    # above 16, twice the rank is a larger scale. The guide advises 1e-4 to 5e-4. Above it, because small ranks have a
+    # smaller scale, and because a few hundred images make few steps, which reward a higher rate (below 100 steps 1.5
+    # times as high, "LoRA Without Regret"). On the nano base training collapses at about 5e-3.
+    learning_rate = trial.suggest_float("learning_rate", min(rate / 5, 2e-4), 6 * rate, log=True)
+    # 4 to 32 images a step. Small batches make more steps of the same images, and LoRA loses by large ones ("LoRA
+    # Without Regret"), at any rank; 32 is twice the guide's.
+    accumulation = trial.suggest_categorical("gradient_accumulation_steps", accumulation_steps(trial, (4, 8, 16, 32)))
+    # Coarse, since neighbours do the same. Ranks of 4 to 8 are enough on many tasks (LoRA, arXiv:2106.09685), and a few
+    # hundred images fill no larger adapter; 64 is the guide's.
+    lora_r = trial.suggest_categorical("lora_r", [4, 16, 64])
+    return {
+        "learning_rate": learning_rate,
+        "gradient_accumulation_steps": accumulation,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha(trial, lora_r),
+        # `--select best` keeps the best epoch of a longer trial, whose schedule falls more slowly. Around the guide's
+        # 3, so that a study costs what it costs at 3. The space `schedule` goes further.
+        "num_train_epochs": trial.suggest_int("num_train_epochs", 2, 4),
+        **projector(trial),
+    }
+
+
+def usual_rate(trial: Any) -> float:
+    """The learning rate at which LoRA usually trains a base of this width best: 5e-4 x (2000 / width)^p ("LoRA Without
+    Regret", thinkingmachines.ai/blog/lora; see `tune/config/base_shape.py`). 5e-4 outside a study."""
+    return trial.base.learning_rate if hasattr(trial, "base") else 5e-4
+
+
+def accumulation_steps(trial: Any, batches: Sequence[int]) -> list[int]:
+    """The choices of gradient_accumulation_steps for global batches of so many images, rounded up to what the trial's
+    workers can share; the guide's 8 is always one of them."""
+    micro_batch = getattr(trial, "pinned", {}).get("per_device_train_batch_size")
+    workers = getattr(trial, "workers", 1)
+    unit = micro_batch * workers if micro_batch else math.lcm(2, workers)  # images
+    rounded = {-(-batch // unit) * unit // (micro_batch or 2) for batch in batches}
+    return sorted(rounded | {GUIDE["gradient_accumulation_steps"]})
+
+
+def lora_alpha(trial: Any, lora_r: int) -> float:
+    """Twice the rank, as in the guide: lora_alpha / lora_r multiplies an adapter's output, and is then the same at
+    every rank. With `--search-alpha` a searched ratio; with `--lora-alpha` the user's."""
+    ratio = GUIDE["lora_alpha_ratio"]
+    if getattr(trial, "search_alpha", False):
+        ratio = trial.suggest_categorical("lora_alpha_ratio", [0.5, 1.0, 2.0, 4.0])
+    elif "lora_alpha" in getattr(trial, "pinned", {}):
+        return trial.pinned["lora_alpha"]
+    return ratio * lora_r
+
+
+def projector(trial: Any) -> dict[str, Any]:
+    """Whether the projector is trained, and at which rate."""
+    if not trial.suggest_categorical("train_projector", [False, True]):
+        return {"train_projector": False}
+    # Pretrained full-rank weights usually want a lower rate than a fresh adapter: full fine-tuning a tenth of LoRA's
+    # ("LoRA Without Regret"), and LLaVA-1.5's LoRA recipe gives its projector a tenth, too. A factor of 5 below that
+    # and, as a study of few steps has to move it at all, 30 above.
+    rate = usual_rate(trial) / 10
+    searched = trial.suggest_float("projector_learning_rate", rate / 5, 30 * rate, log=True)
+    return {"train_projector": True, "projector_learning_rate": searched}

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from search_spaces import lora
+
 # The fine-tuning guide's own values, in the names that are asked for: always the first trial.
-GUIDE = {"lora_r": 64, "lora_alpha_ratio": 2.0, "learning_rate": 2e-4, "lora_dropout": 0.05, "train_projector": False}
+GUIDE = {**lora.GUIDE, "lora_dropout": 0.05}
 
 
 def space(trial: Any) -> dict[str, Any]:
     """The settings of one trial."""
-    lora_r = trial.suggest_categorical("lora_r", [16, 32, 64, 128])
-    # QLoRA itself trained with alpha 16 at rank 64, a ratio of 0.25; the guide's is 2.
-    ratio = trial.suggest_categorical("lora_alpha_ratio", [0.25, 0.5, 1.0, 2.0])
-    settings = {
+    rate = lora.usual_rate(trial)
+    # QLoRA: 2e-4 up to 13 B parameters, 1e-4 above, with a scale that is an eighth of ours (alpha 16 at rank 64). So
+    # the usual rate's range, and lower by a factor of two.
+    learning_rate = trial.suggest_float("learning_rate", rate / 10, 4 * rate, log=True)
+    lora_r = trial.suggest_categorical("lora_r", [16, 64])
+    return {
+        "learning_rate": learning_rate,
+        # QLoRA trains with batches of 16 up to 13 B, and larger ones above. As in the LoRA space.
+        "gradient_accumulation_steps": trial.suggest_categorical(
+            "gradient_accumulation_steps", lora.accumulation_steps(trial, (4, 8, 16, 32))
+        ),
         "lora_r": lora_r,
-        "lora_alpha": ratio * lora_r,
-        # QLoRA: 2e-4 up to 13 B parameters, 1e-4 above. Both ways around that.
-        "learning_rate": trial.suggest_float("learning_rate", 5e-5, 2e-3, log=True),
+        "lora_alpha": lora.lora_alpha(trial, lora_r),
         # QLoRA: 0.1 helps up to 13 B, 0.05 above; 0 for comparison.
         "lora_dropout": trial.suggest_categorical("lora_dropout", [0.0, 0.05, 0.1]),
-        "train_projector": trial.suggest_categorical("train_projector", [False, True]),
+        # As in the LoRA space.
+        "num_train_epochs": trial.suggest_int("num_train_epochs", 2, 4),
+        **lora.projector(trial),
     }
-    if settings["train_projector"]:
-        # As in the LoRA space: usually below the adapter's rate.
-        settings["projector_learning_rate"] = trial.suggest_float("projector_learning_rate", 1e-5, 2e-3, log=True)
-    return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sqlite3
@@ -16,6 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from search_spaces import lora
+from train_fn.settings import TrialSettings
 from train_fn.support.storage import Storage
 from tune.config.cli import parse
 from tune.config.samplers import grid_points
@@ -29,10 +31,12 @@ from tune.search.early_stopping import should_stop
 from tune.search.point import Point
 from tune.search.points import propose, recover_distributions
 from tune.search.searcher import JournalSearcher
-from tune.search.tuner import search
+from tune.search.tried import training_key
+from tune.search.tuner import exhausted, search
 
 GOALS = (("auroc", "max"),)
 NAN = float("nan")
+START = {name: value for name, value in lora.GUIDE.items() if name != "lora_alpha_ratio"}  # of --search-alpha
 WIDE = "GUIDE = {}\ndef space(trial):\n    return {'lora_r': trial.suggest_int('lora_r', 1, 64)}\n"
 
 
@@ -44,7 +48,11 @@ def make_study(*argv: str, name: str = "s", folder: Path = Path()) -> Any:
 
 def record_of(point: Point, number: int, auroc: float | None, state: str = "COMPLETE") -> TrialRecord:
     epochs = [] if auroc is None else [{"auroc": auroc}]
-    return TrialRecord(number, point.searched, {}, point.distributions, state, epochs, finished=state == "COMPLETE")
+    settings = dataclasses.asdict(point.settings)
+    finished = state == "COMPLETE"
+    return TrialRecord(
+        number, point.searched, settings, point.distributions, state, epochs, finished=finished, repeats=point.repeats
+    )
 
 
 def run(study: Any, num_trials: int, records: dict[int, TrialRecord] | None = None) -> dict[int, TrialRecord]:
@@ -64,14 +72,14 @@ def test_a_killed_search_goes_on_with_the_points_of_an_undisturbed_one(name: str
     study = make_study("--sampler", name)
     whole = run(study, 13)
     points = [record.searched for record in whole.values()]
-    assert points[0] == lora.GUIDE and len({str(point) for point in points}) == 13
+    assert points[0] == START and len({str(point) for point in points}) == 13
     for kept in (1, 11):  # TPE and GP draw their first ten at random
         again = run(study, 13, {number: whole[number] for number in range(kept)})
         assert [record.searched for record in again.values()] == points
 
 
 def test_a_grid_tries_every_point_once_with_any_number_of_lanes() -> None:
-    pinned = ["--lora-r", "8", "--learning-rate", "1e-3", "--sampler", "grid"]
+    pinned = ["--space", "wide", "--lora-r", "8", "--learning-rate", "1e-3", "--sampler", "grid"]
     study = make_study(*pinned)
     points = grid_points(study.settings)
     assert len(points) == len({str(point) for point in points}) == 4 * (1 + 4)  # ratios, and rates of the projector
@@ -88,17 +96,139 @@ def test_a_grid_tries_every_point_once_with_any_number_of_lanes() -> None:
 
 
 def test_first_points_follow_the_guide_and_what_they_leave_open_is_sampled(tmp_path: Path) -> None:
-    (tmp_path / "points.json").write_text('[{"lora_r": 8}, {"lora_r": 16}]')
+    (tmp_path / "points.json").write_text('[{"lora_r": 4}, {"lora_r": 16}]')
     study = make_study("--first-points", str(tmp_path / "points.json"))
     records = run(study, 4)
-    assert records[0].searched == lora.GUIDE
-    assert [records[n].searched["lora_r"] for n in (1, 2)] == [8, 16]
-    assert set(records[1].searched) >= {"lora_r", "lora_alpha_ratio", "learning_rate", "train_projector"}
+    assert records[0].searched == START
+    assert [records[n].searched["lora_r"] for n in (1, 2)] == [4, 16]
+    assert set(records[1].searched) >= set(START)
 
 
 def test_a_pinned_setting_is_not_asked_for() -> None:
     records = run(make_study("--lora-r", "8"), 3)
     assert all("lora_r" not in record.searched for record in records.values())
+
+
+# ------------------------------------------------------------------------------------------------ no point twice
+
+# The two cases of a pinned rate: 24 and 4 points.
+FEW = ["--space", "wide", "--learning-rate", "2e-4", "--no-train-projector"]
+FEWEST = [*FEW, "--lora-r", "64"]
+
+
+def noisy(study: Any, num_trials: int, records: dict[int, TrialRecord] | None = None) -> dict[int, TrialRecord]:
+    """The records of a search with one lane, whose scores are noise."""
+    records = dict(records or {})
+    for number in range(num_trials):
+        if number not in records:
+            point = propose(study, records, number)
+            assert point
+            score = random.Random(study.settings.study.study_seed * 1000 + number).gauss(0.7, 0.05)
+            records[number] = record_of(point, number, score)
+    return records
+
+
+def settings_of(records: dict[int, TrialRecord]) -> list[str]:
+    return [json.dumps(record.settings, sort_keys=True) for record in records.values()]
+
+
+@pytest.mark.parametrize(("sampler", "seed"), [*((s, n) for s in ("tpe", "random") for n in range(10)), ("gp", 0)])
+def test_no_settings_and_seed_are_tried_twice(sampler: str, seed: int) -> None:
+    for pins, num_points in ((FEW, 24), (FEWEST, 4)):
+        records = noisy(make_study(*pins, "--sampler", sampler, "--study-seed", str(seed)), 20)
+        assert len(set(settings_of(records))) == 20
+        again = [record for record in records.values() if record.repeats is not None]
+        assert len(again) == max(0, 20 - num_points)
+        for record in again:
+            first = records[record.repeats]  # type: ignore[index]
+            assert first.repeats is None and record.searched == first.searched
+            assert record.settings == first.settings | {"seed": record.settings["seed"]}
+            assert record.settings["seed"] > 1000, "the fresh seeds of --confirm"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_killed_search_repeats_the_points_of_an_undisturbed_one(sampler: str) -> None:
+    study = make_study(*FEWEST, "--sampler", sampler)
+    whole = noisy(study, 14)
+    for kept in (3, 7, 13):
+        assert noisy(study, 14, {number: whole[number] for number in range(kept)}) == whole
+    gaps = {number: record for number, record in whole.items() if number not in (2, 6)}  # their begin was lost
+    assert len(set(settings_of(noisy(study, 14, gaps)))) == 14
+
+
+def test_a_search_with_a_given_seed_ends_when_every_point_has_been_tried() -> None:
+    study = make_study(*FEWEST, "--seed", "5")
+    records = noisy(study, 4)
+    assert propose(study, records, 4) is None
+    searcher = JournalSearcher(study, Log(records))  # type: ignore[arg-type]
+    assert searcher.suggest("4") == searcher.FINISHED and searcher.exhausted
+    assert "--seed allows no other seed" in exhausted("tpe", study.settings.pinned)
+    assert exhausted("grid", ()) == "every point of the grid has been tried"
+
+
+def test_points_of_trials_that_run_or_failed_are_not_tried_again() -> None:
+    study = make_study(*FEWEST)
+    records = noisy(study, 4)
+    for state in ("RUNNING", "INTERRUPTED", "STOPPED", "FAILED"):
+        for record in records.values():
+            record.state = state
+        point = propose(study, records, 4)
+        # The other seeds of a point that failed would fail, too.
+        assert (point is None) == (state == "FAILED")
+    records[2].state, records[2].epochs = "COMPLETE", [{"auroc": 0.9}]
+    points = [propose(make_study(*FEWEST, "--study-seed", str(seed)), records, 4) for seed in range(5)]
+    assert {point.repeats for point in points if point} == {2}
+
+
+def test_points_that_train_the_same_are_one() -> None:
+    one = TrialSettings()
+    same = [dict(projector_learning_rate=1e-3), dict(logging_steps=1), dict(save_steps=7, save_total_limit=0)]
+    other = [dict(seed=1), dict(lora_alpha=64), dict(gradient_accumulation_steps=4), dict(train_projector=True)]
+    for values in same:
+        assert training_key(dataclasses.replace(one, **values)) == training_key(one)
+    for values in other:
+        assert training_key(dataclasses.replace(one, **values)) != training_key(one)
+    projector = dataclasses.replace(one, train_projector=True)
+    assert training_key(dataclasses.replace(projector, projector_learning_rate=2e-4)) == training_key(projector)
+    assert training_key(dataclasses.replace(projector, projector_learning_rate=1e-4)) != training_key(projector)
+    alone = dataclasses.replace(projector, use_lora=False, projector_learning_rate=1e-4)
+    assert training_key(dataclasses.replace(alone, lora_r=8, learning_rate=1.0)) == training_key(alone)
+    steps = dataclasses.replace(one, max_steps=10)
+    assert training_key(dataclasses.replace(steps, num_train_epochs=9)) == training_key(steps)
+    assert training_key(dataclasses.replace(one, num_train_epochs=9)) != training_key(one)
+
+
+ALIKE = (  # twelve points with four settings
+    "GUIDE = {'r': 8, 'x': 1}\ndef space(trial):\n"
+    "    return {'lora_r': trial.suggest_int('r', 8, 32, step=8) + 0 * trial.suggest_int('x', 0, 2)}\n"
+)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_two_asked_points_with_the_same_settings_are_one(tmp_path: Path, sampler: str) -> None:
+    (tmp_path / "own.py").write_text(ALIKE)
+    study = make_study("--space", str(tmp_path / "own.py"), "--sampler", sampler)
+    for lanes in (1, 2, 4):
+        searcher = JournalSearcher(study, log := Log({}))  # type: ignore[arg-type]
+        ranks = []
+        for number in range(6 if sampler != "grid" else 4):
+            config: Any = searcher.suggest(str(number))
+            ranks.append((config["settings"].lora_r, config["settings"].seed))
+            if number >= lanes:  # the others have not been started yet
+                log.records[number - lanes] = searcher._handed_out[number - lanes]
+        assert len(set(ranks)) == len(ranks) and {rank for rank, _ in ranks[:4]} == {8, 16, 24, 32}
+        assert [seed > 0 for _, seed in ranks] == [False] * 4 + [True] * (len(ranks) - 4)
+        assert sampler != "grid" or searcher.suggest("4") == searcher.FINISHED
+
+
+def test_a_first_point_that_was_tried_is_not_tried_again(tmp_path: Path) -> None:
+    guide = {"lora_r": 64, "lora_alpha_ratio": 2.0, "learning_rate": 2e-4, "train_projector": False}
+    (tmp_path / "points.json").write_text(json.dumps([guide, {"lora_r": 64}, {"lora_r": 8, "lora_alpha_ratio": 1.0}]))
+    for sampler in ("tpe", "grid"):
+        study = make_study("--space", "wide", "--sampler", sampler, "--first-points", str(tmp_path / "points.json"))
+        records = run(study, 4)
+        assert len(set(settings_of(records))) == 4
+        assert [records[n].searched["lora_r"] for n in (0, 2, 3)] == [64, 64, 8]
 
 
 # ------------------------------------------------------------------------------------------------ the searcher
@@ -150,7 +280,7 @@ def test_whatever_line_the_journal_loses_no_trial_is_lost_and_none_doubled(tmp_p
         done = {number for number, record in records.items() if record.state == "COMPLETE"}
         assert len(done) in (4, 5) and (first, second) == ((5, 6) if len(done) == 5 else (lost // 4, 5))
         if first == 0 and 0 not in records:
-            assert propose(study, records, 0).searched == lora.GUIDE  # type: ignore[union-attr]
+            assert propose(study, records, 0).searched == START  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,7 +128,8 @@ def test_all_problems_are_reported_at_once() -> None:
         ("--image-root .", "goes with --data"),
         ("--name a/b", "plain folder name"),
         ("--space nowhere", "lora"),
-        ("--lora-alpha 32", "--lora-alpha"),
+        ("--space wide --lora-alpha 32", "--lora-alpha"),
+        ("--search-alpha --lora-alpha 32", "--lora-alpha"),
         ("--trials", "followed by a value"),
         ("--seed -1", "seed"),
         ("--zero-stage 0 --fp16", "must be 1 or 2 with a float16 base"),
@@ -159,6 +161,14 @@ def test_every_space_gives_the_guides_settings_first() -> None:
         assert check_space(settings) == []
 
 
+def draws(count: int) -> list[Any]:
+    """Optuna's trials at random."""
+    import optuna
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [study.ask() for _ in range(count)]
+
+
 def test_pinned_values_are_not_searched() -> None:
     import optuna
 
@@ -167,7 +177,14 @@ def test_pinned_values_are_not_searched() -> None:
     trial = optuna.create_study(sampler=make_corner(guide, -1)).ask()
     point, _ = searched_settings(settings, space, trial)
     assert (point.lora_r, point.lora_alpha, point.learning_rate) == (8, 16, 0.001)
-    assert trial.params.keys() == {"lora_alpha_ratio", "train_projector"}
+    assert trial.params.keys() == {"gradient_accumulation_steps", "num_train_epochs", "train_projector"}
+    settings = parse(["--lora-alpha", "32"])
+    assert {searched_settings(settings, space, trial)[0].lora_alpha for trial in draws(9)} == {32}
+    settings = parse(["--search-alpha"])
+    ratios = [
+        point.lora_alpha / point.lora_r for point in (searched_settings(settings, space, t)[0] for t in draws(20))
+    ]
+    assert set(ratios) == {0.5, 1.0, 2.0, 4.0}
 
 
 def test_an_unknown_setting_of_a_space_is_refused(tmp_path: Path) -> None:

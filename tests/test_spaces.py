@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
+from train_fn.settings import TrialSettings
+from tune.config.base_shape import BaseShape, read_base_shape
 from tune.config.cli import parse
 from tune.config.paths import SettingsError
 from tune.config.settings import SAMPLERS, Settings
-from tune.config.space import SpaceError, load_space, searched_settings
+from tune.config.space import SHIPPED, SpaceError, load_space, searched_settings, space_hash
 from tune.config.space_check import corners, problems_of_space
 from tune.plan.prepare import Study, prepare, resume
 from tune.records.plan import FORMAT, checksum
@@ -46,11 +49,26 @@ def asking(call: str, guide: str = "{}") -> str:
     return f"import numpy as np\nGUIDE = {guide}\ndef space(trial):\n    x = trial.{call}\n    return {{}}\n"
 
 
+RARE = "GUIDE = {}\ndef space(trial):\n    x = [trial.suggest_categorical(n, 'a b c'.split()) for n in 'abcd']\n"
 REFUSED = {
     # Optuna's rules
     "tuples as choices": (asking("suggest_categorical('x', [('a', 'b'), ('c',)])"), "'x' among numbers, texts"),
     "lists as choices": (asking("suggest_categorical('x', [['a'], ['c']])"), "'x' among numbers, texts"),
     "NumPy's integers as choices": (asking("suggest_categorical('x', [np.int64(4)])"), "'x' among numbers"),
+    "a set as choices, whose order changes": (asking("suggest_categorical('x', {'a', 'b'})"), "a list or tuple of"),
+    "a text as choices": (asking("suggest_categorical('x', 'q_proj')"), "a list or tuple of choices"),
+    "the same choice twice": (asking("suggest_categorical('x', [1, 2, True])"), "'x' among different choices"),
+    "an error at one point of 81": (RARE + "    return {'lora_r': 8 // (x != ['b', 'c', 'b', 'a'])}\n", "ZeroDivision"),
+    "other choices at one point of 81": (
+        RARE + "    trial.suggest_categorical('r', [4] if x == ['b', 'c', 'b', 'a'] else [8])\n    return {}\n",
+        "dynamic value space",
+    ),
+    "an error in one of 40 branches": (
+        "GUIDE = {}\ndef space(trial):\n    trial.suggest_float('y', 0, 1)\n"
+        "    return {'lora_r': 8 // (trial.suggest_int('x', 1, 40) != 17)}\n",
+        "ZeroDivisionError",
+    ),
+    "whole numbers that no float holds": (asking("suggest_int('x', 0, 2**60)"), "whole numbers from -9,007"),
     "no choices": (asking("suggest_categorical('x', [])"), "'x' as Optuna allows"),
     "NaN among choices": (asking("suggest_categorical('x', [1.0, float('nan')])"), "finite numbers"),
     "control characters in a choice": (asking("suggest_categorical('x', ['a', 'b\\x1b[2J'])"), "control characters"),
@@ -87,6 +105,7 @@ REFUSED = {
     "GUIDE outside the choices": (asking("suggest_categorical('x', [4, 8])", "{'x': 5}"), "x must be one of 4, 8"),
     "GUIDE between steps": (asking("suggest_int('x', 0, 8, step=4)", "{'x': 3}"), "in steps of 4, but got 3"),
     "GUIDE of another type": (asking("suggest_float('x', 0, 1)", "{'x': 'a'}"), "GUIDE: x must be between"),
+    "True for a number in GUIDE": (asking("suggest_int('x', 0, 8)", "{'x': True}"), "x must be between 0 and 8, but"),
     "GUIDE of NumPy": (asking("suggest_int('x', 0, 8)", "{'x': np.int64(4)}"), "GUIDE must hold plain values"),
     "GUIDE with a name that is none": (asking("suggest_int('x', 0, 8)", "{3: 4}"), "GUIDE must have texts as names"),
     "GUIDE with a stray name": (asking("suggest_int('x', 0, 8)", "{'y': 4}"), "has y"),
@@ -168,10 +187,92 @@ def test_a_space_may_choose_by_the_trials_number(tmp_path: Path, trials: int) ->
     assert asked(tmp_path, text, trials=trials) == []
 
 
-@pytest.mark.parametrize("name", ["lora", "qlora", "schedule"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("[a-z]*.py")))
 def test_shipped_spaces_have_three_different_corners(name: str) -> None:
     settings = parse(["--space", name])
     assert len({json.dumps(dataclasses.asdict(trial)) for trial in corners(settings)}) == 3
+
+
+# ------------------------------------------------------------------------------------------------ what a space may know
+
+
+def shape_of(folder: Path, **config: Any) -> BaseShape:
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_base_shape(str(folder))
+
+
+def test_width_and_type_of_the_base_are_those_of_its_language_model(tmp_path: Path) -> None:
+    nested = shape_of(tmp_path, model_type="llava", text_config={"model_type": "llama", "hidden_size": 2048})
+    assert (nested.model_type, nested.hidden_size) == ("llama", 2048)
+    flat = shape_of(tmp_path, model_type="hulumed_qwen2", hidden_size=3584, vision_encoder_config={"hidden_size": 1152})
+    assert (flat.model_type, flat.hidden_size) == ("hulumed_qwen2", 3584)
+    mixed = shape_of(tmp_path, model_type="internvl_chat", llm_config={"model_type": "qwen2"}, hidden_size=896)
+    assert (mixed.model_type, mixed.hidden_size) == ("qwen2", 896)
+    silent = shape_of(tmp_path, model_type="llava", text_config={"model_type": "llama"})
+    assert (silent.model_type, silent.hidden_size) == ("llama", 4096)  # the default of transformers' LlamaConfig
+    for width in ("wide", 0, True, None, [3]):
+        assert shape_of(tmp_path, model_type="x", hidden_size=width) == BaseShape.of("x")
+    assert read_base_shape("OWNER/not-here") == BaseShape.of()
+    assert read_base_shape("nano").model_type == "qwen3"
+
+
+def test_the_usual_rate_is_that_of_the_published_fit() -> None:
+    for model_type, width, rate in (
+        ("llama", 2000, 5e-4), ("qwen3", 2000, 5e-4), ("llama", 8192, 1.66e-4), ("qwen2", 8192, 4.48e-4),
+        ("llama", 4096, 2.86e-4), ("mistral", 4096, 4.73e-4), ("qwen3", 128, 5.27e-4), ("qwen3", 1024, 5.27e-4),
+    ):  # fmt: skip
+        assert BaseShape.of(model_type, width).learning_rate == pytest.approx(rate, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "vision", "schedule"])
+@pytest.mark.parametrize("width", [64, 2048, 4096, 8192, 20_000])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_ranges_follow_the_base_and_hold_the_guide(name: str, width: int, kind: str) -> None:
+    settings = dataclasses.replace(parse(["--space", name]), base=BaseShape.of(kind, width))
+    assert problems_of_space(settings) == []
+    rates = [trial.learning_rate for trial in corners(settings)]
+    assert rates[0] == 2e-4 and rates[1] <= rates[0] < settings.base.learning_rate * 4 <= rates[2]
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "vision", "schedule", "wide"])
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [("", {4, 8, 16, 32}), ("--workers-per-trial 2", {4, 8, 16, 32}), ("--workers-per-trial 8", {8, 16, 32}),
+     ("--workers-per-trial 16", {16, 32}), ("--per-device-train-batch-size 4", {4, 8, 16, 32}),
+     ("--per-device-train-batch-size 16", {16, 32, 128}), ("--gradient-accumulation-steps 5", {10}),
+     ("--workers-per-trial 3 --gradient-accumulation-steps 12", {24})],
+)  # fmt: skip
+def test_the_global_batches_are_those_that_the_workers_can_share(name: str, options: str, batches: set[int]) -> None:
+    """16 micro-batches of 16 are the guide's 8 steps, which stay one of the choices."""
+    settings = parse(["--space", name, *options.split()])
+    space, _ = load_space(name)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [searched_settings(settings, space, study.ask())[0] for _ in range(60)]
+    found = {point.global_batch_size for point in points}
+    assert found <= batches if name in ("wide", "schedule") else found == batches
+
+
+def test_a_space_works_outside_a_study() -> None:
+    """As in a benchmark: with Optuna's own trials, which know nothing of the base."""
+    for name in ("lora", "qlora", "vision", "schedule", "wide"):
+        space, guide = load_space(name)
+        settings = TrialSettings.from_dict(space(optuna.trial.FixedTrial(guide)))
+        assert (settings.lora_r, settings.lora_alpha, settings.learning_rate) == (64, 128, 2e-4)
+        assert (settings.global_batch_size, settings.num_train_epochs, settings.train_projector) == (16, 3, False)
+        TrialSettings.from_dict(space(optuna.create_study().ask()))
+
+
+def test_a_space_may_go_on_from_a_shipped_one_and_its_hash_follows_that(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from search_spaces import lora\nGUIDE = lora.GUIDE\n"
+        "def space(trial): return lora.space(trial) | {'use_dora': trial.suggest_categorical('d', [False, True])}\n"
+    )
+    assert parse(["--space", str(tmp_path / "mine.py")])
+    before = {name: space_hash(name) for name in (str(tmp_path / "mine.py"), "vision", "wide")}
+    for name in ("lora", "vision", "wide"):
+        (tmp_path / f"{name}.py").write_bytes((SHIPPED / f"{name}.py").read_bytes() + b"#" * (name == "lora"))
+    monkeypatch.setattr("tune.config.space.SHIPPED", tmp_path)
+    assert [space_hash(name) != digest for name, digest in before.items()] == [True, True, False]
 
 
 APART = {
@@ -212,11 +313,21 @@ def test_files_that_are_no_spaces_are_refused(tmp_path: Path) -> None:
 
 
 def test_first_points_outside_the_ranges_are_refused(tmp_path: Path) -> None:
-    points = [{"lora_r": 8}, {"lora_r": 5, "learning_rate": 1.0}, {"lora_rank": 8}, {"lora_r": [8]}, {"lora_r": None}]
+    points = [
+        {"lora_r": 16},
+        {"lora_r": 5, "learning_rate": 1.0},
+        {"lora_rank": 8},
+        {"lora_r": [8]},
+        {"lora_r": None},
+    ]
     (tmp_path / "points.json").write_text(json.dumps(points))
     text = "\n".join(problems_of("--first-points", str(tmp_path / "points.json")))
     assert "point 0" not in text and "point 1: lora_r must be one of" in text and "point 1: learning_rate" in text
     assert "point 3: lora_r" in text and "point 4: lora_r" in text
+    (tmp_path / "points.json").write_text(json.dumps([{"lora_r": 16}, {"lora_alpha_ratio": 4}]))
+    (problem,) = problems_of("--first-points", str(tmp_path / "points.json"))
+    assert "point 1 must name what the space asks for, but has lora_alpha_ratio" in problem
+    assert parse(["--search-alpha", "--first-points", str(tmp_path / "points.json")])
 
 
 def test_an_error_of_optunas_storage_is_not_blamed_on_the_space(tmp_path: Path) -> None:
@@ -380,6 +491,9 @@ PLANS = {
     "space as a number": lambda plan: with_change(plan, lambda p: p["settings"]["study"].update(space=3)),
     "metric as an object": lambda plan: with_change(plan, lambda p: p["settings"]["study"].update(metric={})),
     "an unknown setting": lambda plan: with_change(plan, lambda p: p["settings"]["model"].update(rank=3)),
+    "a base without its width": lambda plan: with_change(plan, lambda p: p["base"].pop("hidden_size")),
+    "a base as text": lambda plan: with_change(plan, lambda p: p.update(base="qwen3")),
+    "a rate of 0": lambda plan: with_change(plan, lambda p: p["base"].update(learning_rate=0.0)),
     "pinned as text": lambda plan: with_change(plan, lambda p: p["settings"].update(pinned="lora_r")),
     "pinned nonsense": lambda plan: with_change(plan, lambda p: p["settings"].update(pinned=["x", {}])),
     "points as text": lambda plan: with_change(plan, lambda p: p.update(first_points="x")),
@@ -402,6 +516,8 @@ def test_an_older_plan_gets_newer_settings_by_default(plan: dict[str, Any], tmp_
     older = json.loads(json.dumps(plan))
     del (
         older["first_points"],
+        older["base"],
+        older["family"],
         older["tasks"],
         older["settings"]["study"]["lanes_per_gpu"],
         older["settings"]["trial"]["torch_compile"],

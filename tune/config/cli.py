@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from train_fn.settings import SHOWN, TrialSettings, broken_rule, broken_rules, convert, field_docs, rules
+from train_fn.settings import SHOWN, ModelSettings, TrialSettings, broken_rule, broken_rules, convert, field_docs, rules
+from tune.config.base_shape import read_base_shape
 from tune.config.download import locate_study
 from tune.config.paths import SettingsError
 from tune.config.rules import check
@@ -29,12 +30,12 @@ def parse(argv: Sequence[str]) -> Settings:
     problems: list[str] = []
     values = read_values(read_words(argv, problems), problems)
     pinned = tuple(field.name for field in dataclasses.fields(TrialSettings) if field.name in values)
-    points = None
+    points = base = None
     command = chosen_command(values, problems)
     if command:
         directory = locate_study(command, values, problems)  # downloads it from object storage
         if directory and command != "show":
-            values, pinned, points = resumed_values(values, directory, problems)
+            values, pinned, points, base = resumed_values(values, directory, problems)
     if points is None and values.get("first_points"):
         try:
             points = read_points(values["first_points"])
@@ -44,7 +45,8 @@ def parse(argv: Sequence[str]) -> Settings:
         group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
         for group in GROUPS
     ]
-    settings = Settings(*groups, pinned, tuple(points or ()))  # type: ignore[call-arg, arg-type]  # in GROUPS' order
+    base = base or read_base_shape(values.get("model", ModelSettings.model))
+    settings = Settings(*groups, pinned, tuple(points or ()), base)  # type: ignore[call-arg, arg-type]  # in GROUPS' order
     problems += broken_rules(settings.command, flag).values()
     if not (command and problems):
         problems += check(settings)

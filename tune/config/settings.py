@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from train_fn.data.decision import AIMS, is_aim
@@ -24,6 +24,7 @@ from train_fn.settings import (
     one_of,
 )
 from train_fn.settings import flag as flag
+from tune.config.base_shape import BaseShape
 from tune.records.budgets import MAX_SECONDS, seconds
 from tune.records.goals import COSTS, comparison, goal
 from tune.records.plan import PARTS
@@ -109,6 +110,9 @@ class StudySettings:
     """Confirm with this many folds of training and validation images instead of seeds. Near-copies stay together."""
     require: Annotated[tuple[str, ...], SCORE_RULE] = ()
     """Validation scores that the winner must reach, such as sensitivity>=0.9; several with commas."""
+    search_alpha: bool = False
+    """Search lora_alpha, too, as a ratio to lora_r. Without it the spaces lora, qlora and vision keep it at twice
+    lora_r, because it acts like the learning rate once more."""
     sampler: Annotated[str, one_of(SAMPLERS)] = "tpe"
     """How points are chosen: tpe, random, gp, or grid (every point once, ranges at four points each)."""
     first_points: Annotated[str, PATH] = ""
@@ -211,6 +215,8 @@ class Settings:
     """Trial settings that the command line gives: the search does not choose them."""
     first_points: tuple[dict[str, Any], ...] = ()
     """The points of --first-points, read once: a study that goes on elsewhere has no such file."""
+    base: BaseShape = field(default_factory=BaseShape)
+    """What the search space may know of the base. A study that goes on takes it from its plan."""
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plan.json holds them; `stored_settings` reads them."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from train_fn.settings import SHOWN, TrialSettings, matching
 from train_fn.support.files import read_json
 from tune.config.settings import Settings, flag
 
+SHIPPED = Path(__file__).resolve().parents[2] / "search_spaces"
 MAX_FILE = 10_000_000  # bytes of a space or of first points
 
 
@@ -34,11 +36,15 @@ def read_space(space: str) -> bytes:
     Raises:
         SpaceError: there is no such space, or it cannot be read.
     """
-    folder = Path(__file__).resolve().parents[2] / "search_spaces"
-    shipped = sorted(path.stem for path in folder.glob("[a-z]*.py"))
+    shipped = shipped_spaces()
     if not is_own(space) and space not in shipped:
         raise SpaceError(f"must be one of {', '.join(shipped)} or a Python file, but got {SHOWN.repr(space)}: check it")
-    return read_source(os.path.abspath(space) if is_own(space) else str(folder / f"{space}.py"))
+    return read_source(os.path.abspath(space) if is_own(space) else str(SHIPPED / f"{space}.py"))
+
+
+def shipped_spaces() -> list[str]:
+    """The names of the modules of search_spaces/."""
+    return sorted(path.stem for path in SHIPPED.glob("[a-z]*.py"))
 
 
 @functools.cache
@@ -57,8 +63,12 @@ def read_source(path: str) -> bytes:
 
 
 def space_hash(space: str) -> str:
-    """sha256 of the file that defines a space. Raises SpaceError."""
-    return hashlib.sha256(read_space(space)).hexdigest()
+    """sha256 of the file that defines a space, and of the modules of search_spaces/ that it names. Raises
+    SpaceError."""
+    source = read_space(space)
+    named = sorted(set(re.findall(rb"search_spaces(?:\.| import )(\w+)", source)))
+    others = [read_space(name.decode()) for name in named if name.decode() in shipped_spaces()]
+    return hashlib.sha256(source + b"".join(others)).hexdigest()
 
 
 def load_space(name: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
@@ -88,25 +98,35 @@ NAME_OF_PARAMETER = matching(r"(?!\.)[\w.: -]{1,250}", "letters, digits, `_`, `.
 
 class Pinned:
     """An Optuna trial, under its number in this study, in which some parameters have been decided on the command line:
-    they are not asked for. With `grid`, ranges are asked for at a few points only, and at those of the `first` ones."""
+    they are not asked for. With `--sampler grid`, ranges are asked for at a few points only, and at those of the
+    `first` ones.
 
-    def __init__(
-        self, trial: Any, values: dict[str, Any], number: int, grid: bool = False, first: Sequence[dict[str, Any]] = ()
-    ) -> None:
+    It also offers what a space may know of its study:
+
+    base: type, width and usual learning rate of the base's language model (`BaseShape`).
+    workers: workers per trial, which must be able to share the global batch.
+    pinned: the trial settings that the command line gives, by name. They stay, whatever the space returns.
+    search_alpha: whether `--search-alpha` was given.
+    """
+
+    def __init__(self, trial: Any, settings: Settings, number: int, first: Sequence[dict[str, Any]] = ()) -> None:
         self._trial = trial
-        self._values = values
         self._first = first
         self.number = number
+        self.base = settings.base
+        self.workers = max(1, settings.study.workers_per_trial)
+        self.pinned = {name: getattr(settings.trial, name) for name in settings.pinned}
+        self.search_alpha = settings.study.search_alpha
         self.failed: Exception | None = None
         """What Optuna raised that is no fault of the space, such as an error of its storage."""
-        if grid:
+        if settings.study.sampler == "grid":
             self.suggest_float = self._suggest_from_grid(float)
             self.suggest_int = self._suggest_from_grid(int)
 
     def _suggest_from_grid(self, kind: type) -> Callable[..., Any]:
         def suggest(name: str, low: float, high: float, *, log: bool = False, **_: Any) -> Any:
-            if name in self._values:
-                return self._values[name]
+            if name in self.pinned:
+                return self.pinned[name]
             shares = [step / (GRID_POINTS - 1) for step in range(GRID_POINTS)]
             points = [low * (high / low) ** share if log else low + (high - low) * share for share in shares]
             choices = {float(f"{point:.6g}") if kind is float else round(point) for point in points}
@@ -121,7 +141,7 @@ class Pinned:
             return attribute
 
         def suggest(name: str, *args: Any, **options: Any) -> Any:
-            return self._values[name] if name in self._values else self._ask(attribute, name, *args, **options)
+            return self.pinned[name] if name in self.pinned else self._ask(attribute, name, *args, **options)
 
         return suggest
 
@@ -130,6 +150,8 @@ class Pinned:
             raise SpaceError(
                 f"must ask under names of {NAME_OF_PARAMETER.words}, but asks for {SHOWN.repr(name)}: rename it"
             )
+        if suggest.__name__ == "suggest_categorical" and (text := unusable_choices(*args, **options)):
+            raise SpaceError(f"must ask for {name!r} among {text}: fix it")
         try:
             return suggest(name, *args, **options)
         except (ValueError, TypeError, ArithmeticError) as error:
@@ -140,6 +162,15 @@ class Pinned:
         except Exception as error:
             self.failed = error
             raise
+
+
+def unusable_choices(choices: Any = (), *_: Any, **__: Any) -> str:
+    """Why a study could not ask for these choices again, or "". Optuna takes anything that it can make a tuple from."""
+    if not isinstance(choices, list | tuple | range):
+        return f"a list or tuple of choices, whose order stays, but asks for one of {SHOWN.repr(choices)}"
+    if any(choice in choices[:n] for n, choice in enumerate(choices)):
+        return f"different choices, but asks for one of {SHOWN.repr(choices)}"
+    return ""
 
 
 def searched_settings(
@@ -153,10 +184,8 @@ def searched_settings(
     Raises:
         SpaceError: the space raises, its settings cannot be trained, or it computes a pinned setting from others.
     """
-    pinned = {name: getattr(settings.trial, name) for name in settings.pinned}
-    grid = settings.study.sampler == "grid"
-    asking = Pinned(trial, pinned, number, grid, first_points(settings) if grid else ())
-    workers = max(1, settings.study.workers_per_trial)
+    asking = Pinned(trial, settings, number, first_points(settings) if settings.study.sampler == "grid" else ())
+    pinned, workers = dict(asking.pinned), asking.workers
     reported = settings.trial.problems(workers)  # by `check`: those of the command line
     try:
         chosen = space(asking)

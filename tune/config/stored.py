@@ -10,6 +10,7 @@ from typing import Any
 
 from train_fn.settings import SHOWN, TrialSettings, broken_rules
 from train_fn.support.files import DamagedFile
+from tune.config.base_shape import BaseShape
 from tune.config.paths import SettingsError
 from tune.config.settings import GROUPS, REMOVED_METRICS, REMOVED_SAMPLERS, flag, show
 from tune.config.space import is_own
@@ -28,15 +29,15 @@ BUDGETS = ("trials", "time_budget", "gpu_hours", "max_failures")
 
 def resumed_values(
     values: dict[str, Any], directory: Path, problems: list[str]
-) -> tuple[dict[str, Any], tuple[str, ...], list[dict[str, Any]] | None]:
+) -> tuple[dict[str, Any], tuple[str, ...], list[dict[str, Any]] | None, BaseShape | None]:
     """The settings with which a study goes on. Adds a problem for every setting that must not change.
 
     Args:
         values: those of the command line.
 
     Returns:
-        The stored values with those of the command line over them; which trial settings the search does not choose; and
-        the first points, or None when an older version has not stored them.
+        The stored values with those of the command line over them; which trial settings the search does not choose; the
+        first points, and what the space may know of the base, each None when an older version has not stored it.
 
     Raises:
         SettingsError: plan.json cannot be read.
@@ -77,7 +78,8 @@ def resumed_values(
     merged |= values
     if is_own(space):
         merged["space"] = str(Path(space).absolute())
-    return merged, tuple(plan["settings"]["pinned"]), plan.get("first_points")
+    base = BaseShape.from_dict(plan["base"]) if "base" in plan else None
+    return merged, tuple(plan["settings"]["pinned"]), plan.get("first_points"), base
 
 
 def removed_metrics(study: Mapping[str, Any]) -> list[str]:
@@ -133,6 +135,10 @@ def stored_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     points = plan.get("first_points", [])
     if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
         problems.append(f"{path} must hold a list of objects as first_points, but has {SHOWN.repr(points)}: {fix}")
+    try:
+        BaseShape.from_dict(plan.get("base", dataclasses.asdict(BaseShape())))
+    except ValueError as error:
+        problems.append(f"{path}: base {error}, but has {SHOWN.repr(plan['base'])}: {fix}")
     if problems:
         raise SettingsError(problems)
     return plan, stored

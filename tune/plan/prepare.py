@@ -19,7 +19,7 @@ from train_fn.data.samples import Splits
 from train_fn.data.settings import split_rules, task_rules
 from train_fn.data.splits_file import load_splits
 from train_fn.data.splitting import DataReport, make_splits
-from train_fn.model.checkpoint import base_hash
+from train_fn.model.checkpoint import base_hash, resolve_model
 from train_fn.model.hub_ids import is_hub_model
 from train_fn.model.preflight import base_problems
 from train_fn.model.unchanged import data_hash
@@ -28,9 +28,11 @@ from train_fn.scoring.own_metric import is_own_metric, read_own_metric, scorer
 from train_fn.support.files import DamagedFile, file_hash
 from train_fn.support.storage import Storage
 from train_fn.worker import versions
+from tune.config.base_shape import read_base_shape
 from tune.config.paths import SettingsError, study_directory
 from tune.config.settings import Settings, flag
 from tune.config.space import space_hash
+from tune.config.space_check import check_space
 from tune.config.trust import check_metric_trust, remember_metric, remember_space
 from tune.config.uris import tracking_uri
 from tune.plan.checks import (
@@ -104,6 +106,9 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
     problems += found if problems else [*found, *check_model_type(settings.model.model)]
     if not problems and base:
         problems += download_base(base, say)
+    if not problems and is_hub_model(settings.model.model):  # a space's ranges may depend on the base
+        settings = dataclasses.replace(settings, base=read_base_shape(str(resolve_model(settings.model.model))))
+        problems += check_space(settings)
     if not problems and not shipped(settings):
         say("Checking the base model, and what its processor makes of the data")
         problems += base_problems(settings.model, settings.trial, splits, say)
@@ -147,6 +152,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         "family": family_of(settings.model.model),
         "space_hash": space_hash(settings.study.space),
         "first_points": settings.first_points,
+        "base": dataclasses.asdict(settings.base),
         "versions": versions(),
         "git": git_state(),
     }
@@ -199,6 +205,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     if plan["format"] == 1:  # its hash leaves out some of the files that decide a prompt
         plan["base_hash"] = base_hash(base)
     plan |= {"settings": settings.to_dict(), "first_points": settings.first_points}
+    plan |= {"base": dataclasses.asdict(settings.base)}
     storage = Storage.under(settings.study.storage, directory)
     mark_programs(settings, splits, say)
     return Study(

@@ -45,6 +45,8 @@ class TrialRecord(TrialFacts):
     spent_before: float = 0.0  # those of earlier sessions
     incomplete: bool = False
     """Whether the journal lost an event of this trial. Later events do not count until the trial is started again."""
+    repeats: int | None = None
+    """The earlier trial of the same point, when this one trains it with another seed."""
 
     @classmethod
     def of(cls, started: Event) -> TrialRecord:
@@ -54,6 +56,7 @@ class TrialRecord(TrialFacts):
             searched=started["searched"],
             settings=started["settings"],
             distributions=started.get("distributions", {}),
+            repeats=started.get("repeats"),
         )
 
     def apply(self, event: Event) -> None:

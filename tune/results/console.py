@@ -21,6 +21,7 @@ def print_summary(outcome: Outcome) -> None:
     rows = []
     for record in trials.values():
         role = " (winner)" if record is winner else " (guide)" if record is guide else ""
+        role += f" (repeats {record.repeats})" if record.repeats is not None else ""
         row = [f"{record.number}{role}", *(format_value(record.searched.get(name, "-")) for name in summary.parameters)]
         row += [format_metric(record.value(name)) for name in summary.metrics]
         rows.append([*row, f"{record.seconds.get('train', 0):.1f}", record.state.lower()])

@@ -213,7 +213,8 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             self._export()
         score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
         values = format_settings(record.searched)
-        values += "; " + "; ".join(record.notes) if record.notes else ""
+        again = [f"trial {record.repeats} with seed {record.settings['seed']}"] if record.repeats is not None else []
+        values = "; ".join([values, *again, *record.notes])
         reason = ": " + error.splitlines()[0] if error else ""
         total = self.num_trials
         count = f"[{len(ended)}/{total}] trial {number}".ljust(len(f"[{total}/{total}] trial {total}"))
@@ -226,10 +227,11 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             settings = dataclasses.asdict(point.settings)
             params = point.searched | {name: settings[name] for name in point.decided}
             fields = {"searched": point.searched, "distributions": point.distributions, "settings": settings}
-            return fields | {"params": params} | ({"added": point.added} if point.added else {})
+            fields |= {"params": params} | ({"added": point.added} if point.added else {})
+            return fields | ({} if point.repeats is None else {"repeats": point.repeats})
         events = self.study.journal.events
         earlier = next(e for e in events if e["event"] == "started" and e["number"] == config["number"])
-        names = ("searched", "distributions", "settings", "params")
+        names = ("searched", "distributions", "settings", "params", "repeats")
         return {name: earlier[name] for name in names if name in earlier}
 
     def _keep_memory(self, report: EpochReport) -> None:

@@ -21,3 +21,5 @@ class Point:
     """The settings that the space decides; the others are the command line's."""
     added: str = ""
     """The file of the user's request for this point; empty: the search has chosen it."""
+    repeats: int | None = None
+    """The trial of which this is another seed. None: the point was not tried before."""

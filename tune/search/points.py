@@ -7,22 +7,28 @@ that goes on after a kill tries the same points as an undisturbed one, as long a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import random
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from tune.config.samplers import make_sampler
+from tune.config.samplers import discrete_points, make_sampler
 from tune.config.space import SpaceError, first_points, load_space, searched_settings
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
 from tune.records.optuna_study import as_optuna, distributions_json
 from tune.records.trials import TrialRecord
 from tune.search.point import Point
+from tune.search.tried import Tried
+
+MAX_ASKED = 10  # times that a sampler may repeat points before the space itself is asked for one that is left
 
 
 def propose(
@@ -33,7 +39,8 @@ def propose(
     grid: Sequence[dict[str, Any]] = (),
     added: tuple[str, dict[str, Any]] | None = None,
 ) -> Point | None:
-    """The point of trial `number`; None when every point of a grid has been tried. Raises SpaceError.
+    """The point of trial `number`: one that was not tried before or, when the space has no more, another seed of one
+    that was. None when there is neither. Raises SpaceError.
 
     Args:
         prior: trials of another study, from `tune.search.prior`.
@@ -44,23 +51,54 @@ def propose(
     space, _ = load_space(settings.space)
     optuna_study = as_optuna(records, study.goals, prior)
     optuna_study.sampler = make_sampler(settings.sampler, settings.study_seed + number)
-    first = first_points(study.settings)
-    request = ""
-    if number < len(first):
-        optuna_study.enqueue_trial({k: v for k, v in first[number].items() if k not in study.settings.pinned})
-    elif added is not None:
-        request, values = added
-        optuna_study.enqueue_trial({k: v for k, v in values.items() if k not in study.settings.pinned})
-    elif settings.sampler == "grid":
-        tried = [record.searched for record in records.values()]
-        left = next((point for point in grid if as_json(point) not in tried), None)
-        if left is None:
+    tried = Tried(records.values())
+    wanted = None if number < len(first_points(study.settings)) else added
+
+    def ask(values: Mapping[str, Any]) -> Point:
+        if values:
+            optuna_study.enqueue_trial({k: v for k, v in values.items() if k not in study.settings.pinned})
+        trial = optuna_study.ask()
+        with time_limit(TIMEOUT_S):
+            chosen, decided = searched_settings(study.settings, space, trial, number)
+        request = wanted[0] if wanted else ""
+        return Point(trial.params, distributions_json(trial.distributions), chosen, tuple(decided), request)
+
+    repeated: list[Point] = []
+    left: list[dict[str, Any]] | None = None
+    for values in [wanted[1]] * MAX_ASKED if wanted else wishes(study, records, number, grid):
+        point = ask(values)
+        if point.settings not in tried:
+            return point
+        if not repeated and not wanted and settings.sampler != "grid":
+            with time_limit(TIMEOUT_S):
+                points = discrete_points(study.settings, number)
+                left = None if points is None else [values for values, chosen in points if chosen not in tried]
+        repeated.append(point)  # in `optuna_study` it stays a running trial, so that the sampler looks elsewhere
+        if left == []:
+            break
+    if settings.sampler == "grid" and not wanted:
+        return None
+    if left:
+        return ask(random.Random(settings.study_seed + number).choice(left))
+    others = (ask(record.searched) for record in tried.sound())  # should all that the sampler chose have failed
+    for point in itertools.chain(repeated, others):
+        if "seed" in (*study.settings.pinned, *point.decided):
             return None
-        optuna_study.enqueue_trial(left)
-    trial = optuna_study.ask()
-    with time_limit(TIMEOUT_S):
-        chosen, decided = searched_settings(study.settings, space, trial, number)
-    return Point(trial.params, distributions_json(trial.distributions), chosen, tuple(decided), request)
+        if again := tried.another_seed(point.settings):
+            return replace(point, settings=again[0], decided=(*point.decided, "seed"), repeats=again[1])
+    return None
+
+
+def wishes(
+    study: Study, records: Mapping[int, TrialRecord], number: int, grid: Sequence[dict[str, Any]]
+) -> Iterator[Mapping[str, Any]]:
+    """The values to ask for, one after another until a point is new. The sampler chooses those that are left out."""
+    first = first_points(study.settings)
+    given = [first[number]] if number < len(first) else []
+    if study.settings.study.sampler == "grid":
+        searched = [record.searched for record in records.values()]
+        return itertools.chain(given, (point for point in grid if as_json(point) not in searched))
+    return itertools.chain(given * MAX_ASKED, [{}] * MAX_ASKED)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -33,7 +34,7 @@ class JournalSearcher(Searcher):
         self.study = study
         self.log = log
         self.exhausted = False
-        """Whether every point of a grid has been tried."""
+        """Whether the space has no point left to try."""
         self._prior = prior_trials(study, log.say)
         self.study = study = with_prior_points(study)
         with time_limit(TIMEOUT_S):
@@ -74,7 +75,8 @@ class JournalSearcher(Searcher):
                 return Searcher.FINISHED
             self._added.add(point.added)
             config = {"settings": point.settings, "point": point}
-            self._handed_out[number] = TrialRecord(number, as_json(point.searched), {}, point.distributions)
+            settings = as_json(dataclasses.asdict(point.settings))
+            self._handed_out[number] = TrialRecord(number, as_json(point.searched), settings, point.distributions)
         self._live.add(trial_id)
         known_epochs = len(records[number].epochs) if number in records else 0
         return {"number": number, "known_epochs": known_epochs, **config}

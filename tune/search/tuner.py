@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray.tune
@@ -57,9 +58,16 @@ def search(study: Study, layout: Layout, dispatcher: Any, log: StudyLog) -> None
     if log.failure:
         raise log.failure
     if searcher.exhausted:
-        log.ended_by = log.ended_by or "every point of the grid has been tried"
+        log.ended_by = log.ended_by or exhausted(settings.sampler, study.settings.pinned)
     if log.space_error:
         log.ended_by = log.ended_by or f"the space {settings.space} {log.space_error}"
+
+
+def exhausted(sampler: str, pinned: Sequence[str]) -> str:
+    """Why a search without a point left has ended."""
+    if sampler == "grid":
+        return "every point of the grid has been tried"
+    return f"every point of the space has been tried{', and --seed allows no other seed' * ('seed' in pinned)}"
 
 
 def end_decided_trials(study: Study, log: StudyLog) -> None:

@@ -67,6 +67,8 @@ class MLflowSink:
         run = self._child(event["number"])
         self._try("state", lambda: self.client.update_run(run, status="RUNNING"))
         self._params(run, event["params"])
+        if "repeats" in event:
+            self._tags(run, {"repeats": str(event["repeats"])})
         self._artifact("settings.json", lambda: self.client.log_dict(run, event["settings"], "settings.json"))
 
     def _on_report(self, event: Event) -> None:
