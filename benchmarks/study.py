@@ -10,7 +10,7 @@ b   Ray's documented pattern, one TorchTrainer per trial (benchmarks/lanes.py), 
 c   transformers' `Trainer.hyperparameter_search` over Optuna in one process, base loaded per trial by `model_init`
 d   the floor: a bare PyTorch loop in two processes, features and batches in memory, no framework; d1: in one process
 
-All train the same list, the guide's settings and points drawn from search_spaces/lora.py with a fixed seed, each to its
+All train the same list, the guide's settings and points drawn from search_spaces/wide.py with a fixed seed, each to its
 end, on the same images, base, seeds, order and batch. Each begins with an empty cache and ends with the adapters on
 disk (a and c: also what a killed trial goes on from). Nobody wins by doing less: validation loss and AUROC must agree,
 but those of a2, whose workers draw their dropout apart.
@@ -127,7 +127,7 @@ def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
     """Images, splits and the list of trials, for all alternatives alike."""
     import optuna
 
-    from search_spaces import lora
+    from search_spaces import wide
     from train_fn.data.manifest import read_manifest
     from train_fn.data.phantoms import generate
     from train_fn.data.splits_file import save_splits
@@ -140,7 +140,7 @@ def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
     rules = SplitRules(val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=data.split_seed)
     save_splits(make_splits(entries, None, None, rules, hash_cache=folder / "hashes.json")[0], splits_file)
     drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    listed = [lora.space(optuna.trial.FixedTrial(lora.GUIDE)), *(lora.space(drawn.ask()) for _ in range(trials - 1))]
+    listed = [wide.space(optuna.trial.FixedTrial(wide.GUIDE)), *(wide.space(drawn.ask()) for _ in range(trials - 1))]
     return {"manifest": str(manifest), "splits": str(splits_file), "trials": listed}
 
 

@@ -65,7 +65,7 @@ def accumulation_steps(trial: Any, batches: Sequence[int]) -> list[int]:
     workers = getattr(trial, "workers", 1)
     unit = micro_batch * workers if micro_batch else math.lcm(2, workers)  # images
     rounded = {-(-batch // unit) * unit // (micro_batch or 2) for batch in batches}
-    return sorted(rounded | {GUIDE["gradient_accumulation_steps"]})
+    return sorted(rounded | {8})
 
 
 def lora_alpha(trial: Any, lora_r: int) -> float:
