@@ -11,7 +11,7 @@ b   Ray's documented pattern, one TorchTrainer per trial (benchmarks/lanes.py), 
 c   transformers' `Trainer.hyperparameter_search` over Optuna in one process, base loaded per trial by `model_init`
 d   the floor: a bare PyTorch loop in two processes, features and batches in memory, no framework; d1: in one process
 
-All train the same list, the guide's settings and points drawn from search_spaces/lora.py with a fixed seed, each to its
+All train the same list, the guide's settings and points drawn from search_spaces/wide.py with a fixed seed, each to its
 end, on the same images, base, seeds, order and global batch,
 without dropout. Micro-batches: b and c the guide's 2 images, d 16, the others their version's default. Each begins with
 an empty cache and ends with the adapters on
@@ -135,7 +135,7 @@ def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
 
     import optuna
 
-    from search_spaces import lora
+    from search_spaces import wide
     from train_fn.data.phantoms import generate
     from train_fn.data.settings import split_rules, task_rules
     from train_fn.data.splits_file import save_splits
@@ -152,7 +152,7 @@ def prepare(folder: Path, trials: int, num_phantoms: int) -> dict[str, Any]:
     assert not problems, problems
     save_splits(dataclasses.replace(splits, decide="macro_f1"), splits_file)
     drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    listed = [lora.space(optuna.trial.FixedTrial(lora.GUIDE)), *(lora.space(drawn.ask()) for _ in range(trials - 1))]
+    listed = [wide.space(optuna.trial.FixedTrial(wide.GUIDE)), *(wide.space(drawn.ask()) for _ in range(trials - 1))]
     # Dropout would draw other numbers where a step is cut otherwise; scores could not be compared.
     return {"manifest": str(manifest), "splits": str(splits_file),
             "trials": [{**settings, "lora_dropout": 0.0} for settings in listed]}  # fmt: skip

@@ -30,9 +30,9 @@ def space(trial: Any) -> dict[str, Any]:
     """The settings of one trial."""
     rate = usual_rate(trial)
     # From 1e-4 to 3e-3 for most bases. Below the usual rate, because that was measured with an alpha of 32: for ranks
-    # above 16, twice the rank is a larger scale. The guide advises 1e-4 to 5e-4. Above it, because small ranks have a
-    # smaller scale, and because a few hundred images make few steps, which reward a higher rate (below 100 steps 1.5
-    # times as high, "LoRA Without Regret"). On the nano base training collapses at about 5e-3.
+    # above 16, twice the rank is a larger scale. The guide advises 1e-4 to 5e-4. Above it, because for ranks below 16
+    # it is a smaller scale, and because a few hundred images make few steps, which reward a higher rate (below 100
+    # steps 1.5 times as high, "LoRA Without Regret"). On the nano base training collapses at about 5e-3.
     learning_rate = trial.suggest_float("learning_rate", min(rate / 5, 2e-4), 6 * rate, log=True)
     # 4 to 32 images a step. Small batches make more steps of the same images, and LoRA loses by large ones ("LoRA
     # Without Regret"), at any rank; 32 is twice the guide's.
@@ -65,7 +65,7 @@ def accumulation_steps(trial: Any, batches: Sequence[int]) -> list[int]:
     workers = getattr(trial, "workers", 1)
     unit = micro_batch * workers if micro_batch else math.lcm(2, workers)  # images
     rounded = {-(-batch // unit) * unit // (micro_batch or 2) for batch in batches}
-    return sorted(rounded | {GUIDE["gradient_accumulation_steps"]})
+    return sorted(rounded | {8})
 
 
 def lora_alpha(trial: Any, lora_r: int) -> float:

@@ -31,6 +31,7 @@ from train_fn.model.hub_errors import HubError
 from train_fn.model.hub_ids import is_hub_data, is_hub_model, peft_reference, read_name
 from train_fn.nano import CHECKPOINT
 from train_fn.settings import ModelSettings, TrialSettings
+from tune.config.base_shape import BaseShape
 from tune.config.cli import parse
 from tune.config.paths import SettingsError
 from tune.config.rules import check_model
@@ -390,6 +391,8 @@ def test_a_study_names_the_commit(hub: Hub, phantoms: Path, tmp_path: Path) -> N
     study = prepare(parse(options(phantoms, tmp_path / "results", "lab/nano")), said.append)
     assert study.settings.model.model == study.plan["settings"]["model"]["model"] == f"lab/nano@{OLD}"
     assert study.plan["base_hash"] == base_hash(CHECKPOINT)
+    # Read after the download: the ranges of the space follow the base.
+    assert study.settings.base == BaseShape.of("qwen3", 128) == BaseShape.from_dict(study.plan["base"])
     assert str(tmp_path) not in json.dumps(study.plan["settings"]["model"])
     downloads = [index for index, text in enumerate(said) if text.startswith("Downloading")]
     assert len(downloads) == 1 and downloads[0] > said.index(

@@ -235,6 +235,23 @@ def test_a_trial_stopped_early_is_nowhere_called_complete(uneven) -> None:
     assert not (uneven.folder / "results" / "s" / "trials" / "0003" / "final_model").exists()
 
 
+def test_another_seed_of_a_point_is_named_as_one_everywhere(uneven: Finished) -> None:
+    """The third and the fourth trial have the settings of the first."""
+    trials = uneven.study["trials"]
+    assert [trial["repeats"] for trial in trials] == [None, None, 0, 0]
+    assert [trial["settings"]["seed"] for trial in trials] == [0, 0, 1001, 2002]
+    assert len({trial["epochs"][0]["loss"] for trial in trials}) == 4
+    assert "; trial 0 with seed 1001" in uneven.out
+    study = uneven.folder / "results" / "s"
+    events = [json.loads(line) for line in (study / "journal.jsonl").read_text().splitlines()]
+    started = {event["number"]: event.get("repeats") for event in events if event["event"] == "started"}
+    assert started == {0: None, 1: None, 2: 0, 3: 0}
+    assert (study / "report.html").read_text().count('<span class="tag">repeats 0</span>') == 2
+    runs = {int(run.data.tags["trial"]): run.data for run in uneven.runs() if "trial" in run.data.tags}
+    assert {n: run.tags.get("repeats") for n, run in runs.items()} == {0: None, 1: None, 2: "0", 3: "0"}
+    assert [runs[n].params.get("seed") for n in range(4)] == [None, None, "1001", "2002"]
+
+
 def test_a_base_that_cannot_be_loaded_is_refused_or_ends_the_study_once(tmp_path) -> None:
     model = shutil.copytree(ROOT / "train_fn" / "nano" / "checkpoint", tmp_path / "model")
     weights = (model / "model.safetensors").read_bytes()
