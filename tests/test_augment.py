@@ -107,9 +107,11 @@ def test_brightness_and_speckle_stay_within_the_strength_and_use_it(strength) ->
     # The mean of this image lies at 76, so contrast moves its colours by up to 0.6 gains.
     assert np.abs(gains - 1).max() < 1.7 * most.gain + 0.01 and gains.min() < 1 - 0.8 * most.gain
     assert 0.8 * most.speckle < noise.max() < 1.1 * most.speckle
-    for values in varied:  # one factor for all channels: they stay in the same proportion to each other
-        assert likeness(values[..., 0], values[..., 1]) > 0.97 or values.std(axis=(0, 1)).max() < 2
-        assert values[:10, :10].mean() == pytest.approx(values.mean(), rel=0.1)  # the corners are not black
+    noisy = [values for values in varied if values.std(axis=(0, 1)).min() > 4]  # more than rounding
+    assert len(noisy) > 10  # one factor for all channels: they stay in the same proportion to each other
+    assert all(likeness(values[..., 0], values[..., channel]) > 0.97 for values in noisy for channel in (1, 2))
+    for values in varied:  # the corners are not black
+        assert values[:10, :10].mean() == pytest.approx(values.mean(), rel=0.1)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)

@@ -103,7 +103,6 @@ def sheets(sheet: DataSheet, pictures: Pictures) -> list[Sheet]:
     copies, groups = sheet.copies, sheet.groups
     most = MAX_EXAMPLES // max(1, len(sheet.tasks))
     made = [example_sheet(sheet, task, pictures, most) for task in sheet.tasks]
-    made.append(augmented_sheet(sheet, pictures))
     mixed = [pictures.row("", its) for its in copies.contradictory[:GROUPS]]
     made.append(Sheet("Contradictory near-copies", mixed, len(copies.contradictory) - len(mixed)))
     of_image: dict[str, list[Sample]] = {}
@@ -120,6 +119,7 @@ def sheets(sheet: DataSheet, pictures: Pictures) -> list[Sheet]:
         for group in groups[: GROUPS // 2]
     ]
     made.append(Sheet("Largest groups that the data names", named, len(groups) - len(named)))
+    made.append(augmented_sheet(sheet, pictures))
     return made
 
 
