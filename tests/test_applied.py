@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -15,13 +16,15 @@ import torch.distributed as dist
 from peft import get_peft_model
 from transformers import get_scheduler
 
+from train_fn.data.augment import label_of, shown_images
+from train_fn.data.order import epoch_order
 from train_fn.jobs import EpochReport
 from train_fn.model.base import load_base
 from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import LR_SCHEDULER_TYPES, TrialSettings
 from train_fn.trial import engine as engine_module
 from train_fn.trial import lora
-from train_fn.trial.applied import TrialFailed, check_applied, check_schedule, check_trained, read_applied
+from train_fn.trial.applied import TrialFailed, check_applied, check_schedule, check_shown, check_trained, read_applied
 from train_fn.trial.applied import read_schedule as read_back
 from train_fn.trial.engine import build_engine
 from train_fn.trial.loop import run_trial
@@ -168,6 +171,8 @@ READ_BACK: dict[str, tuple[Any, str]] = {
     "lora_target_modules": (("q_proj",), "wanted_modules: the adapter must be on the modules that the settings name"),
     "lora_exclude_patterns": (("layers.0.",), "wanted_modules: the adapter must be on the modules"),
     "train_projector": (False, "check_applied: train_projector should be False but is True"),
+    "augment": ("none", "check_shown: images_shown should be {'itself': 32} but is {'itself': 7, 'light 1': "),
+    "augment_variants": (8, "check_shown: images_shown should be {'itself': 8, 'light 2': "),
     "class_balanced_loss": (False, "check_applied: class_balanced_loss should be False but is True"),
     "zero_stage": (0, "check_applied: zero_stage should be 0 but is 1"),
     "offload_optimizer": (True, "check_applied: offload_optimizer should be True but is False"),
@@ -177,7 +182,7 @@ READ_BACK: dict[str, tuple[Any, str]] = {
     "save_steps": (1, "loop"),
     "save_total_limit": (1, "loop"),
 }
-ENGINE = replace(SHORT, train_projector=True)
+ENGINE = replace(SHORT, train_projector=True, augment="light")
 
 
 def test_every_setting_is_read_back() -> None:
@@ -197,7 +202,7 @@ def live(base) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", READ_BACK)
-def test_a_setting_that_the_engine_does_not_have_fails_the_trial(base, live, monkeypatch, name) -> None:
+def test_a_setting_that_the_engine_does_not_have_fails_the_trial(base, live, splits, monkeypatch, name) -> None:
     other, noticed = READ_BACK[name]
     check, _, message = noticed.partition(": ")
     asked = replace(ENGINE, **{name: other} | ({"max_steps": 0} if name == "num_train_epochs" else {}))
@@ -207,12 +212,15 @@ def test_a_setting_that_the_engine_does_not_have_fails_the_trial(base, live, mon
         with pytest.raises(ValueError, match=message), adapted(own, asked):
             pass
         return
+    some, order = replace(splits, train=splits.train[:1] * 32), epoch_order(32, 16, ENGINE.seed, 1)
+    fed = {"images_shown": Counter(label_of(image) for (image,) in shown_images(some, ENGINE, 1))}
     checks = {
         "check_applied": lambda settings: check_applied(
             read_applied(live), settings, wanted_execution(settings, base.device)
         ),
         "check_schedule": lambda settings: check_schedule(read_back(live, settings, 2), settings, 2),
         "check_trained": lambda settings: check_trained(live, settings, 32, 1),
+        "check_shown": lambda settings: check_shown(fed, settings, some, order, 1),
         "loop": lambda settings: None,
     }
     checks[check](ENGINE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from train_fn.data.augment import Variant, shown_images
+from train_fn.data.order import epoch_order
 from train_fn.jobs import EpochReport
 from train_fn.settings import ModelSettings, TrialSettings
 
-SETTINGS = TrialSettings(num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3, lora_dropout=0.0)
+SETTINGS = TrialSettings(
+    num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3, lora_dropout=0.0, augment="medium"
+)
 
 
 def worker(rank: int, world_size: int, splits, output: str) -> None:
@@ -47,13 +53,28 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
         }
         engine.destroy()
     reports: list[EpochReport] = []
+    fed = note_fed_images()
     run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False)
     points = points_of_damaged_states(rank, Path(output) / "trial")
-    torch.save(
-        {"facts": facts, "predicted": predicted, "report": vars(reports[-1]), "points": points}, f"{output}/{rank}.pt"
-    )
+    results = {"facts": facts, "predicted": predicted, "report": vars(reports[-1]), "points": points, "fed": fed}
+    torch.save(results, f"{output}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def note_fed_images() -> list[Any]:
+    """Grows by the images and variants that this process feeds to the model in training."""
+    from train_fn.trial import steps
+
+    fed: list[Any] = []
+    original = steps.collate
+
+    def noting(base, samples, **options):
+        fed.extend(image for its in options["shown"] for image in its)
+        return original(base, samples, **options)
+
+    steps.collate = noting
+    return fed
 
 
 def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
@@ -122,3 +143,12 @@ def test_two_workers_train_the_same_trial(found, base, splits) -> None:
     assert one["report"]["metrics"]["train_loss"] == pytest.approx(reports[-1].metrics["train_loss"], abs=1e-3)
     # A single worker has nothing to partition, so its stage 2 is run as stage 1.
     assert one["report"]["applied"] == reports[-1].applied | {"zero_stage": 2}
+
+
+def test_two_workers_feed_the_variants_that_one_feeds(found, splits) -> None:
+    shown = shown_images(splits, SETTINGS, 1)
+    order = epoch_order(len(splits.train), SETTINGS.global_batch_size, SETTINGS.seed, 1)
+    wanted = Counter(image for index in order.flat for image in shown[index])
+    one, two = (result["fed"] for result in found)
+    assert Counter(one) + Counter(two) == wanted and len(one) == len(two) == order.size / 2
+    assert sum(isinstance(image, Variant) for image in one) > 5 < sum(isinstance(image, Variant) for image in two)

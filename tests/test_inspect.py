@@ -105,9 +105,10 @@ def test_a_folder_that_is_not_busi(tmp_path, capsys) -> None:
 def test_the_tables_show_a_studys_numbers(manifest, busi_like, capsys, tmp_path) -> None:
     code, out = shown(capsys, "--data", manifest, "--image-root", busi_like, "--val-fraction", 0.25)
     study = prepare(
-        parse(["--data", str(manifest), "--image-root", str(busi_like), "--val-fraction", "0.25",
+        parse(["--data", str(manifest), "--image-root", str(busi_like), "--val-fraction", "0.25", "--allow-flips",
                "--results", str(tmp_path)]), lambda text: None,
     )  # fmt: skip
+    assert study.splits.allow_flips
     assert code == 0 and out.endswith("A study can start with this data.")
     parts = [study.splits.class_counts(part) for part in ("train", "validation", "test")]
     for answer, *counts in zip(study.splits.candidates, *parts, strict=True):
@@ -408,6 +409,16 @@ def test_the_page_holds_names_and_answers_as_text_only(mixed, capsys, tmp_path) 
     ):
         assert words in page.text
     assert "<img src=x onerror=alert(2)> and 7 words" in page.text
+
+
+def test_the_page_shows_training_images_as_they_would_be_varied(manifest, busi_like, tmp_path, capsys) -> None:
+    shown(capsys, "--data", manifest, "--image-root", busi_like, "--allow-flips", "--html", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    text = page.text[page.text.index("Training images as --augment varies them") :]
+    for label in ("itself", *(f"{strength} {n}, flips allowed" for strength in ("light", "medium") for n in (1, 2))):
+        assert text.count(label) == 3, label  # once for each answer
+    last = [attributes["src"] for tag, attributes in page.tags if tag == "img"][-15:]
+    assert len(set(last)) == 15
 
 
 def test_the_page_shows_copies_contradictions_and_unreadable_files(manifest, busi_like, tmp_path, capsys) -> None:

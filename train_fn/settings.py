@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial")
+AUGMENT = ("none", "light", "medium")
 GUIDE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SAVE_STATE_EVERY_S = 60.0  # between two writes of a trial's state
 PROFILE_PREFIX = "profile_"  # of the phases that `--profile` adds to a trial's seconds
@@ -253,6 +254,12 @@ class TrialSettings:
     class_balanced_loss: bool = True
     """Weight each image by the inverse frequency of its answer in the training split (mean weight 1). Near-copies, and
     images of one group, share the weight of one image."""
+    augment: Annotated[str, one_of(AUGMENT)] = "none"
+    """Vary the training images: light or medium rotation (up to 5 or 15 degrees), brightness and contrast (10 or 25 %)
+    and speckle noise; with --allow-flips also left and right. Validation and test images stay as they are."""
+    augment_variants: Annotated[int, Range(2, 64)] = 4
+    """With --augment: fixed variants of each training image, itself among them. An image shows another one in each
+    epoch. The cache of vision features keeps each for all trials."""
     zero_stage: Annotated[int, Range(0, 2, why=WHY_NO_STAGE_3)] = 2
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer states, 2 also gradients partitioned over the workers."""
     offload_optimizer: bool = False

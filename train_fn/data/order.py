@@ -1,4 +1,4 @@
-"""The order of the training samples, and how a step's samples are cut into micro-batches."""
+"""The order of the training samples, the variants that they show, and how a step is cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ def epoch_order(num_images: int, global_batch_size: int, seed: int, epoch: int) 
     order = np.random.default_rng((seed, epoch)).permutation(num_images)
     steps = -(-num_images // global_batch_size)
     return np.resize(order, (steps, global_batch_size))
+
+
+def epoch_variants(num_samples: int, num_images: int, num_variants: int, seed: int, epoch: int) -> np.ndarray:
+    """The number of the variant, from 0, that each image of each sample shows in an epoch [num_samples, num_images].
+
+    Decided by seed and epoch. In `num_variants` epochs, each image shows each variant once.
+    """
+    cycle, place = divmod(epoch - 1, num_variants)
+    # The third number sets this apart from `epoch_order`.
+    draws = np.random.default_rng((seed, cycle, 1)).random((num_samples, num_images, num_variants))
+    return draws.argsort(axis=-1)[..., place]
 
 
 def by_images(sizes: Sequence, micro_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:

@@ -115,6 +115,8 @@ class Splits:
     candidate, as in earlier versions."""
     prevalence: float = 0.0
     """Share of positive cases for which predictive values are given; 0: as in the data that is scored."""
+    allow_flips: bool = False
+    """Whether augmentation may flip training images from left to right."""
 
     @functools.cached_property
     def by_name(self) -> dict[str, Task]:

@@ -52,6 +52,9 @@ class DataSettings:
     near-copies. Higher: fewer; 1: equal images only."""
     max_image_pixels: Annotated[int, Range(1, 178_956_970)] = 50_000_000  # Pillow's own limit
     """Maximum pixels of an image, checked before it is decoded."""
+    allow_flips: bool = False
+    """Left and right do not matter for the answers: --augment may flip images from left to right. Never from top to
+    bottom, because that is depth in ultrasound."""
     split_seed: Annotated[int, Range(0, MAX_SEED)] = 0
     """Seed of the split (and of the phantoms)."""
     positive_label: str = ""

@@ -37,6 +37,7 @@ def load_splits(path: Path, positive: str = "") -> Splits:
             own_metric=read_metric(content.get("own_metric")),
             decide=read_aim(content.get("decide", "")),
             prevalence=float(content.get("prevalence", 0.0)),
+            allow_flips=content.get("allow_flips", False) is True,
         )
         names = {task.name: len(task.candidates) for task in tasks}
         sound = all(

@@ -91,6 +91,8 @@ class DataSheet:
     """How images are read."""
     asked: dict[str, float] = field(default_factory=dict)
     """Share of each part that was asked for."""
+    allow_flips: bool = False
+    """Whether augmentation may flip images from left to right."""
 
     def of_task(self, task: Task) -> list[Sample]:
         """The samples of a task."""

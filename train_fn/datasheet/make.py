@@ -74,6 +74,7 @@ def make_sheet(
         remarks=remarks,
         images=reading,
         asked=asked_shares(data, parts),
+        allow_flips=data.allow_flips,
     )
 
 

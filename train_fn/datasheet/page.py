@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from train_fn.data.images import read_image
+from train_fn.data.augment import STRENGTHS, Variant, label_of, path_of, read_shown
 from train_fn.data.samples import Sample, Task
 from train_fn.datasheet.facts import DataSheet
 from train_fn.datasheet.tables import Table, all_tables, visible
@@ -30,6 +30,8 @@ EXAMPLES = 6  # of one answer
 ANSWERS = 12  # of one task
 GROUPS = 8  # groups of each kind
 MEMBERS = 6  # pictures of a group
+AUGMENTED = 6  # training images that are shown with variants
+VARIANTS = 2  # of each strength
 MAX_TEXT = 200  # characters of a text
 NUMBERS = re.compile(r"[\d.,%/ ]+|\d+% of the test images")
 
@@ -117,6 +119,7 @@ def sheets(sheet: DataSheet, pictures: Pictures) -> list[Sheet]:
         for group in groups[: GROUPS // 2]
     ]
     made.append(Sheet("Largest groups that the data names", named, len(groups) - len(named)))
+    made.append(augmented_sheet(sheet, pictures))
     return made
 
 
@@ -146,12 +149,26 @@ def example_sheet(sheet: DataSheet, task: Task, pictures: Pictures, most: int) -
     return Sheet(f"{title} by answer", rows, len(order) - len(rows))
 
 
+def augmented_sheet(sheet: DataSheet, pictures: Pictures) -> Sheet:
+    """A training image of each answer as it is, and as --augment varies it."""
+    first: dict[tuple[str, str], Sample] = {}
+    for sample in sheet.splits.train if sheet.splits else ():
+        first.setdefault((sample.task, sample.answer), sample)
+    rows = []
+    for sample in list(first.values())[:AUGMENTED]:
+        shown: list[str | Variant] = [sample.image]
+        for strength in STRENGTHS:
+            shown += [Variant(sample.image, strength, n, sheet.allow_flips) for n in range(1, VARIANTS + 1)]
+        rows.append(Row(plain(visible(sample.answer)), [pictures.of(image, [], label_of(image)) for image in shown]))
+    return Sheet("Training images as --augment varies them", rows)
+
+
 class Pictures:
     """Thumbnails of a data set, each made once."""
 
     def __init__(self, sheet: DataSheet) -> None:
         self.sheet = sheet
-        self.made: dict[str, str] = {}
+        self.made: dict[str | Variant, str] = {}
 
     def row(self, title: str, samples: Sequence[Sample], images: set[str] | None = None) -> Row:
         """A row of the first images of samples, with the answers.
@@ -167,18 +184,18 @@ class Pictures:
         shown = [self.of(image, its) for image, its in list(by_image.items())[:MEMBERS]]
         return Row(plain(title), shown, len(by_image) - len(shown))
 
-    def of(self, image: str, samples: Sequence[Sample]) -> Picture:
-        """The picture of an image, with the answers of samples."""
+    def of(self, image: str | Variant, samples: Sequence[Sample], words: str = "") -> Picture:
+        """The picture of an image or variant, with these words, or the answers of samples."""
         if image not in self.made:
             self.made[image] = thumbnail(image, self.sheet.images)
-        answers = " | ".join(dict.fromkeys(visible(sample.answer) for sample in samples))
-        return Picture(plain(self.sheet.shown(image)), self.made[image], plain(answers[:MAX_TEXT]))
+        words = words or " | ".join(dict.fromkeys(visible(sample.answer) for sample in samples))
+        return Picture(plain(self.sheet.shown(path_of(image))), self.made[image], plain(words[:MAX_TEXT]))
 
 
-def thumbnail(path: str, options: ImageOptions) -> str:
+def thumbnail(shown: str | Variant, options: ImageOptions) -> str:
     """A small upright image as a data: URI; "" if it cannot be read any more."""
     try:
-        image = read_image(path, options)
+        image = read_shown(shown, options)
     except Exception:  # decoders raise anything, and the file may be gone since it was checked
         return ""
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from train_fn.data.images import image_size, read_image
+from train_fn.data.augment import Variant, path_of, read_shown
+from train_fn.data.images import image_size
 from train_fn.data.samples import Sample
 from train_fn.model.attention import has_varlen_kernel, max_length
 from train_fn.model.base import Base
@@ -44,8 +45,8 @@ def prompt_size(base: Base, sample: Sample) -> tuple[int, ...]:
     return sum(width * height for width, height in sizes), *sizes[0]
 
 
-def image_features(base: Base, image: str) -> torch.Tensor:
-    """The vision tower's output for an image [P, D], before the projector; from the cache or computed.
+def image_features(base: Base, image: str | Variant) -> torch.Tensor:
+    """The vision tower's output for an image or variant [P, D], before the projector; from the cache or computed.
 
     If another process computes it now, its result is waited for.
     """
@@ -57,13 +58,13 @@ def image_features(base: Base, image: str) -> torch.Tensor:
     return compute_and_keep(base, image) if cached is None else cached
 
 
-def features_size(base: Base, image: str) -> tuple[tuple[int, int], int]:
-    """Shape [P, D] and bytes of an image's features."""
-    shape = num_patches(base, image), base.model.config.vision_config.hidden_size
+def features_size(base: Base, image: str | Variant) -> tuple[tuple[int, int], int]:
+    """Shape [P, D] and bytes of the features of an image or variant."""
+    shape = num_patches(base, path_of(image)), base.model.config.vision_config.hidden_size
     return shape, shape[0] * shape[1] * base.model.dtype.itemsize
 
 
-def compute_and_keep(base: Base, image: str) -> torch.Tensor:
+def compute_and_keep(base: Base, image: str | Variant) -> torch.Tensor:
     """Compute the features of an image that this process has claimed, and store them."""
     store = base.features
     assert store is not None
@@ -76,14 +77,14 @@ def compute_and_keep(base: Base, image: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compute_features(base: Base, image: str) -> torch.Tensor:
-    """The vision tower's output for an image [P, D].
+def compute_features(base: Base, image: str | Variant) -> torch.Tensor:
+    """The vision tower's output for an image or variant [P, D].
 
     It is always computed for one image at a time. Packed with others, an image's features differ in the last bits (on a
     CPU in float32 at Hulu-Med's shapes: all images, by up to 1e-6), and metrics would depend on who filled the cache.
     """
     tower = base.model.get_submodule(base.vision_tower).eval()
-    picture = read_image(image, base.settings.image_options)
+    picture = read_shown(image, base.settings.image_options)
     pixels = base.processor.image_processor([picture], return_tensors="pt").to(base.device)
     with phase("encoder"):
         return tower(
@@ -105,26 +106,32 @@ class BatchFailed(ValueError):
 
 
 @contextlib.contextmanager
-def blames_images(images: Sequence[str]) -> Iterator[None]:
+def blames_images(images: Sequence[str | Variant]) -> Iterator[None]:
     """Raise BatchFailed for every error in this context that is not the device's."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
-        some = ", ".join(images[:2]) + (" ..." if len(images) > 2 else "")
+        some = ", ".join(map(path_of, images[:2])) + (" ..." if len(images) > 2 else "")
         raise BatchFailed(
             f"the processor must take every image and question, but not {some}: {type(error).__name__}: {error}"
         ) from error
 
 
-def collate(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False) -> dict[str, Any]:
+Shown = Sequence[Sequence[str | Variant]]
+"""What each sample of a batch shows in the place of each of its images: itself, or a variant."""
+
+
+def collate(
+    base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False, shown: Shown | None = None
+) -> dict[str, Any]:
     """A batch, see `make_batch`. Raises BatchFailed for every error that is not the device's."""
     with blames_images([sample.image for sample in samples]):
-        return make_batch(base, samples, with_answers, packed)
+        return make_batch(base, samples, with_answers, packed, shown or [sample.images for sample in samples])
 
 
-def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool = False) -> dict[str, Any]:
+def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool, packed: bool, shown: Shown) -> dict[str, Any]:
     """One batch for `forward_hidden`.
 
     Sequences are padded on the right: with causal attention, padding there influences nothing.
@@ -140,11 +147,10 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool, packed
     batch: dict[str, Any] = {}
     if base.takes_features:
         encoded = [prompt_tokens(base, s.prompt, [num_patches(base, image) for image in s.images]) for s in samples]
-        images = [image for sample in samples for image in sample.images]
-        features = [to_device(image_features(base, image), base.device) for image in images]
+        features = [to_device(image_features(base, image), base.device) for its in shown for image in its]
         batch["vision_features"] = torch.cat(features)
     else:
-        encoded = [process(base, sample) for sample in samples]
+        encoded = [process(base, sample, its) for sample, its in zip(samples, shown, strict=True)]
         for key in encoded[0].keys() - set(TOKEN_KEYS):
             batch[key] = to_device(pad_and_join([one[key] for one in encoded]), base.device)
             if batch[key].is_floating_point():
@@ -235,11 +241,15 @@ def answer_losses(base: Base, batch: dict[str, Any]) -> torch.Tensor:
     return none.index_add(0, owners, losses) / none.index_add(0, owners, torch.ones_like(losses))
 
 
-def process(base: Base, sample: Sample) -> dict[str, torch.Tensor]:
-    """The processor's output for one prompt: input_ids [1, S], pixel_values, and other inputs of the model."""
+def process(base: Base, sample: Sample, shown: Sequence[str | Variant] = ()) -> dict[str, torch.Tensor]:
+    """The processor's output for one prompt: input_ids [1, S], pixel_values, and other inputs of the model.
+
+    Args:
+        shown: what is shown in the place of each image of the sample. Empty: the images themselves.
+    """
     text = prompt_text(base.processor, sample.prompt)
     begins = special_tokens(base.processor, text)
-    images = [read_image(image, base.settings.image_options) for image in sample.images]
+    images = [read_shown(image, base.settings.image_options) for image in shown or sample.images]
     # Nested: one list of images for each text. Some processors would otherwise take each image for another sample.
     return dict(base.processor(images=[images], text=[text], return_tensors="pt", **begins))
 

@@ -1,9 +1,10 @@
 """On-disk cache of vision-tower features, shared by all workers, lanes and studies of a node.
 
 Each image has one safetensors file: `vlm-tune/features/<key>/<sha256 of the image file>.safetensors` in the user's
-cache. The key covers everything else that the features depend on, to the last bit. A file is written under another name
-and then renamed, so no process reads an unfinished file. Reading maps the file, so all processes share the kernel's
-copy of it.
+cache. The key covers everything else that the features depend on, to the last bit. A variant of an image
+(`train_fn.data.augment`) has a file of its own, whose name also has the variant's key. A file is written under another
+name and then renamed, so no process reads an unfinished file. Reading maps the file, so all processes share the
+kernel's copy of it.
 
 A process that computes an image's features claims the image by a file `<sha256>.claim` beside it, and others wait. A
 claim saves work and guards nothing: two processes that compute the same image write the same bytes.
@@ -33,6 +34,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from train_fn.data.augment import Variant, path_of
 from train_fn.data.images import READING
 from train_fn.settings import ImageOptions
 from train_fn.support.cache import cache_folder
@@ -89,18 +91,20 @@ class FeatureStore:
         self.limit = self.room = limit_bytes
         self.started = time.time() - GRACE_S
         self.contents: dict[str, str] = {}  # image path -> sha256 of the file, which a process reads once
-        self.memory: dict[str, torch.Tensor] = {}  # sha256 -> [P, D], where the disk cannot be written
-        self.prepared: set[str] = set()  # image paths that `batches.prepare_features` has seen to
+        self.memory: dict[str, torch.Tensor] = {}  # stem of the file -> [P, D], where the disk cannot be written
+        self.prepared: set[str | Variant] = set()  # what `preparation.prepare_features` has seen to
         self.on_disk = True
         self.num_writes = 0
 
-    def file(self, image: str) -> Path:
-        """The file for an image's features, whether it exists or not."""
-        if image not in self.contents:
-            self.contents[image] = file_hash(image)
-        return self.directory / f"{self.contents[image]}.safetensors"
+    def file(self, image: str | Variant) -> Path:
+        """The file for the features of an image or variant, whether it exists or not."""
+        path = path_of(image)
+        if path not in self.contents:
+            self.contents[path] = file_hash(path)
+        variant = "" if isinstance(image, str) else f"-{image.key}"
+        return self.directory / f"{self.contents[path]}{variant}.safetensors"
 
-    def find(self, image: str, shape: tuple[int, int]) -> torch.Tensor | None:
+    def find(self, image: str | Variant, shape: tuple[int, int]) -> torch.Tensor | None:
         """The features of an image, on the CPU; None if the cache has none of this shape [P, D].
 
         The file stays mapped as long as the tensor lives. Opening it takes 0.1 ms, and a process may hold only about
@@ -118,7 +122,7 @@ class FeatureStore:
             os.utime(file)
         return features if tuple(features.shape) == shape else None
 
-    def find_or_claim(self, image: str, shape: tuple[int, int], num_bytes: int) -> torch.Tensor | None:
+    def find_or_claim(self, image: str | Variant, shape: tuple[int, int], num_bytes: int) -> torch.Tensor | None:
         """As `find`. None: this process must compute the features, `keep` them, and `release` the image.
 
         Waits while another process computes them, at most about as long as a claim holds.
@@ -137,7 +141,7 @@ class FeatureStore:
         """Whether features of so many bytes would be written, as far as this process knows."""
         return self.on_disk and num_bytes <= self.room
 
-    def claim(self, image: str, num_bytes: int) -> bool:
+    def claim(self, image: str | Variant, num_bytes: int) -> bool:
         """Claim an image for this process. False: another process computes its features now. Features that will not be
         written need no claim, because nobody should wait for them."""
         if not self.can_write(num_bytes):
@@ -155,12 +159,12 @@ class FeatureStore:
             self.use_memory(error)
         return True
 
-    def release(self, image: str) -> None:
+    def release(self, image: str | Variant) -> None:
         """Remove this process's claim, after the features are written or computing them failed."""
         with contextlib.suppress(OSError):
             self.file(image).with_suffix(".claim").unlink()
 
-    def keep(self, image: str, features: torch.Tensor) -> None:
+    def keep(self, image: str | Variant, features: torch.Tensor) -> None:
         """Store an image's features [P, D] if there is space."""
         file, features = self.file(image), features.detach().cpu().contiguous()
         if self.on_disk:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from train_fn.data.augment import Variant
 from train_fn.model.base import Base
 from train_fn.model.batches import blames_images, compute_and_keep, features_size
 from train_fn.model.features import POLL_S
@@ -21,7 +22,9 @@ READERS = 4  # threads that read images for a GPU: reading one takes several tim
 ROUND_S = 10.0  # after this, the ranks of a trial tell each other whether they still prepare features
 
 
-def prepare_features(base: Base, images: Iterable[str], preempted: Callable[[], bool] = lambda: False) -> None:
+def prepare_features(
+    base: Base, images: Iterable[str | Variant], preempted: Callable[[], bool] = lambda: False
+) -> None:
     """Compute the features that the cache lacks, together with the other processes of this node.
 
     All lanes train in the same order. Without this, all would need the same image at the same time, and compute it
@@ -30,7 +33,8 @@ def prepare_features(base: Base, images: Iterable[str], preempted: Callable[[], 
     Without a cache that can be written, nothing is prepared.
 
     Args:
-        images: paths; those of an earlier call cost nothing. Every rank of a trial calls this, with the same images.
+        images: paths, or variants of images; those of an earlier call cost nothing. Every rank of a trial calls this,
+            with the same images.
         preempted: whether this process must shut down soon; then it prepares no more.
 
     Raises:
@@ -40,11 +44,11 @@ def prepare_features(base: Base, images: Iterable[str], preempted: Callable[[], 
     if store is None:
         return
 
-    def is_missing(image: str) -> bool:
+    def is_missing(image: str | Variant) -> bool:
         count_work()
         return store.find(image, features_size(base, image)[0]) is None
 
-    def must_wait(image: str) -> bool:
+    def must_wait(image: str | Variant) -> bool:
         """Compute the features of an image unless another process computes them; whether it does."""
         with blames_images([image]):
             num_bytes = features_size(base, image)[1]
@@ -58,7 +62,7 @@ def prepare_features(base: Base, images: Iterable[str], preempted: Callable[[], 
                 store.release(image)
             return False
 
-    new = sorted(set(images) - store.prepared)
+    new = sorted(set(images) - store.prepared, key=str)
     # A CPU has no core to spare, and a profile's phases follow each other.
     num_threads = READERS if base.device.type == "cuda" and not profile.active else 0
     with ThreadPoolExecutor(READERS, initializer=torch.cuda.set_device, initargs=(base.device,)) as pool:

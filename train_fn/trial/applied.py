@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 
+from train_fn.data.augment import ITSELF, variant_numbers
+from train_fn.data.samples import Splits
 from train_fn.execution import PADDED_PAIRS, Execution, run_stage
 from train_fn.settings import TrialSettings
+from train_fn.support.ranks import gather
 from train_fn.trial.compiled import compiler_note, is_compiled
 from train_fn.trial.lora import adapter_layers
 
@@ -176,6 +181,44 @@ def wanted_rate(settings: TrialSettings, step: int, num_steps: int) -> float:
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     decay = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "polynomial": 1 - progress}
     return peak * decay.get(kind, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ after an epoch
+
+
+def read_shown(shown: Counter[str]) -> dict[str, Any]:
+    """What an epoch's images were varied by, from what all ranks have fed to the model.
+
+    Args:
+        shown: this rank's images by variant, as `train_fn.data.augment.label_of` names it.
+    """
+    total = sum(gather(shown), Counter[str]())
+    strengths = sorted({label.split()[0] for label in total if label != ITSELF})
+    return {"augment": "+".join(strengths) or "none", "images_shown": dict(sorted(total.items()))}
+
+
+def check_shown(
+    applied: dict[str, Any], settings: TrialSettings, splits: Splits, order: np.ndarray, epoch: int
+) -> None:
+    """Compare the images that an epoch has shown with the settings.
+
+    Args:
+        applied: with the values of `read_shown`.
+        order: the training samples of the epoch's steps [steps, G].
+
+    Raises:
+        TrialFailed: other variants were shown, or another number of images.
+    """
+    wanted: Counter[str] = Counter()
+    flips = ", flips allowed" * splits.allow_flips
+    numbers = variant_numbers(splits.train, settings, epoch)
+    for index in order.flat:
+        its = numbers[index][: len(splits.train[index].images)]
+        wanted.update(f"{settings.augment} {n}{flips}" if n and settings.augment != "none" else ITSELF for n in its)
+    if applied["images_shown"] != wanted:
+        raise TrialFailed(
+            f"{NOT_APPLIED}images_shown should be {dict(sorted(wanted.items()))} but is {applied['images_shown']}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ after the last step

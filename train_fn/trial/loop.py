@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from train_fn.data.augment import shown_images
 from train_fn.data.order import epoch_order
 from train_fn.data.samples import Splits
 from train_fn.execution import Execution
@@ -32,9 +34,11 @@ from train_fn.trial.applied import (
     TrialFailed,
     check_applied,
     check_schedule,
+    check_shown,
     check_trained,
     read_applied,
     read_schedule,
+    read_shown,
 )
 from train_fn.trial.compiled import compiler_note
 from train_fn.trial.engine import build_engine
@@ -155,17 +159,18 @@ def run_trial(
 
         # ------------------------------------------------------------------------------------------- epoch after epoch
         run.announce("train", None)
-        if verdict == Verdict.GO_ON and run.epoch <= num_epochs:
-            # A trial that is shorter than an epoch does not use all images.
-            used = np.unique(epoch_order(len(splits.train), settings.global_batch_size, settings.seed, 1)[:num_steps])
-            samples = [*(splits.train[index] for index in used), *splits.validation]
-            prepare_features(base, [image for sample in samples for image in sample.images], preempted)
         while verdict == Verdict.GO_ON and run.epoch <= num_epochs:
             epoch = run.epoch
             first = (epoch - 1) * steps_per_epoch
-            order = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
-            order = order[log.step - first : num_steps - first]
-            steps = stack.enter_context(contextlib.closing(micro_batches(base, splits.train, execution, order)))
+            whole = epoch_order(len(splits.train), settings.global_batch_size, settings.seed, epoch)
+            whole = whole[: num_steps - first]
+            order = whole[log.step - first :]
+            shown = shown_images(splits, settings, epoch)
+            # Of this epoch only: a trial that is stopped, or is shorter than an epoch, does not use all.
+            used = [shown[index] for index in np.unique(order)] + [sample.images for sample in splits.validation]
+            prepare_features(base, [image for images in used for image in images], preempted)
+            batches = micro_batches(base, splits.train, execution, order, shown, run.shown)
+            steps = stack.enter_context(contextlib.closing(batches))
             for _ in order:
                 loss, leave = train_step(engine, steps, log.step + 1, preempted())
                 run.losses.append(loss)
@@ -187,6 +192,8 @@ def run_trial(
                     run.finish_writes()
                     raise Preempted(f"left at step {log.step}")
             train_loss = sum(run.losses) / len(run.losses)
+            applied |= read_shown(run.shown)
+            check_shown(applied, settings, splits, whole, epoch)
             run.announce("evaluation", train_loss)
             clock.lap("train")
             with phase("evaluation"):
@@ -220,14 +227,14 @@ def run_trial(
                 step=log.step,
                 metrics=metrics | {"train_loss": train_loss},
                 log=log.take_new(),
-                applied=applied,
+                applied=dict(applied),
                 seconds=clock.seconds(),
                 notes=troubles,
                 finished=last,
                 best_epoch=run.best_epoch,
             )
             run.reports.append(dataclasses.asdict(message))
-            run.epoch, run.losses = epoch + 1, []
+            run.epoch, run.losses, run.shown = epoch + 1, [], Counter()
             with phase("idle"):
                 verdict = Verdict(report(message))
             clock.lap("report")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,8 @@ class Run:
     epoch: int = 1
     losses: list[float] = field(default_factory=list)
     """Losses of this epoch's steps so far."""
+    shown: Counter[str] = field(default_factory=Counter)
+    """Images that this rank has trained on in this epoch so far, by variant."""
     reports: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Storage errors that were retried, and damaged states; part of every report."""
@@ -73,6 +76,7 @@ class Run:
             torch.cuda.set_rng_state(saved["random"]["cuda"])
         self.log = History(saved["step"], saved["entries"], saved["told"], saved.get("recent", []))
         self.losses, self.epoch, self.reports = saved["losses"], saved["epoch"], saved["reports"]
+        self.shown = Counter(saved["shown"])
         self.clock.by_phase = saved["seconds"]
         return True
 
@@ -106,7 +110,7 @@ class Run:
         log = self.log
         # States of earlier versions have the number of reported entries under "told".
         position = {"step": log.step, "entries": log.entries, "told": log.num_reported, "recent": log.recent}
-        position |= {"losses": self.losses, "epoch": self.epoch, "reports": self.reports}
+        position |= {"losses": self.losses, "shown": self.shown, "epoch": self.epoch, "reports": self.reports}
         position |= {"seconds": self.clock.seconds(), "best_epoch": self.best_epoch, "best_score": self.best_score}
         with phase("checkpoint"):
             point, content = self.state.serialise(position, self.engine)

@@ -6,6 +6,7 @@ Shapes: G samples of the global batch, B samples of a micro-batch.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from train_fn.data.augment import Variant, label_of
 from train_fn.data.order import by_images, by_tokens
 from train_fn.data.samples import Sample
 from train_fn.execution import Execution
@@ -37,7 +39,12 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batches(
-    base: Base, samples: Sequence[Sample], execution: Execution, order: np.ndarray
+    base: Base,
+    samples: Sequence[Sample],
+    execution: Execution,
+    order: np.ndarray,
+    shown: Sequence[Sequence[str | Variant]] | None = None,
+    fed: Counter[str] | None = None,
 ) -> Generator[MicroBatch]:
     """This worker's micro-batches of several optimizer steps.
 
@@ -46,30 +53,40 @@ def micro_batches(
 
     Args:
         order: the samples of each step [steps, G].
+        shown: what each sample shows in the place of its images. Not given: the images themselves.
+        fed: counts the images of the yielded batches by their variant, as `augment.label_of` names it.
     """
+    shown = [sample.images for sample in samples] if shown is None else shown
 
     packed = not execution.images and base.packs([num_tokens(base, sample) for sample in samples])
 
-    def prepare(indices: np.ndarray, is_last: bool) -> MicroBatch:
-        batch = collate(base, [samples[index] for index in indices], with_answers=True, packed=packed)
-        return MicroBatch(batch, to_device(torch.tensor(indices), base.device), is_last)
+    def prepare(indices: np.ndarray, is_last: bool) -> tuple[MicroBatch, list[str]]:
+        images = [shown[index] for index in indices]
+        batch = collate(base, [samples[index] for index in indices], with_answers=True, packed=packed, shown=images)
+        labels = [label_of(image) for its in images for image in its]
+        return MicroBatch(batch, to_device(torch.tensor(indices), base.device), is_last), labels
+
+    def counted(prepared: tuple[MicroBatch, list[str]]) -> MicroBatch:
+        if fed is not None:
+            fed.update(prepared[1])
+        return prepared[0]
 
     groups = (group for step in order for group in cut_step(base, samples, execution, packed, step))
     if not prepares_ahead(base.device):
         for group in groups:
             with phase("data"):
                 ready = prepare(*group)
-            yield ready
+            yield counted(ready)
         return
-    waiting: Future[MicroBatch] | None = None
+    waiting: Future[tuple[MicroBatch, list[str]]] | None = None
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(base.device,)) as ahead:
         for group in groups:
             following = ahead.submit(prepare, *group)
             if waiting:
-                yield waiting.result()
+                yield counted(waiting.result())
             waiting = following
         if waiting:
-            yield waiting.result()
+            yield counted(waiting.result())
 
 
 def prepares_ahead(device: torch.device) -> bool:

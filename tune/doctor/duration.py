@@ -186,7 +186,8 @@ def times(
     epoch = step * steps + evaluation_s(work, speed, work.validation, eval_batch_size) / workers
     once = START_S + (COMPILE_S if execution.compiled else 0.0)
     if work.features_kept:
-        once += tower_s(work, speed, [*work.train, *work.validation, *work.test]) / (lanes * workers)
+        variants = trial.augment_variants if trial.augment != "none" else 1
+        once += tower_s(work, speed, [*variants * work.train, *work.validation, *work.test]) / (lanes * workers)
     # The winner, the guide's trial and the base.
     once += 3 * evaluation_s(work, speed, work.test, eval_batch_size) / workers
     stopped = min(epochs, first_stop) if first_stop else epochs

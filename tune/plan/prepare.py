@@ -98,7 +98,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Study:
         split_rules(data, settings.model.image_options),
         task_rules(data),
     )
-    splits = dataclasses.replace(splits, max_new_tokens=data.max_new_tokens)
+    splits = dataclasses.replace(splits, max_new_tokens=data.max_new_tokens, allow_flips=data.allow_flips)
     try:
         splits = with_own_metric(splits, settings.study.metric)
     except ValueError as error:
