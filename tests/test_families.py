@@ -225,7 +225,7 @@ def idefics(name: str, images: Any) -> Family:
         images=images(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
         processor_options={"image_seq_len": 4},
         num_alike=2 * 3,
-        patches_per_token=1,
+        patches_per_token=4,
     )
 
 
@@ -272,7 +272,7 @@ FAMILIES = {
         ),
         processor_options={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
         num_alike=2 * 3,
-        patches_per_token=1,
+        patches_per_token=10 / 11,
     ),
     "qwen2_5_vl": qwen("Qwen2_5_VL", num_alike=2 * 3, window_size=56, fullatt_block_indexes=[1]),
     "qwen3_vl": qwen("Qwen3VL", num_alike=0, num_position_embeddings=16, deepstack_visual_indexes=[0]),
@@ -298,7 +298,7 @@ FAMILIES = {
         images=Gemma3ImageProcessorPil(size={"height": 28, "width": 28}),
         processor_options={"image_seq_length": 4},
         num_alike=2 * 3,
-        patches_per_token=1,
+        patches_per_token=4,
     ),
     "internvl": Family(
         model="InternVLForConditionalGeneration",
@@ -321,7 +321,7 @@ FAMILIES = {
         images=GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=4),
         processor_options={"image_seq_length": 4},
         num_alike=2 * 3,
-        patches_per_token=1,
+        patches_per_token=4,
     ),
     # Its projector has a name of its own.
     "deepseek_vl": Family(

@@ -169,9 +169,11 @@ def patches_per_token(base: Base) -> float:
     text = prompt_text(base.processor, Prompt("?"))
     begins = special_tokens(base.processor, text)
     made = base.processor(images=[[Image.new("RGB", (448, 448))]], text=[text], return_tensors="pt", **begins)
-    tokens = made["input_ids"].shape[1] - len(base.processor.tokenizer(text, **begins)["input_ids"]) + 1
-    vision: Any = base.model.config.vision_config
-    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    config: Any = base.model.config
+    tokens = max(1, int((made["input_ids"] == getattr(config, "image_token_id", -1)).sum()))
+    vision = getattr(config, "vision_config", None)
+    patch = getattr(vision, "patch_size", 14)
+    patch = patch if isinstance(patch, int) else patch[0]
     values = 3 * patch**2 * getattr(vision, "temporal_patch_size", 1)
     return made["pixel_values"].numel() / values / tokens
 
