@@ -85,7 +85,7 @@ def trainer_search(work: dict[str, Any]) -> list[dict[str, Any]]:
         loss_is_scaled_for_ga = False
 
         def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, now["settings"]))
+            self.optimizer = torch.optim.AdamW(parameter_groups(now["base"], self.model, now["settings"]))
             return self.optimizer
 
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
@@ -191,13 +191,13 @@ def bare_trials(base: Any, splits: Any, trials: dict[int, Any], folder: Path) ->
     for turn, (number, settings) in enumerate(trials.items()):
         clock = loop.Clock()
         loop.seed_everything(settings.seed, 0)
-        pattern = adapter_pattern(base, settings.lora_target_modules, settings.lora_exclude_patterns)
+        pattern = adapter_pattern(base, settings)
         adapted = [name for name in pristine if re.fullmatch(pattern, name)]
         for name in adapted:
             base.model.set_submodule(name, Adapted(pristine[name], settings).to(device))
         projector = {name: weight.clone() for name, weight in pristine[base.projector].state_dict().items()}
         pristine[base.projector].requires_grad_(settings.train_projector)
-        groups = parameter_groups(base.model, settings)
+        groups = parameter_groups(base, base.model, settings)
         trained = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, fused=True)
         num_steps = -(-len(splits.train) // settings.global_batch_size) * settings.num_train_epochs

@@ -154,6 +154,7 @@ READ_BACK: dict[str, tuple[Any, str]] = {
     "gradient_accumulation_steps": (4, "check_applied: global_batch_size should be 8 but is 16"),
     "learning_rate": (2e-3, "check_applied: learning_rate should be 0.002 but is 0.001"),
     "projector_learning_rate": (1e-2, "check_applied: projector_learning_rate should be 0.01 but is 0.001"),
+    "vision_learning_rate": (1e-2, "check_applied: vision_learning_rate should be 0.01 but is 0.001"),
     "lr_scheduler_type": ("constant", "check_schedule: the learning rate in step"),
     "warmup_ratio": (0.5, "check_schedule: the learning rate in step"),
     "weight_decay": (0.5, "check_applied: weight_decay should be 0.5 but is 0.01"),
@@ -173,6 +174,8 @@ READ_BACK: dict[str, tuple[Any, str]] = {
     "train_projector": (False, "check_applied: train_projector should be False but is True"),
     "augment": ("none", "check_shown: images_shown should be {'itself': 32} but is {'itself': 7, 'light 1': "),
     "augment_variants": (8, "check_shown: images_shown should be {'itself': 8, 'light 2': "),
+    "projector_lora": (True, "check_applied: projector_lora should be True but is False"),
+    "train_vision": ("none", "check_applied: train_vision should be 'none' but is 'lora'"),
     "class_balanced_loss": (False, "check_applied: class_balanced_loss should be False but is True"),
     "zero_stage": (0, "check_applied: zero_stage should be 0 but is 1"),
     "offload_optimizer": (True, "check_applied: offload_optimizer should be True but is False"),
@@ -182,7 +185,7 @@ READ_BACK: dict[str, tuple[Any, str]] = {
     "save_steps": (1, "loop"),
     "save_total_limit": (1, "loop"),
 }
-ENGINE = replace(SHORT, train_projector=True, augment="light")
+ENGINE = replace(SHORT, train_projector=True, train_vision="lora", augment="light")
 
 
 def test_every_setting_is_read_back() -> None:
@@ -229,11 +232,17 @@ def test_a_setting_that_the_engine_does_not_have_fails_the_trial(base, live, spl
 
 
 def test_an_adapter_or_projector_that_the_engine_lacks_fails_the_trial(base) -> None:
-    for asked, options in ((ENGINE, {"train_projector": False}), (ENGINE, {"use_lora": False})):
-        with adapted(base, replace(asked, **options)) as model:
-            engine = build_engine(base, model, replace(asked, **options), torch.ones(3), 2, 1)
-            with pytest.raises(TrialFailed, match=f"{next(iter(options))} should be True but is False"):
-                check_applied(read_applied(engine), asked)
+    lacking: list[tuple[str, Any, str]] = [
+        ("train_projector", False, "True but is False"),
+        ("use_lora", False, "True but is False"),
+        ("train_vision", "none", "'lora' but is 'none'"),
+    ]
+    for name, value, message in lacking:
+        other = replace(ENGINE, **{name: value})
+        with adapted(base, other) as model:
+            engine = build_engine(base, model, other, torch.ones(3), 2, 1)
+            with pytest.raises(TrialFailed, match=f"{name} should be {message}"):
+                check_applied(read_applied(engine), ENGINE)
             engine.destroy()
 
 

@@ -26,7 +26,8 @@ TEXTS = {n: rules(g)[n] for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (st
 SWITCHES = {n for n, (g, _) in FIELDS.items() if rules(g)[n][0] in (bool, bool | None)}
 # Options that some numbers need.
 WITH = {"folds": ("--confirm", "3"), "trial": ("--replay", "none"), "run": ("--replay", "none"),
-        "projector_learning_rate": ("--train-projector",)}  # fmt: skip
+        "projector_learning_rate": ("--train-projector",),
+        "vision_learning_rate": ("--train-vision", "lora")}  # fmt: skip
 
 NEVER_A_NUMBER = ["", " ", "x", "nan", "-inf", "inf", "1e999", "0x10", "1,5", "--", "9" * 5000, "-9" + "9" * 30, "１ x"]
 NEVER_A_TEXT = ["", " ", "\t", "a\nb", "a\x1b[31mb", "a\x00b", "\ud800", "\udce9", "\x7f", "a\u2028b", "x" * 5000]

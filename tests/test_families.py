@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from peft import PeftModel
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -35,13 +36,17 @@ from train_fn.model.processors import image_only
 from train_fn.model.prompts import answer_tail, end_tokens
 from train_fn.scoring.evaluation import generate, score_candidates
 from train_fn.settings import ModelSettings, TrialSettings
+from train_fn.trial.adapter_files import load_adapter, save_adapter
+from train_fn.trial.applied import TrialFailed
 from train_fn.trial.engine import build_engine
 from train_fn.trial.loop import run_trial
 from train_fn.trial.lora import adapted
+from train_fn.trial.memory import measure, patches_per_token
 from train_fn.trial.scoring import score_adapter
 
 ADAPTER = TrialSettings(num_train_epochs=6, lora_r=4, lora_alpha=8, learning_rate=1e-2, lora_dropout=0.0)
 PROJECTOR = replace(ADAPTER, train_projector=True, lora_exclude_patterns=())
+EVERY_PART = replace(PROJECTOR, train_vision="lora", projector_lora=True)
 WIDTH = 32
 TEXT = {
     "hidden_size": WIDTH,
@@ -130,7 +135,8 @@ class Family:
 
     placeholder: what the chat template writes for an image. config: from the tokenizer's vocabulary to the model's
     configuration. num_alike: layers outside the language model that have the names of adapted ones. named, others, eos,
-    begins, spaced: see `make_tokenizer`. parts: settings that name parts with unusual names.
+    begins, spaced: see `make_tokenizer`. parts: settings that name parts with unusual names. patches_per_token: the
+    vision tower's for each image token. unused: the vision tower's layer whose output the model does not take.
     """
 
     model: str
@@ -142,11 +148,13 @@ class Family:
     images: Any
     processor_options: dict[str, Any]
     num_alike: int
+    patches_per_token: float
     others: tuple[str, ...] = ()
     eos: str = "<|im_end|>"
     begins: bool = False
     spaced: bool = False
     parts: dict[str, str] = field(default_factory=dict)
+    unused: str = ""
 
 
 MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
@@ -200,6 +208,7 @@ def qwen(name: str, num_alike: int, **vision: Any) -> Family:
         ),
         processor_options={},
         num_alike=num_alike,
+        patches_per_token=4,
     )
 
 
@@ -216,6 +225,7 @@ def idefics(name: str, images: Any) -> Family:
         images=images(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
         processor_options={"image_seq_len": 4},
         num_alike=2 * 3,
+        patches_per_token=4,
     )
 
 
@@ -241,6 +251,8 @@ FAMILIES = {
             "num_additional_image_tokens": 1,
         },
         num_alike=2 * 3,
+        patches_per_token=1,
+        unused="vision_tower.encoder.layers.1.",
     ),
     "llava_onevision": Family(
         model="LlavaOnevisionForConditionalGeneration",
@@ -260,6 +272,7 @@ FAMILIES = {
         ),
         processor_options={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
         num_alike=2 * 3,
+        patches_per_token=10 / 11,
     ),
     "qwen2_5_vl": qwen("Qwen2_5_VL", num_alike=2 * 3, window_size=56, fullatt_block_indexes=[1]),
     "qwen3_vl": qwen("Qwen3VL", num_alike=0, num_position_embeddings=16, deepstack_visual_indexes=[0]),
@@ -285,6 +298,7 @@ FAMILIES = {
         images=Gemma3ImageProcessorPil(size={"height": 28, "width": 28}),
         processor_options={"image_seq_length": 4},
         num_alike=2 * 3,
+        patches_per_token=4,
     ),
     "internvl": Family(
         model="InternVLForConditionalGeneration",
@@ -307,6 +321,7 @@ FAMILIES = {
         images=GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=4),
         processor_options={"image_seq_length": 4},
         num_alike=2 * 3,
+        patches_per_token=4,
     ),
     # Its projector has a name of its own.
     "deepseek_vl": Family(
@@ -325,6 +340,7 @@ FAMILIES = {
         images=DeepseekVLImageProcessorPil(size={"height": 28, "width": 28}),
         processor_options={"num_image_tokens": 16},
         num_alike=2 * 3,
+        patches_per_token=1,
         parts={"projector": "model.aligner"},
     ),
 }
@@ -420,11 +436,22 @@ def adapted_layers(base: Base) -> list[str]:
 def expected_names(base: Base, settings: TrialSettings) -> set[str]:
     """Names, in the adapted model, of everything that is trained."""
     layers = [name for name in adapted_layers(base) if name.startswith(base.language_model + ".")]
+    linear = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    in_projector = [name for name in linear if name.startswith(base.projector + ".")]
+    if settings.train_vision == "lora":
+        layers += [n for n in linear if n.startswith(base.vision_tower + ".") and n not in in_projector]
+    if settings.projector_lora:
+        layers += in_projector
     names = {f"base_model.model.{name}.lora_{side}.default.weight" for name in layers for side in "AB"}
-    if settings.train_projector:
+    if settings.train_projector and not settings.projector_lora:
         projector = base.model.get_submodule(base.projector)
         names |= {f"base_model.model.{base.projector}.{name}" for name, _ in projector.named_parameters()}
     return names
+
+
+def every_part(base: Base) -> TrialSettings:
+    """Adapters on every part. Gemma 3's projector has no linear layer and is trained in full."""
+    return replace(EVERY_PART, projector_lora=base.model.config.model_type != "gemma3")
 
 
 @torch.no_grad()
@@ -449,8 +476,11 @@ def tail_text(base: Base, family: Family, answer: str) -> str:
 # ------------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("settings", [ADAPTER, PROJECTOR], ids=["adapter", "adapter and projector"])
+@pytest.mark.parametrize(
+    "settings", [ADAPTER, PROJECTOR, EVERY_PART], ids=["adapter", "adapter and projector", "every part"]
+)
 def test_one_step_moves_exactly_what_is_trained(base, family, few, settings) -> None:
+    settings = every_part(base) if settings is EVERY_PART else settings
     settings = replace(settings, gradient_accumulation_steps=1, warmup_ratio=0.0)
     alike = [name for name in adapted_layers(base) if not name.startswith(base.language_model + ".")]
     assert len(adapted_layers(base)) - len(alike) == 2 * 7
@@ -468,7 +498,10 @@ def test_one_step_moves_exactly_what_is_trained(base, family, few, settings) -> 
         moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
         engine.destroy()
     # lora_A's gradient is lora_B's value, 0 before the first step: weight decay moves it all the same.
-    assert moved == expected
+    # Without a gradient lora_B keeps its 0.
+    unused = {name for name in expected if family.unused and family.unused in name and ".lora_B." in name}
+    assert bool(unused) == bool(family.unused and settings.train_vision == "lora")
+    assert moved == expected - unused
     assert modules == [name for name, _ in base.model.named_modules()]
     after = weights(base)
     assert pristine.keys() == after.keys() and all(torch.equal(pristine[name], after[name]) for name in pristine)
@@ -507,6 +540,45 @@ def test_a_trained_projector_is_float32_in_a_bfloat16_base(base, family, few) ->
     assert gradients.keys() == expected_names(coarse, PROJECTOR)
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients.values())
     assert losses.tolist() == pytest.approx(wanted.tolist(), abs=0.1)
+
+
+def test_adapters_on_every_part_are_loaded_by_plain_peft(base, family, few, tmp_path) -> None:
+    settings, samples = every_part(base), few.train[:2]
+    with torch.no_grad(), adapted(base, settings) as model:
+        torch.manual_seed(1)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.eval()
+        wanted = answer_losses(base, collate(base, samples, with_answers=True))
+        save_adapter(base, model, settings, tmp_path)
+    with torch.no_grad(), load_adapter(base, tmp_path):
+        assert torch.allclose(answer_losses(base, collate(base, samples, with_answers=True)), wanted, atol=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processing_smolvlm, "num2words", str)
+        fresh = load_base(base.settings, torch.device("cpu"))
+    with torch.no_grad():
+        untouched = answer_losses(fresh, collate(fresh, samples, with_answers=True))
+        PeftModel.from_pretrained(fresh.model, tmp_path).eval()
+        found = answer_losses(fresh, collate(fresh, samples, with_answers=True))
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert (found - untouched).abs().max() > 1e-3
+
+
+def test_the_towers_activations_are_counted_and_can_be_checkpointed(base, family, monkeypatch) -> None:
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    assert patches_per_token(base) == pytest.approx(family.patches_per_token, rel=0.02)
+    sizes = measure(base.settings, every_part(base), torch.float32)
+    assert 0 < sizes.tower_checkpointed < sizes.tower
+
+
+def test_a_projector_without_linear_layers_gets_no_adapter(base, family, few) -> None:
+    if every_part(base).projector_lora:
+        assert base_problems(base.settings, EVERY_PART, few) == []
+        return
+    with pytest.raises(
+        TrialFailed, match=r"`projector_lora` must find linear layers, but the projector model.multi_mo"
+    ):
+        run_trial(base, few, EVERY_PART, lambda message: False)
 
 
 # ------------------------------------------------------------------------------------------------ forward

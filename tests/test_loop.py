@@ -315,12 +315,13 @@ LONG = replace(PROJECTOR, num_train_epochs=3, save_steps=3, logging_steps=1, lor
 ZERO_0 = replace(LONG, zero_stage=0, train_projector=False)
 ZERO_1 = replace(LONG, zero_stage=1, loraplus_lr_ratio=4.0, max_steps=5)
 EIGHT_BIT = replace(LONG, optim="adamw_8bit")
+VISION = replace(LONG, train_vision="lora", projector_lora=True, num_train_epochs=2)
 
 
 @pytest.mark.parametrize(
     ("settings", "killed_in"),
-    [(LONG, 2), (LONG, 4), (LONG, 5), (ZERO_0, 4), (ZERO_1, 5), (EIGHT_BIT, 4)],
-    ids=["zero 2, step 2", "zero 2, step 4", "zero 2, step 5", "zero 0", "zero 1", "8 bit"],
+    [(LONG, 2), (LONG, 4), (LONG, 5), (ZERO_0, 4), (ZERO_1, 5), (EIGHT_BIT, 4), (VISION, 4)],
+    ids=["zero 2, step 2", "zero 2, step 4", "zero 2, step 5", "zero 0", "zero 1", "8 bit", "vision tower"],
 )
 def test_a_killed_trial_resumes_to_the_same_numbers(base, splits, tmp_path, monkeypatch, settings, killed_in) -> None:
     whole = train(base, splits, settings, tmp_path / "whole")

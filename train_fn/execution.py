@@ -60,8 +60,8 @@ def change(before: Execution, after: Execution) -> str:
 
 
 # Settings that decide, beside rank and dropout, how much memory a sample takes.
-MEMORY_SETTINGS = ("use_lora", "use_dora", "lora_target_modules", "lora_exclude_patterns", "train_projector", "optim",
-                   "zero_stage", "offload_optimizer")  # fmt: skip
+MEMORY_SETTINGS = ("use_lora", "use_dora", "lora_target_modules", "lora_exclude_patterns", "train_projector",
+                   "projector_lora", "train_vision", "optim", "zero_stage", "offload_optimizer")  # fmt: skip
 
 
 def needs_as_much(settings: TrialSettings, execution: Execution, other: TrialSettings, before: Execution) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
+VISION_TRAINING = ("none", "lora")
 LR_SCHEDULER_TYPES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial")
 AUGMENT = ("none", "light", "medium")
 GUIDE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -212,6 +213,8 @@ class TrialSettings:
     """Peak learning rate of the adapter. 1e-4 to 5e-4 is usual for LoRA."""
     projector_learning_rate: Annotated[float | None, Range(0, 10, above=True)] = None
     """Peak learning rate of the projector when it is trained. Not given: the adapter's."""
+    vision_learning_rate: Annotated[float | None, Range(0, 10, above=True)] = None
+    """Peak learning rate of the vision tower's adapter (--train-vision lora). Not given: the language model's."""
     lr_scheduler_type: Annotated[str, one_of(LR_SCHEDULER_TYPES)] = "cosine"
     """Learning-rate schedule: cosine, linear, constant, constant_with_warmup or polynomial."""
     warmup_ratio: Annotated[float, Range(0, 1, below=True)] = 0.03
@@ -230,7 +233,8 @@ class TrialSettings:
     """Compile the language model's layers with torch.compile: fewer and larger GPU kernels, after one wait for the
     compiler a lane. Changes numbers in their last digits. Not given: on GPUs of compute capability 8.0 and more."""
     use_lora: bool = True
-    """Train an adapter. Without it only the projector is trained (--train-projector)."""
+    """Train an adapter on the language model. Without it only the projector (--train-projector) or the vision tower's
+    adapter (--train-vision lora) is trained."""
     lora_r: Annotated[int, Range(1, 16_384)] = 64
     """Rank of the adapter."""
     lora_alpha: Annotated[float, Range(0, 10**6, above=True)] = 128
@@ -247,10 +251,17 @@ class TrialSettings:
     lora_target_modules: Annotated[tuple[str, ...], MODULE_NAME] = GUIDE_MODULES
     """Linear layers that get an adapter, by the last part of their name."""
     lora_exclude_patterns: Annotated[tuple[str, ...], NAME_PART] = ("vision", "visual")
-    """Parts of names, such as layers.0. or gate_proj; a module whose full name contains one gets no adapter. Modules
-    outside the language model never do."""
+    """Parts of names, such as layers.0. or gate_proj; a module of the language model whose full name contains one gets
+    no adapter. Other modules get one only by train_vision and projector_lora."""
     train_projector: bool = False
     """Train the vision-to-language projector (all its weights) beside the adapter."""
+    projector_lora: bool = False
+    """With --train-projector: train an adapter on the projector's linear layers instead of all its weights. Its rank,
+    lora_alpha and dropout are those of the language model's adapter, its rate is projector_learning_rate."""
+    train_vision: Annotated[str, one_of(VISION_TRAINING)] = "none"
+    """none, or lora: also train an adapter on the linear layers of the vision tower, of the same rank, lora_alpha and
+    dropout. The features of an image then change in every step. So none are cached, and the tower runs in every forward
+    and backward pass."""
     class_balanced_loss: bool = True
     """Weight each image by the inverse frequency of its answer in the training split (mean weight 1). Near-copies, and
     images of one group, share the weight of one image."""
@@ -274,6 +285,16 @@ class TrialSettings:
     """Seed of adapter initialisation, dropout and data order."""
 
     @property
+    def lora_parts(self) -> tuple[str, ...]:
+        """The parts of the model that get an adapter, by their field of `train_fn.model.base.Base`."""
+        wanted = {
+            "language_model": self.use_lora,
+            "vision_tower": self.train_vision == "lora",
+            "projector": self.train_projector and self.projector_lora,
+        }
+        return tuple(part for part, is_wanted in wanted.items() if is_wanted)
+
+    @property
     def global_batch_size(self) -> int:
         """Images in one optimizer step, over all workers."""
         return (self.per_device_train_batch_size or GUIDE_MICRO_BATCH) * self.gradient_accumulation_steps
@@ -295,8 +316,14 @@ class TrialSettings:
         workers = f"{times}must be a multiple of the {world_size} workers per trial, so that the global batch stays"
         together: list[tuple[tuple[str, ...], Callable[[], bool], str, str]] = [
             (("lora_target_modules",), lambda: bool(self.lora_target_modules), "must name a layer", "such as q_proj"),
-            (("use_lora", "train_projector"), lambda: self.use_lora or self.train_projector, "leaves nothing to train",
-             "add --train-projector"),
+            (("use_lora", "train_projector", "train_vision"),
+             lambda: self.use_lora or self.train_projector or self.train_vision != "none", "leaves nothing to train",
+             "add --train-projector or --train-vision lora"),
+            (("projector_lora", "train_projector"), lambda: self.train_projector or not self.projector_lora,
+             "needs a trained projector", "add --train-projector, or leave it out"),
+            (("vision_learning_rate", "train_vision"),
+             lambda: self.train_vision == "lora" or self.vision_learning_rate is None, "needs a trained vision tower",
+             "add --train-vision lora, or leave it out"),
             (("offload_optimizer", "zero_stage"), lambda: not self.offload_optimizer or self.zero_stage > 0,
              "needs ZeRO", "give --zero-stage 2"),
             (("gradient_accumulation_steps", "per_device_train_batch_size"), lambda: self.shared_by(world_size),

@@ -86,7 +86,7 @@ class Base:
         attention, which the kernel lacks, and not on GPUs without the kernel."""
         has_dropout = getattr(self.model.config.get_text_config(), "attention_dropout", 0) > 0
         is_fast = self.device.type == "cpu" or has_varlen_kernel(self.device, self.model.dtype)
-        return self.needs_no_mask and self.takes_features and not has_dropout and is_fast
+        return self.needs_no_mask and not has_dropout and is_fast
 
     def packs(self, sizes: Sequence[int]) -> bool:
         """Whether samples of so many tokens should stand in one row instead of a padded batch: where padding would cost

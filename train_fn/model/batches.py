@@ -83,15 +83,25 @@ def compute_features(base: Base, image: str | Variant) -> torch.Tensor:
     It is always computed for one image at a time. Packed with others, an image's features differ in the last bits (on a
     CPU in float32 at Hulu-Med's shapes: all images, by up to 1e-6), and metrics would depend on who filled the cache.
     """
-    tower = base.model.get_submodule(base.vision_tower).eval()
-    picture = read_shown(image, base.settings.image_options)
-    pixels = base.processor.image_processor([picture], return_tensors="pt").to(base.device)
+    base.model.get_submodule(base.vision_tower).eval()
+    return run_tower(base, tower_inputs(base, [image]))
+
+
+def tower_inputs(base: Base, images: Sequence[Shown]) -> dict[str, torch.Tensor]:
+    """Images as the vision tower's arguments, their patches one behind the other."""
+    pictures = [read_shown(image, base.settings.image_options) for image in images]
+    pixels = base.processor.image_processor(pictures, return_tensors="pt")
+    return {
+        "pixel_values": to_device(pixels["pixel_values"].to(base.model.dtype), base.device),
+        "grid_thw": to_device(pixels["image_grid_thw"], base.device),
+        "merge_sizes": to_device(pixels["image_merge_sizes"], base.device),
+    }
+
+
+def run_tower(base: Base, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The vision tower's output [patches of all images, D] for `tower_inputs`."""
     with phase("encoder"):
-        return tower(
-            pixel_values=pixels["pixel_values"].to(base.model.dtype),
-            grid_thw=pixels["image_grid_thw"],
-            merge_sizes=pixels["image_merge_sizes"],
-        ).last_hidden_state
+        return base.model.get_submodule(base.vision_tower)(**inputs).last_hidden_state
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -140,15 +150,20 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool, packed
         packed: one row [1, S] of all sequences without padding, instead of a row for each. Only if `base.packs_rows`.
 
     Returns:
-        Token tensors [B, S], and `vision_features` or pixels. With answers also `labels` [B, S], -100 outside the
-        answer and its end token; and `positions`: for all other labels, the sample of each, and the place of the token
-        before it among the B * S. All tensors are made on the CPU: on a GPU, the program would wait for the result.
+        Token tensors [B, S], and `vision_features`, `tower_inputs` (of a tower that is trained) or pixels. With answers
+        also `labels` [B, S], -100 outside the answer and its end token; and `positions`: for all other labels, the
+        sample of each, and the place of the token before it among the B * S. All tensors are made on the CPU: on a GPU,
+        the program would wait for the result.
     """
     batch: dict[str, Any] = {}
-    if base.takes_features:
+    if base.counts_patches:
         encoded = [prompt_tokens(base, s.prompt, [num_patches(base, image) for image in s.images]) for s in samples]
-        features = [to_device(image_features(base, image), base.device) for its in shown for image in its]
-        batch["vision_features"] = torch.cat(features)
+        images = [image for its in shown for image in its]
+        if base.takes_features:
+            features = [to_device(image_features(base, image), base.device) for image in images]
+            batch["vision_features"] = torch.cat(features)
+        else:
+            batch["tower_inputs"] = tower_inputs(base, images)
     else:
         encoded = [process(base, sample, its) for sample, its in zip(samples, shown, strict=True)]
         for key in encoded[0].keys() - set(TOKEN_KEYS):
@@ -168,7 +183,7 @@ def make_batch(base: Base, samples: Sequence[Sample], with_answers: bool, packed
             pad = base.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
             joined = torch.cat(whole, 1) if packed else pad_and_stack(whole, pad)
             batch[key] = to_device(joined, base.device)
-            if key == "input_ids" and base.takes_features:
+            if key == "input_ids" and base.counts_patches:
                 (places,) = (joined.flatten() == base.model.config.image_token_id).nonzero(as_tuple=True)
                 batch["image_positions"] = to_device(places, base.device)
     if packed:
@@ -210,17 +225,18 @@ def row_of(base: Base, lengths: Sequence[int]) -> dict[str, Any]:
 def forward_hidden(base: Base, batch: dict[str, Any], **options: Any) -> Any:
     """The inner model's output. `last_hidden_state` [B, S, H] is the input of the language-model head.
 
-    The projector runs here, on features or pixels, so that it can be trained. The head does not: with a vocabulary of
-    152 k, logits at every position of a batch are gigabytes.
+    The projector runs here, on features or pixels, so that it can be trained; so does a tower that is trained. The head
+    does not: with a vocabulary of 152 k, logits at every position of a batch are gigabytes.
     """
-    apart = ("labels", "positions", "vision_features", "image_positions")
+    apart = ("labels", "positions", "vision_features", "tower_inputs", "image_positions")
     inputs = {key: value for key, value in batch.items() if key not in apart}
     inner = getattr(base.model, base.model.base_model_prefix)
-    if "vision_features" in batch:
+    if "image_positions" in batch:
+        features = run_tower(base, batch["tower_inputs"]) if "tower_inputs" in batch else batch["vision_features"]
         # As the inner model does it with `mm_encoder_outputs`, but that counts the image tokens on the device, and the
         # program would wait for it twice.
         tokens = inner.get_input_embeddings()(inputs.pop("input_ids"))  # [B, S, H]
-        projected = base.model.get_submodule(base.projector)(batch["vision_features"]).to(tokens.dtype)
+        projected = base.model.get_submodule(base.projector)(features).to(tokens.dtype)
         embedded = tokens.flatten(0, 1).index_copy(0, batch["image_positions"], projected)
         inputs["inputs_embeds"] = embedded.view_as(tokens)
         if base.needs_no_mask:

@@ -25,7 +25,8 @@ from train_fn.trial.lora import attached, replace_projector
 
 
 def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, directory: Path) -> None:
-    """Write the files that PEFT's `PeftModel.from_pretrained` needs, the trained projector included, and the processor.
+    """Write the files that PEFT's `PeftModel.from_pretrained` needs, with the weights of a projector that is trained in
+    full, and the processor.
 
     PEFT would save a trained projector only if PEFT itself had wrapped it. So its tensors are written under the names
     that PEFT would use, and the configuration lists it in `modules_to_save`. For a Hulu-Med base all names are those of
@@ -37,7 +38,7 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
     config.inference_mode = True
     for name, value in peft_reference(base.settings.model, str(base.model.name_or_path)).items():
         setattr(config, name, value)  # PEFT has put the folder of a hub model on this machine there
-    if settings.train_projector:
+    if settings.train_projector and not settings.projector_lora:
         # PEFT saves every module whose name ends with the entry, so the last part of the name is enough.
         config.modules_to_save = [renamed(base, base.projector + ".").rstrip(".").rpartition(".")[2]]
         projector = base.model.get_submodule(base.projector)

@@ -18,10 +18,11 @@ from peft import PeftModel
 from train_fn.data.augment import ITSELF, variant_numbers
 from train_fn.data.samples import Splits
 from train_fn.execution import PADDED_PAIRS, Execution, run_stage
+from train_fn.model.targets import part_of
 from train_fn.settings import TrialSettings
 from train_fn.support.ranks import gather
 from train_fn.trial.compiled import compiler_note, is_compiled
-from train_fn.trial.lora import adapter_layers
+from train_fn.trial.lora import LORA_GROUPS, PEFT_PREFIX, adapter_layers, group_rates
 
 OPTIMIZER_CLASSES = {"adamw_torch": "AdamW", "adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 NOT_APPLIED = "the engine does not train what the search asked for: "
@@ -41,7 +42,8 @@ def read_applied(engine: Any) -> dict[str, Any]:
     Where layers or groups differ in a value, the value is the list of all that occur.
     """
     model: PeftModel = engine.module.model
-    base_model = engine.module.base.model
+    base = engine.module.base
+    base_model = base.model
     layers = adapter_layers(model).values()
     groups = {group["name"]: group for group in engine.optimizer.param_groups}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -54,7 +56,9 @@ def read_applied(engine: Any) -> dict[str, Any]:
     optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
     applied = {
         "use_lora": "adapter" in groups,
-        "train_projector": "projector" in groups,
+        "train_projector": "projector" in groups or "projector_lora" in groups,
+        "projector_lora": "projector_lora" in groups,
+        "train_vision": "lora" if "vision" in groups else "none",
         "weight_decay": only(group["weight_decay"] for name, group in groups.items() if name != "projector_bias"),
         "max_grad_norm": engine.gradient_clipping(),
         "execution": dataclasses.asdict(engine.module.execution),
@@ -71,9 +75,11 @@ def read_applied(engine: Any) -> dict[str, Any]:
         "engine": type(engine).__name__,
         "optimizer": type(engine.optimizer).__name__,
     }
-    if not compiler_note(engine.module.base):  # else layers run plain whatever was asked for, and a note says so
+    if not compiler_note(base):  # else layers run plain whatever was asked for, and a note says so
         applied["torch_compile"] = any(map(is_compiled, base_model.modules()))
-    if "adapter" in groups:
+    adapters = [name for name in LORA_GROUPS.values() if name in groups]
+    if adapters:
+        parts = Counter(part_of(base, name.removeprefix(PEFT_PREFIX)) for name in adapter_layers(model))
         applied |= {
             "lora_r": only(layer.r["default"] for layer in layers),
             "lora_alpha": only(layer.lora_alpha["default"] for layer in layers),
@@ -82,13 +88,17 @@ def read_applied(engine: Any) -> dict[str, Any]:
             "use_rslora": config.use_rslora,
             "use_dora": only(bool(layer.use_dora["default"]) for layer in layers),
             "num_adapted_modules": len(layers),
+            "adapted_parts": dict(parts),
             "adapted_modules": sorted({name.rpartition(".")[2] for name in adapter_layers(model)}),
-            "learning_rate": groups["adapter"]["initial_lr"],
-            "loraplus_lr_ratio": groups["adapter_b"]["initial_lr"] / groups["adapter"]["initial_lr"],
+            "loraplus_lr_ratio": only(
+                groups[f"{name}_b"]["initial_lr"] / groups[name]["initial_lr"] for name in adapters
+            ),
         }
-    if "projector" in groups:
-        rates = [group["initial_lr"] for name, group in groups.items() if name.startswith("projector")]
-        applied["projector_learning_rate"] = only(rates)
+    rates = {"learning_rate": ("adapter",), "vision_learning_rate": ("vision",)}
+    rates["projector_learning_rate"] = ("projector", "projector_bias", "projector_lora")
+    for setting, names in rates.items():
+        if found := [groups[name]["initial_lr"] for name in names if name in groups]:
+            applied[setting] = only(found)
     return applied
 
 
@@ -117,6 +127,7 @@ def check_applied(
         "class_balanced_loss": settings.class_balanced_loss and closed_set,
         "lora_scaling": settings.lora_alpha / (settings.lora_r**0.5 if settings.use_rslora else settings.lora_r),
         "projector_learning_rate": settings.projector_learning_rate or settings.learning_rate,
+        "vision_learning_rate": settings.vision_learning_rate or settings.learning_rate,
     }
 
     def same(got: Any, value: Any) -> bool:
@@ -173,9 +184,7 @@ def check_schedule(rates: dict[str, float], settings: TrialSettings, num_steps: 
 def wanted_rate(settings: TrialSettings, step: int, num_steps: int) -> float:
     """The learning rate of one step by the settings, computed without the scheduler's library."""
     warmup = round(settings.warmup_ratio * num_steps)
-    kind, peak = settings.lr_scheduler_type, settings.learning_rate
-    if not settings.use_lora:
-        peak = settings.projector_learning_rate or peak
+    kind, peak = settings.lr_scheduler_type, next(iter(group_rates(settings).values()))
     if kind != "constant" and step < warmup:
         return peak * step / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))

@@ -93,9 +93,9 @@ def deepspeed_config(settings: TrialSettings, world_size: int, num_trainable: in
     return config
 
 
-def build_optimizer(model: PeftModel, settings: TrialSettings, on_gpu: bool) -> torch.optim.Optimizer:
+def build_optimizer(base: Base, model: PeftModel, settings: TrialSettings, on_gpu: bool) -> torch.optim.Optimizer:
     """AdamW over the trial's parameter groups."""
-    groups = parameter_groups(model, settings)
+    groups = parameter_groups(base, model, settings)
     options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
     if settings.optim == "adamw_torch":
         return torch.optim.AdamW(groups, fused=not (on_gpu and settings.offload_optimizer), **options)
@@ -127,7 +127,7 @@ def build_engine(
     on_gpu = base.device.type == "cuda"
     if base.model.dtype == torch.float16 and not settings.zero_stage:
         raise TrialFailed("a float16 base needs the loss scale of ZeRO: give --zero-stage 1 or 2, or another --dtype")
-    optimizer = build_optimizer(model, settings, on_gpu)
+    optimizer = build_optimizer(base, model, settings, on_gpu)
     warmup = round(settings.warmup_ratio * num_steps)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup, num_steps)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

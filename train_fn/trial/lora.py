@@ -11,18 +11,22 @@ from peft.tuners.lora import LoraLayer
 
 from train_fn.execution import Execution
 from train_fn.model.base import Base
-from train_fn.model.targets import adapter_pattern, target_problems, wanted_modules
+from train_fn.model.targets import adapter_pattern, part_of, target_problems, wanted_modules
 from train_fn.settings import TrialSettings
 from train_fn.trial.compiled import compiled
 from train_fn.trial.pristine import BaseChanged, changes, pristine, restore
+
+PEFT_PREFIX = "base_model.model."  # of the base's names in an adapted model
+# The optimizer's groups of each part's adapter: of its A matrices and of its B matrices.
+LORA_GROUPS = {"language_model": "adapter", "vision_tower": "vision", "projector": "projector_lora"}
 
 # ------------------------------------------------------------------------------------------------ a trial's adapter
 
 
 @contextlib.contextmanager
 def adapted(base: Base, settings: TrialSettings, execution: Execution | None = None) -> Iterator[PeftModel]:
-    """Put a fresh adapter on the base and, with `train_projector`, a trainable float32 projector; remove both at the
-    end.
+    """Put a fresh adapter on the base and, with `train_projector` but not `projector_lora`, a trainable float32
+    projector; remove both at the end.
 
     Args:
         execution: whether layers are compiled, and what they keep. Not given: plain layers.
@@ -35,15 +39,15 @@ def adapted(base: Base, settings: TrialSettings, execution: Execution | None = N
     if problems := target_problems(base, settings):
         raise ValueError("; ".join(problems))
     torch.manual_seed(settings.seed)
-    wanted = wanted_modules(base, settings) if settings.use_lora else set()
+    wanted = wanted_modules(base, settings)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(attached(base, lora_config(base, settings)))
-        adapted_modules = {name.removeprefix("base_model.model.") for name in adapter_layers(model)}
-        if settings.use_lora and (other := wanted ^ adapted_modules):
+        adapted_modules = {name.removeprefix(PEFT_PREFIX) for name in adapter_layers(model)}
+        if settings.lora_parts and (other := wanted ^ adapted_modules):
             raise ValueError(f"the adapter must be on the modules that the settings name, but differs in {min(other)}")
-        if not settings.use_lora:  # the adapter keeps its initial value, which changes nothing
+        if not settings.lora_parts:  # the adapter keeps its initial value, which changes nothing
             model.requires_grad_(False)
-        if settings.train_projector:
+        if settings.train_projector and not settings.projector_lora:
             weights = base.model.get_submodule(base.projector).named_parameters()
             replace_projector(base, {name: p.detach().to(torch.float32, copy=True) for name, p in weights})
         if execution and execution.gradient_checkpointing:
@@ -57,10 +61,10 @@ def adapted(base: Base, settings: TrialSettings, execution: Execution | None = N
 def lora_config(base: Base, settings: TrialSettings) -> LoraConfig:
     """PEFT's configuration of a trial's adapter."""
     return LoraConfig(
-        r=settings.lora_r if settings.use_lora else 1,
+        r=settings.lora_r if settings.lora_parts else 1,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int, computes with float
         lora_dropout=settings.lora_dropout,
-        target_modules=adapter_pattern(base, settings.lora_target_modules, settings.lora_exclude_patterns),
+        target_modules=adapter_pattern(base, settings),
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base.model.name_or_path),
         use_rslora=settings.use_rslora,
@@ -83,8 +87,11 @@ def attached(base: Base, config: LoraConfig) -> Iterator[PeftModel]:
         base.autocasts = base.autocasts and not config.use_dora  # whose norms need float32
         # The adapter is float32 also on a bfloat16 base: 2e-4 of a weight is less than bfloat16's spacing.
         model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
-        for layer in adapter_layers(model).values():
-            layer.cast_input_dtype_enabled = not base.autocasts
+        for name, layer in adapter_layers(model).items():
+            # Only the language model autocasts. Elsewhere PEFT casts a layer's input to the adapter's float32, and its
+            # output back.
+            inside = part_of(base, name.removeprefix(PEFT_PREFIX)) == "language_model"
+            layer.cast_input_dtype_enabled = not (base.autocasts and inside)
         yield model
     finally:
         restore(base, before)
@@ -106,20 +113,29 @@ def replace_projector(base: Base, weights: dict[str, torch.Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------ for the optimizer
 
 
-def parameter_groups(model: torch.nn.Module, settings: TrialSettings) -> list[dict]:
-    """AdamW's groups: adapter (its B matrices apart), projector weights, projector biases (without decay). Each has a
-    name, so that it can be read back."""
-    projector_rate = settings.projector_learning_rate or settings.learning_rate
-    rates = {
-        "adapter": settings.learning_rate,
-        "adapter_b": settings.learning_rate * settings.loraplus_lr_ratio,
-        "projector": projector_rate,
-        "projector_bias": projector_rate,
-    }
+def group_rates(settings: TrialSettings) -> dict[str, float]:
+    """Peak learning rates of AdamW's groups by name, in their order."""
+    projector = settings.projector_learning_rate or settings.learning_rate
+    vision = settings.vision_learning_rate or settings.learning_rate
+    by_part = {"language_model": settings.learning_rate, "vision_tower": vision, "projector": projector}
+    rates = {}
+    for part in settings.lora_parts:
+        rates[LORA_GROUPS[part]] = by_part[part]
+        rates[LORA_GROUPS[part] + "_b"] = by_part[part] * settings.loraplus_lr_ratio
+    if settings.train_projector and not settings.projector_lora:
+        rates |= {"projector": projector, "projector_bias": projector}
+    return rates
+
+
+def parameter_groups(base: Base, model: torch.nn.Module, settings: TrialSettings) -> list[dict]:
+    """AdamW's groups: the adapter of each part (its B matrices apart), projector weights, projector biases (without
+    decay). Each has a name, so that it can be read back."""
+    rates = group_rates(settings)
     groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" in name:
-            groups["adapter_b" if ".lora_B." in name else "adapter"].append(parameter)
+            group = LORA_GROUPS[part_of(base, name.removeprefix(PEFT_PREFIX))]
+            groups[f"{group}_b" if ".lora_B." in name else group].append(parameter)
         elif parameter.requires_grad:
             groups["projector_bias" if name.endswith("bias") else "projector"].append(parameter)
     return [

@@ -46,6 +46,10 @@ class Sizes:
     """Bytes a token that one layer keeps while it is computed again."""
     evaluation: float
     """Bytes a token of keys and values."""
+    tower: float = 0.0
+    """Bytes that the vision tower keeps for the backward pass for each token of the language model; 0 if frozen."""
+    tower_checkpointed: float = 0.0
+    """The same with gradient checkpointing: every layer's input, and a layer that is computed again."""
 
 
 def memory_needed(
@@ -80,14 +84,16 @@ def activation_bytes(sizes: Sizes, execution: Execution, longest: int) -> float:
     """Bytes that the largest forward pass keeps for the backward pass."""
     tokens = max(execution.images * longest, execution.tokens, longest)
     if execution.gradient_checkpointing:
-        return tokens * (sizes.checkpointed + sizes.layer)
-    return tokens * sizes.activations * (COMPILED_SHARE[execution.activation_budget] if execution.compiled else 1)
+        return tokens * (sizes.checkpointed + sizes.layer + sizes.tower_checkpointed)
+    share = COMPILED_SHARE[execution.activation_budget] if execution.compiled else 1
+    return tokens * (sizes.activations * share + sizes.tower)
 
 
 def measure(settings: ModelSettings, trial: TrialSettings, dtype: Any) -> Sizes:
     """A trial's sizes, from the model's shapes on torch's meta device.
 
-    Activations are those of the language model: the vision tower is frozen, and the head sees the answer's tokens only.
+    Activations are those of the language model, and of a vision tower that is trained. The head sees the answer's
+    tokens only.
 
     Args:
         dtype: the base's number format where the settings say "auto".
@@ -113,6 +119,7 @@ def measure(settings: ModelSettings, trial: TrialSettings, dtype: Any) -> Sizes:
         for parameter in model.parameters() if base.autocasts else ():  # the meta device has no autocast
             parameter.data = parameter.to(base.model.dtype)
         kept = saved_bytes(base, SOME_TOKENS) / SOME_TOKENS
+    kept_by_tower, checkpointed_tower = tower_bytes(base, trial) if trial.train_vision == "lora" else (0.0, 0.0)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Sizes(
@@ -122,7 +129,53 @@ def measure(settings: ModelSettings, trial: TrialSettings, dtype: Any) -> Sizes:
         checkpointed=text.num_hidden_layers * text.hidden_size * base.model.dtype.itemsize,
         layer=kept / text.num_hidden_layers,
         evaluation=text.num_hidden_layers * 2 * heads * head * base.model.dtype.itemsize,
+        tower=kept_by_tower,
+        tower_checkpointed=checkpointed_tower,
     )
+
+
+def tower_bytes(base: Base, trial: TrialSettings) -> tuple[float, float]:
+    """Bytes that the adapted vision tower keeps for the backward pass for each token of the language model: plain, and
+    with gradient checkpointing.
+
+    An upper estimate from the shapes of its linear layers, because towers of different families take different inputs.
+    An adapter keeps its input, float32 and after dropout, with the mask of the dropout. What stands behind a layer
+    (attention, activation, normalisation) keeps at most its output twice: tests/test_vision.py compares.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from train_fn.model.targets import part_layers
+
+    size = base.model.dtype.itemsize
+    layers = [base.model.get_submodule(name) for name in part_layers(base, "vision_tower")]
+    shapes = [layer.weight.shape for layer in layers]  # [out, in]
+    kept = sum(5 * before + 4 * trial.lora_r + 2 * size * after for after, before in shapes)
+    tower = base.model.get_submodule(base.vision_tower).modules()
+    num_layers = sum(isinstance(module, GradientCheckpointingLayer) for module in tower)
+    again = kept
+    if num_layers:
+        again = kept / num_layers + num_layers * size * max(min(shape) for shape in shapes)
+    ratio = patches_per_token(base)
+    return ratio * kept, ratio * again
+
+
+def patches_per_token(base: Base) -> float:
+    """Patches in the vision tower for each token that an image has in the language model, from a blank image."""
+    from PIL import Image
+
+    from train_fn.data.samples import Prompt
+    from train_fn.model.prompts import prompt_text, special_tokens
+
+    text = prompt_text(base.processor, Prompt("?"))
+    begins = special_tokens(base.processor, text)
+    made = base.processor(images=[[Image.new("RGB", (448, 448))]], text=[text], return_tensors="pt", **begins)
+    config: Any = base.model.config
+    tokens = max(1, int((made["input_ids"] == getattr(config, "image_token_id", -1)).sum()))
+    vision = getattr(config, "vision_config", None)
+    patch = getattr(vision, "patch_size", 14)
+    patch = patch if isinstance(patch, int) else patch[0]
+    values = 3 * patch**2 * getattr(vision, "temporal_patch_size", 1)
+    return made["pixel_values"].numel() / values / tokens
 
 
 # ------------------------------------------------------------------------------------------------ what fits

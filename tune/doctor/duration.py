@@ -23,6 +23,7 @@ LAUNCHES_EAGER, LAUNCHES_COMPILED = 350, 190  # operations of one layer, forward
 LAUNCHES_TOWER = 20  # of a layer without adapters, forwards
 LAUNCH_OVERHEAD = 2.0  # time of an operation in the model, as a multiple of the probe's bare one: a guess
 RECOMPUTED_BUDGET, RECOMPUTED_ALL = 1.06, 1.47  # time of a step with an activation budget, with gradient checkpointing
+TOWER_BACKWARD = 1.5  # time of a trained tower's backward pass, as a multiple of its forward pass: a guess
 ATTENTION_BACKWARD = 2.5  # FLOPs of attention's backward pass, as a multiple of its forward pass: 5 products to 2
 # Constants of a study in seconds (benchmarks/README.md).
 START_S = 25.0  # from the command to the first step, and the end: processes, imports, base
@@ -61,6 +62,8 @@ class Work:
     """Patches of the vision tower for each token of the language model."""
     features_kept: bool
     """Whether the tower sees each image once a study, and not in every forward pass."""
+    trains_tower: bool
+    """Whether a step also goes backwards through the tower."""
     packed: bool
     """Whether the samples of a forward pass are not padded to the longest."""
     train: tuple[int, ...]
@@ -102,7 +105,8 @@ def work_of(base: Any, sizes: Sizes, *lengths: Sequence[int]) -> Work:
         tower_attention=4 * getattr(vision, "hidden_size", 0) * tower_layers,
         tower_layers=tower_layers,
         patches_per_token=getattr(vision, "spatial_merge_size", 1) ** 2,
-        features_kept=base.counts_patches and base.settings.feature_cache_gib > 0,
+        features_kept=base.counts_patches and base.settings.feature_cache_gib > 0 and not sizes.tower,
+        trains_tower=sizes.tower > 0,
         packed=base.needs_no_mask,
         train=train,
         validation=validation,
@@ -144,7 +148,9 @@ def pass_s(work: Work, speed: Speed, execution: Execution, lengths: Sequence[int
     again = RECOMPUTED_BUDGET if execution.activation_budget < 1 else 1.0
     again = RECOMPUTED_ALL if execution.gradient_checkpointing else again
     seconds = again * max(busy, launches * LAUNCH_OVERHEAD * speed.launch)
-    return seconds if work.features_kept else seconds + tower_s(work, speed, lengths)
+    if work.features_kept:
+        return seconds
+    return seconds + tower_s(work, speed, lengths) * (1 + TOWER_BACKWARD * work.trains_tower)
 
 
 def step_s(work: Work, speed: Speed, execution: Execution, trial: TrialSettings, workers: int) -> float:

@@ -82,7 +82,12 @@ def early_stopping(settings: Settings) -> dict[str, int]:
 
 def largest_trial(trials: list[TrialSettings]) -> TrialSettings:
     """The trial with most memory."""
-    return max(trials, key=lambda trial: (trial.per_device_train_batch_size or 0, trial.lora_r, trial.train_projector))
+
+    def order(trial: TrialSettings) -> tuple[int, bool, int, bool]:
+        trains_tower = trial.train_vision != "none"
+        return trial.per_device_train_batch_size or 0, trains_tower, trial.lora_r, trial.train_projector
+
+    return max(trials, key=order)
 
 
 def disk_needed(study: Study, trial: TrialSettings, trained: int) -> float:
