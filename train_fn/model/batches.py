@@ -87,7 +87,7 @@ def compute_features(base: Base, image: str | Variant) -> torch.Tensor:
     return run_tower(base, tower_inputs(base, [image]))
 
 
-def tower_inputs(base: Base, images: Sequence[Shown]) -> dict[str, torch.Tensor]:
+def tower_inputs(base: Base, images: Sequence[str | Variant]) -> dict[str, torch.Tensor]:
     """Images as the vision tower's arguments, their patches one behind the other."""
     pictures = [read_shown(image, base.settings.image_options) for image in images]
     pixels = base.processor.image_processor(pictures, return_tensors="pt")
