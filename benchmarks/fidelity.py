@@ -1,13 +1,13 @@
 """Whether a cheaper training ranks settings like the full one, and whether it pays as the first rung of a search.
 
-    OMP_NUM_THREADS=1 python benchmarks/fidelity.py [--folder fidelity] [--seeds 2] [--only 3] [OPTION]...
+    OMP_NUM_THREADS=1 python benchmarks/fidelity.py [--folder fidelity] [--seeds 2] [--settings 24] [OPTION]...
 
 A fixed grid of settings is trained in this process at full fidelity, at 1/2 and 1/4 of the image tokens, and on 1/2
 and 1/4 of the training images. Scores and CPU seconds are recorded after each epoch, so that the epochs of the full
 training are a cheap fidelity, too: those of an interrupted training, which is what early stopping sees. Seconds are of
 training and validation; vision features are computed once for each number of tokens and timed apart; scoring the test
-is in neither. Every training is written to FOLDER/table.json, and an interrupted run goes on from there. Each data set
-needs a folder of its own.
+is in neither. Every training is written to FOLDER/table.json, and an interrupted run goes on from there: each data set
+needs a folder of its own. The tables are of the settings that are complete.
 
 Every other option is one of `tune/run.py`, such as --data MANIFEST --image-root FOLDER. The full number of image tokens
 is that of --max-image-tokens, otherwise 64, the nano base's.
@@ -53,6 +53,7 @@ from tune.records.goals import Goal, sign  # noqa: E402
 
 NANO_TOKENS = 64
 EPOCHS = 3
+NUM_SETTINGS = 24
 # Name -> share of the image tokens, share of the training images.
 FIDELITIES = {"full": (1.0, 1.0), "1/2 tokens": (0.5, 1.0), "1/4 tokens": (0.25, 1.0), "1/2 data": (1.0, 0.5),
               "1/4 data": (1.0, 0.25)}  # fmt: skip
@@ -70,15 +71,17 @@ NUM_GRIDS, NUM_ORDERS_A_GRID = 200, 20
 
 
 def grid(usual: TrialSettings) -> list[TrialSettings]:
-    """The settings: seven rates, two global batches and two ranks in full, the projector in half of them (by parity, so
-    that each value of the others meets both). On the nano base the lowest rate learns little and the highest fails."""
-    rates, accumulations, ranks = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (2, 8), (8, 64)
+    """The settings, shuffled: six rates, two global batches and two ranks in full, the projector in half of them (by
+    parity, so that each value of the others meets both). On the nano base the lowest rate learns little and the highest
+    fails."""
+    rates, accumulations, ranks = (3e-5, 1e-4, 4e-4, 1.4e-3, 5e-3, 2e-2), (2, 8), (8, 64)
     choices = itertools.product(enumerate(rates), enumerate(accumulations), enumerate(ranks))
-    return [
+    settings = [
         dataclasses.replace(usual, learning_rate=rate, gradient_accumulation_steps=accumulation, lora_r=rank,
                             lora_alpha=2.0 * rank, train_projector=(a + b + c) % 2 == 1, num_train_epochs=EPOCHS)
         for (a, rate), (b, accumulation), (c, rank) in choices
     ]  # fmt: skip
+    return [settings[number] for number in np.random.default_rng(0).permutation(len(settings))]
 
 
 # ------------------------------------------------------------------------------------------------ the trainings
@@ -133,7 +136,7 @@ def fill(path: Path, options: argparse.Namespace, others: list[str]) -> tuple[di
             table["features_s"].setdefault(str(share), time.process_time() - start)
             table["tokens"][str(share)] = sum(num_tokens(base, sample) for sample in study.splits.train)
             write_json(path, table)
-    settings = grid(study.settings.trial)[:: options.only]
+    settings = grid(study.settings.trial)[: options.settings]
     for seed, (number, setting) in itertools.product(range(options.seeds), enumerate(settings)):
         for name, (tokens, share) in FIDELITIES.items():
             key = f"{seed} {number} {name}"
@@ -170,11 +173,16 @@ class Rung(NamedTuple):
     """Part of the settings that goes on."""
 
 
+def complete(table: dict[str, Any], seed: int = 0) -> list[int]:
+    """Settings that were trained at all fidelities, or with another seed at full fidelity."""
+    names = list(FIDELITIES) if seed == 0 else ["full"]
+    return [n for n in range(NUM_SETTINGS) if all(f"{seed} {n} {name}" in table["runs"] for name in names)]
+
+
 def scores_of(table: dict[str, Any], goal: Goal, fidelity: str, epoch: int, seed: int = 0, test: bool = False) -> Any:
-    """Score of each setting, the best highest; a training that failed has the worst one."""
-    numbers = range(sum(key.startswith("0 ") and key.endswith(" full") for key in table["runs"]))
+    """Score of each complete setting, the best highest; a training that failed has the worst one."""
     values = []
-    for number in numbers:
+    for number in complete(table):
         run = table["runs"][f"{seed} {number} {fidelity}"]
         metrics = run["test"] if test else run["epochs"][epoch - 1] if len(run["epochs"]) >= epoch else {}
         values.append(-sign(goal[1]) * metrics.get(goal[0], math.nan))
@@ -183,9 +191,9 @@ def scores_of(table: dict[str, Any], goal: Goal, fidelity: str, epoch: int, seed
 
 
 def seconds_of(table: dict[str, Any], fidelity: str, epoch: int) -> np.ndarray:
-    """CPU seconds of each setting with seed 0 up to an epoch; of a training that failed, up to its end."""
-    runs = [run for key, run in table["runs"].items() if key.startswith("0 ") and key.endswith(f" {fidelity}")]
-    return np.array([run["seconds"][min(epoch, len(run["seconds"])) - 1] for run in runs])
+    """CPU seconds of each complete setting up to an epoch; of a training that failed, up to its end."""
+    found = [table["runs"][f"0 {number} {fidelity}"]["seconds"] for number in complete(table)]
+    return np.array([seconds[min(epoch, len(seconds)) - 1] for seconds in found])
 
 
 def interval(measure: Callable[..., Any], one: np.ndarray, other: np.ndarray) -> str:
@@ -261,6 +269,14 @@ def print_correlations(table: dict[str, Any], goal: Goal, num_seeds: int) -> Non
         print(f"standard deviation of a setting's validation over seeds: {np.sqrt((gaps**2).mean() / 2):.3f}")
 
 
+def print_tables(table: dict[str, Any], goal: Goal) -> None:
+    """All tables of the settings that are complete."""
+    num_seeds = 1 + (set(complete(table)) <= set(complete(table, 1)))
+    print_correlations(table, goal, num_seeds)
+    for measured in (True, False):
+        print_regrets(table, goal, num_seeds, measured)
+
+
 def regrets_of(rung: Rung, orders: list[np.ndarray], budget: float, truth: tuple[np.ndarray, ...]) -> np.ndarray:
     """Regret in validation and test [2, orders] of the setting with the best validation among those that a search
     trains to the end, against the best of all settings in the orders."""
@@ -313,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("fidelity"))
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each setting at full fidelity")
-    parser.add_argument("--only", type=int, default=1, metavar="N", help="every Nth setting of the grid")
+    parser.add_argument("--settings", type=int, default=NUM_SETTINGS, help="how many of the grid's settings")
     options, others = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -321,9 +337,7 @@ def main() -> None:
     os.environ["XDG_CACHE_HOME"] = str(options.folder.resolve() / "cache")  # empty, so that features are timed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     table, goal = fill(options.folder / "table.json", options, others)
-    print_correlations(table, goal, options.seeds)
-    for measured in (True, False):
-        print_regrets(table, goal, options.seeds, measured)
+    print_tables(table, goal)
 
 
 if __name__ == "__main__":
