@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def run_trial(
     storage: Storage | None = None,
     best_by: tuple[str, str] | None = None,
     save_state_every: float = SAVE_STATE_EVERY_S,
+    rungs: Sequence[float] = (),
     progress: Progress | None = None,
     preempted: Callable[[], bool] = lambda: False,
     profile: bool = False,
@@ -80,9 +82,9 @@ def run_trial(
     """Train one adapter and report after each epoch.
 
     Args:
-        report: called on every rank after each epoch. Its answer, the same on every rank, is a `Verdict`. The last
-            epoch's report has `finished` and comes after the adapter is written. A trial that continues after a kill
-            first repeats its reports: the process that received them may be gone.
+        report: called on every rank after each epoch and at each rung. Its answer, the same on every rank, is a
+            `Verdict`. The last epoch's report has `finished` and comes after the adapter is written. A trial that
+            continues after a kill first repeats its reports: the process that received them may be gone.
         execution: how the steps are computed. Not given: as the memory of this device allows.
         output: folder for `state/` while the trial is unfinished, for `checkpoint-N/`, and at the end of a trial that
             is not stopped early for `final_model/` and trainer_state.json.
@@ -91,6 +93,8 @@ def run_trial(
             those of the epoch that is best by it. Not given, or the metric is finite in no epoch: of the last epoch.
         save_state_every: seconds between two writes of `state/` after an epoch; 0: after every epoch. Every
             `save_steps` steps, and when the trial must pause or shut down, it is written in any case.
+        rungs: epochs, whole or not, after which early stopping wants a report. Those within an epoch cost an evaluation
+            more, change nothing in the training, and are no candidates for `best_by`. See `rung_steps`.
         progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training
             begins, every `logging_steps` optimizer steps, and when an evaluation begins; it must not block.
         preempted: whether this process must shut down soon; called in each optimizer step.
@@ -118,6 +122,7 @@ def run_trial(
         steps_per_epoch = -(-len(splits.train) // settings.global_batch_size)
         num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
         num_epochs = -(-num_steps // steps_per_epoch)
+        rung_at = rung_steps(rungs, steps_per_epoch, num_steps)
         weights = splits.sample_weights() if settings.class_balanced_loss and splits.has_candidates else []
         sample_weights = torch.tensor(weights, device=base.device)
         engine = build_engine(base, model, settings, sample_weights, num_steps, world_size, execution)
@@ -149,6 +154,32 @@ def run_trial(
         for earlier in run.reports:
             verdict = verdict or Verdict(report(EpochReport.from_dict(earlier)))
 
+        def evaluate_after(epochs: float) -> tuple[Evaluation, EpochReport]:
+            """Evaluate after so many epochs. Returns the evaluation, and a report on it for `send`."""
+            train_loss = sum(run.losses) / len(run.losses)
+            run.announce("evaluation", train_loss)
+            clock.lap("train")
+            devices = [base.device] if base.device.type == "cuda" else []
+            # Whether an epoch is evaluated before its end changes no draw of what follows.
+            with phase("evaluation"), torch.random.fork_rng(devices, enabled=epochs != run.epoch):
+                evaluation = evaluate(base, splits, eval_batch_size)
+            log.add(epoch=epochs, **{f"eval_{name}": value for name, value in evaluation.metrics.items()})
+            clock.lap("evaluation")
+            metrics = evaluation.metrics | {"train_loss": train_loss}
+            return evaluation, EpochReport(epoch=run.epoch, progress=epochs, step=log.step, metrics=metrics)
+
+        def send(message: EpochReport) -> Verdict:
+            """Complete a report and send it. Returns the answer."""
+            if note := compiler_note(base):
+                run.note(note)
+            message.log, message.applied, message.notes = log.take_new(), applied, troubles
+            message.seconds, message.best_epoch = clock.seconds(), run.best_epoch
+            run.reports.append(dataclasses.asdict(message))
+            with phase("idle"):
+                answer = Verdict(report(message))
+            clock.lap("report")
+            return answer
+
         # ------------------------------------------------------------------------------------------- epoch after epoch
         run.announce("train", None)
         if verdict == Verdict.GO_ON and run.epoch <= num_epochs:
@@ -163,6 +194,12 @@ def run_trial(
             order = order[log.step - first : num_steps - first]
             steps = stack.enter_context(contextlib.closing(micro_batches(base, splits.train, execution, order)))
             for _ in order:
+                if rung_at.get(log.step, 0.0) > run.progress_reported:  # here, since an attempt may go on at a rung
+                    _, message = evaluate_after(rung_at[log.step])
+                    verdict = send(message)
+                    if verdict != Verdict.GO_ON:
+                        break
+                    run.announce("train", None)
                 loss, leave = train_step(engine, steps, log.step + 1, preempted())
                 run.losses.append(loss)
                 log.recent.append(loss)
@@ -182,18 +219,15 @@ def run_trial(
                     run.save()
                     run.finish_writes()
                     raise Preempted(f"left at step {log.step}")
-            train_loss = sum(run.losses) / len(run.losses)
-            run.announce("evaluation", train_loss)
-            clock.lap("train")
-            with phase("evaluation"):
-                evaluation = evaluate(base, splits, eval_batch_size)
-                metrics = evaluation.metrics
-            log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
-            clock.lap("evaluation")
+            if verdict != Verdict.GO_ON:
+                if verdict == Verdict.PAUSE:
+                    run.save()
+                break
+            evaluation, message = evaluate_after(epoch)
             last = log.step == num_steps
             if last:
                 check_trained(engine, settings, len(splits.train), epoch)
-            counts = run.is_best(metrics) or (last and not run.best_epoch)
+            counts = run.is_best(evaluation.metrics) or (last and not run.best_epoch)
 
             def save_epoch(folder: Path, evaluation: Evaluation = evaluation) -> None:
                 run.write(functools.partial(save_final, base, model, settings, splits, folder, storage, evaluation))
@@ -209,24 +243,9 @@ def run_trial(
                         run.write(functools.partial(copy_final, kept, output, storage))
                     run.write(functools.partial(save_log, log, output, storage))
                 clock.lap("checkpoint")
-            if note := compiler_note(base):
-                run.note(note)
-            message = EpochReport(
-                epoch=epoch,
-                step=log.step,
-                metrics=metrics | {"train_loss": train_loss},
-                log=log.take_new(),
-                applied=applied,
-                seconds=clock.seconds(),
-                notes=troubles,
-                finished=last,
-                best_epoch=run.best_epoch,
-            )
-            run.reports.append(dataclasses.asdict(message))
+            message.finished = last
             run.epoch, run.losses = epoch + 1, []
-            with phase("idle"):
-                verdict = Verdict(report(message))
-            clock.lap("report")
+            verdict = send(message)
             # Only now is it certain that the epoch's adapter and state can be of use.
             if output is not None and rank == 0 and counts and not last and verdict != Verdict.END:
                 save_epoch(run.state.epoch_folder(epoch))  # before the state that refers to it
@@ -236,3 +255,19 @@ def run_trial(
         run.finish_writes()
         if verdict != Verdict.PAUSE:
             run.write(run.state.remove)
+
+
+def rung_steps(rungs: Sequence[float], steps_per_epoch: int, num_steps: int) -> dict[int, float]:
+    """The optimizer steps within an epoch after which a trial reports, each with its rung.
+
+    A rung lies after the first step by which that many epochs are trained. Where that step ends an epoch, the report on
+    the epoch serves. Of several rungs at one step the last one stays. In a training that is shorter than an epoch, the
+    rungs count the whole training as one.
+
+    Args:
+        rungs: epochs, whole or not.
+        num_steps: steps of the whole training.
+    """
+    length = min(steps_per_epoch, num_steps)
+    steps = {math.ceil(round(rung * length, 6)): rung for rung in sorted(rungs)}  # 0.3 * 10 steps are a little above 3
+    return {step: rung for step, rung in steps.items() if step % length and step < num_steps}

@@ -14,6 +14,7 @@ from tune.plan.prepare import Study
 from tune.records.end_state import DONE_STATES
 from tune.records.trials import TrialRecord
 from tune.search.callback import StudyLog
+from tune.search.early_stopping import rungs
 from tune.search.points import as_json, prior_trials, propose, time_limit
 
 
@@ -32,6 +33,7 @@ class JournalSearcher(Searcher):
         self.log = log
         self.exhausted = False
         """Whether every point of a grid has been tried."""
+        self._rungs = rungs(study.settings.study, study.goals)
         self._prior = prior_trials(study, log.say)
         with time_limit(TIMEOUT_S):
             self._grid = grid_points(study.settings) if study.settings.study.sampler == "grid" else []
@@ -61,8 +63,8 @@ class JournalSearcher(Searcher):
                 return Searcher.FINISHED
             config = {"settings": point.settings, "point": point}
             self._handed_out[number] = TrialRecord(number, as_json(point.searched), {}, point.distributions)
-        known_epochs = len(records[number].epochs) if number in records else 0
-        return {"number": number, "known_epochs": known_epochs, **config}
+        known_epochs = records[number].progress if number in records else 0
+        return {"number": number, "known_epochs": known_epochs, "rungs": self._rungs, **config}
 
     def _has_ended(self, number: int) -> bool:
         return number in self.log.records and self.log.records[number].state in DONE_STATES
