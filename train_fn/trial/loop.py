@@ -248,6 +248,7 @@ def run_trial(
             verdict = send(message)
             # Only now is it certain that the epoch's adapter and state can be of use.
             if output is not None and rank == 0 and counts and not last and verdict != Verdict.END:
+                run.writer.wait()  # the write of an earlier point removes the folders of epochs that it does not know
                 save_epoch(run.state.epoch_folder(epoch))  # before the state that refers to it
                 clock.lap("checkpoint")
             if verdict == Verdict.PAUSE or (verdict == Verdict.GO_ON and not last and run.is_due()):

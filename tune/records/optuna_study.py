@@ -47,8 +47,8 @@ def directions_of(goals: Sequence[Goal]) -> list[StudyDirection]:
 
 
 def optuna_steps(records: Mapping[int, TrialRecord]) -> int:
-    """Steps of Optuna's intermediate values in an epoch: 1, or 1000 where early stopping has rungs within epochs. Optuna
-    takes whole steps only."""
+    """Steps of Optuna's intermediate values in an epoch: 1, or 1000 where early stopping has rungs within epochs.
+    Optuna takes whole steps only."""
     return 1000 if any(record.rungs for record in records.values()) else 1
 
 
