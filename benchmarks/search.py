@@ -1,18 +1,19 @@
 """Which search finds a good setting for less: random points, with and without early stopping, or TPE.
 
-    python benchmarks/search.py [--folder search] [--points 100] [--seeds 10] [--budget 12] [OPTION]...
+    python benchmarks/search.py [--folder search] [--points 100] [--seeds 10] [--budget 100] [OPTION]...
 
 Every other option is one of `tune/run.py`, such as --space benchmarks/headroom.py --data MANIFEST --image-root FOLDER
---metric macro_f1. All runs in this process on one thread, without Ray, and goes on where it was ended.
+--metric macro_f1. All runs in this process on one thread, without Ray, and goes on where it was ended. `--part pool`
+and `--part live` do one part each, so that two processes can share the work.
 
 1. A pool: the guide's point and random ones, each trained to its end, with validation and test scores after each epoch
    and at the rungs within epochs. Random search is played on the pool in many orders, without early stopping, and with
    ASHA (the product's `should_stop`) from several grace periods on.
 2. TPE runs live for each seed (the product's `propose` and `should_stop`), since its points depend on its scores.
 
-All arms have the same budget of CPU seconds: so many times the mean of the pool's trials. A trial costs its training
-and the evaluations that its arm makes. Only trials that ran to their end can win, so the best score is of those.
-Its validation score is what the search maximises. Its test score is what the user gets.
+All arms have the same budget of CPU seconds. A trial costs its training and the evaluations that its arm makes. Only
+trials that ran to their end can win, so the best score is of those. Its validation score is what the search maximises.
+Its test score is what the user gets.
 """
 
 from __future__ import annotations
@@ -52,16 +53,14 @@ from tune.search.early_stopping import rungs, should_stop  # noqa: E402
 from tune.search.point import Point  # noqa: E402
 from tune.search.points import as_json, propose  # noqa: E402
 
-POOL_RUNGS = (0.25, 0.5, 0.75, 1.5, 2.25)  # those within epochs of all grace periods below
+POOL_RUNGS = (0.5, 1.5)  # those within epochs of all grace periods below
 PLAYED = {
     "random, full length": ["--scheduler", "none"],
     "random, ASHA from 1": ["--grace-period", "1"],
     "random, ASHA from 0.5": ["--grace-period", "0.5"],
-    "random, ASHA from 0.25": ["--grace-period", "0.25"],
     "random, median from 0.5": ["--scheduler", "median", "--grace-period", "0.5"],
 }
 LIVE = {
-    "TPE, full length": ["--scheduler", "none"],
     "TPE, ASHA from 1": ["--grace-period", "1"],
     "TPE, ASHA from 0.5": ["--grace-period", "0.5"],
 }
@@ -69,8 +68,8 @@ NUM_ORDERS = 200
 NEAR = 0.01  # of the best score in the pool
 Row = dict[str, Any]
 """A trial: `searched`, `settings`, `distributions`, `error`, and its `reports`, each with `progress`, `metrics`, `test`
-(metrics), `train_s` and `evaluation_s` (CPU seconds since the report before), and `most` (the share of the validation
-images that get the most frequent answer, without a fitted decision)."""
+(metrics, of epochs that are the best so far), `train_s` and `evaluation_s` (CPU seconds since the report before), and
+`most` (the share of the validation images that get the most frequent answer, without a fitted decision)."""
 Curve = list[tuple[float, float, float]]
 """After each trial: CPU seconds so far, and validation and test score of the best completed trial; NaN: none yet."""
 
@@ -110,7 +109,8 @@ class Trainer:
             train_s = time.process_time() - started - self.evaluation_s
             scores = self.evaluation.predicted["scores"]
             most = float(np.bincount(scores.argmax(1)).max() / len(scores))
-            test = self.test_scores() if message.progress == message.epoch else {}
+            is_best = message.progress == message.epoch == message.best_epoch
+            test = self.test_scores() if is_best else {}
             its = {"progress": message.progress, "metrics": message.metrics, "test": test, "train_s": train_s,
                    "evaluation_s": self.evaluation_s, "most": most, "finished": message.finished}  # fmt: skip
             row["reports"].append(its)
@@ -119,7 +119,7 @@ class Trainer:
             return verdict
 
         try:
-            loop.run_trial(self.base, self.study.splits, point.settings, report, rungs=at)
+            loop.run_trial(self.base, self.study.splits, point.settings, report, rungs=at, best_by=self.study.goals[0])
         except TrialFailed as error:
             row["error"] = str(error)
         row["lost_s"] = time.process_time() - started  # of a trial that failed: since its last report
@@ -221,6 +221,11 @@ def cost(reports: Iterable[Row], row: Row) -> float:
     return sum(its["train_s"] + its["evaluation_s"] for its in reports) + (row["lost_s"] if row["error"] else 0.0)
 
 
+def after_epochs(row: Row) -> list[Row]:
+    """The reports of a trial after its epochs."""
+    return [report for report in row["reports"] if report["progress"].is_integer()]
+
+
 def play(search: Search, rows: Iterator[Row], budget_s: float) -> Search:
     """Play a search on rows of the pool."""
     while search.spent_s < budget_s and (row := next(rows, None)):
@@ -292,7 +297,7 @@ def show_arms(arms: dict[str, list[Search]], best: float, mode: str, budget_s: f
 def show_shapes(rows: list[Row], metric: str, mode: str) -> None:
     """Print how trials end whose loss or answers looked hopeless after the first epoch."""
     whole = [row for row in rows if row["reports"] and row["reports"][-1]["finished"]]
-    finals = np.array([min(sign(mode) * r["metrics"][metric] for r in row["reports"] if r["test"]) for row in whole])
+    finals = np.array([min(sign(mode) * r["metrics"][metric] for r in after_epochs(row)) for row in whole])
     ranks = finals.argsort().argsort()
     firsts = [next(report for report in row["reports"] if report["progress"] == 1) for row in whole]
     shapes = {"one answer for all images": [first["most"] == 1.0 for first in firsts]}
@@ -318,7 +323,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("search"))
     parser.add_argument("--points", type=int, default=100, help="random points of the pool")
     parser.add_argument("--seeds", type=int, default=10, help="of the live arms; 0: none")
-    parser.add_argument("--budget", type=float, default=12, help="in trials of the pool's mean length")
+    parser.add_argument("--budget", type=float, default=100, help="CPU seconds of a search")
+    parser.add_argument("--part", choices=("all", "pool", "live"), default="all")
     parser.add_argument("--images", type=int, default=0, help="training images; 0: all")
     options, others = parser.parse_known_args()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -331,18 +337,20 @@ def main() -> None:
         train = random.Random(0).sample(study.splits.train, options.images)
         study = replace(study, splits=replace(study.splits, train=tuple(train)))
     trainer = Trainer(study)
-    pool = make_pool(trainer, options.folder / "pool.jsonl", options.points)
-    budget_s = options.budget * float(np.mean([cost(row["reports"], row) for row in pool]))
+    budget_s: float = options.budget
     arms: dict[str, list[Search]] = {}
-    for seed in range(options.seeds):  # in turn, so that an unfinished run has as many of each
+    pool = make_pool(trainer, options.folder / "pool.jsonl", options.points) if options.part != "live" else []
+    for seed in range(options.seeds if options.part != "pool" else 0):  # in turn: an unfinished run has as many of each
         for name, argv in LIVE.items():
             path = options.folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.json"
             live = Search(study, ["--sampler", "tpe", "--study-seed", str(seed), *argv])
             arms.setdefault(name, []).append(run_live(trainer, live, path, budget_s))
+    if options.part != "all":
+        return
     for metric in dict.fromkeys([study.metric, "auroc"]):
         whole = [row for row in pool if row["reports"] and row["reports"][-1]["finished"]]
         mode = study.goals[0][1] if metric == study.metric else "max"
-        finals = [[sign(mode) * r["metrics"][metric] for r in row["reports"] if r["test"]] for row in whole]
+        finals = [[sign(mode) * r["metrics"][metric] for r in after_epochs(row)] for row in whole]
         best = sign(mode) * min(map(min, finals))
         orders = [[pool[0], *random.Random(order).sample(pool[1:], len(pool) - 1)] for order in range(NUM_ORDERS)]
         played = {
