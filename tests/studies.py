@@ -149,9 +149,11 @@ def space(trial):
 
 
 def run_uneven(folder: Path) -> Finished:
-    """Run four trials on one lane, the last two of which are stopped early, until the space raises SystemExit."""
+    """Run four trials on one lane, the last two of which are stopped within their first epoch, until the space raises
+    SystemExit."""
     (folder / "space.py").write_text(UNEVEN)
     options = ["--trials", "6", "--lanes", "1", "--space", "space.py", "--num-phantoms", "60", "--metric", "loss"]
+    options += ["--grace-period", "0.5"]
     return finish(start(folder, *options), folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,3 +242,18 @@ def test_another_node_goes_on_with_the_adapter_from_object_storage(base, splits,
     assert [report.best_epoch for report in reports] == [1, 1, 1] and reports[-1].notes == []
     check_kept(there, each_epoch[0])
     check_kept(tmp_path / "bucket", each_epoch[0])
+
+
+def test_a_slow_write_of_an_earlier_point_does_not_remove_the_adapter(base, splits, tmp_path, monkeypatch) -> None:
+    """The point of an epoch's last step knows no best epoch yet, and may still be written when the adapter is."""
+    keep = loop.ResumeState.keep_epochs
+
+    def slow(state: Any, *epochs: int) -> None:
+        time.sleep(1.0 if epochs == (0, 0) else 0.0)
+        keep(state, *epochs)
+
+    monkeypatch.setattr(loop.ResumeState, "keep_epochs", slow)
+    run_trial(base, splits, replace(SETTINGS, num_train_epochs=2, save_steps=1), lambda report: report.epoch == 1,
+              output=tmp_path, best_by=("loss", "min"))  # fmt: skip
+    check_sums(tmp_path / "state" / "epoch-1" / "final_model")
+    assert (tmp_path / "state" / "epoch-1" / "validation_predictions.jsonl").exists()

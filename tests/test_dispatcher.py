@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -533,5 +534,23 @@ def test_a_trials_own_error_ends_it_whichever_rank_is_first() -> None:
         await dispatcher.fail(0, "old 0", "its own fault", True)  # rank 0
         assert (await dispatcher.next_assignment(0, "old 0", 1)).number == 1
         assert running(dispatcher) == {0: 1} and not dispatcher.jobs[1].ended
+
+    run(scenario)
+
+
+def test_reports_within_an_epoch_are_decided_and_repeated_as_those_after_one() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit(replace(train(0), known_epochs=0.5))  # the journal has the report at the first rung
+        await dispatcher.register(0, "a")
+        assert (await dispatcher.next_assignment(0, "a", 0)).number == 0
+        first = begin(dispatcher.next_report(0, 0))
+        assert await dispatcher.report(0, "a", 0.5, replace(report(1), progress=0.5)) == Verdict.GO_ON  # at once
+        await asyncio.sleep(0.01)
+        assert not first.done()
+        answer = begin(dispatcher.report(0, "a", 1.5, replace(report(2), progress=1.5)))
+        assert (await first).progress == 1.5 and not answer.done()
+        await dispatcher.stop(0, for_good=True)
+        assert await answer == Verdict.END
 
     run(scenario)

@@ -425,7 +425,7 @@ def journal_of(*reports: tuple[int, float], select: str = "last", mode: str = "m
 
 
 def stops(records: dict[int, TrialRecord], number: int, epoch: int, *argv: str, goals: Any = GOALS) -> bool:
-    return should_stop(records, number, epoch, parse([*argv]).study, goals)
+    return bool(should_stop(records, number, epoch, parse([*argv]).study, goals))
 
 
 def test_asha_goes_on_with_the_best_third_at_each_rung() -> None:

@@ -222,13 +222,22 @@ def test_a_trial_stopped_early_is_nowhere_called_complete(uneven) -> None:
     assert uneven.study["winner"] == 1
     storage = f"sqlite:///{uneven.folder / 'results' / 's' / 'optuna.db'}"
     for trial in optuna.load_study(study_name="s", storage=storage).trials[:4]:  # the space has failed at the fifth
-        epochs = trials[trial.number]["epochs"]
+        epochs, rungs = ([r["loss"] for r in its] for its in (
+            trials[trial.number]["epochs"], [rung["metrics"] for rung in trials[trial.number]["rungs"]]))  # fmt: skip
         assert trial.state == (TrialState.PRUNED if trial.number in stopped else TrialState.COMPLETE)
-        assert len(epochs) == (1 if trial.number in stopped else 2)
-        best_so_far = np.minimum.accumulate([epoch["loss"] for epoch in epochs])
-        assert trial.intermediate_values == {n: pytest.approx(loss) for n, loss in enumerate(best_so_far, 1)}
-        assert trial.value == pytest.approx(epochs[trials[trial.number]["best_epoch"] - 1]["loss"])
-        assert trial.value == pytest.approx(best_so_far[-1])
+        assert (len(rungs), len(epochs)) == ((1, 0) if trial.number in stopped else (2, 2))
+        if trial.number in stopped:
+            assert trial.intermediate_values == {500: pytest.approx(rungs[0])}
+            assert trial.value == pytest.approx(rungs[0])
+            assert trials[trial.number]["notes"][-1] == "worse than the best third after 0.5 epochs"
+            continue
+        counted = [rungs[0], epochs[0], min(epochs[0], rungs[1]), min(epochs)]  # after 0.5, 1, 1.5 and 2 epochs
+        assert trial.intermediate_values == {500 * n: pytest.approx(loss) for n, loss in enumerate(counted, 1)}
+        assert trial.value == pytest.approx(epochs[trials[trial.number]["best_epoch"] - 1])
+        assert trial.value == pytest.approx(min(epochs))
+    runs = {int(run.data.tags["trial"]): run for run in uneven.runs() if "trial" in run.data.tags}
+    assert [runs[number].data.metrics["epoch"] for number in range(4)] == [2, 2, 0.5, 0.5]
+    assert runs[3].data.metrics["loss"] == trials[3]["rungs"][0]["metrics"]["loss"]
     states = {int(run.data.tags["trial"]): run.info.status for run in uneven.runs() if "trial" in run.data.tags}
     assert states == {n: "KILLED" if n in stopped else "FINISHED" for n in range(4)}
     assert "stopped" in uneven.out

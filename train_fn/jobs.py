@@ -24,7 +24,8 @@ class TrainJob:
     number: int  # the job's number in the dispatcher: the trial's, or another one when a trial is trained again
     settings: TrialSettings
     output: Path  # folder for the adapter, checkpoints and logs of the trial
-    known_epochs: int = 0  # epochs that the journal has: their reports are answered without asking Tune
+    known_epochs: float = 0  # `progress` up to which the journal has the reports: they are answered without asking Tune
+    rungs: tuple[float, ...] = ()  # epochs, whole or not, after which early stopping wants a report
     label: str = ""  # name of the job in the live footer. Not given: "trial" and the number
     splits: Splits | None = None  # splits of this job alone. None: the study's
     execution: Execution | None = None  # how its steps are computed. None: as the worker's memory allows
@@ -70,19 +71,25 @@ class TrialFacts:
 
 @dataclass(kw_only=True)
 class EpochReport(TrialFacts):
-    """What a trial reports after an epoch. The journal's "report" events have these fields.
+    """What a trial reports after an epoch, or at a rung of early stopping within one.
+
+    The journal's "report" events have these fields.
 
     `train_fn.trial.loop` fills in the fields about training, `train_fn.worker` those about lane and machine, the
     dispatcher `device_s`.
     """
 
-    epoch: int  # from 1
-    metrics: dict[str, float]  # validation metrics and training loss of the epoch
+    epoch: int  # from 1; within an epoch, that epoch
+    metrics: dict[str, float]  # validation metrics and training loss of the epoch so far
+    progress: float = 0.0  # epochs trained: `epoch` after one (and where 0 is given), less at a rung within one
     log: list[dict[str, float]] = field(default_factory=list)  # entries of trainer_state.json since the last report
     wall_s: float = 0.0  # seconds since the worker's last job ended
     waited_s: float = 0.0  # seconds of `wall_s` before this job came
     device_s: float = 0.0  # seconds of a device (GPU, or CPU worker) over all workers, lost attempts included
     system: dict[str, float] = field(default_factory=dict)  # memory and CPU seconds of rank 0
+
+    def __post_init__(self) -> None:
+        self.progress = self.progress or float(self.epoch)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EpochReport:

@@ -277,6 +277,7 @@ def run_job(
         storage=config.storage,
         best_by=config.best_by,
         save_state_every=config.save_state_every,
+        rungs=job.rungs,
         preempted=lambda: heartbeats.must_stop or heartbeats.unwanted == job.number,
         profile=config.profile,
         trace=config.trace,
@@ -303,7 +304,7 @@ def reporter(
             more = {"notes": [*notes, *message.notes], "wall_s": time.perf_counter() - idle_since}
             message = replace(message, **(facts | more), system=system_metrics())
         sent = message if rank == 0 else None
-        return ray.get(config.dispatcher.report.remote(job.number, group, message.epoch, sent))
+        return ray.get(config.dispatcher.report.remote(job.number, group, message.progress, sent))
 
     return report
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ def run_trial(
     storage: Storage | None = None,
     best_by: tuple[str, str] | None = None,
     save_state_every: float = SAVE_STATE_EVERY_S,
+    rungs: Sequence[float] = (),
     progress: Progress | None = None,
     preempted: Callable[[], bool] = lambda: False,
     profile: bool = False,
@@ -85,9 +87,9 @@ def run_trial(
     """Train one adapter and report after each epoch.
 
     Args:
-        report: called on every rank after each epoch. Its answer, the same on every rank, is a `Verdict`. The last
-            epoch's report has `finished` and comes after the adapter is written. A trial that continues after a kill
-            first repeats its reports: the process that received them may be gone.
+        report: called on every rank after each epoch and at each rung. Its answer, the same on every rank, is a
+            `Verdict`. The last epoch's report has `finished` and comes after the adapter is written. A trial that
+            continues after a kill first repeats its reports: the process that received them may be gone.
         execution: how the steps are computed. Not given: as the memory of this device allows.
         output: folder for `state/` while the trial is unfinished, for `checkpoint-N/`, and at the end of a trial that
             is not stopped early for `final_model/` and trainer_state.json.
@@ -96,6 +98,8 @@ def run_trial(
             those of the epoch that is best by it. Not given, or the metric is finite in no epoch: of the last epoch.
         save_state_every: seconds between two writes of `state/` after an epoch; 0: after every epoch. Every
             `save_steps` steps, and when the trial must pause or shut down, it is written in any case.
+        rungs: epochs, whole or not, after which early stopping wants a report. Those within an epoch cost an evaluation
+            more, change nothing in the training, and are no candidates for `best_by`. See `rung_steps`.
         progress: called on rank 0 with {"phase", "epoch", "num_epochs", "step", "num_steps", "loss"} when training
             begins, every `logging_steps` optimizer steps, and when an evaluation begins; it must not block.
         preempted: whether this process must shut down soon; called in each optimizer step.
@@ -124,6 +128,7 @@ def run_trial(
         steps_per_epoch = -(-len(splits.train) // settings.global_batch_size)
         num_steps = settings.max_steps or steps_per_epoch * settings.num_train_epochs
         num_epochs = -(-num_steps // steps_per_epoch)
+        rung_at = rung_steps(rungs, steps_per_epoch, num_steps)
         weights = splits.sample_weights() if settings.class_balanced_loss and splits.has_candidates else []
         sample_weights = torch.tensor(weights, device=base.device)
         engine = build_engine(
@@ -157,6 +162,32 @@ def run_trial(
         for earlier in run.reports:
             verdict = verdict or Verdict(report(EpochReport.from_dict(earlier)))
 
+        def evaluate_after(epochs: float) -> tuple[Evaluation, EpochReport]:
+            """Evaluate after so many epochs. Returns the evaluation, and a report on it for `send`."""
+            train_loss = sum(run.losses) / len(run.losses)
+            run.announce("evaluation", train_loss)
+            clock.lap("train")
+            devices = [base.device] if base.device.type == "cuda" else []
+            # Whether an epoch is evaluated before its end changes no draw of what follows.
+            with phase("evaluation"), torch.random.fork_rng(devices, enabled=epochs != run.epoch):
+                evaluation = evaluate(base, splits, eval_batch_size)
+            log.add(epoch=epochs, **{f"eval_{name}": value for name, value in evaluation.metrics.items()})
+            clock.lap("evaluation")
+            metrics = evaluation.metrics | {"train_loss": train_loss}
+            return evaluation, EpochReport(epoch=run.epoch, progress=epochs, step=log.step, metrics=metrics)
+
+        def send(message: EpochReport) -> Verdict:
+            """Complete a report and send it. Returns the answer."""
+            if note := compiler_note(base):
+                run.note(note)
+            message.log, message.applied, message.notes = log.take_new(), dict(applied), troubles
+            message.seconds, message.best_epoch = clock.seconds(), run.best_epoch
+            run.reports.append(dataclasses.asdict(message))
+            with phase("idle"):
+                answer = Verdict(report(message))
+            clock.lap("report")
+            return answer
+
         # ------------------------------------------------------------------------------------------- epoch after epoch
         run.announce("train", None)
         while verdict == Verdict.GO_ON and run.epoch <= num_epochs:
@@ -172,6 +203,12 @@ def run_trial(
             batches = micro_batches(base, splits.train, execution, order, shown, run.shown)
             steps = stack.enter_context(contextlib.closing(batches))
             for _ in order:
+                if rung_at.get(log.step, 0.0) > run.progress_reported:  # here, since an attempt may go on at a rung
+                    _, message = evaluate_after(rung_at[log.step])
+                    verdict = send(message)
+                    if verdict != Verdict.GO_ON:
+                        break
+                    run.announce("train", None)
                 loss, leave = train_step(engine, steps, log.step + 1, preempted())
                 run.losses.append(loss)
                 log.recent.append(loss)
@@ -191,20 +228,17 @@ def run_trial(
                     run.save()
                     run.finish_writes()
                     raise Preempted(f"left at step {log.step}")
-            train_loss = sum(run.losses) / len(run.losses)
+            if verdict != Verdict.GO_ON:
+                if verdict == Verdict.PAUSE:
+                    run.save()
+                break
             applied |= read_shown(run.shown)
             check_shown(applied, settings, splits, whole, epoch)
-            run.announce("evaluation", train_loss)
-            clock.lap("train")
-            with phase("evaluation"):
-                evaluation = evaluate(base, splits, eval_batch_size)
-                metrics = evaluation.metrics
-            log.add(epoch=epoch, **{f"eval_{name}": value for name, value in metrics.items()})
-            clock.lap("evaluation")
+            evaluation, message = evaluate_after(epoch)
             last = log.step == num_steps
             if last:
                 check_trained(engine, settings, len(splits.train), epoch)
-            counts = run.is_best(metrics) or (last and not run.best_epoch)
+            counts = run.is_best(evaluation.metrics) or (last and not run.best_epoch)
 
             def save_epoch(folder: Path, evaluation: Evaluation = evaluation) -> None:
                 run.write(functools.partial(save_final, base, model, settings, splits, folder, storage, evaluation))
@@ -220,26 +254,12 @@ def run_trial(
                         run.write(functools.partial(copy_final, kept, output, storage))
                     run.write(functools.partial(save_log, log, output, storage))
                 clock.lap("checkpoint")
-            if note := compiler_note(base):
-                run.note(note)
-            message = EpochReport(
-                epoch=epoch,
-                step=log.step,
-                metrics=metrics | {"train_loss": train_loss},
-                log=log.take_new(),
-                applied=dict(applied),
-                seconds=clock.seconds(),
-                notes=troubles,
-                finished=last,
-                best_epoch=run.best_epoch,
-            )
-            run.reports.append(dataclasses.asdict(message))
+            message.finished = last
             run.epoch, run.losses, run.shown = epoch + 1, [], Counter()
-            with phase("idle"):
-                verdict = Verdict(report(message))
-            clock.lap("report")
+            verdict = send(message)
             # Only now is it certain that the epoch's adapter and state can be of use.
             if output is not None and rank == 0 and counts and not last and verdict != Verdict.END:
+                run.writer.wait()  # the write of an earlier point removes the folders of epochs that it does not know
                 save_epoch(run.state.epoch_folder(epoch))  # before the state that refers to it
                 clock.lap("checkpoint")
             if verdict == Verdict.PAUSE or (verdict == Verdict.GO_ON and not last and run.is_due()):
@@ -247,3 +267,19 @@ def run_trial(
         run.finish_writes()
         if verdict != Verdict.PAUSE:
             run.write(run.state.remove)
+
+
+def rung_steps(rungs: Sequence[float], steps_per_epoch: int, num_steps: int) -> dict[int, float]:
+    """The optimizer steps within an epoch after which a trial reports, each with its rung.
+
+    A rung lies after the first step by which that many epochs are trained. Where that step ends an epoch, the report on
+    the epoch serves. Of several rungs at one step the last one stays. In a training that is shorter than an epoch, the
+    rungs count the whole training as one.
+
+    Args:
+        rungs: epochs, whole or not.
+        num_steps: steps of the whole training.
+    """
+    length = min(steps_per_epoch, num_steps)
+    steps = {math.ceil(round(rung * length, 6)): rung for rung in sorted(rungs)}  # 0.3 * 10 steps are a little above 3
+    return {step: rung for step, rung in steps.items() if step % length and step < num_steps}

@@ -51,12 +51,13 @@ class ResumeState:
         """This rank's state as it is now.
 
         Args:
-            progress: how far training has come, as JSON values; "step" and "losses" decide the point.
+            progress: how far training has come, as JSON values; "step", "losses" and "reports" decide the point.
 
         Returns: the point's name, and the content of its file. Later training steps do not change the content.
         """
-        # An epoch's last step and its end, evaluation included, are two points.
-        point = f"{2 * progress['step'] + (not progress['losses']):08d}"
+        # A step, and the report after it (of an epoch's end, or at a rung), are two points.
+        reported = bool(progress["reports"]) and progress["reports"][-1]["step"] == progress["step"]
+        point = f"{2 * progress['step'] + (reported or not progress['losses']):08d}"
         text = json.dumps(progress | {"settings": self.settings, "point": point, "rank": self.rank})
         random_state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():

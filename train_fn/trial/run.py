@@ -80,6 +80,11 @@ class Run:
         self.clock.by_phase = saved["seconds"]
         return True
 
+    @property
+    def progress_reported(self) -> float:
+        """Epochs trained at the last report."""
+        return self.reports[-1].get("progress", self.reports[-1]["epoch"]) if self.reports else 0.0
+
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Whether the present epoch is the best so far by `best_by`; then note it. An equal one is not, nor is a score
         that is not finite."""

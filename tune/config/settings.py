@@ -99,8 +99,9 @@ class StudySettings:
     scheduler: Annotated[str, one_of(SCHEDULERS)] = "asha"
     """Early stopping by epoch: asha (arXiv:1810.05934; the better third goes on at epochs 1, 3, 9, ...), median (trials
     below the median stop), or none. The guide's trial always runs to its end."""
-    grace_period: Annotated[int, Range(1, 10_000)] = 1
-    """Epochs of a trial before early stopping may end it."""
+    grace_period: Annotated[float, Range(0, 10_000, above=True)] = 1
+    """Epochs of a trial before early stopping may end it. Trials are compared after 1, 3, 9, ... times as many. Where
+    such a point lies within an epoch (0.5, 1.5, ...) it costs each trial that comes so far an evaluation more."""
     confirm: Annotated[int, Range(0, 1000)] = 0
     """After the search, train this many of the best trials, and the guide's, again with fresh seeds; the best mean then
     wins. 0: the best single score wins."""

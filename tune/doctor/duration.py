@@ -178,13 +178,13 @@ def evaluation_s(work: Work, speed: Speed, lengths: Sequence[int], batch_size: i
 
 def times(
     work: Work, speed: Speed, execution: Execution, trial: TrialSettings, *, workers: int, lanes: int, trials: int,
-    eval_batch_size: int, to_end: int, first_stop: int,
+    eval_batch_size: int, to_end: float, first_stop: float,
 ) -> Times:  # fmt: skip
     """Estimate a trial and a study.
 
     Args:
         to_end: trials that run to their end in any case.
-        first_stop: the epoch after which early stopping may end all others; 0 if there is none.
+        first_stop: epochs after which early stopping may end all others; 0 if there is none.
     """
     step = step_s(work, speed, execution, trial, workers)
     steps = math.ceil(len(work.train) / trial.global_batch_size)
@@ -198,7 +198,7 @@ def times(
     once += 3 * evaluation_s(work, speed, work.test, eval_batch_size) / workers
     stopped = min(epochs, first_stop) if first_stop else epochs
 
-    def study(others: int) -> float:
+    def study(others: float) -> float:
         first = min(to_end, trials)
         return once + epoch * max((first * epochs + (trials - first) * others) / lanes, epochs)
 

@@ -72,7 +72,7 @@ def estimate(study: Study, need: Need, facts: dict[str, Facts], findings: list[F
     return dataclasses.replace(need, worker=largest, times=times_on, disk=disk)
 
 
-def early_stopping(settings: Settings) -> dict[str, int]:
+def early_stopping(settings: Settings) -> dict[str, float]:
     """How many trials run to their end in any case, and after which epoch all others may be stopped; 0: never."""
     study = settings.study
     if study.scheduler == "none" or len(study.metric) > 1:

@@ -31,7 +31,8 @@ class Dispatcher:
 
     1. Tune's side submits the job (`submit`) and asks for its first report (`next_report`).
     2. Every rank of an idle worker group asks for a job (`next_assignment`). All ranks get the same one.
-    3. After each epoch every rank calls `report`, rank 0 with the report. The call waits for a decision.
+    3. After each epoch, and at each rung within one, every rank calls `report`, rank 0 with the report. The call waits
+       for a decision.
     4. `next_report` returns the report to Tune.
     5. Asking for report n + 1 is the permission to go on after report n: `report` returns GO_ON on every rank. When
        `stop` is called instead, `report` returns PAUSE or END: the ranks end the trial, and no epoch is wasted.
@@ -240,7 +241,7 @@ class Dispatcher:
             workers.assignments[index].set_result(await self._take(lane, workers))
         return await workers.assignments[index]
 
-    async def report(self, number: int, group: str, epoch: int, report: EpochReport | ScoreReport | None) -> Verdict:
+    async def report(self, number: int, group: str, epoch: float, report: EpochReport | ScoreReport | None) -> Verdict:
         """Receive a job's report from rank 0, and None from the others (step 3)."""
         if self._lane_of(number, group) is None:
             return Verdict.PAUSE

@@ -22,10 +22,10 @@ class JobState:
     submission: str = ""  # of the process of Tune's that waits for the reports
     reports: list[JobReport] = field(default_factory=list)
     new_report: asyncio.Event = field(default_factory=asyncio.Event)
-    decisions: dict[tuple[str, int], asyncio.Future[Verdict]] = field(default_factory=dict)
-    """Answers to the workers' reports, by worker group and epoch."""
-    pending: tuple[str, int] | None = None  # worker group and epoch of the report that waits for a decision
-    last_epoch: int = 0
+    decisions: dict[tuple[str, float], asyncio.Future[Verdict]] = field(default_factory=dict)
+    """Answers to the workers' reports, by worker group and the epochs trained."""
+    pending: tuple[str, float] | None = None  # worker group and epochs of the report that waits for a decision
+    last_epoch: float = 0  # epochs trained at the last report
     attempts: int = 0
     furthest_step: int = 0  # optimizer step that any attempt has reached
     stopped: bool = False  # whether the study has stopped the job early
@@ -87,8 +87,12 @@ class JobState:
             await self.new_report.wait()
         return self.reports[seen]
 
-    def receive(self, group: str, epoch: int, report: EpochReport | ScoreReport | None) -> asyncio.Future[Verdict]:
-        """Take in a report of a rank: None from all ranks but rank 0. Returns the decision on it."""
+    def receive(self, group: str, epoch: float, report: EpochReport | ScoreReport | None) -> asyncio.Future[Verdict]:
+        """Take in a report of a rank: None from all ranks but rank 0. Returns the decision on it.
+
+        Args:
+            epoch: the epochs trained, not whole at a rung within an epoch.
+        """
         decision = self.decisions.setdefault((group, epoch), asyncio.get_running_loop().create_future())
         if report is None or decision.done():
             return decision

@@ -41,7 +41,8 @@ def as_optuna(
         prior: trials of another study (`--warm-start`), which come first.
     """
     study = optuna.create_study(directions=directions_of(goals))
-    own = [frozen_trial(records.get(number), goals) for number in range(max(records, default=-1) + 1)]
+    numbers, steps = range(max(records, default=-1) + 1), optuna_steps(records)
+    own = [frozen_trial(records.get(number), goals, steps) for number in numbers]
     if any(ONLY_RANKING in trial.user_attrs for trial in prior):
         prior = on_own_scale(prior, own)
     study.add_trials([*prior, *own])
@@ -90,9 +91,19 @@ def directions_of(goals: Sequence[Goal]) -> list[StudyDirection]:
     return [StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE for _, mode in goals]
 
 
-def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTrial:
+def optuna_steps(records: Mapping[int, TrialRecord]) -> int:
+    """Steps of Optuna's intermediate values in an epoch: 1, or 1000 where early stopping has rungs within epochs.
+    Optuna takes whole steps only."""
+    return 1000 if any(record.rungs for record in records.values()) else 1
+
+
+def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal], steps_per_epoch: int = 1) -> FrozenTrial:
     """A record as an Optuna trial: RUNNING if it has no end, FAIL if the journal has lost it (None) or a value of a
-    goal is not finite. Parameters without a stored distribution are left out."""
+    goal is not finite. Parameters without a stored distribution are left out.
+
+    Args:
+        steps_per_epoch: Optuna's steps of the intermediate values, from `optuna_steps`.
+    """
     if record is None:
         return optuna.trial.create_trial(state=TrialState.FAIL)
     state = TrialState[IN_OPTUNA[record.state]]
@@ -104,14 +115,18 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal]) -> FrozenTri
     metric = goals[0][0]
     # Optuna knows no epochs of several goals. Its samplers take a pruned trial's last value as its score, so the values
     # are those by which the trial counted.
-    epochs = enumerate(zip(record.epochs, record.values(goals[0]), strict=True), 1) if len(goals) == 1 else ()
+    reports = zip(record.reports, record.values(goals[0]), strict=True) if len(goals) == 1 else ()
     trial = optuna.trial.create_trial(
         state=state,
         params={name: value for name, value in record.searched.items() if name in distributions},
         distributions=distributions,
         # A pruned trial has its last value, as Optuna itself records it.
         values=values if has_values and state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
-        intermediate_values={epoch: float(value) for epoch, (metrics, value) in epochs if metric in metrics},
+        intermediate_values={
+            round(steps_per_epoch * report["progress"]): float(value)
+            for report, value in reports
+            if metric in report["metrics"]
+        },
     )
     trial.datetime_start = datetime.fromtimestamp(record.started_at)
     trial.datetime_complete = datetime.fromtimestamp(record.ended_at) if state.is_finished() else None
@@ -155,7 +170,7 @@ class DatabaseExport:
         before = self._num_trials
         study = self._study  # made here, and not with the first trial: without its tables there is nothing to write
         for number in range(self._num_trials, max(records, default=-1) + 1):
-            trial = frozen_trial(records.get(number), self.goals)
+            trial = frozen_trial(records.get(number), self.goals, optuna_steps(records))
             if ended_only and not trial.state.is_finished():
                 break
             study.add_trial(trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class TrialRecord(TrialFacts):
     state: EndState = EndState.RUNNING
     epochs: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics and training loss after each epoch; `metrics` are those of the one that counts."""
+    rungs: list[dict[str, Any]] = field(default_factory=list)
+    """Reports within epochs, at rungs of early stopping: each with `progress` (epochs trained), `metrics` and `seq`."""
     report_seqs: list[int] = field(default_factory=list)
     """Sequence number in the journal of each epoch's report: which reports came first."""
     attempt_s: float | None = None
@@ -64,8 +67,8 @@ class TrialRecord(TrialFacts):
         if event["event"] == "distributions":
             self.distributions = event["distributions"]
             return
-        if event["event"] == "report" and event["epoch"] <= len(self.epochs):
-            return  # the record has this epoch
+        if event["event"] == "report" and progress_of(event) <= self.progress:
+            return  # the record has this report
         self.incomplete |= self.contradicts(event)
         if event["event"] == "started":
             self.state, self.error, self.incomplete = EndState.RUNNING, "", False
@@ -74,8 +77,12 @@ class TrialRecord(TrialFacts):
         elif self.incomplete:
             return
         elif event["event"] == "report":
-            self.epochs.append(event["metrics"])
-            self.report_seqs.append(event.get("seq", 0))
+            if progress_of(event) < event["epoch"]:
+                at_rung = {"progress": progress_of(event), "metrics": event["metrics"], "seq": event.get("seq", 0)}
+                self.rungs.append(at_rung)
+            else:
+                self.epochs.append(event["metrics"])
+                self.report_seqs.append(event.get("seq", 0))
             for fact in dataclasses.fields(TrialFacts):  # journals of earlier versions lack some of them
                 setattr(self, fact.name, event.get(fact.name, getattr(self, fact.name)))
             self.attempt_s = event["wall_s"] - event["waited_s"]
@@ -105,14 +112,32 @@ class TrialRecord(TrialFacts):
         value = {**costs, **self.metrics}.get(name)
         return math.nan if value is None else value
 
+    @property
+    def progress(self) -> float:
+        """Epochs trained at the last report; 0.0 before the first."""
+        return max([float(len(self.epochs)), *(rung["progress"] for rung in self.rungs)])
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """All reports in their order, those after epochs and those at rungs, each as in `rungs`."""
+        after_epochs = [
+            {"progress": float(epoch), "metrics": metrics, "seq": seq}
+            for epoch, (metrics, seq) in enumerate(itertools.zip_longest(self.epochs, self.report_seqs, fillvalue=0), 1)
+        ]
+        return sorted([*after_epochs, *self.rungs], key=lambda report: report["progress"])
+
     def values(self, goal: Goal) -> np.ndarray:
-        """The values of a metric by which the trial counted after each epoch [E]: the best so far or, in studies that
-        select no epoch, that epoch's. NaN where there is none."""
+        """The values of a metric by which the trial counted at each of its `reports` [R]: the best of that report and
+        the epochs before or, in studies that select no epoch, that report's. NaN where there is none."""
         name, mode = goal
-        values = np.array([metrics.get(name, math.nan) for metrics in self.epochs])
-        if not self.best_epoch:
-            return values
-        return (np.fmin if mode == "min" else np.fmax).accumulate(values)
+        better = np.fmin if mode == "min" else np.fmax
+        values, best = [], math.nan  # of the epochs so far
+        for report in self.reports:
+            own = report["metrics"].get(name, math.nan)
+            values.append(better(own, best) if self.best_epoch else own)
+            if report["progress"].is_integer():
+                best = better(own, best)
+        return np.array(values)
 
     def typed_settings(self, **changes: Any) -> TrialSettings:
         """The trial's settings with some of them changed. Raises ValueError for a setting that this version lacks."""
@@ -120,13 +145,21 @@ class TrialRecord(TrialFacts):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics by which trials are ranked: of the best epoch or, in studies that select no epoch, the last."""
-        return self.epochs[self.best_epoch - 1] if self.epochs else {}
+        """The metrics by which trials are ranked: of the best epoch or, in studies that select no epoch, the last. Of a
+        trial that was stopped within its first epoch, those at the last rung."""
+        if self.epochs:
+            return self.epochs[self.best_epoch - 1]
+        return self.rungs[-1]["metrics"] if self.rungs else {}
 
     @property
     def overhead_s(self) -> float:
         """Seconds of the lane that the trial took without training or evaluating."""
         return self.seconds.get("wall", 0.0) - self.seconds.get("train", 0.0) - self.seconds.get("evaluation", 0.0)
+
+
+def progress_of(report: Event) -> float:
+    """Epochs trained at a "report" event. Those of earlier versions come after epochs alone."""
+    return report.get("progress", float(report["epoch"]))
 
 
 def trial_records(events: Sequence[Event]) -> dict[int, TrialRecord]:

@@ -86,19 +86,18 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
 
     @kept_from_tune
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Write an epoch's report to the journal. Returns True if its trial is stopped early.
+        """Write a report to the journal. Returns True if its trial is stopped early.
 
         Tune calls it with each result, before anything else.
         """
         if "report" not in result:
             return False
-        number, epoch = result["number"], result["epoch"]
-        # A trial whose Tune process was lost reports its epochs again.
-        if epoch > len(self.records[number].epochs):
+        number = result["number"]
+        # A trial whose Tune process was lost sends its reports again.
+        if result["report"].progress > self.records[number].progress:
             self._write("report", number, **vars(result["report"]))
             self._keep_memory(result["report"])
-        early = should_stop(self.records, number, epoch, self.study.settings.study, self.study.goals)
-        if not early and number not in self.stopped:
+        if not self.stop_reason(number) and number not in self.stopped:
             return False
         # Before the trial's Tune process does it, which does not know that no session goes on with the trial.
         self.dispatcher.stop.remote(number, for_good=True)
@@ -143,7 +142,9 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         elif "stopped" in last:
             self.end(number, EndState.STOPPED, device_s=last["device_s"])
         else:
-            self.end(number, EndState.COMPLETE if self.records[number].finished else EndState.STOPPED)
+            finished = self.records[number].finished
+            note = "" if finished else self.stop_reason(number)
+            self.end(number, EndState.COMPLETE if finished else EndState.STOPPED, note=note)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.check_lanes()  # raises when the dispatcher is gone: then it is not the trial that failed
@@ -190,8 +191,17 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             if record and record.state not in DONE_STATES and number not in handed_out:
                 self.end(number, EndState.STOPPED)
 
-    def end(self, number: int, state: str, error: str = "", device_s: float = 0.0) -> None:
-        """Write a trial's end to the journal and print it."""
+    def stop_reason(self, number: int) -> str:
+        """Why early stopping ends a trial after its last report; "" if it does not."""
+        progress = self.records[number].progress
+        return should_stop(self.records, number, progress, self.study.settings.study, self.study.goals)
+
+    def end(self, number: int, state: str, error: str = "", device_s: float = 0.0, note: str = "") -> None:
+        """Write a trial's end to the journal and print it.
+
+        Args:
+            note: added to the trial's notes, such as why it was stopped.
+        """
         record = self.records[number]
         name, mode = self.study.goals[0]
         ended = [r for r in self.records.values() if r.state in DONE_STATES]
@@ -203,7 +213,8 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
         names = ("step", "seconds", "applied", "lane", "device", "notes", "best_epoch")
         facts = {fact: getattr(record, fact) for fact in names} | {"score": record.value(name)}
         if state == EndState.STOPPED and number in self.stopped:
-            facts["notes"] = [*record.notes, STOPPED_BY_USER]
+            note = STOPPED_BY_USER
+        facts["notes"] = [*record.notes, *filter(None, [note])]
         facts["device_s"] = max(device_s + record.spent_before, record.device_seconds)
         self._write("ended", number, state=state, error=error, best=best, num_ended=len(ended), **facts)
         if state in DONE_STATES:
@@ -211,7 +222,7 @@ class StudyLog(ray.tune.Callback, ray.tune.Stopper):
             with contextlib.suppress(OSError):
                 self.study.storage.remove(self.study.directory / "trials" / f"{number:04d}" / "state")
             self._export()
-        score = f"{name} {record.value(name):.3f}" if record.epochs else "no score"
+        score = f"{name} {record.value(name):.3f}" if record.metrics else "no score"
         values = format_settings(record.searched)
         again = [f"trial {record.repeats} with seed {record.settings['seed']}"] if record.repeats is not None else []
         values = "; ".join([values, *again, *record.notes])

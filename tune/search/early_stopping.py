@@ -1,4 +1,4 @@
-"""Early stopping by epoch, as a function of the trial records alone.
+"""Early stopping by epoch, or by parts of epochs, as a function of the trial records alone.
 
 A decision depends on the reports that came before it, in the order of the journal. So a study that goes on after a kill
 decides as it would have without it, and there is no state to store.
@@ -6,6 +6,7 @@ decides as it would have without it, and there is no state to store.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,59 +15,91 @@ from tune.config.settings import StudySettings
 from tune.records.goals import Goal, sign
 from tune.records.trials import TrialRecord
 
-REDUCTION_FACTOR = 3  # of ASHA: a third goes on at epochs 1, 3, 9, ... times the grace period
+REDUCTION_FACTOR = 3  # of ASHA: a third goes on at 1, 3, 9, ... times the grace period
 MIN_SAMPLES = 3  # of the median rule: other trials that have come as far
+MAX_EPOCHS = 10_000  # of a trial, by its settings
+
+
+def rungs(study: StudySettings, goals: tuple[Goal, ...]) -> tuple[float, ...]:
+    """The epochs, whole or not, after which early stopping compares trials; empty if it stops none. The median rule
+    also compares them after each epoch."""
+    if len(goals) > 1 or study.scheduler == "none":
+        return ()
+    if study.scheduler == "median":
+        return (float(study.grace_period),)
+    every = (study.grace_period * float(REDUCTION_FACTOR) ** number for number in itertools.count())
+    return tuple(itertools.takewhile(lambda rung: rung <= MAX_EPOCHS, every))
 
 
 def should_stop(
-    records: Mapping[int, TrialRecord], number: int, epoch: int, study: StudySettings, goals: tuple[Goal, ...]
-) -> bool:
-    """Whether a trial must end after one of its epochs.
+    records: Mapping[int, TrialRecord], number: int, progress: float, study: StudySettings, goals: tuple[Goal, ...]
+) -> str:
+    """Why a trial must end after one of its reports; "" if it goes on.
 
     The guide's trial (number 0) always runs to its end, because the winner is compared with its test score. With
     several goals no trial is stopped, because one bad goal does not make a trial hopeless.
-    """
-    if number == 0 or len(goals) > 1 or study.scheduler == "none" or epoch < study.grace_period:
-        return False
-    (metric, mode) = goals[0]
-    seen = records[number].report_seqs[epoch - 1]
-
-    def scores(record: TrialRecord) -> np.ndarray:
-        """Scores of the epochs up to `epoch`, less is better."""
-        each = [metrics.get(metric, np.nan) for metrics in record.epochs]
-        # The median rule itself takes the best of one side and the mean of the other.
-        values = record.values(goals[0]) if study.scheduler == "asha" else np.array(each)
-        return sign(mode) * values[:epoch]
-
-    own = scores(records[number])
-    others = [
-        scores(other)
-        for other in records.values()
-        if len(other.epochs) >= epoch and other.report_seqs[epoch - 1] < seen
-    ]
-    rule = asha if study.scheduler == "asha" else median_rule
-    return rule(own, others, study.grace_period)
-
-
-def asha(own: np.ndarray, others: list[np.ndarray], grace_period: int) -> bool:
-    """ASHA without pauses (arXiv:1810.05934): at each rung, stop what is worse than the best third so far.
 
     Args:
-        own: scores by which a trial counted after each of its epochs so far [E], less is better.
-        others: scores of the other trials that reached this epoch before, [E] each.
+        progress: epochs trained at that report.
     """
-    rung = grace_period
-    while rung < len(own):
-        rung *= REDUCTION_FACTOR
-    at_rung = [scores[-1] for scores in others if np.isfinite(scores[-1])]
-    if rung != len(own) or not at_rung:
-        return False
-    return bool(own[-1] > np.percentile(at_rung, 100 / REDUCTION_FACTOR))
+    if number == 0:
+        return ""
+    rule = asha if study.scheduler == "asha" else median_rule
+    reached = [rung for rung in rungs(study, goals) if rung <= progress]
+    return rule(records, number, progress, reached, goals[0]) if reached else ""
 
 
-def median_rule(own: np.ndarray, others: list[np.ndarray], grace_period: int) -> bool:
+def asha(records: Mapping[int, TrialRecord], number: int, progress: float, reached: list[float], goal: Goal) -> str:
+    """ASHA without pauses (arXiv:1810.05934): at each rung, stop what is worse than the best third so far.
+
+    A trial counts at a rung by its first report at or after it: where the rung lies within an epoch and the trial has
+    too few steps for it, that is the epoch's.
+
+    Args:
+        progress: as for `should_stop`.
+        reached: the rungs up to there, rising.
+    """
+    own = records[number]
+    count = reports_until(own, progress)
+    before = own.reports[count - 2]["progress"] if count > 1 else 0.0
+    score = sign(goal[1]) * own.values(goal)[count - 1]
+    for rung in (rung for rung in reached if rung > before):
+        others = earlier(records, rung, own.reports[count - 1]["seq"])
+        values = [sign(goal[1]) * other.values(goal)[its - 1] for other, its in others]
+        values = [value for value in values if np.isfinite(value)]
+        if values and score > np.percentile(values, 100 / REDUCTION_FACTOR):
+            return f"worse than the best third after {rung:g} epochs"
+    return ""
+
+
+def median_rule(
+    records: Mapping[int, TrialRecord], number: int, progress: float, reached: list[float], goal: Goal
+) -> str:
     """The median stopping rule (Google Vizier): stop a trial whose best score is worse than the median of the others'
-    mean scores. Arguments as for `asha`, but the scores are those of each epoch alone."""
-    means = [scores[grace_period - 1 :].mean() for scores in others]
+    mean scores since the grace period. Arguments as for `asha`; the scores are those of each report alone."""
+    name, mode = goal
+
+    def scores(record: TrialRecord, count: int, since: float) -> np.ndarray:
+        """Scores of the first `count` reports that come at or after `since` epochs, less is better."""
+        its = [report for report in record.reports[:count] if report["progress"] >= since]
+        return sign(mode) * np.array([report["metrics"].get(name, np.nan) for report in its])
+
+    own = records[number]
+    count = reports_until(own, progress)
+    others = earlier(records, progress, own.reports[count - 1]["seq"])
+    means = [scores(other, its, reached[0]).mean() for other, its in others]
     means = [mean for mean in means if np.isfinite(mean)]
-    return len(means) >= MIN_SAMPLES and bool(np.nanmin(own) > np.median(means))
+    if len(means) >= MIN_SAMPLES and np.nanmin(scores(own, count, 0.0)) > np.median(means):
+        return f"worse than the median after {progress:g} epochs"
+    return ""
+
+
+def reports_until(record: TrialRecord, progress: float) -> int:
+    """The number of a trial's reports up to the first at or after so many epochs; 0 if it has not come so far."""
+    return next((count for count, its in enumerate(record.reports, 1) if its["progress"] >= progress), 0)
+
+
+def earlier(records: Mapping[int, TrialRecord], progress: float, seq: int) -> list[tuple[TrialRecord, int]]:
+    """The trials that had come so far before event `seq`, each with its `reports_until`."""
+    found = [(record, reports_until(record, progress)) for record in records.values()]
+    return [(record, count) for record, count in found if count and record.reports[count - 1]["seq"] < seq]

@@ -55,6 +55,7 @@ class QueuedTrial(ray.tune.Trainable):
             settings=config["settings"],
             output=self.trials / f"{self.number:04d}",
             known_epochs=config["known_epochs"],
+            rungs=config["rungs"],
         )
         self.submission = uuid.uuid4().hex
         ray.get(self.dispatcher.submit.remote(job, self.submission))

@@ -16,6 +16,7 @@ from tune.records.control import added_points
 from tune.records.end_state import DONE_STATES
 from tune.records.trials import TrialRecord
 from tune.search.callback import StudyLog
+from tune.search.early_stopping import rungs
 from tune.search.points import as_json, propose, time_limit
 from tune.search.prior import prior_trials, with_prior_points
 
@@ -35,6 +36,7 @@ class JournalSearcher(Searcher):
         self.log = log
         self.exhausted = False
         """Whether the space has no point left to try."""
+        self._rungs = rungs(study.settings.study, study.goals)
         self._prior = prior_trials(study, log.say)
         self.study = study = with_prior_points(study)
         with time_limit(TIMEOUT_S):
@@ -78,8 +80,8 @@ class JournalSearcher(Searcher):
             settings = as_json(dataclasses.asdict(point.settings))
             self._handed_out[number] = TrialRecord(number, as_json(point.searched), settings, point.distributions)
         self._live.add(trial_id)
-        known_epochs = len(records[number].epochs) if number in records else 0
-        return {"number": number, "known_epochs": known_epochs, **config}
+        known_epochs = records[number].progress if number in records else 0
+        return {"number": number, "known_epochs": known_epochs, "rungs": self._rungs, **config}
 
     def _has_ended(self, number: int) -> bool:
         return number in self.log.records and self.log.records[number].state in DONE_STATES

@@ -12,7 +12,6 @@ from tune.lanes.layout import Layout
 from tune.plan.prepare import Study
 from tune.records.end_state import DONE_STATES, EndState
 from tune.search.callback import StudyLog
-from tune.search.early_stopping import should_stop
 from tune.search.queued_trial import QueuedTrial
 from tune.search.searcher import JournalSearcher
 
@@ -76,9 +75,8 @@ def end_decided_trials(study: Study, log: StudyLog) -> None:
     for record in list(log.records.values()):
         if record.state in DONE_STATES:
             continue
-        epoch = len(record.epochs)
         if record.finished:
             log.end(record.number, EndState.COMPLETE)
-        elif epoch and should_stop(log.records, record.number, epoch, study.settings.study, study.goals):
-            log.end(record.number, EndState.STOPPED)
+        elif reason := log.stop_reason(record.number):
+            log.end(record.number, EndState.STOPPED, note=reason)
     log.end_stopped()

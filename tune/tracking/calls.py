@@ -108,7 +108,8 @@ def log_entries(event: Event) -> list[tuple[int, dict[str, float]]]:
         if "loss" in entry
     ]
     system = {f"system/{name}": value for name, value in event["system"].items()}
-    return [*steps, (event["step"], {**event["metrics"], "epoch": event["epoch"], **system})]
+    progress = event.get("progress", event["epoch"])
+    return [*steps, (event["step"], {**event["metrics"], "epoch": progress, **system})]
 
 
 def final_metrics(event: Event) -> dict[str, float]:

@@ -191,8 +191,8 @@ class MLflowStore:
         if run is None:
             return False
         params = {name for event in events if isinstance(event.get("params"), dict) for name in event["params"]}
-        reported = [event.get("epoch") for event in events if event.get("event") == "report"]
-        epochs = {epoch for epoch in reported if isinstance(epoch, int)}
+        reported = [event.get("progress", event.get("epoch")) for event in events if event.get("event") == "report"]
+        epochs = {epoch for epoch in reported if isinstance(epoch, int | float)}
         states = [
             IN_MLFLOW.get(str(event.get("state"))) if str(event["event"]).endswith("ended") else "RUNNING"
             for event in events
