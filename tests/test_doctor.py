@@ -317,7 +317,7 @@ def test_a_study_takes_as_long_as_its_epochs(hulumed_4b) -> None:
 
 
 def test_hulu_med_4b_with_busi_as_downloaded_fits_the_nodes_of_cluster_yaml(hulumed_4b) -> None:
-    """The largest trial of the space: rank 128, with images of 2,650 tokens."""
+    """A large trial: rank 128 and the projector, with images of 2,650 tokens."""
     yaml = pytest.importorskip("yaml")
     nodes = yaml.safe_load((Path(__file__).parents[1] / "cluster.yaml").read_text())["available_node_types"]
     free_gib = {"g5": 21.9, "g6e": 43.5}[nodes["worker"]["node_config"]["InstanceType"].split(".")[0]]
