@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from train_fn.settings import ModelSettings, TrialSettings
 SETTINGS = TrialSettings(
     num_train_epochs=1, lora_r=4, lora_alpha=8, learning_rate=1e-3, lora_dropout=0.0, augment="medium"
 )
+EVERY_PART = replace(SETTINGS, train_vision="lora", train_projector=True, projector_lora=True, max_steps=1)
 
 
 def worker(rank: int, world_size: int, splits, output: str) -> None:
@@ -53,11 +55,14 @@ def worker(rank: int, world_size: int, splits, output: str) -> None:
         }
         engine.destroy()
     reports: list[EpochReport] = []
-    fed = note_fed_images()
-    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False)
+    fed: list[Any] = []
+    for settings in (EVERY_PART, SETTINGS):
+        if settings is SETTINGS:
+            fed = note_fed_images()
+        run_trial(base, splits, settings, lambda report: reports.append(report) or False)
     points = points_of_damaged_states(rank, Path(output) / "trial")
-    results = {"facts": facts, "predicted": predicted, "report": vars(reports[-1]), "points": points, "fed": fed}
-    torch.save(results, f"{output}/{rank}.pt")
+    found = {"facts": facts, "predicted": predicted, "reports": [*map(vars, reports)], "points": points, "fed": fed}
+    torch.save(found, f"{output}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -132,17 +137,18 @@ def test_evaluation_neither_repeats_nor_drops(found, base, splits) -> None:
             assert np.allclose(result["predicted"][name], alone[name], atol=1e-4)
 
 
-def test_two_workers_train_the_same_trial(found, base, splits) -> None:
+@pytest.mark.parametrize(("number", "settings"), [(0, EVERY_PART), (1, SETTINGS)], ids=["every part", "adapter"])
+def test_two_workers_train_the_same_trial(found, base, splits, number, settings) -> None:
     from train_fn.trial.loop import run_trial
 
     reports: list[EpochReport] = []
-    run_trial(base, splits, SETTINGS, lambda report: reports.append(report) or False)
-    one, two = found
-    assert one["report"]["metrics"] == two["report"]["metrics"]
-    assert one["report"]["metrics"]["loss"] == pytest.approx(reports[-1].metrics["loss"], abs=1e-3)
-    assert one["report"]["metrics"]["train_loss"] == pytest.approx(reports[-1].metrics["train_loss"], abs=1e-3)
+    run_trial(base, splits, settings, lambda report: reports.append(report) or False)
+    one, two = (result["reports"][number] for result in found)
+    assert one["metrics"] == two["metrics"]
+    assert one["metrics"]["loss"] == pytest.approx(reports[-1].metrics["loss"], abs=1e-3)
+    assert one["metrics"]["train_loss"] == pytest.approx(reports[-1].metrics["train_loss"], abs=1e-3)
     # A single worker has nothing to partition, so its stage 2 is run as stage 1.
-    assert one["report"]["applied"] == reports[-1].applied | {"zero_stage": 2}
+    assert one["applied"] == reports[-1].applied | {"zero_stage": 2}
 
 
 def test_two_workers_feed_the_variants_that_one_feeds(found, splits) -> None:

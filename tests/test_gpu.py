@@ -45,6 +45,7 @@ def train(base, splits, settings: TrialSettings, output: Path | None = None) -> 
 
 @pytest.mark.parametrize("options", [{}, {"train_projector": True}, {"optim": "paged_adamw_8bit"},
                                      {"gradient_checkpointing": True}, {"offload_optimizer": True},
+                                     {"train_vision": "lora", "train_projector": True, "projector_lora": True},
                                      {"torch_compile": False}, {"per_device_train_batch_size": 2}])  # fmt: skip
 def test_a_trial_on_a_gpu(on_gpu, splits, tmp_path, options) -> None:
     from train_fn.trial.compiled import compiles_by_default

@@ -14,9 +14,16 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import torch
 from mlflow import MlflowClient
 from optuna.trial import TrialState
+from safetensors.torch import load_file
 from studies import ROOT, SECRETS, SMALL, Finished, finish, start, wait_for
+
+from train_fn.data.splits_file import load_splits
+from train_fn.model.base import load_base
+from train_fn.settings import ModelSettings
+from train_fn.trial.scoring import score_adapter
 
 pytestmark = pytest.mark.ray
 
@@ -350,8 +357,13 @@ def test_two_workers_and_a_trial_that_fails_on_both(two_workers) -> None:
 @pytest.mark.skipif(not os.environ.get("HULUMED_FIXTURES"), reason="no HULUMED_FIXTURES")
 def test_a_qlora_study_on_a_hulumed_checkpoint(tmp_path) -> None:
     model = f"{os.environ['HULUMED_FIXTURES']}/checkpoint"
-    options = ["--trials", "2", "--model", model, "--use-qlora", "--space", "qlora", "--max-image-tokens", "64", *SMALL]
-    options += ["--report-to", "tensorboard"]
+    (tmp_path / "space.py").write_text(
+        "from search_spaces.qlora import GUIDE, space as qlora\n"
+        "def space(trial):\n"
+        "    return qlora(trial) | {'train_vision': ['none', 'lora'][trial.number % 2]}\n"
+    )
+    options = ["--trials", "2", "--model", model, "--use-qlora", "--space", "space.py", "--max-image-tokens", "64"]
+    options += ["--report-to", "tensorboard", *SMALL]
     finished = finish(start(tmp_path, *options), tmp_path)
     assert finished.code == 0, finished.out + finished.err
     trials = finished.study["trials"]
@@ -360,3 +372,16 @@ def test_a_qlora_study_on_a_hulumed_checkpoint(tmp_path) -> None:
     config = json.loads((Path(finished.study["adapter"]) / "adapter_config.json").read_text())
     trained = trials[finished.study["winner"]]["applied"]["train_projector"]
     assert config["modules_to_save"] == (["mm_projector"] if trained else None)
+
+    # The second trial of the lane has trained the vision tower, too.
+    assert [trial["applied"]["train_vision"] for trial in trials] == ["none", "lora"]
+    study = tmp_path / "results" / "s"
+    adapter = study / "trials" / "0001" / "final_model"
+    names = load_file(adapter / "adapter_model.safetensors").keys()
+    prefix = "base_model.model.model.vision_encoder.encoder.layers."
+    layers = {name.removeprefix(prefix).rpartition(".lora_")[0] for name in names if name.startswith(prefix)}
+    assert len(layers) == trials[1]["applied"]["adapted_parts"]["vision_tower"] > 0
+    assert not any("vision" in name for name in load_file(study / "trials/0000/final_model/adapter_model.safetensors"))
+    base = load_base(ModelSettings(model=model, use_qlora=True, max_image_tokens=64), torch.device("cpu"))
+    predicted = score_adapter(base, load_splits(study / "splits.json"), "validation", 16, adapter)
+    assert predicted["losses"].mean() == pytest.approx(trials[1]["metrics"]["loss"], abs=1e-5)

@@ -314,19 +314,6 @@ def test_the_memory_model_counts_the_towers_activations(settings, splits) -> Non
     assert frozen.tower == 0 and sizes.activations == frozen.activations and sizes.trained > frozen.trained
 
 
-def test_checkpointed_and_compiled_layers_train_the_same(base, splits, monkeypatch) -> None:
-    from torch._dynamo.utils import counters
-
-    asked = replace(TRIAL, lora_dropout=0.0)
-    plain = train(base, splits, asked)
-    monkeypatch.setattr("train_fn.trial.compiled.BACKEND", "aot_eager")
-    monkeypatch.setattr(base, "compiler", None)
-    counters.clear()
-    other = train(base, splits, replace(asked, torch_compile=True, gradient_checkpointing=True))
-    assert other.applied["torch_compile"] and counters["stats"]["unique_graphs"] == 1
-    assert other.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-4)
-
-
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_a_4_bit_language_model_beside_a_trained_tower(base, splits, tmp_path, options) -> None:
     own = load_base(ModelSettings(dtype="bfloat16", use_qlora=True), CPU)

@@ -14,8 +14,9 @@ from train_fn.settings import TrialSettings
 def adapter_pattern(base: Base, settings: TrialSettings) -> str:
     """A regular expression, matched in full, for the modules that get an adapter.
 
-    In the language model these are the modules with one of the target names, which the vision tower and the projector
-    may use, too. There it is every linear layer, by its full name: a convolution may end with the same word.
+    In the language model these are the modules with one of the target names. The vision tower and the projector may use
+    the same names. Of these two parts every linear layer gets an adapter, and the pattern has their full names, because
+    a convolution may have the same last name.
     """
     patterns = {part: exact_pattern(base, part) for part in settings.lora_parts if part != "language_model"}
     if "language_model" in settings.lora_parts or not patterns:

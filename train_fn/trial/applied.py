@@ -94,11 +94,13 @@ def read_applied(engine: Any) -> dict[str, Any]:
                 groups[f"{name}_b"]["initial_lr"] / groups[name]["initial_lr"] for name in adapters
             ),
         }
-    rates = {"learning_rate": ("adapter",), "vision_learning_rate": ("vision",)}
-    rates["projector_learning_rate"] = ("projector", "projector_bias", "projector_lora")
-    for setting, names in rates.items():
-        if found := [groups[name]["initial_lr"] for name in names if name in groups]:
-            applied[setting] = only(found)
+    rates = {name: group["initial_lr"] for name, group in groups.items()}
+    if "adapter" in rates:
+        applied["learning_rate"] = rates["adapter"]
+    if "vision" in rates:
+        applied["vision_learning_rate"] = rates["vision"]
+    if of_projector := [rates[n] for n in ("projector_lora", "projector", "projector_bias") if n in rates]:
+        applied["projector_learning_rate"] = only(of_projector)
     return applied
 
 

@@ -147,8 +147,8 @@ def tower_bytes(base: Base, trial: TrialSettings) -> tuple[float, float]:
     from train_fn.model.targets import part_layers
 
     size = base.model.dtype.itemsize
-    layers = [base.model.get_submodule(name) for name in part_layers(base, "vision_tower")]
-    shapes = [layer.weight.shape for layer in layers]  # [out, in]
+    layers = part_layers(base, "vision_tower")
+    shapes = [tuple(base.model.get_submodule(name).get_parameter("weight").shape) for name in layers]  # [out, in]
     kept = sum(5 * before + 4 * trial.lora_r + 2 * size * after for after, before in shapes)
     tower = base.model.get_submodule(base.vision_tower).modules()
     num_layers = sum(isinstance(module, GradientCheckpointingLayer) for module in tower)
