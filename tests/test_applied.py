@@ -24,7 +24,15 @@ from train_fn.model.memory import is_out_of_memory
 from train_fn.settings import LR_SCHEDULER_TYPES, TrialSettings
 from train_fn.trial import engine as engine_module
 from train_fn.trial import lora
-from train_fn.trial.applied import TrialFailed, check_applied, check_schedule, check_shown, check_trained, read_applied
+from train_fn.trial.applied import (
+    TrialFailed,
+    check_applied,
+    check_schedule,
+    check_shown,
+    check_trained,
+    read_applied,
+    read_shown,
+)
 from train_fn.trial.applied import read_schedule as read_back
 from train_fn.trial.engine import build_engine
 from train_fn.trial.loop import run_trial
@@ -216,7 +224,7 @@ def test_a_setting_that_the_engine_does_not_have_fails_the_trial(base, live, spl
             pass
         return
     some, order = replace(splits, train=splits.train[:1] * 32), epoch_order(32, 16, ENGINE.seed, 1)
-    fed = {"images_shown": Counter(label_of(image) for (image,) in shown_images(some, ENGINE, 1))}
+    fed = read_shown(Counter(label_of(image) for (image,) in shown_images(some, ENGINE, 1)))
     checks = {
         "check_applied": lambda settings: check_applied(
             read_applied(live), settings, wanted_execution(settings, base.device)
