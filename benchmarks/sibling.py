@@ -38,8 +38,12 @@ NUM_RESAMPLES = 10_000
 SIBLING, SAME, AGAIN = "the sibling", "the base", "the base with another seed"
 
 
-def train_all(options: argparse.Namespace, data: str, arguments: list[str]) -> None:
-    """Train every setting on each base, and append a line for each training to the output file."""
+def train_all(options: argparse.Namespace, data: dict[str, list[str]]) -> None:
+    """Train every setting on each base and data set, and append a line for each training to the output file.
+
+    Args:
+        data: the options of `tune/run.py` for each data set.
+    """
     import torch
     import torch.distributed as dist
 
@@ -50,22 +54,24 @@ def train_all(options: argparse.Namespace, data: str, arguments: list[str]) -> N
     from tune.search.points import propose
 
     done = {(line["data"], line["base"], line["setting"]) for line in read(options.output)}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         search = ["--results", folder, "--space", options.space, "--sampler", "random", "--metric", "auroc"]
-        study = prepare(parse([*search, *arguments]), lambda text: None)
-        points = [propose(study, {}, number) for number in range(options.settings)]
-        if not dist.is_initialized():
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        for name, model, seed in ((SIBLING, str(options.small), 0), (SAME, "nano", 0), (AGAIN, "nano", 1)):
+        studies = {
+            name: prepare(parse([*search, "--name", name, *arguments]), lambda text: None)
+            for name, arguments in data.items()
+        }
+        for name, model, seed in ((SAME, "nano", 0), (SIBLING, str(options.small), 0), (AGAIN, "nano", 1)):
             base = load_base(ModelSettings(model=model), torch.device("cpu"))
-            for number, point in enumerate(points):
-                if (data, name, number) in done:
+            for (data_name, study), number in product(studies.items(), range(options.settings)):
+                if (data_name, name, number) in done:
                     continue
+                point = propose(study, {}, number)  # the same for each base and data set
                 assert point is not None
                 began = time.process_time()
                 metrics = train(base, study, dataclasses.replace(point.settings, seed=seed))
-                line = {"data": data, "base": name, "setting": number, "searched": point.searched}
+                line = {"data": data_name, "base": name, "setting": number, "searched": point.searched}
                 line |= {score: metrics.get(score) for score in SCORES} | {"cpu_s": time.process_time() - began}
                 with options.output.open("a") as file:
                     print(json.dumps(line), file=file)
@@ -144,8 +150,7 @@ def main() -> None:
     data: dict[str, list[str]] = {"phantoms": []}
     if root := os.environ.get("BUSI_ROOT"):
         data["BUSI"] = ["--data", f"{root}/train_busi_breast_cancer.json", "--image-root", root]
-    for name, arguments in data.items():
-        train_all(options, name, arguments)
+    train_all(options, data)
     lines = [line for line in read(options.output) if line["setting"] < options.settings]
     values: dict[tuple[str, str], list[dict[str, Any]]] = {
         (name, base): sorted((x for x in lines if (x["data"], x["base"]) == (name, base)), key=lambda x: x["setting"])
