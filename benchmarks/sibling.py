@@ -38,8 +38,12 @@ NUM_RESAMPLES = 10_000
 SIBLING, SAME, AGAIN = "the sibling", "the base", "the base with another seed"
 
 
-def train_all(options: argparse.Namespace, data: str, arguments: list[str]) -> None:
-    """Train every setting on each base, and append a line for each training to the output file."""
+def train_all(options: argparse.Namespace, data: dict[str, list[str]]) -> None:
+    """Train every setting on each base and data set, and append a line for each training to the output file.
+
+    Args:
+        data: the options of `tune/run.py` for each data set.
+    """
     import torch
     import torch.distributed as dist
 
@@ -50,22 +54,24 @@ def train_all(options: argparse.Namespace, data: str, arguments: list[str]) -> N
     from tune.search.points import propose
 
     done = {(line["data"], line["base"], line["setting"]) for line in read(options.output)}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         search = ["--results", folder, "--space", options.space, "--sampler", "random", "--metric", "auroc"]
-        study = prepare(parse([*search, *arguments]), lambda text: None)
-        points = [propose(study, {}, number) for number in range(options.settings)]
-        if not dist.is_initialized():
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        for name, model, seed in ((SIBLING, str(options.small), 0), (SAME, "nano", 0), (AGAIN, "nano", 1)):
+        studies = {
+            name: prepare(parse([*search, "--name", name, *arguments]), lambda text: None)
+            for name, arguments in data.items()
+        }
+        for name, model, seed in ((SAME, "nano", 0), (SIBLING, str(options.small), 0), (AGAIN, "nano", 1)):
             base = load_base(ModelSettings(model=model), torch.device("cpu"))
-            for number, point in enumerate(points):
-                if (data, name, number) in done:
+            for (data_name, study), number in product(studies.items(), range(options.settings)):
+                if (data_name, name, number) in done:
                     continue
+                point = propose(study, {}, number)  # the same for each base and data set
                 assert point is not None
                 began = time.process_time()
                 metrics = train(base, study, dataclasses.replace(point.settings, seed=seed))
-                line = {"data": data, "base": name, "setting": number, "searched": point.searched}
+                line = {"data": data_name, "base": name, "setting": number, "searched": point.searched}
                 line |= {score: metrics.get(score) for score in SCORES} | {"cpu_s": time.process_time() - began}
                 with options.output.open("a") as file:
                     print(json.dumps(line), file=file)
@@ -133,10 +139,35 @@ def regrets(cost: np.ndarray, order: np.ndarray) -> list[float]:
     return [float(np.mean(cost[orders[:, :k]].min(1)) - cost.min()) for k in TOP]
 
 
+def print_tables(lines: list[dict[str, Any]]) -> None:
+    """Print the tables of what has been trained: of a data set, the settings that were trained on the base and on the
+    base that is compared with it."""
+    print("| data, score | ranked by | settings | Spearman | " + " | ".join(f"best {k}: regret" for k in TOP) + " |")
+    print("| --- " * (4 + len(TOP)) + "|")
+    trained = {(line["data"], line["base"], line["setting"]): line for line in lines}
+    for data, score in product(dict.fromkeys(line["data"] for line in lines), SCORES):
+        for base in (SIBLING, AGAIN):
+            both = [n for name, which, n in trained if (name, which) == (data, SAME) and (data, base, n) in trained]
+            if len(both) < max(TOP):
+                continue
+            rng = np.random.default_rng(0)
+            one, other = (costs([trained[data, which, n] for n in both], score) for which in (base, SAME))
+            low, high = interval(one, other, rng)
+            cells = [f"{spearman(one, other):.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{regret:.4f}" for regret in regrets(other, np.argsort(one, kind="stable"))]
+            print(f"| {data}, {score} | {base} | {len(both)} | " + " | ".join(cells) + " |")
+            chance = regrets(other, np.array([rng.permutation(len(both)) for _ in range(NUM_RESAMPLES)]))
+            print(f"| | chance | | | {' | '.join(f'{regret:.4f}' for regret in chance)} |")
+            print(f"| | (on the base: {np.abs(other).min():.3f} to {np.abs(other).max():.3f}) | | |{' |' * len(TOP)}")
+    for data, base in dict.fromkeys((line["data"], line["base"]) for line in lines):
+        seconds = np.median([line["cpu_s"] for line in lines if (line["data"], line["base"]) == (data, base)])
+        print(f"{data}, {base}: {seconds:.1f} CPU seconds a training (median)")
+
+
 def main() -> None:
     """Train what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--small", type=Path, required=True, help="the sibling's folder")
+    parser.add_argument("--small", type=Path, help="the sibling's folder; not given: print the tables so far")
     parser.add_argument("--settings", type=int, default=24)
     parser.add_argument("--space", default="wide")
     parser.add_argument("--output", type=Path, default=Path("sibling.jsonl"))
@@ -144,30 +175,9 @@ def main() -> None:
     data: dict[str, list[str]] = {"phantoms": []}
     if root := os.environ.get("BUSI_ROOT"):
         data["BUSI"] = ["--data", f"{root}/train_busi_breast_cancer.json", "--image-root", root]
-    for name, arguments in data.items():
-        train_all(options, name, arguments)
-    lines = [line for line in read(options.output) if line["setting"] < options.settings]
-    values: dict[tuple[str, str], list[dict[str, Any]]] = {
-        (name, base): sorted((x for x in lines if (x["data"], x["base"]) == (name, base)), key=lambda x: x["setting"])
-        for name, base in product(data, (SIBLING, SAME, AGAIN))
-    }
-    print("| data, score | ranked by | Spearman | " + " | ".join(f"regret of its best {k}" for k in TOP) + " |")
-    print("| --- " * (3 + len(TOP)) + "|")
-    for name, score in product(data, SCORES):
-        rng = np.random.default_rng(0)
-        cost = {base: costs(values[name, base], score) for base in (SIBLING, SAME, AGAIN)}
-        for base in (SIBLING, AGAIN):
-            low, high = interval(cost[base], cost[SAME], rng)
-            shown = f"{spearman(cost[base], cost[SAME]):.2f} ({low:.2f} to {high:.2f})"
-            found = regrets(cost[SAME], np.argsort(cost[base], kind="stable"))
-            print(f"| {name}, {score} | {base} | {shown} | " + " | ".join(f"{regret:.4f}" for regret in found) + " |")
-        random = np.array([rng.permutation(options.settings) for _ in range(NUM_RESAMPLES)])
-        found = regrets(cost[SAME], random)
-        spread = f"{np.abs(cost[SAME]).min():.3f} to {np.abs(cost[SAME]).max():.3f}"
-        print(f"| {name}, {score} ({spread}) | chance | | " + " | ".join(f"{regret:.4f}" for regret in found) + " |")
-    for name in data:
-        small, same = (np.mean([x["cpu_s"] for x in values[name, base]]) for base in (SIBLING, SAME))
-        print(f"{name}: {small:.1f} CPU seconds a training on the sibling, {same:.1f} on the base")
+    if options.small:
+        train_all(options, data)
+    print_tables(read(options.output))
 
 
 if __name__ == "__main__":
