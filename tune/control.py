@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tune.config.settings import Settings
     from tune.records.journal import Event
 
-WAIT_S = 15.0  # for the answer of a study that runs
+WAIT_S = 60.0  # for the answer of a study that runs
 HELP = """\
 actions:
   stop NUMBER   end a trial for good, as early stopping does: after the step that

@@ -44,7 +44,7 @@ def write_request(directory: Path, request: Request) -> str:
 def waiting_requests(directory: Path) -> list[str]:
     """The names of the files that wait in a study's folder, the oldest first. Files that are being written have no such
     name yet."""
-    return sorted(path.name for path in (directory / "control").glob("[0-9]*.json"))
+    return sorted(path.name for path in (directory / "control").glob("[0-9]*.json") if path.is_file())
 
 
 def read_request(directory: Path, name: str) -> Request:
