@@ -223,7 +223,7 @@ def cost(reports: Iterable[Row], row: Row) -> float:
 
 def after_epochs(row: Row) -> list[Row]:
     """The reports of a trial after its epochs."""
-    return [report for report in row["reports"] if report["progress"].is_integer()]
+    return [report for report in row["reports"] if report["progress"] % 1 == 0]
 
 
 def play(search: Search, rows: Iterator[Row], budget_s: float) -> Search:
@@ -232,7 +232,7 @@ def play(search: Search, rows: Iterator[Row], budget_s: float) -> Search:
         number, made, train_s, error = search.start(row), [], 0.0, row["error"]
         for report in row["reports"]:
             train_s += report["train_s"]
-            if report["progress"].is_integer() or report["progress"] in search.rungs:
+            if report["progress"] % 1 == 0 or report["progress"] in search.rungs:
                 made.append(report | {"train_s": train_s})  # with that since the last report that this arm makes
                 train_s = 0.0
                 if search.stops(number, report):
