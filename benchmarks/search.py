@@ -41,6 +41,7 @@ from train_fn.jobs import EpochReport, Verdict  # noqa: E402
 from train_fn.model.base import Base, load_base  # noqa: E402
 from train_fn.scoring.evaluation import predict  # noqa: E402
 from train_fn.scoring.fitting import decide, fit_part  # noqa: E402
+from train_fn.scoring.metrics import MODES  # noqa: E402
 from train_fn.scoring.scores import metrics_of  # noqa: E402
 from train_fn.trial import loop  # noqa: E402
 from train_fn.trial.applied import TrialFailed  # noqa: E402
@@ -223,7 +224,7 @@ def cost(reports: Iterable[Row], row: Row) -> float:
 
 def after_epochs(row: Row) -> list[Row]:
     """The reports of a trial after its epochs."""
-    return [report for report in row["reports"] if report["progress"].is_integer()]
+    return [report for report in row["reports"] if report["progress"] % 1 == 0]
 
 
 def play(search: Search, rows: Iterator[Row], budget_s: float) -> Search:
@@ -232,7 +233,7 @@ def play(search: Search, rows: Iterator[Row], budget_s: float) -> Search:
         number, made, train_s, error = search.start(row), [], 0.0, row["error"]
         for report in row["reports"]:
             train_s += report["train_s"]
-            if report["progress"].is_integer() or report["progress"] in search.rungs:
+            if report["progress"] % 1 == 0 or report["progress"] in search.rungs:
                 made.append(report | {"train_s": train_s})  # with that since the last report that this arm makes
                 train_s = 0.0
                 if search.stops(number, report):
@@ -294,6 +295,29 @@ def show_arms(arms: dict[str, list[Search]], best: float, mode: str, budget_s: f
             print(f"{arm:26}{cells[0]:>24}{cells[1]:>24}{near:15.2f}{trials:8.1f}{complete:10.1f}")
 
 
+def show_ranks(rows: list[Row], metrics: Sequence[str]) -> None:
+    """Print how well a score within the training tells which trials end well: its rank correlation with the best of
+    the epochs, and that one's with the test."""
+    from scipy.stats import spearmanr
+
+    marks = sorted({report["progress"] for row in rows for report in row["reports"]})[:-1]
+    print(f"\nrank correlation (Spearman) over {len(rows)} points of a score with the best of its trial's epochs")
+    print(f"{'score':20}" + "".join(f"{f'after {mark:g}':>12}" for mark in marks) + f"{'with the test':>16}")
+    for metric in metrics:
+        mode = MODES[metric]
+        best = [min(after_epochs(row), key=lambda its: sign(mode) * its["metrics"][metric]) for row in rows]
+        finals = [its["metrics"][metric] for its in best]
+        scored = [(its["metrics"][metric], its["test"][metric]) for its in best if its["test"]]
+        cells = [
+            spearmanr(
+                [next(r["metrics"][metric] for r in row["reports"] if r["progress"] == mark) for row in rows], finals
+            )
+            for mark in marks
+        ]
+        test = spearmanr(*zip(*scored, strict=True)).statistic
+        print(f"{metric:20}" + "".join(f"{cell.statistic:12.2f}" for cell in cells) + f"{test:11.2f} ({len(scored)})")
+
+
 def show_shapes(rows: list[Row], metric: str, mode: str) -> None:
     """Print how trials end whose loss or answers looked hopeless after the first epoch."""
     whole = [row for row in rows if row["reports"] and row["reports"][-1]["finished"]]
@@ -347,8 +371,10 @@ def main() -> None:
             arms.setdefault(name, []).append(run_live(trainer, live, path, budget_s))
     if options.part != "all":
         return
+    whole = [row for row in pool if row["reports"] and row["reports"][-1]["finished"]]
+    scores = dict.fromkeys([study.metric, f"{study.metric}_raw", "auroc", "loss"])
+    show_ranks(whole, [name for name in scores if name in whole[0]["reports"][0]["metrics"]])
     for metric in dict.fromkeys([study.metric, "auroc"]):
-        whole = [row for row in pool if row["reports"] and row["reports"][-1]["finished"]]
         mode = study.goals[0][1] if metric == study.metric else "max"
         finals = [[sign(mode) * r["metrics"][metric] for r in after_epochs(row)] for row in whole]
         best = sign(mode) * min(map(min, finals))

@@ -234,3 +234,26 @@ def test_journals_and_states_of_earlier_versions_have_epochs_alone() -> None:
     record = trial_records(events)[1]
     assert (record.progress, len(record.epochs), record.rungs) == (2.0, 2, [])
     assert EpochReport.from_dict({"epoch": 2, "metrics": {}}).progress == 2.0
+
+
+def test_a_trial_whose_training_loss_rises_far_above_its_first_one_has_diverged() -> None:
+    def after(*losses: float, number: int = 1) -> str:
+        records = journal_of(*((number, (n + 1) / 2, 0.5) for n in range(len(losses))))
+        for report, loss in zip(records[number].reports, losses, strict=True):
+            report["metrics"]["train_loss"] = loss
+        goals = (*GOALS, ("loss", "min"))  # for which no trial is compared with others
+        return should_stop(records, number, len(losses) / 2, parse([]).study, goals)
+
+    assert after(1.0, 3.1) == "diverged: the training loss rose from 1 to 3.1"
+    assert after(1.0, 0.5, 4.0) and not after(1.0, 2.9) and not after(5.0)
+    assert not after(1.0, 0.001, 0.1)  # a spike below its start
+    assert not after(1.0, 9.0, number=0)  # the guide's
+    assert not after(1.0, 9.0, 1.1)  # it has come back; only its present loss counts
+
+
+def test_a_trial_that_gives_all_images_one_answer_goes_on() -> None:
+    """On BUSI, trials that did so after their first epoch were among the best in the end (benchmarks/README.md)."""
+    one_answer = {"accuracy_raw": 0.27, "balanced_accuracy_raw": 1 / 3, "macro_f1_raw": 0.142}
+    records = journal_of((1, 1.0, 0.5), (2, 1.0, 0.6))
+    records[2].epochs[0] |= one_answer
+    assert not stops(records, 2, 1.0)

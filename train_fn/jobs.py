@@ -89,7 +89,7 @@ class EpochReport(TrialFacts):
     system: dict[str, float] = field(default_factory=dict)  # memory and CPU seconds of rank 0
 
     def __post_init__(self) -> None:
-        self.progress = self.progress or float(self.epoch)
+        self.progress = float(self.progress or self.epoch)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EpochReport:

@@ -98,7 +98,8 @@ class StudySettings:
     """Search space: a module of search_spaces/ or a Python file with `space(trial)` and `GUIDE`."""
     scheduler: Annotated[str, one_of(SCHEDULERS)] = "asha"
     """Early stopping by epoch: asha (arXiv:1810.05934; the better third goes on at epochs 1, 3, 9, ...), median (trials
-    below the median stop), or none. The guide's trial always runs to its end."""
+    below the median stop), or none. A trial whose training loss rises far above its start is stopped in any case. The
+    guide's trial always runs to its end."""
     grace_period: Annotated[float, Range(0, 10_000, above=True)] = 1
     """Epochs of a trial before early stopping may end it. Trials are compared after 1, 3, 9, ... times as many. Where
     such a point lies within an epoch (0.5, 1.5, ...) it costs each trial that comes so far an evaluation more."""

@@ -17,6 +17,7 @@ from tune.records.trials import TrialRecord
 
 REDUCTION_FACTOR = 3  # of ASHA: a third goes on at 1, 3, 9, ... times the grace period
 MIN_SAMPLES = 3  # of the median rule: other trials that have come as far
+DIVERGED = 3  # times the training loss of the first report; such trials ended badly (benchmarks/README.md)
 MAX_EPOCHS = 10_000  # of a trial, by its settings
 
 
@@ -36,17 +37,29 @@ def should_stop(
 ) -> str:
     """Why a trial must end after one of its reports; "" if it goes on.
 
-    The guide's trial (number 0) always runs to its end, because the winner is compared with its test score. With
-    several goals no trial is stopped, because one bad goal does not make a trial hopeless.
+    The guide's trial (number 0) always runs to its end, because the winner is compared with its test score. A trial
+    that has diverged ends in any case. With several goals no other trial is stopped, because one bad goal does not make
+    a trial hopeless.
 
     Args:
         progress: epochs trained at that report.
     """
     if number == 0:
         return ""
+    if reason := diverged(records[number], progress):
+        return reason
     rule = asha if study.scheduler == "asha" else median_rule
     reached = [rung for rung in rungs(study, goals) if rung <= progress]
     return rule(records, number, progress, reached, goals[0]) if reached else ""
+
+
+def diverged(record: TrialRecord, progress: float) -> str:
+    """Why a trial has diverged by one of its reports: its training loss has risen far above that of its first one."""
+    losses = [report["metrics"].get("train_loss", np.nan) for report in record.reports]
+    first, loss = losses[0], losses[reports_until(record, progress) - 1]
+    if loss > DIVERGED * first:
+        return f"diverged: the training loss rose from {first:.3g} to {loss:.3g}"
+    return ""
 
 
 def asha(records: Mapping[int, TrialRecord], number: int, progress: float, reached: list[float], goal: Goal) -> str:
