@@ -25,9 +25,15 @@ def training_key(settings: TrialSettings) -> Key:
         values["projector_learning_rate"] = settings.projector_learning_rate or settings.learning_rate
     else:
         del values["projector_learning_rate"]
+    if settings.train_vision == "lora":
+        values["vision_learning_rate"] = settings.vision_learning_rate or settings.learning_rate
+    else:
+        del values["vision_learning_rate"]
+    if settings.augment == "none":
+        del values["augment_variants"]
     if settings.max_steps:
         del values["num_train_epochs"]
-    if not settings.use_lora:
+    if not (settings.use_lora or settings.projector_lora or settings.train_vision == "lora"):
         adapter = ("learning_rate", "use_rslora", "use_dora", "loraplus_lr_ratio")
         values = {name: value for name, value in values.items() if name not in adapter and not name.startswith("lora_")}
     return tuple(values.items())
