@@ -448,6 +448,6 @@ def test_stop_add_and_extend_a_running_study_that_is_killed_and_goes_on(tmp_path
     assert len(events_of(tmp_path, "control")) == 4 and not list((tmp_path / "results" / "s" / "control").iterdir())
     runs = {run.data.tags.get("trial", "parent"): run for run in finished.runs()}
     tags = runs["parent"].data.tags
-    assert sorted(text.partition(":")[0] for name, text in tags.items() if name.startswith("control_")) == [
+    assert sorted(text.rpartition(": ")[0] for name, text in tags.items() if name.startswith("control_")) == [
         'add {"lora_r": 33}', "stop 1", "trials 4", "trials 5"]  # fmt: skip
     assert runs["1"].info.status == "KILLED" and runs["1"].data.tags["notes"] == STOPPED_BY_USER
