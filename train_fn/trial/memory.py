@@ -152,7 +152,7 @@ def tower_bytes(base: Base, trial: TrialSettings) -> tuple[float, float]:
     kept = sum(5 * before + 4 * trial.lora_r + 2 * size * after for after, before in shapes)
     tower = base.model.get_submodule(base.vision_tower).modules()
     num_layers = sum(isinstance(module, GradientCheckpointingLayer) for module in tower)
-    again = kept
+    again = float(kept)
     if num_layers:
         again = kept / num_layers + num_layers * size * max(min(shape) for shape in shapes)
     ratio = patches_per_token(base)
