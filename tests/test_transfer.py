@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from studies import LAYOUT, SMALL, finish, start, wait_for, write_plan
 
 from search_spaces import lora
+from train_fn.nano import CHECKPOINT
 from tune.config.cli import parse
 from tune.config.paths import SettingsError
 from tune.plan.checks import check_warm_start, family_of
@@ -361,12 +362,13 @@ def test_the_problems_of_both_bases_come_at_once_and_nothing_stays(tmp_path: Pat
     with pytest.raises(SettingsError) as refused:  # the small base alone is at fault
         prepare_both(parse([*argv[:-2], "--model-small", str(tiny(tmp_path))]), lambda text: None)
     assert not any("`--model`" in problem for problem in refused.value.problems)
+    with pytest.raises(SettingsError, match="`--model-small` must be another base than --model"):
+        prepare_both(parse([*argv[:-2], "--model-small", str(CHECKPOINT)]), lambda text: None)
     assert [path.name for path in folder.iterdir()] == ["phantoms-30-0"]
 
 
 def prepared(folder: Path) -> Study:
     """The two studies of one command, as they are on disk when the first one begins."""
-    from train_fn.nano import CHECKPOINT
     from tune.study import write_plan as write
 
     if not (folder / "sibling").exists():
@@ -510,8 +512,6 @@ def test_one_command_searches_on_the_sibling_ends_on_the_base_and_survives_kills
 def sibling(folder: Path) -> None:
     """A base of nano's shape with other weights."""
     from safetensors.torch import load_file, save_file
-
-    from train_fn.nano import CHECKPOINT
 
     shutil.copytree(CHECKPOINT, folder / "sibling")
     weights = load_file(folder / "sibling" / "model.safetensors")

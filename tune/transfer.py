@@ -62,6 +62,10 @@ def prepare_both(settings: Settings, say: Callable[[str], None]) -> Study:
             studies.append(prepare(each, say))
         except SettingsError as error:
             problems += [problem.replace("`--model`", option) for problem in error.problems]
+    if not problems and studies[0].plan["base_hash"] == studies[1].plan["base_hash"]:
+        problems = [
+            f"`--model-small` must be another base than --model, but {settings.study.model_small} holds the same"
+        ]
     if problems:
         for study in studies:
             discard(study)
