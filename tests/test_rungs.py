@@ -179,6 +179,8 @@ def test_asha_stops_within_an_epoch() -> None:
     assert not stops(records, 1, 0.5) and not stops(records, 1, 1)  # no rung
     assert not stops(records, 0, 0.5)  # the guide's
     assert not stops(records, 2, 0.5, "--grace-period", "1") and not stops(records, 2, 0.5, "--scheduler", "none")
+    records[3] = TrialRecord(3, {}, {})
+    assert not stops(records, 3, records[3].progress)  # a trial that was killed before its first report
 
 
 def test_a_trial_without_steps_for_a_rung_counts_by_the_end_of_its_epoch() -> None:

@@ -102,7 +102,8 @@ class StudySettings:
     guide's trial always runs to its end."""
     grace_period: Annotated[float, Range(0, 10_000, above=True)] = 1
     """Epochs of a trial before early stopping may end it. Trials are compared after 1, 3, 9, ... times as many. Where
-    such a point lies within an epoch (0.5, 1.5, ...) it costs each trial that comes so far an evaluation more."""
+    such a point lies within an epoch (0.5, 1.5, ...) it costs each trial that comes so far an evaluation more. Of a
+    training shorter than an epoch (--max-steps) they are parts of the whole."""
     confirm: Annotated[int, Range(0, 1000)] = 0
     """After the search, train this many of the best trials, and the guide's, again with fresh seeds; the best mean then
     wins. 0: the best single score wins."""

@@ -31,8 +31,7 @@ class Dispatcher:
 
     1. Tune's side submits the job (`submit`) and asks for its first report (`next_report`).
     2. Every rank of an idle worker group asks for a job (`next_assignment`). All ranks get the same one.
-    3. After each epoch, and at each rung within one, every rank calls `report`, rank 0 with the report. The call waits
-       for a decision.
+    3. After each epoch (or rung) every rank calls `report`, rank 0 with the report. The call waits for a decision.
     4. `next_report` returns the report to Tune.
     5. Asking for report n + 1 is the permission to go on after report n: `report` returns GO_ON on every rank. When
        `stop` is called instead, `report` returns PAUSE or END: the ranks end the trial, and no epoch is wasted.

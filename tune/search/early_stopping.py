@@ -42,9 +42,9 @@ def should_stop(
     a trial hopeless.
 
     Args:
-        progress: epochs trained at that report.
+        progress: epochs trained at that report; 0: there is none yet.
     """
-    if number == 0:
+    if number == 0 or not progress:
         return ""
     if reason := diverged(records[number], progress):
         return reason
