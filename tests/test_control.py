@@ -180,18 +180,18 @@ def test_an_added_point_is_tried_next_after_the_first_points_and_once(tmp_path: 
     study = make_study(tmp_path)
     log = make_log(study)
     searcher = JournalSearcher(study, log)
-    write_request(study.directory, Request("add", {"lora_r": 8, "learning_rate": 0.001}))
+    write_request(study.directory, Request("add", {"lora_r": 16, "learning_rate": 0.001}))
     look(log)
     assert log.num_trials == 5
     points = [begin(log, searcher).config["point"] for _ in range(3)]
     assert points[0].added == "" and points[2].added == ""  # the guide's, and the sampler's
-    assert points[1].searched["lora_r"] == 8 and points[1].searched["learning_rate"] == 0.001
+    assert points[1].searched["lora_r"] == 16 and points[1].searched["learning_rate"] == 0.001
     assert len(points[1].searched) > 2  # the sampler has chosen the rest
     assert added_points(read_events(study.journal.path)) == {}
     # A kill before the trial has begun: the point comes again, and only then.
     events = [event for event in study.journal.events if event.get("number") != 1]
     (item,) = added_points(events).items()
-    assert propose(study, {}, 1, added=item).searched["lora_r"] == 8  # type: ignore[union-attr]
+    assert propose(study, {}, 1, added=item).searched["lora_r"] == 16  # type: ignore[union-attr]
 
 
 def test_the_search_ends_at_the_number_of_trials_that_holds_when_the_last_one_ends(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_study_that_does_not_run_takes_its_requests_when_it_goes_on(tmp_path: 
     study = make_study(tmp_path)
     write_trial(study.journal, 0)
     write_trial(study.journal, 1, "INTERRUPTED")
-    for request in (Request("trials", 9), Request("add", {"lora_r": 8}), Request("stop", 1), Request("pause")):
+    for request in (Request("trials", 9), Request("add", {"lora_r": 16}), Request("stop", 1), Request("pause")):
         write_request(study.directory, request)
     study.settings = parse(["--trials", "4"])
     said: list[str] = []

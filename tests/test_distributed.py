@@ -91,7 +91,7 @@ def points_of_damaged_states(rank: int, folder: Path) -> list[int | None]:
     resume_state.engine_state = lambda engine: {}  # type: ignore[assignment]
     state = resume_state.ResumeState(folder, Storage(folder), SETTINGS)
     for step in (1, 2):
-        state.write(*state.serialise({"step": step, "losses": [0.0]}, None))
+        state.write(*state.serialise({"step": step, "losses": [0.0], "reports": []}, None))
     if rank == 1:
         state.file("00000004").write_bytes(b"damaged")
     dist.barrier()

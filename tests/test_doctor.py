@@ -385,8 +385,8 @@ def test_the_doctor_reports_unwritable_results_and_too_many_workers(tmp_path, ph
 
     monkeypatch.setattr("tune.doctor.examine.ask_nodes", asked)
     (tmp_path / "file").touch()
-    argv = ["--doctor", "--data", str(phantoms), "--results", "file/results", "--workers-per-trial", "4096"]
-    code = examine(parse([*argv, "--gradient-accumulation-steps", "4096"]), lambda text: None)
+    argv = ["--doctor", "--data", str(phantoms), "--results", "file/results", "--workers-per-trial", "18"]
+    code = examine(parse([*argv, "--gradient-accumulation-steps", "9"]), lambda text: None)
     out = capsys.readouterr().out
     assert code == 1, out
     assert "FAIL: `--results`" in out and "file/results" in out

@@ -110,7 +110,8 @@ def test_only_an_empty_study_folder_is_removed(tmp_path, kept) -> None:
     folder.mkdir()
     for name in ("journal.jsonl", "lock", *([kept] if "." in kept else [])):
         (folder / name).write_text("")
-    discard(SimpleNamespace(directory=folder, journal=SimpleNamespace(events=[1] if kept == "event" else [])))  # type: ignore[arg-type]
+    journal = SimpleNamespace(events=[1] if kept == "event" else [])
+    discard(SimpleNamespace(directory=folder, journal=journal, then=None))  # type: ignore[arg-type]
     left = {path.name for path in folder.glob("*")}
     everything = {"journal.jsonl", "lock"}
     assert (

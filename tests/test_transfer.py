@@ -31,6 +31,7 @@ from tune.search.searcher import JournalSearcher
 from tune.transfer import prepare_both, resume_both, settings_of_both
 
 GOALS = (("auroc", "max"),)
+GUIDE = {name: value for name, value in lora.GUIDE.items() if name != "lora_alpha_ratio"}  # which is not asked
 
 
 def make_study(folder: Path, *argv: str, name: str = "s", base: str = "large", family: str = "f") -> Study:
@@ -61,7 +62,7 @@ def finished_study(folder: Path, *argv: str, base: str = "small", trials: int = 
 def add_trial(journal: Journal, number: int, point: Any, auroc: float, state: str = "COMPLETE") -> None:
     """A trial's events, of one epoch and two device-seconds."""
     journal.write("started", number=number, params={}, searched=point.searched, distributions=point.distributions,
-                  settings={})  # fmt: skip
+                  settings=dataclasses.asdict(point.settings))  # fmt: skip
     if state == "RUNNING":
         return
     journal.write("report", number=number, epoch=1, step=1, metrics={"auroc": auroc, "loss": 1 - auroc}, seconds={},
@@ -75,6 +76,10 @@ class Log:
     def __init__(self, study: Study) -> None:
         self.records, self.space_error = trial_records(study.journal.events), ""
         self.said: list[str] = []
+        self.num_trials = 100
+
+    def end_stopped(self, handed_out: Any) -> None:
+        pass  # the user has stopped none
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -104,7 +109,7 @@ def test_of_the_same_base_the_scores_count_and_nothing_is_tried_again(tmp_path: 
     assert sorted(str(trial.params) for trial in trials) == sorted(map(str, points))
     assert max(trials, key=lambda trial: trial.value).params == points[0]
     assert not any(trial.user_attrs for trial in trials) and with_prior_points(study) is study
-    assert propose(study, {}, 0, trials).searched == lora.GUIDE  # type: ignore[union-attr]
+    assert propose(study, {}, 0, trials).searched == GUIDE  # type: ignore[union-attr]
     shutil.rmtree(tmp_path / "other")  # the study that goes on keeps what it has taken
     assert [t.params for t in prior_trials(study, said.append)] == [t.params for t in trials] and len(said) == 1
 
@@ -112,7 +117,7 @@ def test_of_the_same_base_the_scores_count_and_nothing_is_tried_again(tmp_path: 
 def test_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
     finished_study(tmp_path)
     said: list[str] = []
-    pinned = make_study(tmp_path, "--warm-start", "other", "--lora-r", "8")
+    pinned = make_study(tmp_path, "--warm-start", "other", "--lora-r", "16")
     assert prior_trials(pinned, said.append) == [] and "0 of the 12" in said[0]
 
 
@@ -128,9 +133,7 @@ def test_a_study_that_is_elsewhere_is_said(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ another base
 
 
-@pytest.mark.parametrize(
-    ("argv", "why"), [([], "other base"), (["--num-train-epochs", "1"], "other --num-train-epochs")]
-)
+@pytest.mark.parametrize(("argv", "why"), [([], "other base"), (["--weight-decay", "0.5"], "other --weight-decay")])
 def test_of_another_base_or_other_settings_only_the_ranking_counts(tmp_path: Path, argv: list[str], why: str) -> None:
     points = finished_study(tmp_path, base="large" if argv else "small")
     study = make_study(tmp_path, "--warm-start", "other", *argv)
@@ -139,7 +142,7 @@ def test_of_another_base_or_other_settings_only_the_ranking_counts(tmp_path: Pat
     assert all(trial.user_attrs == {ONLY_RANKING: True} for trial in trials) and len(trials) == 12
     assert len(said) == 2 and f"({why})" in said[1] and "best 5 points come first" in said[1]
     first = with_prior_points(study).settings.first_points
-    assert first[0] == next(point for point in points if point != lora.GUIDE)
+    assert first[0] == next(point for point in points if point != GUIDE)
     assert len(first) == 5 and all(point in points for point in first)
     assert [points.index(point) for point in first] == sorted(points.index(point) for point in first)
 
@@ -165,7 +168,8 @@ def test_the_family_of_a_base_is_its_and_its_text_models_type() -> None:
 
 def test_first_points_are_spread_over_the_space(tmp_path: Path) -> None:
     """Ten points near the best one, of which one is tried, and two others."""
-    study = make_study(tmp_path, name="other", base="small")
+    wide = ["--space", "wide"]
+    study = make_study(tmp_path, *wide, name="other", base="small")
     write_plan(study.directory, {}, base_hash="small", data_hash="d", settings=study.plan["settings"])
     best = {"lora_r": 8, "lora_alpha_ratio": 1.0, "learning_rate": 1e-3, "train_projector": False}
     points = [best | {"learning_rate": 1e-3 + 1e-5 * n} for n in range(10)]
@@ -173,9 +177,12 @@ def test_first_points_are_spread_over_the_space(tmp_path: Path) -> None:
     for number, point in enumerate(points):
         asked = propose(with_points(study, point), {}, 1)
         add_trial(study.journal, number, asked, auroc=0.9 - 0.01 * number)
-    event = warm_start(make_study(tmp_path, "--warm-start", "other"), print)
+    event = warm_start(make_study(tmp_path, *wide, "--warm-start", "other"), print)
     assert event["first_points"] == [points[0], points[10], points[11]]
-    sibling = make_study(tmp_path, "--warm-start", "other", "--model-small", "nano", "--model", str(tiny(tmp_path)))
+    sibling = make_study(
+        tmp_path, *wide, "--warm-start", "other", "--model-small", "nano", "--model", str(tiny(tmp_path))
+    pair = ["--model-small", "nano", "--model", str(tiny(tmp_path))]
+    sibling = make_study(tmp_path, *wide, "--warm-start", "other", *pair)
     assert warm_start(sibling, print)["first_points"] == [points[0], points[10], points[11], points[1], points[2]]
 
 
@@ -222,7 +229,7 @@ def test_points_are_near_if_they_differ_in_no_value_by_much(changed: dict[str, A
 def test_a_killed_search_tries_the_points_of_an_undisturbed_one(tmp_path: Path, kept: int) -> None:
     points = finished_study(tmp_path)
     whole = search(make_study(tmp_path, "--warm-start", "other", name="whole"), 12)
-    assert whole[0] == lora.GUIDE and all(point in points for point in whole[1:6])
+    assert whole[0] == GUIDE and all(point in points for point in whole[1:6])
     assert not any(point in points for point in whole[6:])
     search(make_study(tmp_path, "--warm-start", "other", name="killed"), kept)
     again = make_study(tmp_path, "--warm-start", "other", name="killed")
@@ -286,8 +293,9 @@ def test_scores_of_the_same_base_stay_as_they_are() -> None:
 
 def test_tpe_proposes_where_the_other_study_was_good_until_this_ones_scores_say_otherwise(tmp_path: Path) -> None:
     """The other study's best rates are about 1e-3; here the score rises with the rate."""
-    finished_study(tmp_path, "--lora-r", "8", trials=20)
-    study = make_study(tmp_path, "--warm-start", "other", "--lora-r", "8")
+    options = ["--space", "wide", "--lora-r", "8"]
+    finished_study(tmp_path, *options, trials=20)
+    study = make_study(tmp_path, "--warm-start", "other", *options)
     log = Log(study)
     searcher = JournalSearcher(study, log)  # type: ignore[arg-type]
     rates: list[float] = []
@@ -336,7 +344,7 @@ def test_impossible_pairs_of_bases_are_refused(argv: list[str], word: str) -> No
 
 
 def test_the_two_studies_of_one_command(tmp_path: Path) -> None:
-    (tmp_path / "points.json").write_text('[{"lora_r": 8}]')
+    (tmp_path / "points.json").write_text('[{"lora_r": 16}]')
     argv = ["--results", str(tmp_path), "--name", "s", "--model-small", str(tiny(tmp_path)), "--trials", "30"]
     argv += ["--transfer-trials", "4", "--confirm", "2", "--register", "m", "--gpu-hours", "3", "--sampler", "gp"]
     argv += ["--first-points", str(tmp_path / "points.json"), "--learning-rate", "1e-3"]
@@ -500,7 +508,7 @@ def test_one_command_searches_on_the_sibling_ends_on_the_base_and_survives_kills
         assert [t["epochs"] for t in again["trials"]] == [t["epochs"] for t in undisturbed["trials"]]
     search, study = whole
     assert [len(each["trials"]) for each in whole] == [4, 3] and study["test"]["winner"] and search["transfer"] is None
-    assert study["trials"][0]["searched"] == lora.GUIDE and {t["state"] for t in study["trials"]} == {"COMPLETE"}
+    assert study["trials"][0]["searched"] == GUIDE and {t["state"] for t in study["trials"]} == {"COMPLETE"}
     facts = study["transfer"]
     assert facts["study"] == "s-small" and facts["num_points"] == 3 and facts["device_seconds_saved"] is not None
     assert "Transfer: 3 settings were trained both here and in s-small" in ended[0].out

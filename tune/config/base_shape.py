@@ -61,6 +61,8 @@ def read_base_shape(model: str) -> BaseShape:
     """The shape of the base that `--model` names, from its config.json; the usual one where there is none."""
     folder = NANO if model == "nano" else Path(model)
     try:
+        if not (folder / "config.json").is_file():  # a pipe could be read for ever
+            return BaseShape.of()
         config = read_json(folder / "config.json", dict, "download the model again")
     except (OSError, DamagedFile):  # `tune.config.rules` reports it
         return BaseShape.of()

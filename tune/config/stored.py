@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -46,7 +47,8 @@ def resumed_values(
     defaults = {field.name: field.default for group in GROUPS for field in dataclasses.fields(group)}
     merged = stored | {"results": str(directory.parent)}
     if "trials" in stored:
-        merged["trials"] = asked_trials(read_events(directory / "journal.jsonl"), stored["trials"])
+        with contextlib.suppress(OSError, DamagedFile):  # `resume` reports a journal that cannot be read
+            merged["trials"] = asked_trials(read_events(directory / "journal.jsonl"), stored["trials"])
     for name, value in values.items():
         before = merged.get(name, defaults[name])
         if name in BUDGETS:

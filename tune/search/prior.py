@@ -168,14 +168,17 @@ def best_points(study: Study, ordered: Sequence[optuna.trial.FixedTrial]) -> lis
         ordered: the other study's, best first.
     """
     settings = study.settings.study
-    taken = [
-        {k: v for k, v in point.items() if k not in study.settings.pinned} for point in first_points(study.settings)
-    ]
-    ordered = [trial for trial in ordered if trial.params not in taken]
+    first = first_points(study.settings)
+
+    def taken(trial: optuna.trial.FixedTrial) -> list[dict[str, Any]]:
+        """The points that come first anyway, in the names that this trial's point has."""
+        return [{name: point[name] for name in trial.params if name in point} for point in first]
+
+    ordered = [trial for trial in ordered if trial.params not in taken(trial)]
     count = settings.transfer_trials if settings.model_small else NUM_FIRST
     chosen: list[dict[str, Any]] = []
     for trial in ordered:
-        if len(chosen) < count and not any(near(trial, point) for point in (*taken, *chosen)):
+        if len(chosen) < count and not any(near(trial, point) for point in (*taken(trial), *chosen)):
             chosen.append(trial.params)
     if settings.model_small:
         chosen += [trial.params for trial in ordered if trial.params not in chosen][: count - len(chosen)]
