@@ -86,8 +86,9 @@ KINDS = ["cut", "empty", "zeros", "one bit", "a pickle", "a pickle with a checks
 
 
 @pytest.fixture(scope="module")
-def interrupted(base, splits, tmp_path_factory) -> Path:
-    """The folder of a trial that was preempted after three steps of four."""
+def interrupted(base, splits, undisturbed, tmp_path_factory) -> Path:
+    """The folder of a trial that was preempted after three steps of four. `undisturbed` has filled the feature cache,
+    whose filling asks as well whether to leave."""
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(Preempted):
         train(base, splits, folder, leave_after=3)
