@@ -179,8 +179,6 @@ def test_first_points_are_spread_over_the_space(tmp_path: Path) -> None:
         add_trial(study.journal, number, asked, auroc=0.9 - 0.01 * number)
     event = warm_start(make_study(tmp_path, *wide, "--warm-start", "other"), print)
     assert event["first_points"] == [points[0], points[10], points[11]]
-    sibling = make_study(
-        tmp_path, *wide, "--warm-start", "other", "--model-small", "nano", "--model", str(tiny(tmp_path))
     pair = ["--model-small", "nano", "--model", str(tiny(tmp_path))]
     sibling = make_study(tmp_path, *wide, "--warm-start", "other", *pair)
     assert warm_start(sibling, print)["first_points"] == [points[0], points[10], points[11], points[1], points[2]]
