@@ -164,7 +164,8 @@ def wait_for(process: subprocess.Popen, text: str, timeout_s: float = 300) -> li
     deadline = time.monotonic() + timeout_s
     while text not in "".join(seen[-1:]):
         line = process.stdout.readline()
-        assert line and time.monotonic() < deadline, f"{text!r} did not come: {''.join(seen)}"
+        error = "" if line else process.communicate()[1]
+        assert line and time.monotonic() < deadline, f"{text!r} did not come: {''.join(seen)}{error}"
         seen.append(line)
     return seen
 
