@@ -183,6 +183,11 @@ def test_asha_stops_within_an_epoch() -> None:
     assert not stops(records, 3, records[3].progress)  # a trial that was killed before its first report
 
 
+def test_the_reason_names_one_epoch_as_one() -> None:
+    records = journal_of((1, 1, 0.9), (2, 1, 0.6))
+    assert stops(records, 2, 1, "--grace-period", "1") == "worse than the best third after 1 epoch"
+
+
 def test_a_trial_without_steps_for_a_rung_counts_by_the_end_of_its_epoch() -> None:
     assert stops(journal_of((1, 0.5, 0.9), (2, 1, 0.6)), 2, 1) == "worse than the best third after 0.5 epochs"
     assert stops(journal_of((1, 1, 0.9), (2, 0.5, 0.6)), 2, 0.5)

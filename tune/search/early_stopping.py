@@ -81,7 +81,7 @@ def asha(records: Mapping[int, TrialRecord], number: int, progress: float, reach
         values = [sign(goal[1]) * other.values(goal)[its - 1] for other, its in others]
         values = [value for value in values if np.isfinite(value)]
         if values and score > np.percentile(values, 100 / REDUCTION_FACTOR):
-            return f"worse than the best third after {rung:g} epochs"
+            return f"worse than the best third after {epochs(rung)}"
     return ""
 
 
@@ -103,8 +103,13 @@ def median_rule(
     means = [scores(other, its, reached[0]).mean() for other, its in others]
     means = [mean for mean in means if np.isfinite(mean)]
     if len(means) >= MIN_SAMPLES and np.nanmin(scores(own, count, 0.0)) > np.median(means):
-        return f"worse than the median after {progress:g} epochs"
+        return f"worse than the median after {epochs(progress)}"
     return ""
+
+
+def epochs(number: float) -> str:
+    """So many epochs in words."""
+    return f"{number:g} epoch{'' if number == 1 else 's'}"
 
 
 def reports_until(record: TrialRecord, progress: float) -> int:
