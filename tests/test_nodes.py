@@ -20,6 +20,8 @@ OPTIONS = ["--trials", "5", "--scheduler", "none", "--num-phantoms", "60", "--nu
 def cluster(monkeypatch):
     """A head without CPUs for workers, and nodes that are added by the tests."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # every node has the project
+    # Ray keeps the token that it read first in a process, and an earlier test may have had another home.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         yield made
@@ -33,7 +35,7 @@ def cluster(monkeypatch):
 def test_a_node_is_lost_and_another_joins(tmp_path: Path, cluster, num_nodes: int) -> None:
     """Which lanes train the last trials depends on how fast the new node is."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(num_nodes)]
-    process = start(tmp_path, *OPTIONS, "--lanes", str(num_nodes), RAY_ADDRESS=cluster.address)
+    process = start(tmp_path, *OPTIONS, "--lanes", str(num_nodes), RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled")
     wait_for(process, "[1/5]")
     time.sleep(1)
     cluster.remove_node(nodes[0], allow_graceful=False)
