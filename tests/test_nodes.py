@@ -35,7 +35,8 @@ def cluster(monkeypatch):
 def test_a_node_is_lost_and_another_joins(tmp_path: Path, cluster, num_nodes: int) -> None:
     """Which lanes train the last trials depends on how fast the new node is."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(num_nodes)]
-    process = start(tmp_path, *OPTIONS, "--lanes", str(num_nodes), RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled")
+    ray_variables = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+    process = start(tmp_path, *OPTIONS, "--lanes", str(num_nodes), **ray_variables)
     wait_for(process, "[1/5]")
     time.sleep(1)
     cluster.remove_node(nodes[0], allow_graceful=False)
