@@ -139,16 +139,25 @@ def test_a_bad_value_is_refused(argv: str, word: str) -> None:
     assert word in "\n".join(problems_of(*argv.split()))
 
 
-def test_script_answers_without_heavy_imports(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--data", "nowhere", "--trials", "x"), ("nowhere", "'x'")),
+        (("--data", "empty.json"), ("at least one entry",)),  # the command line is right, the data is not
+        (("--data", "empty.json", "--model-small", str(ROOT / "tests")), ("config.json",)),
+    ],
+)
+def test_script_answers_without_heavy_imports(tmp_path: Path, argv: tuple[str, ...], words: tuple[str, ...]) -> None:
+    (tmp_path / "empty.json").write_text("[]")
     code = (
-        f"import runpy, sys; sys.argv = ['run.py', '--data', 'nowhere', '--trials', 'x']\n"
+        f"import runpy, sys; sys.argv = ['run.py', *{argv!r}]\n"
         f"try: runpy.run_path({str(ROOT / 'tune' / 'run.py')!r}, run_name='__main__')\n"
         f"except SystemExit as end: print(end.code)\n"
         f"print([m for m in ('ray', 'torch', 'transformers', 'mlflow', 'deepspeed') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.stdout.splitlines() == ["2", "[]"]
-    assert "Traceback" not in run.stderr and "nowhere" in run.stderr and "'x'" in run.stderr
+    assert "Traceback" not in run.stderr and all(word in run.stderr for word in words)
 
 
 def test_every_space_gives_the_guides_settings_first() -> None:

@@ -14,6 +14,7 @@ from train_fn.support.imports import no_garbage_collection
 NEEDLESS = {
     "tune.search.queued_trial, tune.search.point": ("torch", "transformers", "deepspeed", "mlflow", "optuna", "PIL"),
     "tune.lanes.dispatcher": ("torch", "transformers", "mlflow", "optuna", "pandas", "ray.train", "ray.tune"),
+    "tune.transfer": ("torch", "transformers", "mlflow", "ray"),  # the driver before it knows that the data is sound
     "tune.lanes.loopback": ("torch", "transformers", "mlflow", "optuna"),  # a lane's controller
     "tune.search.callback": ("torch", "transformers", "mlflow"),  # the driver while the lanes start
 }

@@ -84,11 +84,11 @@ def begin(argv: list[str]) -> Study | int:
         from tune.replay import replay
 
         return replay(resume(settings, say), command.trial, command.run, say)
+    if not (command.resume or small):
+        return prepare(settings, say)
     from tune.transfer import prepare_both, resume_both
 
-    if command.resume:
-        return resume_both(settings, say)
-    return prepare_both(settings, say) if small else prepare(settings, say)
+    return resume_both(settings, say) if command.resume else prepare_both(settings, say)
 
 
 def say(text: str) -> None:

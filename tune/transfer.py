@@ -10,8 +10,8 @@ from tune.config.cli import parse
 from tune.config.paths import SettingsError, study_directory
 from tune.config.settings import Settings, StudySettings
 from tune.config.space import is_own
-from tune.doctor.examine import examine
 from tune.plan.prepare import Study, name_of, prepare, resume
+from tune.search.prior import warm_start_event
 from tune.show import show
 from tune.study import discard
 
@@ -22,7 +22,8 @@ def settings_of_both(settings: Settings) -> tuple[Settings, Settings]:
     """The settings of the search on the small base, and those of the study on the base itself.
 
     The search has all trials and early stopping, and no confirmation. The other one trains the guide's settings and the
-    best of the search, which reach it as its --warm-start, each to its end.
+    best of the search, which reach it as its --warm-start, each to its end. The search keeps the ranges of the base
+    itself (`Settings.base`), so that its points fit there; from the hub, each base has its own.
     """
     study = settings.study
     name = name_of(settings)
@@ -77,6 +78,8 @@ def prepare_both(settings: Settings, say: Callable[[str], None]) -> Study:
 
 def examine_both(settings: Settings, say: Callable[[str], None]) -> int:
     """`--doctor` for both studies. Returns the exit code."""
+    from tune.doctor.examine import examine  # here: it loads torch and transformers
+
     codes = []
     for each in settings_of_both(settings):
         say(f"Examining {each.study.name} on {each.model.model}")
@@ -89,7 +92,7 @@ def resume_both(settings: Settings, say: Callable[[str], None]) -> Study:
     as its `then`. Raises SettingsError as `resume`."""
     target = resume(settings, say)
     study = target.settings.study
-    if not study.model_small or any(event["event"] == "warm_start" for event in target.journal.events):
+    if not study.model_small or warm_start_event(target):
         return target
     directory = study_directory(study.warm_start, study.results)
     if directory is None:
