@@ -31,6 +31,7 @@ from tune.records.control import (
     waiting_requests,
     write_request,
 )
+from tune.records.end_state import EndState
 from tune.records.journal import Event, Journal, StudyLock, read_events
 from tune.records.trials import trial_records
 from tune.search.callback import STOPPED_BY_USER, StudyLog
@@ -209,6 +210,27 @@ def test_the_search_ends_at_the_number_of_trials_that_holds_when_the_last_one_en
     assert searcher.suggest("d") is None
     searcher.on_trial_complete("c", error=True)
     assert searcher.suggest("d") == searcher.FINISHED
+
+
+@pytest.mark.parametrize(("state", "repeats"), [("COMPLETE", 0), ("FAILED", None)])
+def test_a_point_that_was_tried_may_be_added(tmp_path: Path, state: str, repeats: int | None) -> None:
+    """Again with another seed or, if it has failed, as another point: the request is done either way."""
+    study = make_study(tmp_path)
+    log = make_log(study)
+    tried = begin(log, JournalSearcher(study, log)).config["point"]
+    log.records[0].state = EndState(state)
+    point = propose(study, log.records, 1, added=("1-a.json", tried.searched))
+    assert point and point.added == "1-a.json" and point.repeats == repeats
+    assert (point.searched == tried.searched) is (repeats == 0)
+
+
+def test_an_added_point_is_checked_by_the_ranges_of_the_studys_own_base(results: Path) -> None:
+    study = results / "s"
+    (study / "plan.json").unlink()
+    base = {"model_type": "llama", "hidden_size": 4096, "learning_rate": 1e-4}  # rates up to 6e-4
+    write_plan(study, {"trials": 4}, settings=json.loads(json.dumps(parse(["--trials", "4"]).to_dict())), base=base)
+    with pytest.raises(SettingsError, match=r"learning_rate must be between 2e-05 and 0\.0006, but got 0\.002"):
+        control("s", str(results), "add", '{"learning_rate": 0.002}')
 
 
 def test_fewer_trials_than_have_begun_leave_those_to_their_end(tmp_path: Path) -> None:

@@ -268,11 +268,15 @@ def test_a_space_may_go_on_from_a_shipped_one_and_its_hash_follows_that(tmp_path
         "def space(trial): return lora.space(trial) | {'use_dora': trial.suggest_categorical('d', [False, True])}\n"
     )
     assert parse(["--space", str(tmp_path / "mine.py")])
-    before = {name: space_hash(name) for name in (str(tmp_path / "mine.py"), "vision", "wide")}
+    (tmp_path / "through.py").write_text(
+        "from search_spaces import wide, vision\nGUIDE, space = wide.GUIDE, wide.space\n"
+    )
+    own = [str(tmp_path / "mine.py"), str(tmp_path / "through.py")]  # the second one uses lora through vision
+    before = {name: space_hash(name) for name in (*own, "vision", "wide")}
     for name in ("lora", "vision", "wide"):
         (tmp_path / f"{name}.py").write_bytes((SHIPPED / f"{name}.py").read_bytes() + b"#" * (name == "lora"))
     monkeypatch.setattr("tune.config.space.SHIPPED", tmp_path)
-    assert [space_hash(name) != digest for name, digest in before.items()] == [True, True, False]
+    assert [space_hash(name) != digest for name, digest in before.items()] == [True, True, True, False]
 
 
 APART = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
@@ -17,7 +16,6 @@ from tune.config.paths import SettingsError, study_directory, user_paths
 from tune.records.control import ACTIONS, Request
 
 if TYPE_CHECKING:
-    from tune.config.settings import Settings
     from tune.records.journal import Event
 
 WAIT_S = 60.0  # for the answer of a study that runs
@@ -71,6 +69,8 @@ def control(study: str, results: str, action: str, text: str | None) -> int:
     Raises:
         SettingsError: the action cannot be taken, or the study cannot be read.
     """
+    from tune.config.base_shape import BaseShape
+    from tune.config.settings import Settings
     from tune.config.stored import stored_settings
     from tune.records.control import write_request
     from tune.records.journal import read_events
@@ -83,7 +83,8 @@ def control(study: str, results: str, action: str, text: str | None) -> int:
     plan, stored = stored_settings(directory)
     running = is_running(directory)
     problems = elsewhere(directory, stored) if not running else []
-    settings = settings_of(plan, stored)
+    base = BaseShape.from_dict(plan["base"]) if "base" in plan else BaseShape()
+    settings = Settings.of(stored, plan["settings"]["pinned"], plan.get("first_points", ()), base)
     if action == "add":
         from tune.config.trust import check_trust
 
@@ -129,22 +130,6 @@ def find_study(study: str, results: str) -> Path:
             ]
         )
     return directory.resolve()
-
-
-def settings_of(plan: dict[str, Any], stored: dict[str, Any]) -> Settings:
-    """A study's settings.
-
-    Args:
-        plan: the content of plan.json.
-        stored: the settings in it, from `stored_settings`.
-    """
-    from tune.config.settings import GROUPS, Settings
-
-    groups = [
-        group(**{field.name: stored[field.name] for field in dataclasses.fields(group) if field.name in stored})
-        for group in GROUPS
-    ]
-    return Settings(*groups, tuple(plan["settings"]["pinned"]))  # type: ignore[call-arg, arg-type]  # in GROUPS' order
 
 
 def elsewhere(directory: Path, stored: dict[str, Any]) -> list[str]:

@@ -41,12 +41,8 @@ def parse(argv: Sequence[str]) -> Settings:
             points = read_points(values["first_points"])
         except ValueError as error:
             problems.append(f"`--first-points` {error}")
-    groups = [
-        group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
-        for group in GROUPS
-    ]
     base = base or read_base_shape(values.get("model", ModelSettings.model))
-    settings = Settings(*groups, pinned, tuple(points or ()), base)  # type: ignore[call-arg, arg-type]  # in GROUPS' order
+    settings = Settings.of(values, pinned, points or (), base)
     problems += broken_rules(settings.command, flag).values()
     if not (command and problems):
         problems += check(settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -220,6 +220,22 @@ class Settings:
     """The points of --first-points, read once: a study that goes on elsewhere has no such file."""
     base: BaseShape = field(default_factory=BaseShape)
     """What the search space may know of the base. A study that goes on takes it from its plan."""
+
+    @classmethod
+    def of(
+        cls, values: Mapping[str, Any], pinned: Sequence[str], first_points: Sequence[dict[str, Any]], base: BaseShape
+    ) -> Settings:
+        """The settings with these values by field; all others have their defaults."""
+        groups = [
+            group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
+            for group in GROUPS
+        ]
+        return cls(*groups, tuple(pinned), tuple(first_points), base)  # type: ignore[arg-type, call-arg]  # in their order
+
+    @property
+    def pinned_values(self) -> dict[str, Any]:
+        """The trial settings that the command line gives."""
+        return {name: getattr(self.trial, name) for name in self.pinned}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plan.json holds them; `stored_settings` reads them."""

@@ -63,12 +63,17 @@ def read_source(path: str) -> bytes:
 
 
 def space_hash(space: str) -> str:
-    """sha256 of the file that defines a space, and of the modules of search_spaces/ that it names. Raises
-    SpaceError."""
-    source = read_space(space)
-    named = sorted(set(re.findall(rb"search_spaces(?:\.| import )(\w+)", source)))
-    others = [read_space(name.decode()) for name in named if name.decode() in shipped_spaces()]
-    return hashlib.sha256(source + b"".join(others)).hexdigest()
+    """sha256 of the file that defines a space, and of the modules of search_spaces/ that it uses, directly or through
+    one of these. Raises SpaceError."""
+    sources, unread = {space: read_space(space)}, [space]
+    while unread:
+        source = sources[unread.pop()]
+        words = set(re.findall(rb"\w+", source)) if b"search_spaces" in source else set()
+        used = [name for name in shipped_spaces() if name.encode() in words and name not in sources]
+        sources |= {name: read_space(name) for name in used}
+        unread += used
+    others = [sources[name] for name in sorted(sources) if name != space]
+    return hashlib.sha256(sources[space] + b"".join(others)).hexdigest()
 
 
 def load_space(name: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
@@ -115,7 +120,7 @@ class Pinned:
         self.number = number
         self.base = settings.base
         self.workers = max(1, settings.study.workers_per_trial)
-        self.pinned = {name: getattr(settings.trial, name) for name in settings.pinned}
+        self.pinned = settings.pinned_values
         self.search_alpha = settings.study.search_alpha
         self.failed: Exception | None = None
         """What Optuna raised that is no fault of the space, such as an error of its storage."""

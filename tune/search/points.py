@@ -42,6 +42,9 @@ def propose(
     """The point of trial `number`: one that was not tried before or, when the space has no more, another seed of one
     that was. None when there is neither. Raises SpaceError.
 
+    A point that the user has added and that was tried is another seed of itself. Where that cannot be, as for a point
+    that failed, the search's own choice takes its place.
+
     Args:
         prior: trials of another study, from `tune.search.prior`.
         grid: all points of `--sampler grid`, from `grid_points`.
@@ -80,13 +83,15 @@ def propose(
         return None
     if left:
         return ask(random.Random(settings.study_seed + number).choice(left))
-    others = (ask(record.searched) for record in tried.sound())  # should all that the sampler chose have failed
+    # Should all that the sampler chose have failed.
+    others = (ask(record.searched) for record in tried.sound()) if not wanted else ()
     for point in itertools.chain(repeated, others):
         if "seed" in (*study.settings.pinned, *point.decided):
-            return None
+            break
         if again := tried.another_seed(point.settings):
             return replace(point, settings=again[0], decided=(*point.decided, "seed"), repeats=again[1])
-    return None
+    instead = propose(study, records, number, prior, grid) if wanted else None
+    return replace(instead, added=wanted[0]) if instead and wanted else None
 
 
 def wishes(
