@@ -28,20 +28,15 @@ GUIDE = {
 
 def space(trial: Any) -> dict[str, Any]:
     """The settings of one trial."""
-    rate = usual_rate(trial)
-    # From 1e-4 to 3e-3 for most bases. Below the usual rate, because that was measured with an alpha of 32: for ranks
-    # above 16, twice the rank is a larger scale. The guide advises 1e-4 to 5e-4. Above it, because for ranks below 16
-    # it is a smaller scale, and because a few hundred images make few steps, which reward a higher rate (below 100
-    # steps 1.5 times as high, "LoRA Without Regret"). On the nano base training collapses at about 5e-3.
-    learning_rate = trial.suggest_float("learning_rate", min(rate / 5, 2e-4), 6 * rate, log=True)
+    rate = learning_rate(trial)
     # 4 to 32 images a step. Small batches make more steps of the same images, and LoRA loses by large ones ("LoRA
     # Without Regret"), at any rank; 32 is twice the guide's.
-    accumulation = trial.suggest_categorical("gradient_accumulation_steps", accumulation_steps(trial, (4, 8, 16, 32)))
+    accumulation = accumulation_steps(trial, (4, 8, 16, 32))
     # Coarse, since neighbours do the same. Ranks of 4 to 8 are enough on many tasks (LoRA, arXiv:2106.09685), and a few
     # hundred images fill no larger adapter; 64 is the guide's.
     lora_r = trial.suggest_categorical("lora_r", [4, 16, 64])
     return {
-        "learning_rate": learning_rate,
+        "learning_rate": rate,
         "gradient_accumulation_steps": accumulation,
         "lora_r": lora_r,
         "lora_alpha": lora_alpha(trial, lora_r),
@@ -58,14 +53,26 @@ def usual_rate(trial: Any) -> float:
     return trial.base.learning_rate if hasattr(trial, "base") else 5e-4
 
 
-def accumulation_steps(trial: Any, batches: Sequence[int]) -> list[int]:
-    """The choices of gradient_accumulation_steps for global batches of so many images, rounded up to what the trial's
-    workers can share; the guide's 8 is always one of them."""
+def learning_rate(trial: Any) -> float:
+    """The peak learning rate, from 1e-4 to 3e-3 for most bases.
+
+    Below the usual rate, because that was measured with an alpha of 32: for ranks above 16, twice the rank is a larger
+    scale. The guide advises 1e-4 to 5e-4. Above it, because for ranks below 16 it is a smaller scale, and because a few
+    hundred images make few steps, which reward a higher rate (below 100 steps 1.5 times as high, "LoRA Without
+    Regret"). On the nano base training collapses at about 5e-3.
+    """
+    rate = usual_rate(trial)
+    return trial.suggest_float("learning_rate", min(rate / 5, 2e-4), 6 * rate, log=True)
+
+
+def accumulation_steps(trial: Any, batches: Sequence[int]) -> int:
+    """The gradient_accumulation_steps for one of several global batches of so many images, rounded up to what the
+    trial's workers can share; the guide's 8 is always one of the choices."""
     micro_batch = getattr(trial, "pinned", {}).get("per_device_train_batch_size")
     workers = getattr(trial, "workers", 1)
     unit = micro_batch * workers if micro_batch else math.lcm(2, workers)  # images
     rounded = {-(-batch // unit) * unit // (micro_batch or 2) for batch in batches}
-    return sorted(rounded | {8})
+    return trial.suggest_categorical("gradient_accumulation_steps", sorted(rounded | {8}))
 
 
 def lora_alpha(trial: Any, lora_r: int) -> float:

@@ -24,9 +24,7 @@ def space(trial: Any) -> dict[str, Any]:
     return {
         "learning_rate": learning_rate,
         # QLoRA trains with batches of 16 up to 13 B, and larger ones above. As in the LoRA space.
-        "gradient_accumulation_steps": trial.suggest_categorical(
-            "gradient_accumulation_steps", lora.accumulation_steps(trial, (4, 8, 16, 32))
-        ),
+        "gradient_accumulation_steps": lora.accumulation_steps(trial, (4, 8, 16, 32)),
         "lora_r": lora_r,
         "lora_alpha": lora.lora_alpha(trial, lora_r),
         # QLoRA: 0.1 helps up to 13 B, 0.05 above; 0 for comparison.

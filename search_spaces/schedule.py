@@ -20,10 +20,8 @@ GUIDE = {
 
 def space(trial: Any) -> dict[str, Any]:
     """The settings of one trial."""
-    rate = lora.usual_rate(trial)
     return {
-        # As in the LoRA space.
-        "learning_rate": trial.suggest_float("learning_rate", min(rate / 5, 2e-4), 6 * rate, log=True),
+        "learning_rate": lora.learning_rate(trial),
         # Decay to zero settles the last epochs; constant shows whether that is needed.
         "lr_scheduler_type": trial.suggest_categorical(
             "lr_scheduler_type", ["cosine", "linear", "constant_with_warmup"]
@@ -35,8 +33,6 @@ def space(trial: Any) -> dict[str, Any]:
         # More passes cost in proportion and overfit small sets; up to 6 at twice the guide's price.
         "num_train_epochs": trial.suggest_int("num_train_epochs", 1, 6),
         # 4 to 16 images a step: smaller batches make more steps of the same images.
-        "gradient_accumulation_steps": trial.suggest_categorical(
-            "gradient_accumulation_steps", lora.accumulation_steps(trial, (4, 8, 16))
-        ),
+        "gradient_accumulation_steps": lora.accumulation_steps(trial, (4, 8, 16)),
         "lora_dropout": trial.suggest_categorical("lora_dropout", [0.0, 0.05, 0.1, 0.2]),
     }

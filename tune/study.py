@@ -201,7 +201,8 @@ def run_session(
     dispatcher = start_dispatcher(study, layout)
     lanes = Lanes(study, layout, dispatcher, say)
     tags = {"metric": study.metric, "model": settings.model.model, "data": settings.data.data, **versions()}
-    tags["warm_start"] = Path(settings.study.warm_start).name
+    if settings.study.warm_start:
+        tags["warm_start"] = Path(settings.study.warm_start).name
     tracking = open_session(study, study_params(study, layout), tags, started)
     recover_distributions(study, outcome.records)
     log = StudyLog(study, dispatcher, tracking, say)

@@ -66,7 +66,12 @@ def read_base_shape(model: str) -> BaseShape:
         config = read_json(folder / "config.json", dict, "download the model again")
     except (OSError, DamagedFile):  # `tune.config.rules` reports it
         return BaseShape.of()
-    inner: Mapping[str, Any] = next((config[part] for part in PARTS if isinstance(config.get(part), dict)), {})
+    inner = language_config(config)
     model_type, width = (inner.get(name, config.get(name)) for name in ("model_type", "hidden_size"))
     usable = isinstance(width, int) and not isinstance(width, bool) and width > 0
     return BaseShape.of(model_type if isinstance(model_type, str) else "", width if usable else USUAL_WIDTH)
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model; empty if it has none."""
+    return next((config[part] for part in PARTS if isinstance(config.get(part), dict)), {})

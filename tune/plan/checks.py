@@ -18,6 +18,7 @@ from train_fn.scoring.metrics import CHOICE, METRICS, OF_POSITIVE
 from train_fn.scoring.scores import metrics_of
 from train_fn.settings import ModelSettings, TrialSettings
 from train_fn.support.files import DamagedFile
+from tune.config.base_shape import language_config
 from tune.config.paths import study_directory
 from tune.config.settings import Settings, flag
 from tune.records.end_state import EndState
@@ -53,9 +54,7 @@ def family_of(model: str) -> str:
     """The family of a base, such as video_llama_3/qwen3: the model_type of its config.json and of its text model. Bases
     of one family differ in size only."""
     config = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config")
-    kinds = [config["model_type"], text.get("model_type", "") if isinstance(text, dict) else ""]
-    return "/".join(filter(None, kinds))
+    return "/".join(filter(None, (config["model_type"], language_config(config).get("model_type"))))
 
 
 def check_warm_start(settings: Settings, goals: tuple[Goal, ...]) -> list[str]:

@@ -6,7 +6,6 @@ The journal is the truth. An Optuna study is made from its records whenever some
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from train_fn.support.files import write_file
 from tune.records.end_state import IN_OPTUNA
 from tune.records.goals import Goal
-from tune.records.trials import TrialRecord
+from tune.records.trials import TrialRecord, point_key
 
 # Optuna logs each new study on the terminal, between the lines of the display. Set here, where every study of the
 # search is made, and not in one of the functions: which one runs first depends on the threads.
@@ -62,10 +61,10 @@ def on_own_scale(prior: Sequence[FrozenTrial], own: Sequence[FrozenTrial]) -> li
     A point that has ended here counts by its own result, so the other study's is left out. While no point is shared,
     the values stay as they are.
     """
-    here = {point_key(trial): trial for trial in own if trial.state.is_finished()}
-    shared = [(other, here[point_key(other)]) for other in prior if point_key(other) in here]
+    here = {point_key(trial.params): trial for trial in own if trial.state.is_finished()}
+    shared = [(other, here[point_key(other.params)]) for other in prior if point_key(other.params) in here]
     shared = [(other, trial) for other, trial in shared if trial.state == TrialState.COMPLETE]
-    left = [trial for trial in prior if point_key(trial) not in here]
+    left = [trial for trial in prior if point_key(trial.params) not in here]
     if not shared:
         return left
     there_and_here = [np.sort([trial.values for trial in trials], axis=0).T for trials in zip(*shared, strict=True)]
@@ -79,11 +78,6 @@ def on_own_scale(prior: Sequence[FrozenTrial], own: Sequence[FrozenTrial]) -> li
         )
         for trial in left
     ]
-
-
-def point_key(trial: FrozenTrial) -> str:
-    """The values of a trial's parameters as text, the same for the same point."""
-    return json.dumps(trial.params, sort_keys=True)
 
 
 def directions_of(goals: Sequence[Goal]) -> list[StudyDirection]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +156,11 @@ class TrialRecord(TrialFacts):
     def overhead_s(self) -> float:
         """Seconds of the lane that the trial took without training or evaluating."""
         return self.seconds.get("wall", 0.0) - self.seconds.get("train", 0.0) - self.seconds.get("evaluation", 0.0)
+
+
+def point_key(searched: Mapping[str, Any]) -> str:
+    """The values of a point as text, the same for the same point."""
+    return json.dumps(searched, sort_keys=True)
 
 
 def progress_of(report: Event) -> float:

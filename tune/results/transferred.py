@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tune.records.end_state import EndState
 from tune.records.goals import Goal
-from tune.records.trials import TrialRecord
+from tune.records.trials import TrialRecord, point_key
 
 MIN_POINTS = 3  # of a correlation
 
@@ -28,9 +27,9 @@ def transfer_facts(prior: Mapping[str, Any], records: Sequence[TrialRecord], goa
     """
     if not prior.get("only_ranking"):
         return None
-    there = {key(trial["params"]): trial["values"][0] for trial in prior["trials"]}
+    there = {point_key(trial["params"]): trial["values"][0] for trial in prior["trials"]}
     complete = [record for record in records if record.state == EndState.COMPLETE and record.device_seconds]
-    pairs = [(there[key(r.searched)], r.value(goal[0])) for r in complete if key(r.searched) in there]
+    pairs = [(there[point_key(r.searched)], r.value(goal[0])) for r in complete if point_key(r.searched) in there]
     pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
     saved = None
     if complete and prior["model_small"]:
@@ -53,11 +52,6 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     from scipy.stats import spearmanr  # here: most studies need none
 
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
-
-
-def key(searched: Mapping[str, Any]) -> str:
-    """A point as text, the same for the same point."""
-    return json.dumps(searched, sort_keys=True)
 
 
 def transfer_sentences(facts: Mapping[str, Any] | None, device_seconds: float) -> str:

@@ -52,7 +52,7 @@ def problems_of_point(point: Any, settings: Settings) -> list[str]:
         return [f"`add` must be a JSON object such as '{{\"lora_r\": 16}}', but got {SHOWN.repr(point)}: fix it"]
     if settings.study.sampler == "grid":
         return ["`add` needs a sampler that takes points, but `--sampler grid` has its own: begin a new study"]
-    fixed = {name: getattr(settings.trial, name) for name in settings.pinned}
+    fixed = settings.pinned_values
     problems = [
         f"`add` must leave what the command line has fixed, {flag(name)} {fixed[name]}, but got {SHOWN.repr(value)}: "
         f"leave {name} out"

@@ -27,13 +27,13 @@ from tune.records.plan import read_plan
 from tune.records.ranking import ranked
 from tune.records.trials import TrialRecord, trial_records
 from tune.search.points import as_json, ask_with
+from tune.search.tried import NOT_TRAINED_BY
 
 NUM_FIRST = 5  # points of another base that are tried first: each costs a trial
 NEAR = 0.2
 """Share of a range. Points that differ by no more in any value train much alike: neighbouring ranks of `lora`, and
 learning rates up to a factor of 2.2."""
-WITHOUT_EFFECT = ("model", "logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size",
-                  "feature_cache_gib")  # fmt: skip
+WITHOUT_EFFECT = (*NOT_TRAINED_BY, "model", "per_device_eval_batch_size", "feature_cache_gib")
 """Settings that change no score; a base is compared by its files."""
 
 
