@@ -9,7 +9,8 @@ and `--part live` do one part each, so that two processes can share the work.
 1. A pool: the guide's point and random ones, each trained to its end, with validation and test scores after each epoch
    and at the rungs within epochs. Random search is played on the pool in many orders, without early stopping, and with
    ASHA (the product's `should_stop`) from several grace periods on.
-2. TPE runs live for each seed (the product's `propose` and `should_stop`), since its points depend on its scores.
+2. TPE runs live for each seed (the product's `propose` and `should_stop`), since its points depend on its scores: in
+   the same space, and in the default space.
 
 All arms have the same budget of CPU seconds. A trial costs its training and the evaluations that its arm makes. Only
 trials that ran to their end can win, so the best score is of those. Its validation score is what the search maximises.
@@ -61,9 +62,11 @@ PLAYED = {
     "random, ASHA from 0.5": ["--grace-period", "0.5"],
     "random, median from 0.5": ["--scheduler", "median", "--grace-period", "0.5"],
 }
+DEFAULT_SPACE = "lora"
 LIVE = {
     "TPE, ASHA from 1": ["--grace-period", "1"],
     "TPE, ASHA from 0.5": ["--grace-period", "0.5"],
+    "default space, TPE, ASHA": ["--space", DEFAULT_SPACE],
 }
 NUM_ORDERS = 200
 NEAR = 0.01  # of the best score in the pool
@@ -341,6 +344,16 @@ def show_shapes(rows: list[Row], metric: str, mode: str) -> None:
         print(f"{shape:36}{len(its):8}{sum(its < len(whole) / 10):20}{sum(its < len(whole) / 3):8}{best:>11}")
 
 
+def make_study(argv: Sequence[str], images: int) -> Study:
+    """A study with these options of `tune/run.py` and at most so many training images; 0: all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        study = prepare(parse(["--results", folder, *argv]), lambda text: None)
+    if not images:
+        return study
+    train = random.Random(0).sample(study.splits.train, images)
+    return replace(study, splits=replace(study.splits, train=tuple(train)))
+
+
 def main() -> None:
     """Train what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -355,11 +368,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        study = prepare(parse(["--results", folder, *others]), lambda text: None)
-    if options.images:
-        train = random.Random(0).sample(study.splits.train, options.images)
-        study = replace(study, splits=replace(study.splits, train=tuple(train)))
+    study = make_study(others, options.images)
+    default_study = make_study([*others, "--space", DEFAULT_SPACE], options.images)
     trainer = Trainer(study)
     budget_s: float = options.budget
     arms: dict[str, list[Search]] = {}
@@ -367,7 +377,8 @@ def main() -> None:
     for seed in range(options.seeds if options.part != "pool" else 0):  # in turn: an unfinished run has as many of each
         for name, argv in LIVE.items():
             path = options.folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.json"
-            live = Search(study, ["--sampler", "tpe", "--study-seed", str(seed), *argv])
+            studied = default_study if "--space" in argv else study
+            live = Search(studied, ["--sampler", "tpe", "--study-seed", str(seed), *argv])
             arms.setdefault(name, []).append(run_live(trainer, live, path, budget_s))
     if options.part != "all":
         return
