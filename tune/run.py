@@ -15,7 +15,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
 
 from train_fn.support.text import plain  # noqa: E402
-from tune.config.cli import parse  # noqa: E402
+from tune.config.cli import parse_all  # noqa: E402
 from tune.config.paths import SettingsError, study_directory, user_paths  # noqa: E402
 
 if TYPE_CHECKING:
@@ -65,7 +65,11 @@ def begin(argv: list[str]) -> Study | int:
     Raises:
         SettingsError: the command line, or a file or folder that it names, cannot be used.
     """
-    settings = parse(argv)
+    settings, problems = parse_all(argv)
+    if problems:
+        from tune.plan.prepare import more_problems
+
+        raise SettingsError([*problems, *more_problems(settings, problems)])
     command = settings.command
     small = settings.study.model_small
     if command.doctor:
