@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
+from train_fn.support.tables import HELD, print_table
 from train_fn.support.text import plain
-from tune.results.comparison import CLEAN
+from tune.results.comparison import CLEAN, Score
 from tune.results.outcome import EXTEND, LOOK_AGAIN, Outcome
 from tune.results.summary import Summary, format_metric, format_score, format_spread, format_value
 
@@ -18,50 +18,43 @@ def print_summary(outcome: Outcome) -> None:
     summary = Summary(outcome.to_dict(), outcome.directory)
     winner, guide, tests = summary.winner, summary.guide, summary.study["test"]
     trials = {record.number: record for record in (*summary.ranked[:MOST_TRIALS], winner, guide) if record}
-    rows = []
+    goals = [name for name, _ in summary.goals]
+    rows, short = [], []
     for record in trials.values():
-        role = " (winner)" if record is winner else " (guide)" if record is guide else ""
-        role += f" (repeats {record.repeats})" if record.repeats is not None else ""
+        role = f"{HELD}(winner)" if record is winner else f"{HELD}(guide)" if record is guide else ""
+        role += f" (repeats{HELD}{record.repeats})" if record.repeats is not None else ""
         row = [f"{record.number}{role}", *(format_value(record.searched.get(name, "-")) for name in summary.parameters)]
         row += [format_metric(record.value(name)) for name in summary.metrics]
         rows.append([*row, f"{record.seconds.get('train', 0):.1f}", record.state.lower()])
+        settings = ", ".join(f"{name}{HELD}{format_value(value)}" for name, value in record.searched.items())
+        short.append([row[0], *(format_metric(record.value(name)) for name in goals), settings, record.state.lower()])
     title = f"Study {summary.study['name']}: {summary.counts_text}. Validation scores, best first by {summary.metric}"
-    print_table(title, ["trial", *summary.parameters, *summary.metrics, "train s", "state"], rows, justify="right")
+    columns = ["trial", *summary.parameters, *summary.metrics, "train s", "state"]
+    print_table(title, columns, rows, narrow=(["trial", *goals, "settings", "state"], short), justify="right")
     print_lines(search_lines(summary))
     names = [name for name in summary.test_metrics if not name.endswith("_raw")]
     for whose in summary.test_tables:
-        rows = [[name, *(format_score(tests[who].get(name)) for who in whose)] for name in names]
+        rows = [[name, *(score_cell(tests[who].get(name)) for who in whose)] for name in names]
         title = f"Test scores{CLEAN if CLEAN in whose[0] else ''} (95 % interval)"
         print_table(title, ["metric", *map(summary.title, whose)], rows)
     rows = [
-        [summary.title(who), *(format_score(tests[who].get(name)) for name in summary.compared_metrics)]
+        [summary.title(who), *(score_cell(tests[who].get(name)) for name in summary.compared_metrics)]
         for who in summary.compared
     ]
     print_table("Beside baselines (95 % interval)", ["test scores", *summary.compared_metrics], rows)
     print_lines(result_lines(summary))
 
 
+def score_cell(score: Score | None) -> str:
+    """A test score whose interval stays in one line."""
+    value, between, interval = format_score(score).partition(" ")
+    return value + between + interval.replace(" ", HELD)
+
+
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines of text, without characters that control the terminal."""
     for line in lines:
         print(plain(line))
-
-
-def print_table(title: str, columns: list[str], rows: list[list[str]], **column_options: Any) -> None:
-    """Print a table that has rows. All texts may be the user's: no markup, nothing that controls the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=plain(title))
-    for column in columns:
-        table.add_column(plain(column), overflow="fold", **column_options)
-    for row in rows:
-        table.add_row(*map(plain, row))
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console.width = 160
-    if rows:
-        console.print(table)
 
 
 def search_lines(summary: Summary) -> list[str]:
