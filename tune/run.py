@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
         return 130
     print_outcome(outcome)
     if study.then:
-        print(f"The study {study.then.name} needs this search: --resume {study.then.name} goes on with both.")
+        name = plain(study.then.name)
+        print(f"The study {name} needs this search: --resume {shlex.quote(name)} goes on with both.")
     if outcome.interrupted or outcome.error:
         # Lanes still run in threads; one that uses Ray while the interpreter shuts it down ends the process with
         # another code. Ray's processes end with this one.

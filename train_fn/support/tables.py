@@ -119,11 +119,11 @@ def print_table(
 
 
 def print_blocks(head: Sequence[str], body: Sequence[Sequence[str]], width: int) -> None:
-    """Print each row as a block: its first cell, and below it a line for each other one."""
+    """Print each row as a block: its first cell, and below it the others, one a line."""
     name_width = max(map(cells, head[1:]), default=0)
     indent = " " * (name_width + 4)
     for row in body:
-        print(row[0].replace(HELD, " "))
+        print(f"{head[0]} {row[0]}".replace(HELD, " "))
         for name, text in zip(head[1:], row[1:], strict=True):
             lines = wrap(text, width - len(indent)).replace(HELD, " ").replace("\n", "\n" + indent)
             print(f"  {name}{' ' * (name_width - cells(name) + 2)}{lines}".rstrip())

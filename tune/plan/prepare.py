@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -54,8 +55,9 @@ from tune.plan.hub_names import download_base, fetch_again, find_named, manifest
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
 from tune.records.goals import COSTS, Goal, goal
-from tune.records.journal import Journal, StudyLock
+from tune.records.journal import Journal, StudyLock, holder
 from tune.records.plan import read_plan
+from tune.records.process import REPLAY, STUDY, SYNC, named
 from tune.tracking.store_check import check_store
 
 
@@ -174,7 +176,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     found = study_directory(settings.command.resume or settings.command.replay, settings.study.results)
     assert found, "the command line was checked for this"
     directory = found.resolve()
-    lock = take_lock(directory)
+    lock = take_lock(directory, REPLAY if settings.command.replay else STUDY)
     try:
         plan = read_plan(directory)
         splits = load_splits(directory / "splits.json", plan["positive_label"])
@@ -333,12 +335,17 @@ def check_journal(directory: Path, journal: Journal) -> list[str]:
     ]
 
 
-def take_lock(directory: Path) -> StudyLock:
-    """The study's lock. Raises SettingsError when another process runs the study."""
+def take_lock(directory: Path, work: str = STUDY) -> StudyLock:
+    """The study's lock, for some work. Raises SettingsError when another process has it."""
     lock = StudyLock(directory)
-    if not lock.acquire():
+    if not lock.acquire(work):
+        process = holder(directory)
+        does = {REPLAY: "replays a trial of", SYNC: "delivers the records of"}.get(
+            (process or {}).get("work", ""), "runs"
+        )
+        where = f" {named(process)}" if process else ""
         raise SettingsError(
-            [f"one process runs a study, but another one runs {directory.name}: wait for it, or end it"]
+            [f"one process runs a study, but another one{where} {does} {directory.name}: wait for it, or end it"]
         )
     return lock
 
@@ -353,7 +360,8 @@ def take_lease(storage: Storage, new: bool = False) -> Lease:
     try:
         if new and storage.uri and storage.read(storage.directory / "plan.json") is not None:
             problem = (
-                f"`--name` must be new, but {storage.uri} holds a study: choose another, or --resume {storage.uri}"
+                f"`--name` must be new, but {storage.uri} holds a study: choose another, or "
+                f"--resume {shlex.quote(storage.uri)}"
             )
         else:
             problem = lease.acquire()
