@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
         if problems := write_busi(options.busi, options.write, options.question or QUESTION):
             print("The manifest cannot be made:", *map(plain, problems), sep="\n  - ", file=sys.stderr)
             return 2
-        print(f"Written; for a study: --data {options.write} --image-root {options.busi}")
+        given = shlex.join(["--data", str(options.write), "--image-root", str(options.busi)])
+        print(f"Written; for a study: {given}")
         options.data, options.image_root, options.question = options.write, options.busi, ""
     elif options.write:
         if options.val_data or options.test_data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def show(directory: Path) -> Outcome:
     if process and not running:
         outcome.note(f"another command holds the study, {named(process)}: {process['work']}")
     if not events and settings.get("model_small"):
-        outcome.note(f"it begins when the search on its small base ends: --show {settings['warm_start']}")
+        outcome.note(f"it begins when the search on its small base ends: --show {shlex.quote(settings['warm_start'])}")
     try:
         # Not `pick_winner`: a file that is missing here may lie on object storage.
         outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)
