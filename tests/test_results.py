@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from train_fn.data.decision import softmax
+from train_fn.data.manifest import group_note
+from train_fn.data.rows import resolve
 from train_fn.data.samples import Sample, Splits, closed_set
 from train_fn.scoring.fitting import Decided
 from train_fn.scoring.scores import PartScorer
 from tune.config.settings import StudySettings
 from tune.config.uris import default_uri
+from tune.plan.checks import check_name
 from tune.records.budgets import exhausted_budget, wall_seconds
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, trial_records
@@ -222,6 +225,18 @@ def test_printed_commands_can_be_pasted_into_a_shell(tmp_path, capsys, monkeypat
     print_summary(outcome)
     (compare,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Compare trials")]
     assert shlex.split(compare)[-1] == "sqlite:////else where/it's.db"
+
+
+def test_names_in_advice_can_be_pasted_into_a_shell(tmp_path) -> None:
+    samples = [Sample((f"{n}.png",), "?", "a", 0, group="p") for n in range(4)]
+    assert "add --group-field 'Patient ID' if" in group_note(samples, "Patient ID", given=False)
+    (problem,) = resolve(["Image Path", "file path", "answer"])[1]
+    assert "add --columns 'image=Image Path'" in problem
+    directory = tmp_path / "it's mine"
+    directory.mkdir()
+    (directory / "plan.json").touch()
+    (problem,) = check_name(directory)
+    assert shlex.split(problem.partition("go on with ")[2]) == ["--resume", "it's mine"]
 
 
 def test_a_new_winner_does_not_inherit_test_scores(tmp_path) -> None:

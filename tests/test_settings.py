@@ -18,6 +18,8 @@ from tune.config.paths import SettingsError
 from tune.config.settings import BASIC, GROUPS, flag
 from tune.config.space import load_space, searched_settings
 from tune.config.space_check import check_space, corners, make_corner
+from tune.config.spelling import ADVICE, SAME
+from tune.run import main
 
 ROOT = Path(__file__).parents[1]
 GUIDE_VALUES = {
@@ -111,6 +113,62 @@ def test_all_problems_are_reported_at_once() -> None:
     ):  # fmt: skip
         assert word in text
     assert len(problems) == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("--lr 1e-4", "give --learning-rate"),
+        ("--lr=1e-4", "give --learning-rate"),
+        ("--batch-size 8", "--gradient-accumulation-steps N gives a global batch of 2 x N images"),
+        ("--per_device_batch_size 8", "a global batch of 2 x N images"),
+        ("--epochs 3", "give --num-train-epochs"),
+        ("--rank 8", "give --lora-r"),
+        ("--output-dir x", "give --results"),
+        ("--output_dir x", "give --results"),
+        ("--num-trials 3", "give --trials"),
+        ("--n_trials 3", "give --trials"),
+        ("--model_name_or_path x", "give --model"),
+        ("--load_in_4bit", "give --use-qlora"),
+        ("--warmup_steps 10", "give --warmup-ratio"),
+        ("--eval_strategy epoch", "each epoch is evaluated"),
+        ("--metric_for_best_model auroc", "give --metric"),
+        ("--num_gpus 2", "--workers-per-trial for the workers of one trial, --lanes for trials side by side"),
+        ("--trails 3", "did you mean --trials?"),
+        ("--Learning-Rate 1", "did you mean --learning-rate?"),
+        ("--learning 1", "did you mean --learning-rate or --projector-learning-rate or "),
+        ("-trials 3", "did you mean --trials?"),
+        ("\N{EM DASH}trials 3", "did you mean --trials?"),
+        ("--zzz 3", "see --help-all"),
+        ("resume", "did you mean --resume?"),
+        ("--lora-target-modules q_proj v_proj", "give --lora-target-modules its values with commas"),
+        ("--bf16 true", "leave the value out"),
+    ],
+)
+def test_a_wrong_spelling_gets_the_right_hint(words: str, fix: str) -> None:
+    (problem,) = problems_of(*words.split())
+    assert fix in problem
+
+
+def test_the_names_of_other_tools_lead_to_settings() -> None:
+    settings = {field.name for group in GROUPS for field in dataclasses.fields(group)}
+    others = [name for names in SAME.values() for name in names] + list(ADVICE)
+    assert len(others) > 200 and len(set(others)) == len(others) and SAME.keys() <= settings
+    assert not settings & set(others), "a setting of that name exists"
+    named = {flag for text in ADVICE.values() for flag in re.findall(r"--[a-z-]+", text)}
+    assert named <= set(map(flag, settings))
+
+
+@pytest.mark.parametrize(("command", "listed"), [("--trials 0", 1), ("--lr 1 --trials 0", 2), ("--resume s --lr 1", 2)])
+def test_a_wrong_option_hides_no_problem_of_the_data(tmp_path, monkeypatch, capsys, command: str, listed: int) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('[{"image": "none.png", "text": "q", "answer": "a", "label": "a"}]')
+    assert main([*command.split(), "--data", "bad.json"]) == 2
+    problems = capsys.readouterr().err.splitlines()[1:]
+    assert ("'none.png' must be an existing file" in problems[-1]) == ("--resume" not in command)
+    assert len(problems) == listed + ("--resume" not in command)
+    assert main(["--image-rot", ".", "--data", "bad.json"]) == 2  # the misspelt one may be what is missing
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize(

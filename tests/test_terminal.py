@@ -9,13 +9,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.text import Text
 from studies import read_to_end
 
+from train_fn.support.tables import HELD, print_table, wrap
+from train_fn.support.text import duration
 from tune.config.settings import StudySettings
 from tune.records.trials import TrialRecord
-from tune.results.terminal import duration, footer, live
+from tune.results.terminal import footer, live
 
 STUDY = StudySettings(trials=20, workers_per_trial=2)
 GOALS = (("auroc", "max"),)
@@ -79,6 +82,54 @@ def test_many_lanes_and_a_narrow_terminal_keep_their_height() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(59.6, "1 min 0 s"), (12, "12 s"), (3600 * 2 + 301, "2 h 5 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+LONG = "a_class_of_" + "_".join(["invasive", "ductal", "carcinoma"] * 4)
+SCORE = f"-0.108 (-0.197{HELD}to{HELD}-0.018)"
+COLUMNS = ["metric", "winner (trial 1)", "winner minus guide, paired", "gradient_accumulation_steps", "note"]
+
+
+def printed(capsys, width: int | None, monkeypatch, rows: list[list[str]], **options: object) -> list[str]:
+    """A table's lines on a terminal of a width; None: in a file."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+    print_table("The title of a table that is longer than a narrow terminal: study x", COLUMNS, rows, **options)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 132, None])
+@pytest.mark.parametrize(
+    "name", ["auroc", "sensitivity_at_specificity_90", LONG, "\u4e73\u817a\u7ed3\u8282 \u826f\u6027", "[/red]"]
+)
+def test_a_table_breaks_no_word_at_any_width(capsys, monkeypatch, width: int | None, name: str) -> None:
+    rows = [[name, SCORE, SCORE, "8", "yes"], ["ece", "0.2", "-", "16", "a remark of several words"]]
+    out = printed(capsys, width, monkeypatch, rows)
+    text = " ".join(re.sub("[│┃━┡┏┓┩╇┳─└┘┴]", " ", " ".join(out)).split())
+    assert "-0.197 to -0.018" in text.replace(") -0.108 (", " ") and HELD not in text
+    atoms = {part for row in [COLUMNS, *rows] for cell in row for part in re.findall(r"[^ _\u00a0]+_?", cell)}
+    shown = set(re.findall(r"[^ _]+_?", text))
+    assert atoms <= shown, atoms - shown
+    limit = width or 160
+    assert all(cell_len(line) <= limit or line == f"metric {LONG}" for line in out)
+    assert any("┃" in line for line in out) == (limit >= 100) or width == 80
+
+
+def test_columns_become_narrower_before_rows_become_blocks(capsys, monkeypatch) -> None:
+    rows = [["sensitivity_at_specificity_90", SCORE, SCORE, "8", "yes"]]
+    heights = [len(printed(capsys, width, monkeypatch, rows)) for width in (160, 140, 120)]
+    assert heights == sorted(heights) and heights[0] < heights[-1]
+    narrow = (["metric", "settings"], [["sensitivity", f"lora_r{HELD}8, learning_rate{HELD}0.001"]])
+    out = printed(capsys, 60, monkeypatch, rows, narrow=narrow)
+    assert "│ sensitivity │ lora_r 8, learning_rate 0.001 │" in out
+    out = printed(capsys, 30, monkeypatch, rows, narrow=narrow)
+    assert out[-3:] == ["metric sensitivity", "  settings  lora_r 8,", "            learning_rate 0.001"]
+
+
+def test_prose_is_wrapped_between_words_only() -> None:
+    text = "the winner is /a/very/long/path/that/has/no/space here"
+    assert wrap(text, 14) == "the winner is\n/a/very/long/path/that/has/no/space\nhere"
+    assert wrap("", 14) == "" and wrap("a\n\nb", 14) == "a\n\nb"
 
 
 def test_without_a_terminal_nothing_is_added(capsys, monkeypatch) -> None:

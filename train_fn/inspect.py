@@ -32,6 +32,7 @@ from train_fn.model.hub import data_path, fetch
 from train_fn.model.hub_errors import HubError
 from train_fn.model.hub_ids import is_hub_data, is_hub_model
 from train_fn.settings import ModelSettings, broken_rule, broken_rules, convert, field_docs, flag, rules
+from train_fn.support.tables import print_table
 from train_fn.support.text import plain
 
 DATA_OPTIONS = tuple(
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
         if problems := write_busi(options.busi, options.write, options.question or QUESTION):
             print("The manifest cannot be made:", *map(plain, problems), sep="\n  - ", file=sys.stderr)
             return 2
-        print(f"Written; for a study: --data {options.write} --image-root {options.busi}")
+        given = shlex.join(["--data", str(options.write), "--image-root", str(options.busi)])
+        print(f"Written; for a study: {given}")
         options.data, options.image_root, options.question = options.write, options.busi, ""
     elif options.write:
         if options.val_data or options.test_data:
@@ -201,27 +203,17 @@ def progress(text: str) -> None:
 
 def show(sheet: DataSheet) -> None:
     """Print the facts."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, emoji=False, highlight=False)  # a file may be called [red]
-    if not console.is_terminal:
-        console.width = 100
     for text in sheet.recognised:
-        console.print(plain(text), soft_wrap=True)
+        print(plain(text))
     for table in all_tables(sheet) if sheet.samples else ():
-        shown = Table(*table.columns)
-        for row in table.rows:
-            shown.add_row(*(plain(cell, keep="\n") for cell in row))
-        console.print(plain(table.title))
-        console.print(shown)
+        print_table(table.title, table.columns, table.rows, width=100)
     for remark in sheet.remarks:
-        console.print("  " + plain(remark), soft_wrap=True)
+        print("  " + plain(remark))
     for problem in sheet.problems:
-        console.print("  - " + plain(problem, keep="\n"), soft_wrap=True)
+        print("  - " + plain(problem, keep="\n"))
     reasons = ", for the reasons above"
     can = "cannot" if sheet.problems else "can"
-    console.print(f"A study {can} start with this data{reasons if sheet.problems else ''}.")
+    print(f"A study {can} start with this data{reasons if sheet.problems else ''}.")
 
 
 if __name__ == "__main__":

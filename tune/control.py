@@ -73,10 +73,9 @@ def control(study: str, results: str, action: str, text: str | None) -> int:
     from tune.config.settings import Settings
     from tune.config.stored import stored_settings
     from tune.records.control import write_request
-    from tune.records.journal import read_events
+    from tune.records.journal import is_running, read_events
     from tune.records.trials import trial_records
     from tune.search.control import problems_of
-    from tune.show import is_running
 
     request = Request(action, value_of(action, text))
     directory = find_study(study, results)
@@ -150,8 +149,7 @@ def elsewhere(directory: Path, stored: dict[str, Any]) -> list[str]:
 
 def answer(directory: Path, name: str) -> Event | None:
     """The study's answer to a request; None if the study ends or does not answer."""
-    from tune.records.journal import read_events
-    from tune.show import is_running
+    from tune.records.journal import is_running, read_events
 
     journal, size = directory / "journal.jsonl", -1
     until = time.monotonic() + WAIT_S

@@ -9,7 +9,7 @@ from typing import Any
 
 from train_fn.execution import Execution
 from train_fn.jobs import JobFailed, TrainJob
-from train_fn.support.text import plain
+from train_fn.support.tables import print_table
 from tune.config.paths import SettingsError
 from tune.confirm import folds_of
 from tune.lanes.layout import Layout
@@ -120,13 +120,7 @@ def compare(epochs: list[dict[str, float]], metrics: list[dict[str, float]], num
         metrics: what the epochs gave now.
         num_threads: torch threads of each worker then.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 110
-    table = Table("epoch", "metric", "then", "now", "difference")
+    rows: list[tuple[str, ...]] = []
     same = len(metrics) == len(epochs)
     for epoch, (then, now) in enumerate(zip(epochs, metrics, strict=False), 1):
         for name, value in then.items():
@@ -134,8 +128,8 @@ def compare(epochs: list[dict[str, float]], metrics: list[dict[str, float]], num
             equal = again == value or (again != again and value != value)
             same &= equal
             gap = "none" if equal else f"{again - value:+.3g}"
-            table.add_row(str(epoch), plain(name), repr(value), repr(again), gap)
-    console.print(table)
+            rows.append((name, str(epoch), repr(value), repr(again), gap))
+    print_table("", ["metric", "epoch", "then", "now", "difference"], rows, width=110)
     threads = "" if num_threads <= 1 else f" (with {num_threads} threads last bits may differ)"
     print("Identical." if same else f"Not identical{threads}.")
     return 0 if same else 1

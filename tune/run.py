@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
 
 from train_fn.support.text import plain  # noqa: E402
-from tune.config.cli import parse  # noqa: E402
+from tune.config.cli import parse_all  # noqa: E402
 from tune.config.paths import SettingsError, study_directory, user_paths  # noqa: E402
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
         return 130
     print_outcome(outcome)
     if study.then:
-        print(f"The study {study.then.name} needs this search: --resume {study.then.name} goes on with both.")
+        name = plain(study.then.name)
+        print(f"The study {name} needs this search: --resume {shlex.quote(name)} goes on with both.")
     if outcome.interrupted or outcome.error:
         # Lanes still run in threads; one that uses Ray while the interpreter shuts it down ends the process with
         # another code. Ray's processes end with this one.
@@ -65,7 +67,11 @@ def begin(argv: list[str]) -> Study | int:
     Raises:
         SettingsError: the command line, or a file or folder that it names, cannot be used.
     """
-    settings = parse(argv)
+    settings, problems = parse_all(argv)
+    if problems:
+        from tune.plan.prepare import more_problems
+
+        raise SettingsError([*problems, *more_problems(settings, problems)])
     command = settings.command
     small = settings.study.model_small
     if command.doctor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from train_fn.support.storage import Storage
 from tune.config.paths import SettingsError
 from tune.config.stored import stored_settings
+from tune.records.bucket import Lease, abandoned
 from tune.records.budgets import last_time
 from tune.records.control import asked_trials
-from tune.records.end_state import EndState
-from tune.records.journal import read_journal
+from tune.records.end_state import DONE_STATES, EndState
+from tune.records.journal import Event, holder, read_journal
+from tune.records.process import STUDY, as_process, clock, named, was_here
 from tune.results.outcome import Outcome
 
 
@@ -37,10 +41,11 @@ def show(directory: Path) -> Outcome:
     plan, settings = stored_settings(directory)
     path = directory / "journal.jsonl"
     try:
-        running = is_running(directory)
+        process = holder(directory)  # before the journal: a study that ends in between has ended
         journal = read_journal(path)
     except OSError as error:
         raise SettingsError([f"the study's files must be readable, but {error}: change their permissions"]) from error
+    running = process is not None and process.get("work", STUDY) == STUDY
     outcome = Outcome(
         name=directory.name,
         directory=directory,
@@ -56,15 +61,21 @@ def show(directory: Path) -> Outcome:
     for note in journal.notes():
         outcome.note(note)
     ended = bool(events) and events[-1]["event"] == "study_ended"
-    if running:
-        outcome.note("the study is running")
-    elif not ended:
-        outcome.note("the study was interrupted" if events else f"{path} is missing or empty: there are no trials")
+    session = next((event for event in reversed(events) if event["event"] == "session"), {})
+    begun_by = as_process(session.get("process"))  # None: an earlier version's
+    elsewhere = not (running or ended) and begun_by is not None and not was_here(begun_by)
+    if not (running or ended):
         outcome.incomplete = True
+        if not events:
+            outcome.note(f"{path} is missing or empty: there are no trials")
+    if not (running or elsewhere):
+        outcome.interrupted = not ended or events[-1]["state"] == "INTERRUPTED"
         for record in outcome.records:
             record.state = EndState.INTERRUPTED if record.state == EndState.RUNNING else record.state
+    if process and not running:
+        outcome.note(f"another command holds the study, {named(process)}: {process['work']}")
     if not events and settings.get("model_small"):
-        outcome.note(f"it begins when the search on its small base ends: --show {settings['warm_start']}")
+        outcome.note(f"it begins when the search on its small base ends: --show {shlex.quote(settings['warm_start'])}")
     try:
         # Not `pick_winner`: a file that is missing here may lie on object storage.
         outcome.winner = next((record for record in outcome.best() if not outcome.is_rejected(record)), None)
@@ -75,19 +86,54 @@ def show(directory: Path) -> Outcome:
         outcome.note(f"the winner's adapter cannot be read: {error}")
     for number, (reason, _) in outcome.rejected.items():
         outcome.note(f"trial {number} cannot be the winner: {reason}")
+    how_far = progress(outcome, events, session)
+    last = clock(last_time(events)) if events else "none"
+    if running:
+        since = f"since {clock(session['time'])}" if session else "now"
+        outcome.status = f"running {named(process) if process else since}; {how_far}"
+    elif ended:
+        outcome.status = f"{'interrupted' if outcome.interrupted else 'finished'} at {last}"
+    elif not elsewhere:
+        machine = f" on {begun_by['host']}" if begun_by else ""
+        outcome.status = f"interrupted{machine}: no process runs it (last event: {last}); {how_far}"
+    else:
+        assert begun_by
+        owner = lease_holder(directory, settings)
+        seen = (
+            f"running on {owner}, as its storage says"
+            if owner
+            else (
+                f"begun {named(begun_by)}, and this machine cannot see whether it still runs there; go on with it here "
+                f"only if it does not"
+            )
+        )
+        outcome.status = f"{seen} (last event in this folder: {last}); {how_far}"
     return outcome
 
 
-def is_running(directory: Path) -> bool:
-    """Whether a process holds the study's lock. Needs no right to write in the folder. Raises OSError."""
+def progress(outcome: Outcome, events: Sequence[Event], session: Event) -> str:
+    """How far a study has come that has not ended. session: the first event of its last session; {}: there is none."""
+    states = [record.state for record in outcome.records]
+    done = f"{sum(state in DONE_STATES for state in states)} of {outcome.num_trials} trials have ended"
+    unfinished = sum(state in ("RUNNING", "INTERRUPTED") for state in states)
+    if not session:
+        return "before its first trial"
+    if not outcome.ended_by and (unfinished or outcome.num_trials > len(states)):
+        return f"in the search: {done}, {unfinished} {'is' if unfinished == 1 else 'are'} unfinished"
+    after = {event["event"] for event in events if event["seq"] > session["seq"]}
+    if outcome.tests and "tested" in after:
+        return f"after the test: {done}, its results are not written yet"
+    confirmed = sum(len(values) for values in outcome.confirmations.values())
+    confirming = f", {confirmed} trained again to confirm" if confirmed else ""
+    return f"after the search: {done}{confirming}, the test images are not scored yet"
+
+
+def lease_holder(directory: Path, settings: dict[str, Any]) -> str:
+    """The machine that runs a study on object storage; "": none, or the storage does not answer."""
+    if not settings.get("storage"):
+        return ""
     try:
-        handle = os.open(directory / "lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+        held = Lease(Storage.under(settings["storage"], directory)).read()
+    except (OSError, ValueError):
+        return ""
+    return f"{held['host']} (process {held['pid']})" if held and not abandoned(held) else ""

@@ -29,6 +29,7 @@ from tune.records.bucket import FILES
 from tune.records.budgets import exhausted_budget, last_time
 from tune.records.end_state import DONE_STATES
 from tune.records.plan import save_plan
+from tune.records.process import this_process
 from tune.results.outcome import Outcome
 from tune.search.control import act_before_session
 from tune.signals import StopSignals
@@ -249,7 +250,8 @@ def run_session(
 
 def open_session(study: Study, params: dict[str, Any], tags: dict[str, Any], started: float) -> Tracking:
     """Write a session's first event, and start the delivery of the study's events to its stores."""
-    study.journal.write("session", params=params, tags=tags, startup_s=time.perf_counter() - started)
+    startup_s = time.perf_counter() - started
+    study.journal.write("session", params=params, tags=tags, startup_s=startup_s, process=this_process())
     target = target_of(study.directory, study.plan)
     return Tracking(dataclasses.replace(target, may_write=study.lease.ours), study.journal.events)
 

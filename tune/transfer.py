@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def resume_both(settings: Settings, say: Callable[[str], None]) -> Study:
     if directory is None:
         name = Path(study.warm_start).name
         problem = f"the search of a study with --model-small must be here, but {study.warm_start} is not"
-        raise SettingsError([f"{problem}: put it there, or --resume {name} from its storage first"])
+        raise SettingsError([f"{problem}: put it there, or --resume {shlex.quote(name)} from its storage first"])
     if not show(directory).unfinished:
         return target
     own = ["--space", study.space] if is_own(study.space) else []  # was checked with the study's own plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,7 +202,7 @@ def read_rows(
     if not key and "question" not in names and not question and (likely := questions_elsewhere(records, used)):
         return [], [
             f"manifest {path} must have a column for the question, and {SHOWN.repr(likely)} may be it: add --columns "
-            f'question={likely[:60]}, or --question "..." to ask the same about each image'
+            f'{shlex.quote("question=" + likely[:60])}, or --question "..." to ask the same about each image'
         ], [], {}  # fmt: skip
     rows = []
     found: list[tuple[str, str]] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -257,7 +258,7 @@ def group_note(samples: Sequence[Sample], column: str, given: bool) -> str:
     if num_groups < FEWEST_GROUPS and not given:
         return (
             f"Column {column} has {num_groups} different values only and groups nothing if other data has no more: add "
-            f"--group-field {column} if entries with the same value must stay in one part"
+            f"--group-field {shlex.quote(column)} if entries with the same value must stay in one part"
         )
     without = sum(not sample.group for sample in samples)
     return (

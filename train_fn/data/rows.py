@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,8 @@ def resolve(
             chosen[role] = min(found, key=lambda name: usual.index(plain_name(name)))
         elif found:
             problems.append(
-                f"one column must hold the {role}, but {listed(found)} could: add --columns {role}={found[0]}"
+                f"one column must hold the {role}, but {listed(found)} could: add --columns "
+                f"{shlex.quote(f'{role}={found[0]}')}"
             )
     if "answer" not in chosen and "label" in chosen:
         chosen["answer"] = chosen.pop("label")

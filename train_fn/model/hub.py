@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,11 +90,11 @@ def is_complete(snapshot: Snapshot) -> bool:
         return False
     for path, size in snapshot.sizes.items():
         if (present := (folder / path).stat().st_size) != size:
-            again = f"hf download {its.id} {path} --revision {snapshot.commit} --force-download"
-            where = f" --repo-type dataset --local-dir {folder}" if its.kind == "dataset" else ""
+            again = ["hf", "download", its.id, path, "--revision", snapshot.commit, "--force-download"]
+            again += ["--repo-type", "dataset", "--local-dir", str(folder)] if its.kind == "dataset" else []
             raise HubError(
                 f"{its.text!r} must lie in the cache as on the hub, but {path} has {present:,} of {size:,} bytes: "
-                f"fetch it again with `{again}{where}`"
+                f"fetch it again with `{shlex.join(again)}`"
             )
     return True
 

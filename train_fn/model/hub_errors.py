@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def explain(its: Repository, error: Exception, local: Snapshot | None) -> str:
 def fetch_command(its: Repository) -> str:
     """The command that downloads a repository to where it is looked for."""
     if its.kind == "dataset":  # not in the hub's own cache
-        return f"python -m train_fn.model.hub {its.text}"
-    return f"hf download {its.id}{f' --revision {its.revision}' if its.revision else ''}"
+        return shlex.join(["python", "-m", "train_fn.model.hub", its.text])
+    return shlex.join(["hf", "download", its.id, *(["--revision", its.revision] if its.revision else [])])
 
 
 def page(its: Repository) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,21 +15,38 @@ from tune.config.paths import SettingsError
 from tune.config.rules import check
 from tune.config.settings import BASIC, GROUPS, Settings, flag, show
 from tune.config.space import read_points
+from tune.config.spelling import hint
 from tune.config.stored import resumed_values
 
 FIELDS = {field.name: (group, field) for group in GROUPS for field in dataclasses.fields(group)}
 # An empty value means "every module may get an adapter", and on --resume "no longer".
 MAY_BE_EMPTY = ("lora_exclude_patterns",)
 MAY_BE_EMPTY_ON_RESUME = ("stop_when", "require", "register")
+DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}")  # text programs turn two dashes into a long one
+TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")
+TEXTS = tuple[str, ...]
 COMMANDS = ("resume", "show", "replay")  # each names a study that exists
 
 
 def parse(argv: Sequence[str]) -> Settings:
     """The settings of a command line. Raises SettingsError with all of its problems."""
+    settings, problems = parse_all(argv)
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def parse_all(argv: Sequence[str]) -> tuple[Settings, list[str]]:
+    """The settings of a command line, and its problems. A value that cannot be used leaves its setting at the default.
+
+    Raises:
+        SettingsError: as `locate_study` and `resumed_values`.
+    """
     problems: list[str] = []
     values = read_values(read_words(argv, problems), problems)
     pinned = tuple(field.name for field in dataclasses.fields(TrialSettings) if field.name in values)
     points = base = None
+    num_of_words = len(problems)
     command = chosen_command(values, problems)
     if command:
         directory = locate_study(command, values, problems)  # downloads it from object storage
@@ -44,11 +60,9 @@ def parse(argv: Sequence[str]) -> Settings:
     base = base or read_base_shape(values.get("model", ModelSettings.model))
     settings = Settings.of(values, pinned, points or (), base)
     problems += broken_rules(settings.command, flag).values()
-    if not (command and problems):
+    if not command or len(problems) == num_of_words:  # else the rest is not the study's
         problems += check(settings)
-    if problems:
-        raise SettingsError(problems)
-    return settings
+    return settings, problems
 
 
 def is_switch(group: type, name: str) -> bool:
@@ -65,7 +79,7 @@ def read_words(argv: Sequence[str], problems: list[str]) -> dict[str, str | bool
     fields = {flag(name): field for name, (_, field) in FIELDS.items()}
     switches = {flag(name) for name, (group, _) in FIELDS.items() if is_switch(group, name)}
     texts: dict[str, str | bool] = {}
-    words = list(argv)
+    words, before = list(argv), ""
     while words:
         word = words.pop(0)
         option, equals, text = word.partition("=")
@@ -86,14 +100,18 @@ def read_words(argv: Sequence[str], problems: list[str]) -> dict[str, str | bool
                 texts[fields[option].name] = text
             else:
                 problems.append(f"`{option}` must be followed by a value, but got none: see --help-all")
-        elif word.startswith("-"):
-            near = difflib.get_close_matches(option[:100], fields, n=1)
-            fix = f"did you mean {near[0]}?" if near else "see --help-all"
-            problems.append(f"options must be known ones, but got {SHOWN.repr(word)}: {fix}")
-            if not equals and words and not words[0].startswith("-"):
+        elif word.startswith(DASHES):
+            problems.append(f"options must be known ones, but got {SHOWN.repr(word)}: {hint(option, FIELDS)}")
+            if not equals and words and not words[0].startswith(DASHES):
                 words.pop(0)  # its value
+        elif before in switches and word.lower() in TRUTH:
+            problems.append(f"`{before}` must stand alone, but got {SHOWN.repr(word)}: leave the value out")
         else:
-            problems.append(f"every value must follow an option, but got {SHOWN.repr(word)}: see --help-all")
+            several = before in fields and rules(FIELDS[fields[before].name][0])[fields[before].name][0] == TEXTS
+            fix = f"give {before} its values with commas" if several else hint(word, FIELDS)
+            problems.append(f"every value must follow an option, but got {SHOWN.repr(word)}: {fix}")
+            continue
+        before = option
     return texts
 
 
@@ -148,6 +166,6 @@ def build_parser(everything: bool) -> argparse.ArgumentParser:
             options: dict[str, Any] = {"metavar": ""}
             if is_switch(group, field.name):  # the basic ones are all off
                 options = {"action": argparse.BooleanOptionalAction if everything else "store_true"}
-            default = "" if field.default in ("", None, ()) else f" [{show(field.default)}]"
+            default = "" if field.default in ("", None, ()) or field.default is False else f" [{show(field.default)}]"
             section.add_argument(flag(field.name), help=(docs[field.name] + default).replace("%", "%%"), **options)
     return parser

@@ -13,6 +13,8 @@ from tune.config.settings import NAME, STORAGE, flag
 from tune.config.stored import stored_settings
 from tune.config.uris import strip_credentials
 from tune.records.bucket import refresh
+from tune.records.journal import holder
+from tune.records.process import named
 
 
 def locate_study(command: str, values: dict[str, Any], problems: list[str]) -> Path | None:
@@ -33,13 +35,32 @@ def locate_study(command: str, values: dict[str, Any], problems: list[str]) -> P
             return None
     directory = study_directory(values[command], results)
     if directory is None:
-        problems.append(
-            f"`{flag(command)}` must name a study, but got {SHOWN.repr(strip_credentials(uri))}: give its name (and "
-            f"--results), its folder, in which plan.json lies, or its address on object storage"
-        )
+        fix = "give its name (and --results), its folder, in which plan.json lies, or its address on object storage"
+        found = next(filter(None, map(unfit, (Path(results) / values[command], Path(values[command])))), fix)
+        shown = SHOWN.repr(strip_credentials(uri))
+        problems.append(f"`{flag(command)}` must name a study, but got {shown}: {found}")
     elif command == "resume" and "://" not in uri:
         problems += update_study(directory)
     return directory
+
+
+def unfit(folder: Path) -> str:
+    """Why a folder that is there is no study, and what to do; "": nothing shows that it is to be one."""
+    try:
+        if not os.path.lexists(folder / "plan.json") and os.stat(folder / "journal.jsonl").st_size:
+            return f"{folder} holds a journal without its plan.json: put that back from a copy"
+        if not os.path.lexists(folder / "lock"):
+            os.stat(folder / "plan.json")  # what stands in the way?
+        elif process := holder(folder):
+            return f"{folder} is being prepared {named(process)}: wait until its lanes start"
+        else:
+            again = "begin it again with the command that you gave"
+            return f"{folder} was being prepared when its process ended, so no trial has begun: {again}"
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return f"{folder} cannot be read ({error.strerror}): change its permissions"
+    return ""
 
 
 def download_study(option: str, uri: str, results: Path, problems: list[str]) -> str:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from train_fn.support import tables
 from train_fn.support.text import plain
 from tune.config.paths import SettingsError
 from tune.config.settings import Settings
@@ -125,18 +126,10 @@ def check_access(facts: dict[str, Facts]) -> Iterator[Finding]:
 
 def print_table(findings: Sequence[Finding]) -> None:
     """Print the findings as a table, and below it the fixes."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    table = Table("check", "where", "found", "status")
-    for finding in findings:
-        table.add_row(*map(plain, (finding.check, finding.where, finding.found, finding.status)))
-    console.print(table)
+    rows = [(finding.check, finding.where, finding.found, finding.status) for finding in findings]
+    tables.print_table("", ["check", "where", "found", "status"], rows, width=140)
     for finding in findings:
         if finding.fix:
-            console.print(f"  - {finding.status}: {plain(finding.fix)}", soft_wrap=True)
+            print(f"  - {finding.status}: {plain(finding.fix)}")
     failed = sum(finding.status == "FAIL" for finding in findings)
-    console.print(f"A study cannot run: {failed} check(s) fail." if failed else "A study can run.")
+    print(f"A study cannot run: {failed} check(s) fail." if failed else "A study can run.")

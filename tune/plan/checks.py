@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +226,7 @@ def check_global_batch(settings: Settings, splits: Splits) -> list[str]:
 def check_name(directory: Path) -> list[str]:
     """Whether a new study's folder holds no other study."""
     if (directory / "plan.json").exists():
-        what, fix = "a study", f"go on with --resume {directory.name}"
+        what, fix = "a study", f"go on with --resume {shlex.quote(directory.name)}"
     elif (directory / "journal.jsonl").exists() and read_events(directory / "journal.jsonl"):
         what, fix = "a study whose plan.json is gone", "put plan.json back"
     else:

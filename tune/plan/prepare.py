@@ -6,7 +6,10 @@ mark that the user has begun a study with this space.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ from typing import Any
 
 from train_fn.data.manifest import Parts, asked_by_default, divide, read_manifest, unreadable_images
 from train_fn.data.samples import Splits
-from train_fn.data.settings import split_rules, task_rules
+from train_fn.data.settings import DataSettings, split_rules, task_rules
 from train_fn.data.splits_file import load_splits
 from train_fn.data.splitting import DataReport, make_splits
 from train_fn.model.checkpoint import base_hash, resolve_model
@@ -52,8 +55,9 @@ from tune.plan.hub_names import download_base, fetch_again, find_named, manifest
 from tune.plan.provenance import git_state
 from tune.records.bucket import Lease
 from tune.records.goals import COSTS, Goal, goal
-from tune.records.journal import Journal, StudyLock
+from tune.records.journal import Journal, StudyLock, holder
 from tune.records.plan import read_plan
+from tune.records.process import REPLAY, STUDY, SYNC, named
 from tune.tracking.store_check import check_store
 
 
@@ -172,7 +176,7 @@ def resume(settings: Settings, say: Callable[[str], None] = print) -> Study:
     found = study_directory(settings.command.resume or settings.command.replay, settings.study.results)
     assert found, "the command line was checked for this"
     directory = found.resolve()
-    lock = take_lock(directory)
+    lock = take_lock(directory, REPLAY if settings.command.replay else STUDY)
     try:
         plan = read_plan(directory)
         splits = load_splits(directory / "splits.json", plan["positive_label"])
@@ -227,18 +231,7 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
     """The samples of --data, --val-data and --test-data; None where there is none. Raises SettingsError."""
     data = settings.data
     manifest = generate_phantoms(settings, say) if data.data == "phantoms" else manifest_path(data.data)
-    parts: Parts = {}
-    problems: list[str] = []
-    notes: list[str] = []
-    for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
-        parts[name] = None
-        if path:
-            path = manifest_path(str(path))
-            root = data.image_root or (path if path.is_dir() else path.parent)
-            reading = read_manifest(path, Path(root), data.all_columns, data.question, multilabel=data.multilabel)
-            parts[name] = reading.samples
-            notes += reading.notes
-            problems += [f"`{flag(name)}`: {text}" for text in reading.problems]
+    parts, notes, problems = read_parts(data, manifest)
     for note in dict.fromkeys(notes):
         say(note)
     parts, found = divide(parts, data.question, any(text.startswith("group=") for text in data.all_columns))
@@ -252,6 +245,36 @@ def read_manifests(settings: Settings, say: Callable[[str], None]) -> Parts:
     if problems:
         raise SettingsError(problems)
     return parts
+
+
+def read_parts(data: DataSettings, manifest: Path) -> tuple[Parts, list[str], list[str]]:
+    """The samples of --data (read from `manifest`), --val-data and --test-data, notes, and problems. Opens no image."""
+    parts: Parts = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    for name, path in (("data", manifest), ("val_data", data.val_data), ("test_data", data.test_data)):
+        parts[name] = None
+        if path:
+            path = manifest_path(str(path))
+            root = data.image_root or (path if path.is_dir() else path.parent)
+            reading = read_manifest(path, Path(root), data.all_columns, data.question, multilabel=data.multilabel)
+            parts[name] = reading.samples
+            notes += reading.notes
+            problems += [f"`{flag(name)}`: {text}" for text in reading.problems]
+    return parts, notes, problems
+
+
+def more_problems(settings: Settings, problems: Sequence[str]) -> list[str]:
+    """Problems in the manifests of a new study whose command line has others: the user sees all of them at once. None
+    are looked for if one of those concerns the data, because the manifests may be read in the wrong way then."""
+    data, command = settings.data, settings.command
+    paths = [path for path in (data.data, data.val_data, data.test_data) if path]
+    concerned = any(flag(field.name) in text for field in dataclasses.fields(data) for text in problems)
+    if concerned or command.resume or command.show or command.replay or not all(map(os.path.exists, paths)):
+        return []  # phantoms and data on the hub are not there either
+    with contextlib.suppress(OSError):
+        return read_parts(data, Path(data.data))[2]
+    return []
 
 
 def with_own_metric(splits: Splits, metrics: Sequence[str]) -> Splits:
@@ -312,12 +335,17 @@ def check_journal(directory: Path, journal: Journal) -> list[str]:
     ]
 
 
-def take_lock(directory: Path) -> StudyLock:
-    """The study's lock. Raises SettingsError when another process runs the study."""
+def take_lock(directory: Path, work: str = STUDY) -> StudyLock:
+    """The study's lock, for some work. Raises SettingsError when another process has it."""
     lock = StudyLock(directory)
-    if not lock.acquire():
+    if not lock.acquire(work):
+        process = holder(directory)
+        does = {REPLAY: "replays a trial of", SYNC: "delivers the records of"}.get(
+            (process or {}).get("work", ""), "runs"
+        )
+        where = f" {named(process)}" if process else ""
         raise SettingsError(
-            [f"one process runs a study, but another one runs {directory.name}: wait for it, or end it"]
+            [f"one process runs a study, but another one{where} {does} {directory.name}: wait for it, or end it"]
         )
     return lock
 
@@ -332,7 +360,8 @@ def take_lease(storage: Storage, new: bool = False) -> Lease:
     try:
         if new and storage.uri and storage.read(storage.directory / "plan.json") is not None:
             problem = (
-                f"`--name` must be new, but {storage.uri} holds a study: choose another, or --resume {storage.uri}"
+                f"`--name` must be new, but {storage.uri} holds a study: choose another, or "
+                f"--resume {shlex.quote(storage.uri)}"
             )
         else:
             problem = lease.acquire()

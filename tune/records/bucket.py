@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from train_fn.support.storage import Storage
+from tune.records.process import boot
 
 FILES = ("splits.json", "journal.jsonl", "plan.json")  # plan.json comes last: it makes a folder a study
 LEASE_S = 180.0  # so long after its last renewal a lease is free; the machines' clocks must differ by less
@@ -147,11 +148,3 @@ def abandoned(held: dict[str, Any]) -> bool:
     if time.time() > held["renewed_at"] + LEASE_S:
         return True
     return held.get("boot") == boot() and not Path(f"/proc/{held['pid']}").exists()
-
-
-def boot() -> str:
-    """An identifier of this machine's current boot; "" if the system has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

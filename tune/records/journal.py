@@ -12,6 +12,7 @@ They reveal a line that is cut off, changed, missing or doubled. Journals of the
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -24,6 +25,7 @@ from typing import Any
 
 from train_fn.support.files import sync_folder
 from train_fn.support.storage import retry_on_os_error
+from tune.records.process import STUDY, as_process, this_process
 
 Event = dict[str, Any]
 
@@ -41,6 +43,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "study_ended": {"state": str, "tags": dict, "metrics": dict, "num_trials": int, "artifacts": list},
 }  # fmt: skip
 MARK = b', "crc": "'  # before the checksum
+LOCK_ATTEMPTS = 5
+MAX_HOLDER = 10_000  # bytes of a lock's file that are read
 
 
 @dataclass
@@ -188,15 +192,55 @@ class Journal:
 
 
 class StudyLock:
-    """The lock of the one process that runs a study. The system releases it whenever that process ends."""
+    """The lock of the one process that runs a study. The system releases it whenever that process ends. Its file names
+    the last process that took it."""
 
     def __init__(self, directory: Path) -> None:
         self._file = open(directory / "lock", "a")  # noqa: SIM115  # held until the process ends
 
-    def acquire(self) -> bool:
-        """Take the lock. Returns whether this process has it now."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+    def acquire(self, work: str = STUDY) -> bool:
+        """Take the lock. Returns whether this process has it now.
+
+        Args:
+            work: what for, as in `tune.records.process`.
+        """
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # `holder` has it for less than a millisecond
+                if attempt + 1 == LOCK_ATTEMPTS:
+                    return False
+                time.sleep(0.02)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            self._file.truncate(0)
+            self._file.write(json.dumps(this_process(work)))
+            self._file.flush()
         return True
+
+
+def holder(directory: Path) -> dict[str, Any] | None:
+    """The process that holds a study's lock now; {} if it does not say who it is, None if there is none.
+
+    Needs no right to write in the folder. A process on another machine is only seen if the folder's file system tells
+    all machines of its locks. Raises OSError.
+    """
+    try:
+        handle = os.open(directory / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            try:
+                return as_process(json.loads(file.read(MAX_HOLDER))) or {}
+            except (ValueError, RecursionError):
+                return {}
+    return None
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process runs the study. Raises OSError."""
+    process = holder(directory)
+    return process is not None and process.get("work", STUDY) == STUDY

@@ -22,10 +22,10 @@ from tune.records.goals import Goal, comparison, holds, sign
 from tune.records.journal import Event
 from tune.records.ranking import front, ranked
 from tune.records.trials import TrialRecord, trial_records
+from tune.results.summary import LOOK_AGAIN
 from tune.results.transferred import transfer_facts
 
 # What to do next with a study.
-LOOK_AGAIN = "Look again"
 RESUME = "Go on"
 EXTEND = "Extend it"
 
@@ -43,6 +43,8 @@ class Outcome:
     """How many trials were asked for."""
     running: bool = False
     """Whether a process runs the study now (`--show`)."""
+    status: str = ""
+    """Whether the study runs, was interrupted or has ended, and how far it has come, in words (`--show`)."""
     interrupted: bool = False
     error: str = ""
     """The error of the space or of the storage that ended the study before its time."""

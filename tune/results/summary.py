@@ -35,6 +35,7 @@ from tune.results.comparison import (
 )
 from tune.results.transferred import transfer_sentences
 
+LOOK_AGAIN = "Look again"  # the next step with a study that runs
 KNOWN_FOR = {
     "closed": "auroc", "binary": "auroc", "ordinal": "quadratic_kappa", "multilabel": "label_f1", "open": "token_f1",
     "numeric": "mae",
@@ -234,13 +235,17 @@ class Summary:
         if adapter := self.study["adapter"]:
             predict = shlex.join(["python", "-m", "train_fn.predict", "--adapter", adapter])
             commands |= {"Use it": f"{predict} IMAGE_OR_FOLDER", "Merge it": f"{predict} --merge-into NEW_FOLDER"}
-        if self.winner:
-            replay = ["--replay", self.study["name"], "--trial", str(self.winner.number)]
+        next_step, name = self.study.get("next_step", "Go on"), self.study["name"]
+        if next_step == LOOK_AGAIN:  # a replay is refused while the study runs
+            control = ["python", "-m", "tune.control", "--results", str(self.directory.parent)]
+            commands["Pause it"] = shlex.join([*control, name, "pause"])
+        elif self.winner:
+            replay = ["--replay", name, "--trial", str(self.winner.number)]
             if run_number := (self.study.get("delivered") or {}).get("run"):
                 replay += ["--run", str(run_number)]
             run = ["python", "tune/run.py", "--results", str(self.directory.parent)]
             commands["Reproduce it"] = shlex.join([*run, *replay])
-        return commands | {self.study.get("next_step", "Go on"): self.study["next_command"]}
+        return commands | {next_step: self.study["next_command"]}
 
     def title(self, who: str) -> str:
         """The name for people of whose test scores they are."""

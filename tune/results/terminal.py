@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from train_fn.support.text import plain
+from train_fn.support.text import duration, plain
 from tune.config.settings import StudySettings
 from tune.records.goals import Goal
 from tune.records.ranking import ranked
@@ -127,10 +127,3 @@ def seconds_left(
     mean = statistics.fmean(ended)
     done = sum(min(work["seconds"], mean) for work in snapshot["running"])
     return (num_left * mean - done) / max(1, min(snapshot["lanes"], num_left))
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -11,6 +11,7 @@ from tune.config.uris import is_own, scrub, strip_credentials, tracking_uri
 from tune.records.bucket import Lease
 from tune.records.journal import StudyLock, read_journal
 from tune.records.plan import read_plan
+from tune.records.process import SYNC
 from tune.tracking.delivery import Tracking
 from tune.tracking.target import inside, target_of
 
@@ -57,7 +58,7 @@ def sync(directory: Path, mlflow_uri: str) -> int:
             f"MLFLOW_TRACKING_URI"
         )
     lock = StudyLock(directory)
-    if not lock.acquire():
+    if not lock.acquire(SYNC):
         raise ValueError(f"{directory.name} is running: it delivers its records itself")
     lease = Lease(Storage(directory, target.storage_uri))
     if problem := lease.acquire():
