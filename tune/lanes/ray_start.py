@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tune.config.paths import SettingsError, import_path
+from tune.config.paths import SettingsError, import_path, program
 from tune.config.settings import Settings
 from tune.lanes.layout import joins_cluster
 from tune.lanes.machine import ANSWER_S, allowed_cores, cluster_problem, private_folder
@@ -117,7 +117,7 @@ def watch_control_service(directory: Path, say: Callable[[str], None]) -> thread
                 refused = isinstance(error, ConnectionRefusedError)
             time.sleep(1)
             if refused and needed.is_set() and ray.is_initialized():  # not at Ray's own shutdown
-                command = ["python", "tune/run.py", "--results", str(directory.parent), "--resume", directory.name]
+                command = [*program(), "--results", str(directory.parent), "--resume", directory.name]
                 say(f"Ray's control service has died. Ended trials are safe. Do the rest: {shlex.join(command)}")
                 give_back_terminal(terminals)
                 os._exit(130)
