@@ -288,9 +288,10 @@ def progress_of(folders: list[Path], settings: Settings) -> Callable[[], Table]:
 
     def render() -> Table:
         nonlocal outcome, size
-        folder = current(folders)
-        if folder and (now := (folder / "journal.jsonl").stat().st_size) != size:
-            outcome, size = show_study(folder), now
+        with contextlib.suppress(OSError, SettingsError):  # what is shown is then a little older
+            folder = current(folders)
+            if folder and (now := (folder / "journal.jsonl").stat().st_size) != size:
+                outcome, size = show_study(folder), now
         return progress_view(outcome, settings.study)
 
     return render
