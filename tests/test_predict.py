@@ -15,13 +15,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from train_fn.data.decision import softmax
 from train_fn.data.samples import units_of
 from train_fn.data.splits_file import save_splits
 from train_fn.model.adapters import read_task
 from train_fn.model.base import load_base
-from train_fn.predict import main
+from train_fn.predict import InputError, main
+from train_fn.predictor import Predictor
 from train_fn.scoring.conformal import answer_set
 from train_fn.scoring.fitting import fit_decision
 from train_fn.settings import ModelSettings, TrialSettings
@@ -75,6 +77,33 @@ def test_predictions_are_the_trials_scores(trained, splits, tmp_path) -> None:
     assert np.allclose(ours, softmax(scores), atol=1e-6)
     assert all(line["label"] == splits.candidates[row.argmax()] for line, row in zip(lines, ours, strict=True))
     assert all(isinstance(line["generated"], str) for line in lines)
+
+
+@pytest.mark.parametrize("trained", ["nano"], indirect=True)
+def test_a_predictor_gives_the_trials_scores_for_paths_and_images_in_memory(trained, splits, tmp_path) -> None:
+    _, _, adapter, scores = trained
+    predictor = Predictor(adapter)
+    paths = [sample.image for sample in splits.test]
+    table = predictor(paths)
+    assert list(table.columns) == ["image", "answer", *splits.candidates, "question"] and list(table["image"]) == paths
+    assert np.allclose(table[list(splits.candidates)], softmax(scores), atol=1e-6)
+    assert list(table["answer"]) == [splits.candidates[row.argmax()] for row in scores]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    mixed = predictor([Image.open(paths[0]), broken, Path(paths[1])], "Is there a mass?", generate=True)
+    assert list(mixed["image"]) == ["image 0.png", str(broken), paths[1]] and set(mixed["question"]) == {
+        "Is there a mass?"
+    }
+    assert mixed["answer"].isna().tolist() == [False, True, False] and "broken.png" in mixed["error"][1]
+    assert all(isinstance(text, str) for text in mixed["generated"][[0, 2]])
+    whole = predictor(Path(paths[0]).parent)
+    assert len(whole) == 60 and set(whole["answer"]) <= set(splits.candidates)
+    for images in ([], [np.zeros((4, 4))], "nowhere.png"):
+        with pytest.raises(InputError):
+            predictor(images)
+    for wrong in ({"dtype": "int3"}, {"batch_size": 0}, {"coverage": 2.0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            Predictor(adapter, **wrong)
 
 
 def test_answers_are_decided_as_validation_has_taught(base, splits, tmp_path) -> None:

@@ -48,8 +48,8 @@ from train_fn.model.checkpoint import file_problems, resolve_model
 from train_fn.model.hub import fetch
 from train_fn.model.hub_errors import HubError
 from train_fn.model.hub_ids import is_hub_model
-from train_fn.model.preflight import checked_processor, text_problems, unreadable_prompts
-from train_fn.scoring.answering import BATCH_SIZE, Answer, answer_samples, summary
+from train_fn.model.preflight import checked_processor
+from train_fn.scoring.answering import BATCH_SIZE, Answer, answer_samples, sample_errors, summary
 from train_fn.scoring.answers import described
 from train_fn.scoring.conformal import SetRule, coverage_problems
 from train_fn.settings import DTYPES, ModelSettings
@@ -287,25 +287,15 @@ def answers_of(
     """
     find_base(settings)
     try:
-        processor = checked_processor(settings)
+        errors = sample_errors(checked_processor(settings), samples, task.by_name, faults)
     except ValueError as error:
         raise InputError(str(error)) from error
-    tasks = task.by_name
-    asked = list({sample.prompt: replace(sample, answer="") for sample in samples}.values())
-    unreadable = unreadable_prompts(processor, asked)
-    if len(unreadable) == len(asked):
-        raise InputError("; ".join(shorten(list(dict.fromkeys(unreadable.values())))))
-    sets = [tasks[name].candidates for name in dict.fromkeys(sample.task for sample in samples)]
-    first = next(sample for sample in asked if sample.prompt not in unreadable)
-    if problems := text_problems(processor, [first], sets):
-        raise InputError("; ".join(problems))
-    errors = [unreadable.get(sample.prompt, "") for sample in samples]
-    for number, sample in enumerate(samples):
-        errors[number] = next((faults[image] for image in sample.images if image in faults), errors[number])
     sound = [sample for sample, error in zip(samples, errors, strict=True) if not error]
     # Each image is used once, so its features need no cache.
     with adapted_base(replace(settings, feature_cache_gib=0.0), adapter) as base:
-        answers = answer_samples(base, sound, tasks, task.max_new_tokens, batch_size, generate_all, task.decisions)
+        answers = answer_samples(
+            base, sound, task.by_name, task.max_new_tokens, batch_size, generate_all, task.decisions
+        )
         for fault in errors:
             yield Answer(error=fault) if fault else next(answers)
 

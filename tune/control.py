@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from train_fn.settings import SHOWN
 from train_fn.support.text import plain
-from tune.config.paths import SettingsError, study_directory, user_paths
+from tune.config.paths import SettingsError, program, study_directory, user_paths
 from tune.records.control import ACTIONS, Request
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def control(study: str, results: str, action: str, text: str | None) -> int:
     name = write_request(directory, request)
     event = answer(directory, name) if running else None
     if event is None:
-        command = shlex.join(["python", "tune/run.py", "--results", str(directory.parent), "--resume", directory.name])
+        command = shlex.join([*program(), "--results", str(directory.parent), "--resume", directory.name])
         state = f"has not answered in {WAIT_S:g} s" if is_running(directory) else "does not run"
         print(f"{directory.name} {state}: it takes this when its search goes on, at the latest with {command}")
         return 0

@@ -7,13 +7,16 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 STARTED = time.perf_counter()
-# Python puts a script's folder first on the path, and the modules of tune/ would shadow libraries.
-ROOT = str(Path(__file__).resolve().parents[1])
-sys.path[:] = [ROOT, *(path for path in sys.path if path not in (ROOT, str(Path(__file__).resolve().parent)))]
+# Python puts a script's folder first on the path, and the modules of tune/ would shadow libraries. Installed packages
+# stay where they are on the path: ahead of the standard library they would shadow it.
+HERE = str(Path(__file__).resolve().parent)
+if HERE in sys.path:
+    sys.path[:] = [str(Path(HERE).parent), *(path for path in sys.path if path != HERE)]
 
 from train_fn.support.text import plain  # noqa: E402
 from tune.config.cli import parse_all  # noqa: E402
@@ -21,10 +24,28 @@ from tune.config.paths import SettingsError, study_directory, user_paths  # noqa
 
 if TYPE_CHECKING:
     from tune.plan.prepare import Study
+    from tune.results.outcome import Outcome
 
 
-def main(argv: list[str]) -> int:
-    """Run a command. Returns the exit code: 0 a winner, 1 none, 2 bad input, 3 ended by an error, 130 interrupted."""
+def command() -> int:
+    """The console script `vlm-tune`."""
+    return main(sys.argv[1:])
+
+
+def main(
+    argv: list[str],
+    show_problems: Callable[[list[str]], None] | None = None,
+    show_outcome: Callable[[Outcome], None] | None = None,
+) -> int:
+    """Run a command.
+
+    Args:
+        show_problems: called with the problems of settings and data; None: prints them.
+        show_outcome: called with the outcome of each study that has ended; None: prints it.
+
+    Returns:
+        The exit code: 0 a winner, 1 none, 2 bad input, 3 ended by an error, 130 interrupted.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may take ASCII only
@@ -36,21 +57,20 @@ def main(argv: list[str]) -> int:
         from tune.show import print_outcome
         from tune.study import run
 
+        show_outcome = show_outcome or print_outcome
         outcome = run(study, say, STARTED)
         while study.then and outcome.exit_code == 0:
-            print_outcome(outcome)
+            show_outcome(outcome)
             study = study.then
             say(f"Now its best settings on {study.settings.model.model}, as the study {study.name}")
             outcome = run(study, say, time.perf_counter())
     except SettingsError as error:
-        print("The study cannot start:", file=sys.stderr)
-        for problem in error.problems:
-            print("  - " + plain(problem, keep="\n"), file=sys.stderr)
+        (show_problems or print_problems)(error.problems)
         return 2
     except KeyboardInterrupt:
         print("Interrupted: nothing has been changed.", file=sys.stderr)
         return 130
-    print_outcome(outcome)
+    show_outcome(outcome)
     if study.then:
         name = plain(study.then.name)
         print(f"The study {name} needs this search: --resume {shlex.quote(name)} goes on with both.")
@@ -95,6 +115,13 @@ def begin(argv: list[str]) -> Study | int:
     from tune.transfer import prepare_both, resume_both
 
     return resume_both(settings, say) if command.resume else prepare_both(settings, say)
+
+
+def print_problems(problems: list[str]) -> None:
+    """Print why a study cannot start."""
+    print("The study cannot start:", file=sys.stderr)
+    for problem in problems:
+        print("  - " + plain(problem, keep="\n"), file=sys.stderr)
 
 
 def say(text: str) -> None:

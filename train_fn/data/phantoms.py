@@ -142,8 +142,11 @@ def _write(directory: Path, recipe: dict[str, int]) -> None:
         Image.fromarray(image).save(directory / name)
         return {"image": name, "text": QUESTION, "answer": CLASSES[label], "label": label}
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # NumPy and SciPy release Python's lock
+    threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1))  # NumPy and SciPy release Python's lock
+    try:
         records = list(threads.map(draw, range(num_images), labels.tolist()))
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C, do not draw the rest
     (directory / "recipe.json").write_text(json.dumps(recipe) + "\n")
     (directory / "phantoms.json").write_text(json.dumps(records, indent=1) + "\n")
 

@@ -15,9 +15,11 @@ from train_fn.data.decision import Decision
 from train_fn.data.samples import Sample, Splits, Task
 from train_fn.data.tasks import labels_of
 from train_fn.model.memory import is_out_of_memory
+from train_fn.model.preflight import text_problems, unreadable_prompts
 from train_fn.scoring.answers import answer_of
 from train_fn.scoring.scores import metrics_of
 from train_fn.support.numbers import parse_number
+from train_fn.support.text import shorten
 
 if TYPE_CHECKING:
     from train_fn.model.base import Base
@@ -44,6 +46,34 @@ class Answer:
     def as_dict(self, task: Task) -> dict[str, Any]:
         """The answer, as in `answers.answer_of`."""
         return answer_of(task.candidates, self.probabilities, self.text, self.chosen)
+
+
+def sample_errors(
+    processor: Any, samples: Sequence[Sample], tasks: Mapping[str, Task], faults: Mapping[str, str]
+) -> list[str]:
+    """Why each sample cannot be answered; "" where it can.
+
+    Args:
+        processor: the base's.
+        samples: from `AdapterTask.assign`.
+        tasks: by name.
+        faults: errors of images that cannot be read, by path.
+
+    Raises:
+        ValueError: the base cannot read any question, or cannot read a candidate.
+    """
+    asked = list({sample.prompt: replace(sample, answer="") for sample in samples}.values())
+    unreadable = unreadable_prompts(processor, asked)
+    if len(unreadable) == len(asked):
+        raise ValueError("; ".join(shorten(list(dict.fromkeys(unreadable.values())))))
+    sets = [tasks[name].candidates for name in dict.fromkeys(sample.task for sample in samples)]
+    first = next(sample for sample in asked if sample.prompt not in unreadable)
+    if problems := text_problems(processor, [first], sets):
+        raise ValueError("; ".join(problems))
+    errors = [unreadable.get(sample.prompt, "") for sample in samples]
+    for number, sample in enumerate(samples):
+        errors[number] = next((faults[image] for image in sample.images if image in faults), errors[number])
+    return errors
 
 
 def answer_samples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from train_fn.settings import SHOWN, ModelSettings, TrialSettings, broken_rule, broken_rules, convert, field_docs, rules
 from tune.config.base_shape import read_base_shape
 from tune.config.download import locate_study
-from tune.config.paths import SettingsError
+from tune.config.paths import SettingsError, program
 from tune.config.rules import check
 from tune.config.settings import BASIC, GROUPS, Settings, flag, show
 from tune.config.space import read_points
@@ -151,7 +152,7 @@ def build_parser(everything: bool) -> argparse.ArgumentParser:
     """The help of the basic options, or of all, in groups. It parses nothing: `parse` reports all problems at once."""
     rest = len(FIELDS) - len(BASIC)
     parser = argparse.ArgumentParser(
-        usage="python tune/run.py [--model FOLDER|ID --data MANIFEST] [OPTION]...",
+        usage=f"{shlex.join(program())} [--model FOLDER|ID --data MANIFEST] [OPTION]...",
         description="Search the LoRA configuration of a vision-language model on a small labelled image set.",
         epilog="" if everything else f"--help-all shows the other {rest} options, by group.",
         add_help=False,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import site
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +35,21 @@ def user_paths() -> Iterator[None]:
     except UnicodeEncodeError as error:
         what = repr(error.object[error.start : error.end])
         raise SettingsError([f"every name must be UTF-8, but one has {what}: rename the file or folder"]) from error
+
+
+def program() -> list[str]:
+    """The words that begin a command line of a study: those of a checkout, or the console script of a wheel."""
+    checkout = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
+    return ["python", "tune/run.py"] if checkout else ["vlm-tune"]
+
+
+def import_path() -> str:
+    """A PYTHONPATH with which other processes import this project, also where it is not installed."""
+    root = str(Path(__file__).resolve().parents[2])
+    before = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
+    # Installed packages in front of the standard library would shadow it.
+    installed = root in (sysconfig.get_path("purelib"), *site.getsitepackages(), site.getusersitepackages())
+    return os.pathsep.join(before if installed else [root, *before])
 
 
 def study_directory(name: str, results: str) -> Path | None:

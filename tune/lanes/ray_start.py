@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tune.config.paths import SettingsError
+from tune.config.paths import SettingsError, import_path, program
 from tune.config.settings import Settings
 from tune.lanes.layout import joins_cluster
 from tune.lanes.machine import ANSWER_S, allowed_cores, cluster_problem, private_folder
@@ -31,9 +31,7 @@ def start_ray(settings: Settings) -> dict[str, float]:
         os.environ.pop("RAY_ADDRESS", None)
     quiet = not settings.study.verbose
     # Workers import the project also where it is not installed. All processes that Ray starts from here inherit this.
-    root = str(Path(__file__).resolve().parents[2])
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *(path for path in paths if path and path != root)])
+    os.environ["PYTHONPATH"] = import_path()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths keep their meaning in workers
@@ -119,7 +117,7 @@ def watch_control_service(directory: Path, say: Callable[[str], None]) -> thread
                 refused = isinstance(error, ConnectionRefusedError)
             time.sleep(1)
             if refused and needed.is_set() and ray.is_initialized():  # not at Ray's own shutdown
-                command = ["python", "tune/run.py", "--results", str(directory.parent), "--resume", directory.name]
+                command = [*program(), "--results", str(directory.parent), "--resume", directory.name]
                 say(f"Ray's control service has died. Ended trials are safe. Do the rest: {shlex.join(command)}")
                 give_back_terminal(terminals)
                 os._exit(130)

@@ -16,6 +16,7 @@ import numpy as np
 from train_fn.settings import PROFILE_PREFIX
 from train_fn.support.files import copy_folder, file_hash, write_json
 from train_fn.support.storage import Storage
+from tune.config.paths import program
 from tune.records.budgets import lanes_of, sessions
 from tune.records.end_state import DONE_STATES
 from tune.records.goals import Goal, comparison, holds, sign
@@ -383,7 +384,7 @@ class Outcome:
 
     def next_step(self) -> tuple[str, str]:
         """What to do next with the study, in two words, and its command."""
-        command = ["python", "tune/run.py", "--results", str(self.directory.parent)]
+        command = [*program(), "--results", str(self.directory.parent)]
         if self.running:
             return LOOK_AGAIN, shlex.join([*command, "--show", self.name])
         command += ["--resume", self.name]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tune.config.paths import program
 from tune.config.uris import default_uri
 from tune.records.end_state import EndState
 from tune.records.goals import Goal, sign
@@ -243,7 +244,7 @@ class Summary:
             replay = ["--replay", name, "--trial", str(self.winner.number)]
             if run_number := (self.study.get("delivered") or {}).get("run"):
                 replay += ["--run", str(run_number)]
-            run = ["python", "tune/run.py", "--results", str(self.directory.parent)]
+            run = [*program(), "--results", str(self.directory.parent)]
             commands["Reproduce it"] = shlex.join([*run, *replay])
         return commands | {next_step: self.study["next_command"]}
 
