@@ -148,9 +148,10 @@ def test_the_medical_sentence_stands_once() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documentation site, built so that a link that leads nowhere is an error."""
+    """The documentation site, built so that a link that leads nowhere is an error. (`--quiet` would hide warnings from
+    `--strict`, too.)"""
     folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     run = subprocess.run(build, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     assert run.returncode == 0, run.stdout + run.stderr
     return folder
@@ -168,11 +169,11 @@ def test_the_site_has_every_page_and_the_readme_as_its_first(site: Path) -> None
 def test_the_reference_has_every_setting_with_its_docstring(site: Path) -> None:
     page = (site / "options" / "index.html").read_text(encoding="utf-8")
     text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
-    fields = [(group, field.name) for group in GROUPS for field in dataclasses.fields(group)]
-    assert len(fields) > 100
-    for group, name in fields:
+    docs = {name: doc for group in GROUPS for name, doc in field_docs(group).items()}
+    assert docs.keys() == {field.name for group in GROUPS for field in dataclasses.fields(group)} and len(docs) > 100
+    for name, doc in docs.items():
         assert f'id="{flag(name)[2:]}"' in page
-        assert field_docs(group)[name].replace("`", "") in text
+        assert doc.replace("`", "") in text
     assert "Must be a whole number from 1 to 16,384" in text  # the rule of --lora-r
     assert '<a href="#train-projector"><code>--train-projector</code></a>' in page
 
