@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from train_fn.data.manifest import read_manifest
 from train_fn.settings import broken_rules, field_docs, flag
 from tune.config.base_shape import BaseShape
 from tune.config.cli import read_values, read_words
@@ -29,7 +32,7 @@ DOCUMENTS = sorted(
 )
 # The words by which our commands are named, with the module that prints their help, and how.
 PROGRAMS = {
-    r"tune/run\.py|tune\.run|vlm-tune(?= -)": ("tune.run", "--help-all"),
+    r"tune/run\.py|tune\.run|(?<![\w=/])vlm-tune(?= -)": ("tune.run", "--help-all"),
     r"train_fn\.predict": ("train_fn.predict", "--help"),
     r"train_fn\.inspect|(?<=`)inspect": ("train_fn.inspect", "--help"),
     r"tune\.control": ("tune.control", "--help"),
@@ -109,13 +112,16 @@ def test_an_option_that_does_not_exist_is_found(text: str, unknown: str) -> None
     assert [name[: len(unknown)] for name in found] == ([unknown] if unknown else [])
 
 
+STUDY_COMMAND = re.compile(r"(?:python \S*tune/run\.py|(?:^|\s)vlm-tune(?= -))((?: (?![&|]).*)?)")
+
+
 def commands() -> dict[str, str]:
     """Every command line of `tune/run.py` in a document, with the document."""
     return {
         match[1].split("'")[0]: document
         for document in DOCUMENTS
         for chunk, is_command in chunks((ROOT / document).read_text(encoding="utf-8"))
-        if is_command and (match := re.search(r"python \S*tune/run\.py((?: (?![&|]).*)?)", chunk.strip("`")))
+        if is_command and (match := STUDY_COMMAND.search(chunk.strip("`")))
     }
 
 
@@ -129,6 +135,35 @@ def test_every_command_line_of_a_study_is_accepted() -> None:
             problems += broken_rules(group).values()
         assert problems == [], f"{document}: {command}"
     assert len(commands()) >= 12
+
+
+def test_the_examples_of_data_are_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    text = text.partition("### An example of each")[2].partition("### Names")[0]
+    for number in (1, 2):
+        image = tmp_path / "images" / f"{number}.png"
+        image.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), number).save(image)
+    read = {}
+    for name, content in re.findall(r"`([\w.]+\.(?:jsonl?|csv))`[^`]*?:\n\n```\w+\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        read[name] = read_manifest(tmp_path / name)
+    (folders,) = re.findall(r"^scans/.*?(?=```)", text, re.DOTALL | re.MULTILINE)
+    for path in map(tmp_path.joinpath, folders.split()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "images" / "1.png", path)
+    read["scans"] = read_manifest(tmp_path / "scans", question="Normal, benign or malignant?")
+    assert {name: reading.problems for name, reading in read.items() if reading.problems} == {}
+    found = {name: [(len(s.images), s.answer, s.split, s.group) for s in its.samples] for name, its in read.items()}
+    assert found == {
+        "train.json": [(1, "Benign", "", ""), (1, "Malignant", "", "")],
+        "train.jsonl": [(1, "yes", "train", "p1"), (1, "no", "test", "p2")],
+        "conversations.json": [(1, "yes", "", ""), (1, "At two o'clock.", "", "")],
+        "messages.jsonl": [(2, "The mass has grown.", "", "")],
+        "train.csv": [(1, "benign", "", "p1"), (1, "malignant", "", "p2")],
+        "scans": [(1, "benign", "test", ""), (1, "malignant", "test", ""), (1, "benign", "train", ""),
+                  (1, "malignant", "train", "")],
+    }  # fmt: skip
 
 
 def test_pages_that_messages_name_exist() -> None:
