@@ -72,11 +72,19 @@ def site_uri(path: str) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook's text and code as Markdown."""
+    """A notebook as Markdown: text, code, and what the code has shown."""
     page = ""
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         page += f"```python\n{source}\n```\n\n" if cell["cell_type"] == "code" else f"{source}\n\n"
+        for output in cell.get("outputs", []):
+            shown = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+            if picture := shown.get("image/png"):
+                page += f"![](data:image/png;base64,{picture.replace(chr(10), '')})\n\n"
+            elif table := shown.get("text/html"):
+                page += "\n".join(filter(str.strip, table.splitlines())) + "\n\n"
+            elif text := shown.get("text/plain", "".join(output.get("text", ""))):
+                page += f"```text\n{text}\n```\n\n"
     return page
 
 
