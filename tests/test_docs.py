@@ -38,7 +38,12 @@ PROGRAMS = {
     r"tune\.control": ("tune.control", "--help"),
     r"tune\.tracking": ("tune.tracking.__main__", "--help"),
 }
-OF_OTHERS = {"--backend-store-uri": "mlflow ui"}
+OF_OTHERS = {
+    "--backend-store-uri": "mlflow ui",
+    "--enable-tower-connector-lora": "vllm serve",
+    "--max-lora-rank": "vllm serve",
+    "--mm-processor-kwargs": "vllm serve",
+}
 """Options of other programs that a text names alone, and the program."""
 WORD = re.compile(
     "|".join(f"(?P<p{n}>{words})" for n, words in enumerate(PROGRAMS)) + r"|(?<![\w-])(?P<option>--[a-z][\w-]*)"
