@@ -315,6 +315,7 @@ def ran_in_order(wanted: list[str], calls: list[list[str]]) -> list[str]:
     return ran
 
 
+@pytest.mark.campaign
 def test_ray_up_creates_what_the_file_says_and_ray_down_ends_it(mock: Mock) -> None:
     config = load(CLUSTER)
     region = config["provider"]["region"]

@@ -432,6 +432,7 @@ def events_of(folder: Path, kind: str) -> list[Event]:
     return [event for event in read_events(folder / "results" / "s" / "journal.jsonl") if event["event"] == kind]
 
 
+@pytest.mark.campaign
 @pytest.mark.ray
 def test_stop_add_and_extend_a_running_study_that_is_killed_and_goes_on(tmp_path: Path) -> None:
     """Trial 1 would train for minutes. The study is killed after trial 2, and acted on before it goes on."""

@@ -347,6 +347,7 @@ def test_the_estimate_of_time_has_its_line() -> None:
     assert found.found.startswith("not estimated")
 
 
+@pytest.mark.campaign
 @pytest.mark.ray
 def test_the_doctor_passes_a_sound_machine(tmp_path: Path) -> None:
     done = finish(start(tmp_path, "--doctor", "--workers-per-trial", "2", *SMALL, name=""), tmp_path)

@@ -39,6 +39,7 @@ def test_manifests(fuzz: ModuleType, tmp_path: Path) -> None:
     assert tally.outcomes["accepted"] > 5 and tally.outcomes["refused"] > 100
 
 
+@pytest.mark.campaign
 def test_damaged_studies(fuzz: ModuleType, tmp_path: Path) -> None:
     tally = fuzz.studies(60, seed=1, folder=tmp_path, sync_every=15)
     assert not tally.faults, tally.faults

@@ -31,6 +31,7 @@ def cluster(monkeypatch):
         made.shutdown()
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("num_nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_node_is_lost_and_another_joins(tmp_path: Path, cluster, num_nodes: int) -> None:
     """Which lanes train the last trials depends on how fast the new node is."""

@@ -201,6 +201,7 @@ def test_bad_input(trained, argv, word) -> None:
     assert found.returncode == 2 and word in found.stderr and "Traceback" not in found.stderr
 
 
+@pytest.mark.campaign
 def test_torchrun_without_ray(splits, tmp_path) -> None:
     save_splits(splits, tmp_path / "splits.json")
     wanted = {

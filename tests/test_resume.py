@@ -100,6 +100,7 @@ def kill(driver: subprocess.Popen) -> None:
     assert not alive, [p.cmdline() for p in alive]
 
 
+@pytest.mark.campaign
 def test_worker_driver_and_dispatcher_killed(bucket, tmp_path, base) -> None:
     """A worker, then the driver twice, then the dispatcher. The study goes on from its folder, from its bucket alone,
     and from its folder again."""
@@ -216,6 +217,7 @@ def test_one_process_at_a_time(ended) -> None:
     assert refused.code == 2 and "one process runs a study" in refused.err
 
 
+@pytest.mark.campaign
 def test_one_signal_stops_confirmation_and_scoring_on_a_real_ray(ended) -> None:
     """Ray Tune sets handlers of its own in the search that comes before. The search ends at once, for its budget."""
     options = ["--stop-when", "auroc>=0.01", "--confirm", "1", "--confirm-seeds", "2"]  # trial 0 has reached that
@@ -238,6 +240,7 @@ def test_one_signal_stops_confirmation_and_scoring_on_a_real_ray(ended) -> None:
     assert "Ended because trial 0" in stopped.out
 
 
+@pytest.mark.campaign
 def test_resume_with_another_budget_and_replay(ended, base) -> None:
     study = json.loads((ended / "results" / "s" / "study.json").read_text())
     running = [trial for trial in study["trials"] if trial["state"] == "INTERRUPTED"]

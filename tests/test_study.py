@@ -269,6 +269,7 @@ def test_another_seed_of_a_point_is_named_as_one_everywhere(uneven: Finished) ->
     assert [runs[n].params.get("seed") for n in range(4)] == [None, None, "1001", "2002"]
 
 
+@pytest.mark.campaign
 def test_a_base_that_cannot_be_loaded_is_refused_or_ends_the_study_once(tmp_path) -> None:
     model = shutil.copytree(ROOT / "train_fn" / "nano" / "checkpoint", tmp_path / "model")
     weights = (model / "model.safetensors").read_bytes()
@@ -340,6 +341,7 @@ def two_workers(tmp_path_factory) -> Finished:
     return finished
 
 
+@pytest.mark.campaign
 def test_out_of_memory_on_all_ranks_and_on_one(two_workers) -> None:
     for trial in two_workers.study["trials"][:2]:
         assert trial["state"] == "COMPLETE"
@@ -350,11 +352,13 @@ def test_out_of_memory_on_all_ranks_and_on_one(two_workers) -> None:
     assert plan["free_gib"]["cpu"] > 0
 
 
+@pytest.mark.campaign
 def test_two_workers_and_a_trial_that_fails_on_both(two_workers) -> None:
     assert two_workers.study["trials"][2]["state"] == "FAILED" and "1 failed" in two_workers.out
     assert "nowhere" in two_workers.study["trials"][2]["error"] and two_workers.study["winner"] in (0, 1)
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(not os.environ.get("HULUMED_FIXTURES"), reason="no HULUMED_FIXTURES")
 def test_a_qlora_study_on_a_hulumed_checkpoint(tmp_path) -> None:
     model = f"{os.environ['HULUMED_FIXTURES']}/checkpoint"
