@@ -109,6 +109,13 @@ def test_a_pinned_setting_is_not_asked_for() -> None:
     assert all("lora_r" not in record.searched for record in records.values())
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_searches_with_other_seeds_share_no_sampled_point(sampler: str) -> None:
+    searches = [run(make_study("--sampler", sampler, "--study-seed", str(seed)), 9) for seed in range(3)]
+    rates = [record.searched["learning_rate"] for records in searches for n, record in records.items() if n > 0]
+    assert len(set(rates)) == 3 * 8
+
+
 # ------------------------------------------------------------------------------------------------ no point twice
 
 # The two cases of a pinned rate: 24 and 4 points.

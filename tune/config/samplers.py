@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import optuna
 
 from train_fn.settings import TrialSettings
@@ -21,6 +22,12 @@ from tune.config.space import SpaceError, load_space, searched_settings
 
 MAX_GRID = 100_000  # points
 MAX_LISTED = 10_000  # points of a discrete space of which one is taken when the sampler repeats itself
+
+
+def trial_seed(study_seed: int, number: int) -> int:
+    """The seed of one trial's sampler. Not the sum of both: then studies with seeds 3 and 4 would draw the same points,
+    one trial apart."""
+    return int(np.random.SeedSequence((study_seed, number)).generate_state(1)[0])
 
 
 def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:

@@ -118,7 +118,7 @@ def ask_sampler(settings: Settings, space: Callable[[Any], Any], study: Any, whe
     """What is wrong with the points that the study's own sampler chooses."""
     import optuna
 
-    from tune.config.samplers import grid_points, make_sampler
+    from tune.config.samplers import grid_points, make_sampler, trial_seed
 
     if settings.study.sampler == "grid":
         try:
@@ -128,7 +128,7 @@ def ask_sampler(settings: Settings, space: Callable[[Any], Any], study: Any, whe
         asked = (ask(settings, space, optuna.trial.FixedTrial(point, n), where) for n, point in enumerate(points))
         return next(filter(None, asked), [])
     for number in range(NUM_ASKED):
-        study.sampler = make_sampler(settings.study.sampler, settings.study.study_seed + number)
+        study.sampler = make_sampler(settings.study.sampler, trial_seed(settings.study.study_seed, number))
         trial = study.ask()
         if problems := ask(settings, space, trial, where):
             return problems

@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from tune.config.samplers import discrete_points, make_sampler
+from tune.config.samplers import discrete_points, make_sampler, trial_seed
 from tune.config.space import SpaceError, first_points, load_space, searched_settings
 from tune.config.space_check import TIMEOUT_S
 from tune.plan.prepare import Study
@@ -53,7 +53,7 @@ def propose(
     settings = study.settings.study
     space, _ = load_space(settings.space)
     optuna_study = as_optuna(records, study.goals, prior)
-    optuna_study.sampler = make_sampler(settings.sampler, settings.study_seed + number)
+    optuna_study.sampler = make_sampler(settings.sampler, trial_seed(settings.study_seed, number))
     tried = Tried(records.values())
     wanted = None if number < len(first_points(study.settings)) else added
 
@@ -82,7 +82,7 @@ def propose(
     if settings.sampler == "grid" and not wanted:
         return None
     if left:
-        return ask(random.Random(settings.study_seed + number).choice(left))
+        return ask(random.Random(trial_seed(settings.study_seed, number)).choice(left))
     # Should all that the sampler chose have failed.
     others = (ask(record.searched) for record in tried.sound()) if not wanted else ()
     for point in itertools.chain(repeated, others):
