@@ -292,7 +292,7 @@ def test_scores_of_the_same_base_stay_as_they_are() -> None:
 def test_tpe_proposes_where_the_other_study_was_good_until_this_ones_scores_say_otherwise(tmp_path: Path) -> None:
     """The other study's best rates are about 1e-3; here the score rises with the rate."""
     options = ["--space", "wide", "--lora-r", "8"]
-    finished_study(tmp_path, *options, trials=20)
+    finished_study(tmp_path, *options, trials=40)
     study = make_study(tmp_path, "--warm-start", "other", *options)
     log = Log(study)
     searcher = JournalSearcher(study, log)  # type: ignore[arg-type]
