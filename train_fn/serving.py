@@ -168,8 +168,9 @@ def check_sglang(served: Served) -> Verdict:
     reasons = shared_reasons(served, SGLANG)
     if not served.hulumed and served.architecture not in SGLANG_LORA:
         reasons.append(
-            f"SGLang has no class with LoRA for {served.architecture}; its Transformers backend has no layer of the "
-            "names that LoRA is put on, such as qkv_proj (python/sglang/srt/lora/lora_manager.py)"
+            f"SGLang names no layers for LoRA in {served.architecture} (`should_apply_lora`), and "
+            "its Transformers backend lacks the joined layers that LoRA is put on, such as qkv_proj "
+            "(python/sglang/srt/lora/lora_manager.py)"
         )
     if not served.listed:
         reasons.append(

@@ -127,8 +127,9 @@ def export_card(study: Study, outcome: Outcome, content: dict[str, Any]) -> None
         return
     try:
         write_card(content, study.directory)
-    except (OSError, ValueError) as error:  # of the disk, or a damaged file of the adapter
-        outcome.note(f"the model card could not be written: {error}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # The disk, a damaged file of the adapter, or a study of an earlier version, which lacks a fact.
+        outcome.note(f"the model card could not be written ({type(error).__name__}: {error})")
 
 
 def export_search(study: Study, outcome: Outcome) -> None:

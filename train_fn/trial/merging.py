@@ -43,6 +43,7 @@ def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory
     model = base.model.to(dtype)  # type: ignore[arg-type]
     if base.hulumed and layout == "base":
         copy_files(source, directory)
+        limit_hulumeds_images(directory / "preprocessor_config.json", settings.max_image_tokens)
         tensors = {original_name(name): p.detach().contiguous() for name, p in model.named_parameters()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
@@ -54,6 +55,14 @@ def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory
     model.save_pretrained(directory, save_original_format=not base.hulumed)
     for name, content in processor.items():
         (directory / name).write_bytes(content)
+
+
+def limit_hulumeds_images(path: Path, most: int) -> None:
+    """Write the most tokens of an image in training, if they were limited, to a Hulu-Med's configuration."""
+    if most:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        limits = {"min_tokens": min(stored.get("min_tokens", 16), most), "max_tokens": most}
+        path.write_text(json.dumps(stored | limits, indent=2), encoding="utf-8")
 
 
 def copy_files(source: Path, directory: Path, but: Collection[str] = ()) -> None:
