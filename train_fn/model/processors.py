@@ -94,7 +94,8 @@ def saved_processor(processor: Any, source: Path) -> dict[str, bytes]:
     images = settings["image_processor"]
     # The class of this project exists on no other machine.
     images["image_processor_type"] = images["image_processor_type"].replace("Hulumed", "VideoLlama3")
-    if "video_processor" in type(processor).__mro__[1].get_attributes():  # of the class with its video part
+    own_class: Any = type(processor).__mro__[1]  # of which `image_only` left the video part out
+    if "video_processor" in own_class.get_attributes():
         settings["video_processor"] = video_part(source, images, type(processor).__name__)
     found[PROCESSOR] = json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n"
     return found

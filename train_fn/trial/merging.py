@@ -48,9 +48,9 @@ def write_merged(settings: ModelSettings, source: Path, adapter: Path, directory
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
     processor = processor_files(base)  # with the image size of the training
-    if not base.hulumed:  # the base's own tokenizer and chat template stay
+    if not base.hulumed:  # the base's own tokenizer stays; its chat template may have stood in processor_config.json
         copy_files(source, directory, but=IMAGE_FILES)
-        processor = {PROCESSOR: processor[PROCESSOR]}
+        processor = {name: processor[name] for name in processor if name == PROCESSOR or "chat_template" in name}
     # A checkpoint that was renamed on loading would otherwise get its old names back.
     model.save_pretrained(directory, save_original_format=not base.hulumed)
     for name, content in processor.items():
