@@ -482,7 +482,10 @@ def test_adapter_and_predictions_name_id_and_commit(hub: Hub, splits, tmp_path: 
     reference = PeftConfig.from_pretrained(tmp_path / "adapter")
     again = AutoModelForImageTextToText.from_pretrained(reference.base_model_name_or_path, revision=reference.revision)
     assert PeftModel.from_pretrained(again, tmp_path / "adapter").peft_config["default"].r == 4
-    assert peft_reference("nano", "folder") == {"base_model_name_or_path": "folder"}
+    assert peft_reference("nano", "/here/nano/checkpoint") == {"base_model_name_or_path": "nano"}
+    assert peft_reference("/data/Our-VLM/", "/data/Our-VLM") == {"base_model_name_or_path": "Our-VLM"}
+    cached = f"/root/.cache/huggingface/hub/models--lab--nano/snapshots/{OLD}"
+    assert peft_reference(cached, cached) == {"base_model_name_or_path": "lab/nano", "revision": OLD}
 
 
 def test_a_prediction_without_its_base_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

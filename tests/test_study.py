@@ -24,6 +24,7 @@ from train_fn.data.splits_file import load_splits
 from train_fn.model.base import load_base
 from train_fn.settings import ModelSettings
 from train_fn.trial.scoring import score_adapter
+from tune.results.summary import format_score
 
 pytestmark = pytest.mark.ray
 
@@ -114,6 +115,7 @@ def test_the_summary_names_winner_scores_and_places(mixed) -> None:
     adapter = Path(study["adapter"])
     names = {path.name for path in adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "processor_config.json"} <= names
+    assert format_score(study["test"]["winner"]["auroc"]) in (adapter / "README.md").read_text()
     low, high = study["test"]["winner"]["auroc"]["interval"]
     assert low <= study["test"]["winner"]["auroc"]["value"] <= high
     best = max(t["epochs"][-1]["auroc"] for t in study["trials"] if t["state"] == "COMPLETE")

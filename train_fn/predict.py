@@ -12,6 +12,7 @@ With `--coverage 0.9` a line also has the set of `answers` that holds the true o
 `for_reader`: true if the set does not hold exactly one answer.
 
 With `--merge-into DIR` the adapter is instead merged into a full checkpoint in the base's own layout.
+With `--check-serving` it prints which servers take the adapter, and how.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from train_fn.model.preflight import checked_processor
 from train_fn.scoring.answering import BATCH_SIZE, Answer, answer_samples, sample_errors, summary
 from train_fn.scoring.answers import described
 from train_fn.scoring.conformal import SetRule, coverage_problems
+from train_fn.serving import serving_lines
 from train_fn.settings import DTYPES, ModelSettings
 from train_fn.support.files import DamagedFile, replace_folder
 from train_fn.support.progress import clear_progress, show_progress
@@ -94,6 +96,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of a generated answer [as in training]")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"samples a batch [{BATCH_SIZE}]")
     parser.add_argument("--merge-into", type=Path, help="write base and adapter as one checkpoint to this folder")
+    parser.add_argument("--merge-layout", default="base", choices=("base", "transformers"),
+                        help="of a merged Hulu-Med: its own, or transformers', for pipelines and servers")  # fmt: skip
+    parser.add_argument("--check-serving", action="store_true", help="print which servers take the adapter, and how")
     parser.add_argument("--dtype", default="", choices=DTYPES, help="number format of base or merged checkpoint")
     parser.add_argument(
         "--max-image-pixels", type=int, default=MAX_PIXELS, help=f"largest image, in pixels [{MAX_PIXELS}]"
@@ -121,8 +126,11 @@ def run(options: argparse.Namespace) -> int:
     settings = replace(task.model, model=options.model or task.model.model)
     if options.dtype:
         settings = replace(settings, dtype=options.dtype, bf16=False, fp16=False)
+    if options.check_serving:
+        print("\n\n".join(serving_lines(options.adapter, settings)))
+        return 0
     if options.merge_into:
-        merge(settings, options.adapter, options.merge_into)
+        merge(settings, options.adapter, options.merge_into, options.merge_layout)
         return 0
     columns = words_of(options.columns)
     if problems := option_problems(options, columns):
@@ -362,12 +370,12 @@ def find_base(settings: ModelSettings) -> Path:
 # ------------------------------------------------------------------------------------------------ merging
 
 
-def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
+def merge(settings: ModelSettings, adapter: Path, directory: Path, layout: str = "base") -> None:
     """Write base and adapter as one checkpoint that loads wherever the base does.
 
     The weights are merged in float32 and written in the format of `--dtype`, by default in the base's own. A base in
     4 bit is merged unquantised: the adapter was trained on weights rounded to 4 bit, so the merged model answers a
-    little differently.
+    little differently. `layout` is that of `write_merged`.
 
     Raises:
         InputError: the base cannot be used, or `directory` is not new or empty.
@@ -387,7 +395,7 @@ def merge(settings: ModelSettings, adapter: Path, directory: Path) -> None:
     try:
         from train_fn.trial.merging import write_merged
 
-        write_merged(settings, source, adapter, partial)
+        write_merged(settings, source, adapter, partial, layout)
         replace_folder(partial, directory)
     except BadAdapter:
         raise

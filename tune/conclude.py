@@ -1,4 +1,4 @@
-"""The end of a study: the winner's adapter, study.json, the report, the journal's last event."""
+"""The end of a study: the winner's adapter and its card, study.json, the report, the journal's last event."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: di
         outcome.error = outcome.error or f"the study's results could not be written: {error}"
         tracking.close(timeout_s=10)
         return  # the journal is in the same folder: writing to it would wait for minutes
+    export_card(study, outcome, content)
     export_search(study, outcome)
     artifacts += export_predictions(study, outcome)
     if outcome.records and report:
@@ -112,6 +113,23 @@ def export_predictions(study: Study, outcome: Outcome) -> list[Path]:
         outcome.note(f"predictions.jsonl could not be written: {error}")
         return []
     return [path]
+
+
+def export_card(study: Study, outcome: Outcome, content: dict[str, Any]) -> None:
+    """Write best_adapter/README.md, if there is a winner. A failure costs a note.
+
+    Args:
+        content: of study.json.
+    """
+    from tune.results.card import FOLDER, write_card
+
+    if outcome.winner is None or outcome.adapter != study.directory / FOLDER:
+        return
+    try:
+        write_card(content, study.directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # The disk, a damaged file of the adapter, or a study of an earlier version, which lacks a fact.
+        outcome.note(f"the model card could not be written ({type(error).__name__}: {error})")
 
 
 def export_search(study: Study, outcome: Outcome) -> None:

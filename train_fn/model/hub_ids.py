@@ -19,6 +19,7 @@ REVISION = r"@(?!/)[A-Za-z0-9_./+-]+"
 MODEL_ID = re.compile(f"({NAME}/{NAME})({REVISION})?")
 DATA_ID = re.compile(f"hf://(?:datasets/)?({NAME}/{NAME})({REVISION})?(:[A-Za-z0-9_./-]+)?")
 SCHEME = "hf://"
+CACHED = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model's folder in the hub's cache
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,18 @@ def name_problem(model: str) -> str:
 
 
 def peft_reference(model: str, directory: str) -> dict[str, str]:
-    """The base in PEFT's adapter_config.json: id and commit of a hub model, else the folder.
+    """The base in PEFT's adapter_config.json, under a name that means the same on every machine: id and commit of a hub
+    model, also of one that `--model` names by its folder in the hub's cache; else the folder's own name. PEFT itself
+    never looks a base up, `train_fn.predict` has it from task.json, and a path would name a user and a machine.
 
     Args:
         directory: the base's folder on this machine.
     """
-    if not is_hub_model(model):
-        return {"base_model_name_or_path": directory}
-    its = read_name(model)
-    return {"base_model_name_or_path": its.id} | ({"revision": its.revision} if its.revision else {})
+    if is_hub_model(model):
+        its = read_name(model)
+        name, revision = its.id, its.revision
+    elif cached := CACHED.search(directory):
+        name, revision = cached[1].replace("--", "/"), cached[2]
+    else:
+        name, revision = model if model == "nano" else Path(directory).name or directory, ""
+    return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})

@@ -127,9 +127,9 @@ def load_processor(directory: Path, processor_class: type, upright: bool = False
         resample=stored.get("resample", 3),
     )
     images.upright = upright
-    tokenizer = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True)
-    tokenizer.image_token = IMAGE_TOKEN
-    tokenizer.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    # As an option, and not as an attribute, so that it is saved with the tokenizer.
+    named = {"image_token": IMAGE_TOKEN}
+    tokenizer = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True, model_specific_special_tokens=named)
     return processor_class(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 
 from train_fn.model import hulumed
 from train_fn.settings import ModelSettings
+
+PROCESSOR = "processor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
 
 
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -65,9 +70,59 @@ def limit_image_tokens(image_processor: Any, most: int) -> None:
     image_processor.size = size
 
 
+def saved_processor(processor: Any, source: Path) -> dict[str, bytes]:
+    """The files of a processor by name, complete enough for transformers' own AutoProcessor.
+
+    A class with a video part does not load without one, though no video is ever used here. So the part that was left
+    out is put back: the base's own, or else what transformers would infer from the image part.
+
+    Args:
+        source: the base's folder.
+
+    Raises:
+        OSError: the disk is full. tokenizers raises a plain Exception for that.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            processor.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is Exception:
+                raise OSError(f"the processor could not be saved: {error}") from error
+            raise
+        found = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    settings = json.loads(found[PROCESSOR])
+    images = settings["image_processor"]
+    # The class of this project exists on no other machine.
+    images["image_processor_type"] = images["image_processor_type"].replace("Hulumed", "VideoLlama3")
+    own_class: Any = type(processor).__mro__[1]  # of which `image_only` left the video part out
+    if "video_processor" in own_class.get_attributes():
+        settings["video_processor"] = video_part(source, images, type(processor).__name__)
+    found[PROCESSOR] = json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n"
+    return found
+
+
+def video_part(source: Path, images: Mapping[str, Any], whole: str) -> dict[str, Any]:
+    """The settings of a base's video part: its own, or those of its image part with the video part's class.
+
+    Args:
+        images: the settings of the image part.
+        whole: the name of the processor's class.
+    """
+    for name, key in ((PROCESSOR, "video_processor"), (VIDEO_PROCESSOR, "")):
+        if (source / name).is_file():
+            stored = json.loads((source / name).read_text(encoding="utf-8"))
+            if its := stored.get(key) if key else stored:
+                return its
+    # Named after the image part or, as with InternVL, after the whole. transformers' own table is empty without
+    # torchvision.
+    names = (images["image_processor_type"].replace("Image", "Video"), whole.replace("Processor", "VideoProcessor"))
+    shared = {name: value for name, value in images.items() if name != "image_processor_type"}
+    return shared | {"video_processor_type": next(name for name in names if hasattr(transformers, name))}
+
+
 def load_native_processor(directory: Path) -> ProcessorMixin:
     """The processor of a model in transformers' own format."""
-    saved = directory / "processor_config.json"
+    saved = directory / PROCESSOR
     name = json.loads(saved.read_text(encoding="utf-8")).get("processor_class") if saved.is_file() else None
     if name:  # an adapter's folder has no configuration of the model
         processor_class = processor_class_from_name(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from safetensors.torch import load_file, save
 
 from train_fn.model.adapters import TENSOR, WEIGHTS, BadAdapter, check_files, read_config, read_shapes
 from train_fn.model.base import Base
+from train_fn.model.checkpoint import resolve_model
 from train_fn.model.hub_ids import peft_reference
 from train_fn.model.hulumed import native_name, original_name
+from train_fn.model.processors import saved_processor
 from train_fn.settings import TrialSettings
 from train_fn.support.files import write_file
-from train_fn.trial.lora import attached, replace_projector
+from train_fn.trial.lora import PEFT_PREFIX, adapter_layers, attached, replace_projector
 
 
 def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, directory: Path) -> None:
@@ -38,6 +39,9 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
     config.inference_mode = True
     for name, value in peft_reference(base.settings.model, str(base.model.name_or_path)).items():
         setattr(config, name, value)  # PEFT has put the folder of a hub model on this machine there
+    # Full names. SGLang refuses the regular expression that PEFT was given, and short names would match modules of the
+    # vision tower, too.
+    config.target_modules = sorted(renamed(base, name.removeprefix(PEFT_PREFIX)) for name in adapter_layers(model))
     if settings.train_projector and not settings.projector_lora:
         # PEFT saves every module whose name ends with the entry, so the last part of the name is enough.
         config.modules_to_save = [renamed(base, base.projector + ".").rstrip(".").rpartition(".")[2]]
@@ -52,21 +56,10 @@ def save_adapter(base: Base, model: PeftModel, settings: TrialSettings, director
 
 
 def processor_files(base: Base) -> dict[str, bytes]:
-    """The processor's files by name, as `save_pretrained` writes them. They are the same for all trials and made once.
-
-    Raises:
-        OSError: the disk is full. tokenizers raises a plain Exception for that.
-    """
+    """The processor's files by name. They are the same for all trials and made once. Raises OSError: the disk is
+    full."""
     if not base.processor_files:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                base.processor.save_pretrained(folder)
-            except Exception as error:
-                if type(error) is Exception:
-                    raise OSError(f"the processor could not be saved: {error}") from error
-                raise
-            files = [path for path in Path(folder).rglob("*") if path.is_file()]
-            base.processor_files = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+        base.processor_files = saved_processor(base.processor, resolve_model(base.settings.model))
     return base.processor_files
 
 
