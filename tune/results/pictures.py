@@ -116,7 +116,8 @@ def curves(view: View) -> Figure | str:
 def curve_range(view: View) -> tuple[float, float]:
     """The axis of the learning curves: it holds the scores of winner and guide and those that trials ended with, and
     every other score that makes it at most four times as long."""
-    kept, others = [view.low, view.high], []
+    kept = [view.low, view.high]
+    others: list[float] = []
     for record in view.records:
         scores = [score for epoch in record.epochs if math.isfinite(score := epoch.get(view.metric, math.nan))]
         (kept if view.highlight(record) else others).extend(scores)
