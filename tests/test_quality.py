@@ -43,8 +43,8 @@ def test_imports_run_one_way() -> None:
 ROOMS = {
     "tune": ["api", "child", "run", "control", "transfer", "study", "replay", "show", "doctor", "final_test", "confirm",
              "conclude", "signals", "search", "lanes", "plan", "tracking", "results", "config", "records"],
-    "train_fn": ["main", "worker", "pyfunc_model", "predictor", "predict", "inspect", "serving", "datasheet", "trial", "scoring",
-                 "jobs", "model", "data", "support", "execution", "settings", "nano"],
+    "train_fn": ["main", "worker", "pyfunc_model", "predictor", "predict", "inspect", "serving", "datasheet", "trial",
+                 "scoring", "jobs", "model", "data", "support", "execution", "settings", "nano"],
 }  # fmt: skip
 MAX_LINES = 420  # "about 400"
 

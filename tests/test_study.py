@@ -172,7 +172,7 @@ def test_baselines_are_scored_and_shown(mixed) -> None:
     assert run.data.metrics["test_linear probe_auroc"] == pytest.approx(scores["linear probe"]["auroc"]["value"])
     assert "Beside baselines" in mixed.out and "linear probe" in mixed.out
     page = (mixed.folder / "results" / "s" / "report.html").read_text()
-    assert page.count(">linear probe</text>") == 1  # in the picture of intervals
+    assert page.count('<td class="text">linear probe</td>') == 1  # in the first table
 
 
 def test_the_same_name_again_is_refused(mixed) -> None:

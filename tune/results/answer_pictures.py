@@ -1,4 +1,4 @@
-"""The report's pictures of the answers on the test.
+"""The report's pictures of the answers on the test; the confusion tables are drawn by the page itself.
 
 Shapes: n test samples of a task, C candidates.
 """
@@ -6,11 +6,13 @@ Shapes: n test samples of a task, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from train_fn.scoring.metrics import confusion, num_calibration_bins
+from train_fn.support.text import plain
 from tune.results.intervals import wilson
 from tune.results.operating import PositiveTask, Z, net_benefit, positive_tasks, precision, rates
 from tune.results.summary import Score, is_number
@@ -32,46 +34,45 @@ MARKS: dict[str, dict[str, Any]] = {
 }
 
 
-def confusions(view: View) -> Figure | str:
-    """Confusion tables on the test: counts, coloured by their share of the row."""
-    if not view.tested:
-        return NO_CHOICE
-    figure, row = answer_figure(view, 4.9 if len(view.tested[0].task.candidates) > 6 else 3.9)
-    for axes, tested, who in row:
-        answers = [short(answer) for answer in tested.task.candidates]
-        many = len(answers) > 6
+@dataclass(frozen=True)
+class Confusion:
+    """The answers of one adapter on the test of one task."""
+
+    title: str
+    answers: list[str]
+    counts: list[list[int]]
+    """Test images, by true answer and then by the model's."""
+    shares: list[list[float]]
+    """Each count's share of its row."""
+
+    @property
+    def numbered(self) -> bool:
+        """Whether columns are headed by numbers, because there is no room for the answers."""
+        return len(self.answers) > 4 or max(map(len, self.answers)) > 24
+
+
+def confusions(view: View) -> list[Confusion]:
+    """Confusion tables of the largest tasks on the test. The page draws them: a browser has fonts for every script."""
+    found = []
+    for tested, who in answer_cells(view):
+        answers = [plain(answer) for answer in tested.task.candidates]
         table = confusion(tested.truth, tested.answers[who], len(answers))
         shares = table / np.maximum(1, table.sum(1, keepdims=True))
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (true, predicted), count in np.ndenumerate(table):
-            ink = "white" if shares[true, predicted] > 0.55 else "black"
-            axes.text(predicted, true, count, ha="center", va="center", color=ink, fontsize=7 if many else 13)
-        axes.set_xticks(range(len(answers)), answers, rotation=90 if many else 0)
-        axes.set_yticks(range(len(answers)), answers)
-        axes.set(title=title_of(view, tested, who), xlabel="the model's answer", ylabel="true answer")
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-    return figure
+        found.append(Confusion(title_of(view, tested, who), answers, table.tolist(), shares.round(3).tolist()))
+    return found
 
 
-def answer_figure(view: View, height: float) -> tuple[Figure, list[tuple[Any, TestedTask, str]]]:
-    """A figure of the largest tasks, and by cell its axes, task and adapter.
-
-    Both adapters of a task stand side by side; of one adapter, two tasks do.
-
-    height: of a row, in inches.
-    """
-    cells = [(tested, who) for tested in view.tested[:MAX_TASKS] for who in tested.answers]
-    figure, grid = cell_figure(height, len(cells), 2)
-    return figure, [(axes, *cell) for axes, cell in zip(grid, cells, strict=True)]
+def answer_cells(view: View) -> list[tuple[TestedTask, str]]:
+    """The largest tasks, each with its adapters."""
+    return [(tested, who) for tested in view.tested[:MAX_TASKS] for who in tested.answers]
 
 
-def cell_figure(height: float, count: int, columns: int) -> tuple[Figure, list[Any]]:
-    """A figure 9 inches wide and its `count` axes. height: of a row, in inches."""
+def cell_figure(height: float, count: int, columns: int, width: float = 9) -> tuple[Figure, list[Any]]:
+    """A figure and its `count` axes. height: of a row; width: of all, in inches."""
     from matplotlib.figure import Figure
 
     rows = -(-count // columns)
-    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[count:]:
         spare.set_visible(False)
@@ -85,7 +86,7 @@ def short(answer: str) -> str:
 
 def title_of(view: View, tested: TestedTask, who: str) -> str:
     """The title of a picture of one adapter on one task."""
-    name = tested.task.name
+    name = plain(tested.task.name)
     return f"{name}: {view.summary.title(who)}" if name else view.summary.title(who)
 
 
@@ -105,8 +106,9 @@ def reliability(view: View) -> Figure | str:
     """Share of right answers by confidence on the test, with 95 % Wilson intervals: calibrated and raw."""
     if not view.tested:
         return NO_CHOICE
-    figure, row = answer_figure(view, 4.1)
-    for axes, tested, who in row:
+    cells = answer_cells(view)
+    figure, grid = cell_figure(4.1, len(cells), 2)
+    for axes, (tested, who) in zip(grid, cells, strict=True):
         axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
         title, calibrated = title_of(view, tested, who), tested.probabilities[who]
         if who in tested.raw:
@@ -135,11 +137,14 @@ def draw_calibration(
 # ------------------------------------------------------------------------------------------------ a positive answer
 
 
-def for_each_positive(view: View, draw: Callable[[Any, PositiveTask], None]) -> Figure | str:
-    """A figure of the largest tasks with a positive answer, each drawn on its axes by `draw`; or why there is none."""
+def for_each_positive(view: View, draw: Callable[[Any, PositiveTask], None], width: float = 4.9) -> Figure | str:
+    """A figure of the largest tasks with a positive answer, each drawn on its axes by `draw`; or why there is none.
+
+    width: of a single task's picture, in inches.
+    """
     if not (tasks := positive_tasks(view)[:MAX_TASKS]):
         return NO_POSITIVE
-    figure, grid = cell_figure(4.6, len(tasks), min(2, len(tasks)))
+    figure, grid = cell_figure(4.9, len(tasks), min(2, len(tasks)), 9 if len(tasks) > 1 else width)
     for axes, task in zip(grid, tasks, strict=True):
         draw(axes, task)
     return figure
@@ -147,7 +152,7 @@ def for_each_positive(view: View, draw: Callable[[Any, PositiveTask], None]) -> 
 
 def finish(axes: Any, task: PositiveTask, **words: Any) -> None:
     """Square axes from 0 to 1, named."""
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=task.tested.task.name, **words)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=plain(task.tested.task.name), **words)
 
 
 def cross(axes: Any, who: str, x: Score, y: Score) -> None:
@@ -217,7 +222,7 @@ def decision_curve(view: View) -> Figure | str:
         axes.plot(thresholds, treat_all, color="#D55E00", linewidth=1.4, label="treat all")
         axes.axhline(0, color="#888888", linewidth=1.4, linestyle=":", label="treat none")
         bottom = max(lowest, -0.5 * prevalence) - 0.08 * prevalence
-        axes.set(xlim=(0, 1), ylim=(bottom, 1.08 * prevalence), title=task.tested.task.name)
+        axes.set(xlim=(0, 1), ylim=(bottom, 1.08 * prevalence), title=plain(task.tested.task.name))
         axes.set(xlabel=f"probability of {short(task.name)} from which one would act", ylabel="net benefit")
 
-    return for_each_positive(view, draw)
+    return for_each_positive(view, draw, width=7)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from train_fn.support.files import write_file
 from tune.records.trials import TrialRecord
-from tune.results.answer_pictures import confusions, decision_curve, precision_recall, reliability, roc
-from tune.results.summary import format_value
+from tune.results.answer_pictures import decision_curve, precision_recall, reliability, roc
+from tune.results.summary import format_metric, format_value
 from tune.results.view import STATES, View
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ STYLE: Any = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "text.parse_math": False,  # an answer may hold a $
+    "svg.fonttype": "none",  # text stays text: a browser has fonts for every script
+    "svg.hashsalt": "report",  # the same study gives the same file
 }
 
 
@@ -57,6 +60,21 @@ def scatter(axes: Any, view: View, records: Sequence[TrialRecord], position: Cal
     axes.set_ylim(view.low, view.high)
 
 
+def say_cut(figure: Figure, scores: Sequence[float], low: float, high: float) -> None:
+    """Say below a picture how many scores lie beyond its axis, or are missing."""
+    beyond = [score for score in scores if math.isfinite(score) and not low <= score <= high]
+    missing = sum(not math.isfinite(score) for score in scores)
+    words = []
+    if beyond:
+        farthest = max(beyond, key=lambda score: max(low - score, score - high))
+        count = f"{len(beyond)} score{'s' if len(beyond) > 1 else ''}"
+        words.append(f"{count} beyond this axis, as far as {format_metric(farthest)}")
+    if missing:
+        words.append(f"{missing} score{'s' if missing > 1 else ''} missing")
+    if words:
+        figure.supxlabel("Not to scale: " + "; ".join(words), fontsize=9, color="#9c3d00")
+
+
 def history(view: View) -> Figure | str:
     """Scores by trial number, and the best so far."""
     if not view.scored:
@@ -70,6 +88,7 @@ def history(view: View) -> Figure | str:
         axes.step(numbers, [*so_far, so_far[-1]], color="#444444", where="post", label="best completed so far")
     axes.set(xlabel="trial", ylabel=f"validation {view.metric}")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    say_cut(figure, [view.score(record) for record in view.records], view.low, view.high)
     return figure
 
 
@@ -78,18 +97,34 @@ def curves(view: View) -> Figure | str:
     if not any(view.metric in record.metrics for record in view.records):
         return f"no trial reported {view.metric} by epoch"
     figure, (axes,) = new_figure(3.6)
+    scores = [epoch.get(view.metric, math.nan) for record in view.records for epoch in record.epochs]
+    low, high = curve_range(view)
     for record in sorted(view.records, key=lambda record: view.highlight(record) is not None):
         color, marker = STATES[record.state]
         label, look = record.state.lower(), {"alpha": min(0.5, 30 / len(view.records))}
         if highlight := view.highlight(record):
             (label, color), look = highlight, {"linewidth": 2.8, "zorder": 4}
-        heights = [view.height(epoch.get(view.metric, math.nan)) for epoch in record.epochs]
+        heights = [epoch.get(view.metric, math.nan) for epoch in record.epochs]
         label = "_" if label in axes.get_legend_handles_labels()[1] or not heights else label
         axes.plot(range(1, len(heights) + 1), heights, color=color, marker=marker, markersize=5, label=label, **look)
-    axes.set(xlabel="epoch (pass over the training images)", ylabel=f"validation {view.metric}")
-    axes.set_ylim(view.low, view.high)
+    axes.set(xlabel="epoch (pass over the training images)", ylabel=f"validation {view.metric}", ylim=(low, high))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    say_cut(figure, scores, low, high)
     return figure
+
+
+def curve_range(view: View) -> tuple[float, float]:
+    """The axis of the learning curves: it holds the scores of winner and guide and those that trials ended with, and
+    every other score that makes it at most four times as long."""
+    kept = [view.low, view.high]
+    others: list[float] = []
+    for record in view.records:
+        scores = [score for epoch in record.epochs if math.isfinite(score := epoch.get(view.metric, math.nan))]
+        (kept if view.highlight(record) else others).extend(scores)
+    room = 1.5 * (max(kept) - min(kept))
+    shown = [*kept, *(score for score in others if min(kept) - room <= score <= max(kept) + room)]
+    pad = 0.04 * (max(shown) - min(shown))
+    return min(shown) - pad, max(shown) + pad
 
 
 def parameter_axis(view: View, name: str) -> tuple[Callable[[TrialRecord], float], dict[float, str]]:
@@ -136,6 +171,7 @@ def slices(view: View) -> Figure | str:
         axes.set(xlim=(-0.06, 1.06), xlabel=name)
     for axes in grid[::columns]:
         axes.set_ylabel(view.metric)
+    say_cut(figure, [view.score(record) for record in view.records], view.low, view.high)
     return figure
 
 
@@ -172,6 +208,7 @@ def parallel(view: View) -> Figure | str:
     axes.set(yticks=[], xlim=(-0.05, len(labels) - 0.65))
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
+    say_cut(figure, [view.score(record) for record in view.scored], view.low, view.high)
     return figure
 
 
@@ -237,7 +274,7 @@ def timeline(view: View) -> Figure | str:
 
 
 PICTURES = (
-    roc, precision_recall, decision_curve, confusions, reliability,
+    roc, precision_recall, decision_curve, reliability,
     history, curves, importances, slices, parallel, timeline,
 )  # fmt: skip
 
@@ -246,14 +283,13 @@ def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
     """Draw all pictures.
 
     Returns:
-        By name, a picture's data URI or the reason why it is not drawn; and the paths of the PNGs.
+        By name, a picture's data URI or the reason why it is not drawn; and the paths of the SVGs.
     """
     import matplotlib
-    from PIL import Image
 
     shown, paths = {}, []
     for picture in PICTURES:
-        name, path = picture.__name__, folder / f"{picture.__name__}.png"
+        name, path = picture.__name__, folder / f"{picture.__name__}.svg"
         with matplotlib.rc_context(STYLE):
             figure = picture(view)
             if isinstance(figure, str):
@@ -264,14 +300,14 @@ def draw(view: View, folder: Path) -> tuple[dict[str, str], list[Path]]:
                 for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                     marks.setdefault(label, handle)
             if marks:
-                columns = 5 if sum(map(len, marks)) < 80 else 3
+                columns = 2 if figure.get_figwidth() < 6 else 5 if sum(map(len, marks)) < 80 else 3
                 figure.legend(list(marks.values()), list(marks), loc="outside upper center", ncols=columns)
-            png = io.BytesIO()
+            svg = io.BytesIO()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels in a small picture
-                warnings.filterwarnings("ignore", "Glyph .* missing from")  # an answer in a script that the font lacks
-                figure.savefig(png, format="png", dpi=120)
-        Image.open(png).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
-        shown[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+                warnings.filterwarnings("ignore", "Glyph .* missing from")  # measured by its replacement
+                figure.savefig(svg, format="svg", metadata={"Date": None})
+        write_file(path, svg.getvalue())
+        shown[name] = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
         paths.append(path)
     return shown, paths

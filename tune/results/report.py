@@ -1,6 +1,7 @@
 """A finished study as one page for people: report.html, its pictures, and pictures/explore.html to click through.
 
-The page needs neither a display nor the network. Its words are in report.html.jinja.
+The page needs neither a display nor the network. Its words are in report.html.jinja, its looks in report.css. What
+prints on the first A4 page is the decision; the evidence follows.
 
 Shapes: N test images, C candidate answers.
 """
@@ -22,6 +23,8 @@ from train_fn.data.splitting import DataReport
 from train_fn.settings import ModelSettings
 from train_fn.support.files import write_file
 from train_fn.support.text import plain, plain_values
+from tune.results.answer_pictures import confusions
+from tune.results.decision import answer_rows, deciding_metrics, rule_sentence, score_table
 from tune.results.operating import CLEAN, aim_of, operating_points, positive_tasks
 from tune.results.pictures import draw
 from tune.results.summary import Score, format_metric, format_score, format_spread, format_value
@@ -49,13 +52,19 @@ def write_report(study: dict[str, Any], directory: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     pictures, paths = draw(view, folder)
     paths += write_explorer(view, folder / "explore.html")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    text = page.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")).render(
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
+    text = pages.get_template("report.html.jinja").render(
         summary=view.summary,
         study=study,
         pictures=pictures,
         explorer=any(path.suffix == ".html" for path in paths),
         num_images={part: len(getattr(view.splits, part)) if view.splits else "?" for part in PARTS},
+        rule_sentence=rule_sentence(view),
+        score_table=score_table(view),
+        deciding_metrics=deciding_metrics(view),
+        answer_rows=answer_rows(view),
+        confusions=confusions(view),
         score_tables=score_tables(view),
         raw_columns=[who for who in ADAPTERS if who in study["test"]],
         raw_rows=raw_rows(view),
@@ -108,9 +117,10 @@ def write_explorer(view: View, path: Path) -> list[Path]:
     title = html.escape(view.summary.study["name"])
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<body style="font-family:system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem">'
         f"<h1>{title}</h1><p>Point at a mark for its trial; drag to zoom; double-click to zoom out.</p>"
-        + "".join(parts)
+        + "".join(f'<div style="overflow-x:auto"><div style="min-width:640px">{part}</div></div>' for part in parts)
     )
     write_file(path, page)
     return [path]
