@@ -110,7 +110,8 @@ def test_the_views_columns_and_chart_are_objective_end_state_and_what_was_search
     columns = ["metrics.`best_epoch_score`", "tags.`end_state`", *(f"params.`{name}`" for name in searched)]
     assert view["selectedColumns"] == view["columnOrder"] == columns
     parallel, curves = view["compareRunCharts"]
-    assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (searched, ["best_epoch_score"])
+    # MLflow would draw no line for the third trial, which has no rate of a projector.
+    assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (searched[:3], ["best_epoch_score"])
     assert curves["metricKey"] == "auroc"
     for column in columns[:5]:  # what the page asks for exists in every trial
         kind, name = column.replace("`", "").split(".")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import sqlite3
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -168,7 +169,9 @@ class DatabaseExport:
             "sqlite://", engine_kwargs={"creator": lambda: self._connection, "poolclass": sqlalchemy.StaticPool}
         )
         study = optuna.create_study(study_name=self.name, storage=storage, directions=directions_of(self.goals))
-        study.set_metric_names([name for name, _ in self.goals])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([name for name, _ in self.goals])
         return study
 
     def write(self, records: Mapping[int, TrialRecord], ended_only: bool = True) -> None:

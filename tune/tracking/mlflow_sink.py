@@ -33,7 +33,6 @@ class MLflowSink:
         self.pause_until = 0.0
         self.slow_reason = ""
         self.epochs: dict[str, dict[int, int]] = {}  # ms at which a run's epochs were recorded, by optimizer step
-        self.searched: set[str] = set()  # parameters in the study's view
         self.timestamp = 0  # ms of the current event: a run that is recorded late did not start late
 
     def deliver(self, event: Event) -> list[Refusal]:
@@ -84,15 +83,13 @@ class MLflowSink:
             for name, text in experiment_tags(tags, self.target, parent, searched, self.timestamp).items():
                 self.client.set_experiment_tag(experiment, name, text)
 
-        if self._try("view", update):
-            self.searched |= set(searched)
+        self._try("view", update)
 
     def _on_started(self, event: Event) -> None:
         run = self._child(event["number"])
         self._try("state", lambda: self.client.update_run(run, status="RUNNING"))
         self._params(run, trial_params(event))
-        if not set(event.get("searched", ())) <= self.searched:
-            self._view(event["searched"])
+        self._view(event.get("searched", ()))
         if "repeats" in event:
             self._tags(run, {"repeats": str(event["repeats"])})
         self._artifact("settings.json", lambda: self.client.log_dict(run, event["settings"], "settings.json"))

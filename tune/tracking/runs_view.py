@@ -58,49 +58,60 @@ def experiment_tags(
     Args:
         tags: the experiment's tags.
         parent: id of the study's run.
-        searched: names of parameters that were searched; those of the view that is stored stay.
+        searched: names of the parameters that a trial searched; the view also shows those of earlier trials.
         now: ms since the epoch.
     """
     new = {KIND: "custom_model_development", NOTE: DESCRIPTION}
     new = {name: text for name, text in new.items() if not tags.get(name)}
     key = VIEW + view_key(target.study_id)
-    created, before = read_view(tags.get(key, ""))
-    view = saved_view(target, parent, [*dict.fromkeys([*before, *searched])], created or now)
+    created, names, common = read_view(tags.get(key, ""))
+    if searched := list(searched):
+        # MLflow draws no line for a trial that lacks a parameter, such as the rate of a projector that stays frozen.
+        common = [name for name in searched if name in common or not names]
+        names = [*dict.fromkeys([*names, *searched])]
+    view = saved_view(target, parent, names, common, created or now)
     return new if tags.get(key) == view else new | {key: view}
 
 
-def read_view(text: str) -> tuple[int, list[str]]:
-    """When a stored view was created (ms since the epoch; 0: there is none), and the parameters in it."""
+def read_view(text: str) -> tuple[int, list[str], list[str]]:
+    """A stored view: when it was created (ms since the epoch; 0: there is none), the parameters among its columns, and
+    those in its chart."""
     try:
         view = json.loads(text)
-        return int(view["createdAt"]), [*map(str, json.loads(view["state"])["compareRunCharts"][0]["selectedParams"])]
-    except (ValueError, LookupError, TypeError):
-        return 0, []  # none, or a person's change: it is made anew
+        state = json.loads(view["state"])
+        params = [column[8:-1] for column in state["selectedColumns"] if column.startswith("params.`")]
+        return int(view["createdAt"]), params, list(state["compareRunCharts"][0]["selectedParams"])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return 0, [], []  # none, or a person's change: it is made anew
 
 
-def saved_view(target: Target, parent: str, searched: list[str], created: int) -> str:
+def saved_view(target: Target, parent: str, searched: list[str], common: list[str], created: int) -> str:
     """A study's view as the value of its tag. Parameters that would make it too long are left out."""
     while True:
-        state = json.dumps(view_state(target, parent, searched))
+        state = json.dumps(view_state(target, parent, searched, common))
         text = json.dumps({"name": target.study, "createdAt": created, "updatedAt": created, "state": state})
         if len(text) <= TAG_LENGTH or not searched:
             return text
-        searched = searched[:-1]
+        searched, common = searched[:-1], [name for name in common if name != searched[-1]]
 
 
-def view_state(target: Target, parent: str, searched: list[str]) -> dict[str, Any]:
-    """What a study's view shows: its trials, best first; objective, end state and what was searched."""
+def view_state(target: Target, parent: str, searched: list[str], common: list[str]) -> dict[str, Any]:
+    """What a study's view shows: its trials, best first; objective, end state and what was searched.
+
+    Args:
+        common: what every trial searched, for the chart of parallel coordinates.
+    """
     score, metric = f"metrics.`{target.score}`", target.metric
     columns = [score, "tags.`end_state`", *(f"params.`{name}`" for name in searched)]
+    widths = {column: 30 + 6 * len(column.split("`")[1]) for column in columns}  # in pixels: no name is cut
     chart = {"runsCountToCompare": SHOWN_RUNS, "metricSectionId": "study", "deleted": False, "isGenerated": False}
     parallel = {
-        "type": "PARALLEL", "uuid": "searched",
-        "selectedParams": searched, "selectedMetrics": [target.score], "showAllRuns": False,
+        "type": "PARALLEL", "uuid": "searched", "selectedParams": common, "selectedMetrics": [target.score],
+        "showAllRuns": False,
     }  # fmt: skip
     curves = {
-        "type": "LINE", "uuid": "curves", "metricKey": metric,
-        "selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear", "xAxisScaleType": "linear",
-        "lineSmoothness": 0,
+        "type": "LINE", "uuid": "curves", "metricKey": metric, "selectedMetricKeys": [metric], "xAxisKey": "step",
+        "scaleType": "linear", "xAxisScaleType": "linear", "lineSmoothness": 0,
     }  # fmt: skip
     section = {"uuid": "study", "name": f"Study {target.study}", "display": True, "columns": 1, "cardHeight": 420}
     return {
@@ -109,7 +120,7 @@ def view_state(target: Target, parent: str, searched: list[str]) -> dict[str, An
         "orderByAsc": target.mode == "min",
         "selectedColumns": columns,
         "columnOrder": columns,
-        "columnWidths": {column: 40 + 7 * len(column.split("`")[1]) for column in columns},  # in pixels: no name is cut
+        "columnWidths": widths | {score: widths[score] + 30},  # for the sign of the order
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": [parallel | chart, curves | chart],
         "compareRunSections": [section],
