@@ -120,7 +120,7 @@ def view_state(target: Target, parent: str, searched: list[str], common: list[st
         "orderByAsc": target.mode == "min",
         "selectedColumns": columns,
         "columnOrder": columns,
-        "columnWidths": widths | {score: widths[score] + 30},  # for the sign of the order
+        "columnWidths": widths | {score: widths[score] + 30, "tags.`end_state`": 120},  # the order's sign; INTERRUPTED
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": [parallel | chart, curves | chart],
         "compareRunSections": [section],
