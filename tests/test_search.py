@@ -600,6 +600,9 @@ def test_the_export_holds_ended_trials_in_order_and_all_at_the_end(tmp_path: Pat
     found = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'copy.db'}")
     assert found.best_value == max(records[n].metrics["auroc"] for n in (0, 2, 3))
     assert [t.params for t in found.trials] == [record.searched for record in records.values()]
+    assert found.metric_names == ["auroc"]
+    assert [t.user_attrs["end_state"] for t in found.trials] == [str(record.state) for record in records.values()]
+    assert [t.user_attrs["epochs"] for t in found.trials] == [len(record.epochs) for record in records.values()]
 
 
 def test_the_export_begins_when_a_later_trial_ends_before_the_first(tmp_path: Path) -> None:

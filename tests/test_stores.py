@@ -133,7 +133,8 @@ def test_a_store_receives_all_records_and_has_its_own_cursor(uri, tmp_path, caps
     assert sync(capsys, directory) == (0, "mlflow: all records delivered\n", "")
     assert states(uri) == ALL and artifacts(uri, "study") == {"report.html"}
     stored = json.loads((directory / "tracking.json").read_text())
-    assert stored["format"] == 2 and stored["stores"] == {uri: {"next": 9, "again": [], "refused": []}}
+    entry = {"next": 9, "again": [], "refused": [], "experiment_id": "1"}
+    assert stored["format"] == 2 and stored["stores"] == {uri: entry}
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -282,7 +282,7 @@ def test_every_end_has_its_state(undisturbed) -> None:
     assert "not finite" in undisturbed["/2"]["tags"]["error"] and "error.txt" in undisturbed["/2"]["artifacts"]
     assert all("error" not in undisturbed[f"/{number}"]["tags"] for number in (0, 1, 3, 4, 5))
     assert all(undisturbed[f"/{number}"]["tags"]["mlflow.parentRunId"] == "/study" for number in range(6))
-    assert undisturbed["/0"]["tags"]["version_ray"] == "2.60.0"
+    assert undisturbed["/0"]["tags"]["versions"] == undisturbed["/study"]["tags"]["versions"] == "ray 2.60.0"
 
 
 def test_metrics_parameters_and_files_are_whole(undisturbed, study) -> None:

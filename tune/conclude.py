@@ -39,6 +39,7 @@ def write_results(study: Study, outcome: Outcome, tracking: Tracking, layout: di
         if outcome.winner is None and not outcome.rejected:
             outcome.choose_winner()
         outcome.measure(study.journal.events)
+        outcome.runs_address = tracking.runs_address
         content = outcome.save(study.plan, layout)
         artifacts.append(study.directory / "study.json")
     except OSError as error:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import math
 import sqlite3
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -127,6 +129,19 @@ def frozen_trial(record: TrialRecord | None, goals: Sequence[Goal], steps_per_ep
     return trial
 
 
+def user_attributes(record: TrialRecord | None) -> dict[str, Any]:
+    """What optuna-dashboard shows of a trial beside values and parameters; nothing for a trial without a record."""
+    if record is None:
+        return {}
+    epochs = math.floor(record.reports[-1]["progress"]) if record.reports else 0
+    attributes = {
+        "end_state": str(record.state), "epochs": epochs, "best_epoch": record.best_epoch, "error": record.error,
+        "notes": "; ".join(record.notes), "lane": record.lane, "device": record.device,
+        "train_s": record.seconds.get("train"),
+    }  # fmt: skip
+    return {name: value for name, value in attributes.items() if value not in (None, "")}
+
+
 def distributions_json(distributions: Mapping[str, optuna.distributions.BaseDistribution]) -> dict[str, str]:
     """Distributions as the journal keeps them."""
     return {name: optuna.distributions.distribution_to_json(range_) for name, range_ in distributions.items()}
@@ -153,7 +168,11 @@ class DatabaseExport:
         storage = optuna.storages.RDBStorage(
             "sqlite://", engine_kwargs={"creator": lambda: self._connection, "poolclass": sqlalchemy.StaticPool}
         )
-        return optuna.create_study(study_name=self.name, storage=storage, directions=directions_of(self.goals))
+        study = optuna.create_study(study_name=self.name, storage=storage, directions=directions_of(self.goals))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([name for name, _ in self.goals])
+        return study
 
     def write(self, records: Mapping[int, TrialRecord], ended_only: bool = True) -> None:
         """Write the trials that are not in the file yet, in the order of their numbers. Raises OSError.
@@ -167,6 +186,8 @@ class DatabaseExport:
             trial = frozen_trial(records.get(number), self.goals, optuna_steps(records))
             if ended_only and not trial.state.is_finished():
                 break
+            for key, value in user_attributes(records.get(number)).items():
+                trial.set_user_attr(key, value)
             study.add_trial(trial)
             self._num_trials += 1
         if self._num_trials > before or not self.path.exists():

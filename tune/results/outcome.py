@@ -83,6 +83,8 @@ class Outcome:
     lanes: int = 0
     notes: list[str] = field(default_factory=list)
     tracking_uri: str = ""
+    runs_address: str = ""
+    """Where MLflow's pages show the trials; empty: not known."""
     storage: Storage | None = None
     prior: Event = field(default_factory=dict)
     """The event "warm_start": what another study gave."""
@@ -372,6 +374,7 @@ class Outcome:
                 "next_step": next_step,
                 "next_command": next_command,
                 "tracking_uri": self.tracking_uri,
+                "runs_address": self.runs_address,
                 "trials": [dataclasses.asdict(r) | {"overhead_s": r.overhead_s} for r in self.records],
             }
         )

@@ -232,7 +232,11 @@ class Summary:
     @cached_property
     def commands(self) -> dict[str, str]:
         """Shell commands to type next, by what they are for. The last one goes on with the study."""
+        address = self.study.get("runs_address", "")
         commands = {"Compare trials": mlflow_command(self.study["tracking_uri"])}
+        if address:
+            served = self.study["tracking_uri"].startswith("http")  # a server runs already
+            commands = {"Compare trials": address} if served else commands | {"and open": address}
         if adapter := self.study["adapter"]:
             predict = shlex.join(["python", "-m", "train_fn.predict", "--adapter", adapter])
             commands |= {"Use it": f"{predict} IMAGE_OR_FOLDER", "Merge it": f"{predict} --merge-into NEW_FOLDER"}

@@ -112,6 +112,17 @@ def log_entries(event: Event) -> list[tuple[int, dict[str, float]]]:
     return [*steps, (event["step"], {**event["metrics"], "epoch": progress, **system})]
 
 
+def trial_params(event: Event) -> dict[str, Any]:
+    """A trial's parameters from its "started" event, without `lora_alpha` if it follows from what was searched.
+
+    The rank or a ratio already says it, and MLflow's compare page would show the same twice. The artifact settings.json
+    has all settings.
+    """
+    searched = event.get("searched") or {}
+    derived = "lora_alpha" not in searched and {"lora_r", "lora_alpha_ratio"} & set(searched)
+    return {name: value for name, value in event["params"].items() if not (derived and name == "lora_alpha")}
+
+
 def final_metrics(event: Event) -> dict[str, float]:
     """A trial's costs, its best epoch and the first goal's value in it, from its "ended" event."""
     seconds = event["seconds"]

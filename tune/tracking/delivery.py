@@ -25,6 +25,7 @@ from tune.config.uris import strip_credentials
 from tune.records.journal import Event
 from tune.tracking.calls import Refusal, StoreLost, StoreUnavailable, reason_of
 from tune.tracking.mlflow_sink import MLflowSink
+from tune.tracking.runs_view import runs_address
 from tune.tracking.sinks import Sink, StorageSink, TensorBoardSink, WandbSink
 from tune.tracking.target import Target, sync_command
 
@@ -47,6 +48,8 @@ class Delivery:
     refused: dict[int, list[Refusal]] = field(default_factory=dict)
     """The refused calls, by the event's index."""
     sink: Sink | None = None
+    experiment_id: str = ""
+    """Of the experiment in MLflow; empty: not known yet."""
     unavailable: str = ""
     """Why the last attempt could not use the store; empty: it could."""
 
@@ -107,6 +110,7 @@ class Tracking:
                 f"{self._path} counts {stored['next']} records, but the journal has fewer: all are delivered again"
             )
             return delivery
+        delivery.experiment_id = str(stored.get("experiment_id", ""))
         delivery.position = index_of(self._events, stored["next"])
         seqs = {seq_of(self._events, index): index for index in range(delivery.position)}
         delivery.again = sorted(seqs[seq] for seq in stored["again"] if seq in seqs)
@@ -156,6 +160,13 @@ class Tracking:
                 f"Deliver them with {sync_command(self._target)}"
             )
         return notes + self.missing_files
+
+    @property
+    def runs_address(self) -> str:
+        """The address of the study's trials in MLflow's pages; empty: not known."""
+        uri = strip_credentials(self._target.uri)
+        ids = [delivery.experiment_id for delivery in self._deliveries if delivery.name == "mlflow"]
+        return runs_address(uri, ids[0], self._target.study_id) if ids else ""
 
     @property
     def missing_files(self) -> list[str]:
@@ -220,6 +231,7 @@ class Tracking:
         again = set(delivery.again) | set(delivery.refused)
         if isinstance(sink, MLflowSink):
             again = sink.store.missing(self._events[: delivery.position], again)
+            delivery.experiment_id = sink.store.experiment_id
         with self._changed:
             delivery.again = sorted(again)
         delivery.sink = sink
@@ -250,7 +262,7 @@ class Tracking:
                 for index, calls in delivery.refused.items()
                 for call, reason in calls
             ],
-        }
+        } | ({"experiment_id": delivery.experiment_id} if delivery.experiment_id else {})
 
 
 def read_deliveries(path: Path, target: Target) -> dict[str, Any]:
@@ -276,6 +288,16 @@ def read_deliveries(path: Path, target: Target) -> dict[str, Any]:
     if not isinstance(stores, dict) or not all(map(is_store, stores.values())):
         raise DamagedFile(f"{path} must hold next, again and refused for each store, but does not: remove it")
     return stores
+
+
+def stored_runs_address(target: Target) -> str:
+    """`Tracking.runs_address` as tracking.json has it: for a process that delivers nothing."""
+    uri = strip_credentials(target.uri)
+    try:
+        stores = read_deliveries(target.directory / "tracking.json", target)
+    except (OSError, DamagedFile):
+        return ""
+    return runs_address(uri, str(stores.get(uri, {}).get("experiment_id", "")), target.study_id)
 
 
 def is_count(value: object) -> bool:

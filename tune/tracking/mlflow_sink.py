@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from tune.records.control import sentence
 from tune.records.end_state import IN_MLFLOW
 from tune.records.journal import Event
-from tune.tracking.calls import SLOW_S, Refusal, StoreUnavailable, final_metrics, log_entries, reason_of
+from tune.tracking.calls import SLOW_S, Refusal, StoreUnavailable, final_metrics, log_entries, reason_of, trial_params
 from tune.tracking.mlflow_store import MLflowStore
 from tune.tracking.note import study_note
+from tune.tracking.runs_view import datasets, experiment_tags
 from tune.tracking.target import Target, inside
 
 PARAM_LENGTH = 500  # of a parameter's text in MLflow; the whole text is in an artifact
@@ -52,21 +53,43 @@ class MLflowSink:
         if str(number) in self.store.run_ids:
             return self.store.run_ids[str(number)]
         parent = self._parent()
-        shared = self.store.call(lambda: self.client.get_run(parent)).data.tags
-        tags = {name: value for name, value in shared.items() if name.startswith("version_")}
+        study = self.store.call(lambda: self.client.get_run(parent))
+        tags = {name: value for name, value in study.data.tags.items() if name == "versions"}
         tags |= {"mlflow.parentRunId": parent, "trial": str(number)}
-        return self.store.run(str(number), f"trial {number}", tags, self.timestamp)
+        run = self.store.run(str(number), f"trial {number}", tags, self.timestamp)
+        seen = [data for data in study.inputs.dataset_inputs if all(tag.value != "test" for tag in data.tags)]
+        if seen:
+            self._try("datasets", lambda: self.client.log_inputs(run, seen))
+        return run
 
     def _on_session(self, event: Event) -> None:
         run = self._parent()
         self._try("state", lambda: self.client.update_run(run, status="RUNNING"))
-        self._tags(run, event["tags"])
+        versions = {name: text for name, text in event["tags"].items() if name.startswith("version_")}
+        text = ", ".join(f"{name.removeprefix('version_')} {text}" for name, text in versions.items())
+        others = {name: text for name, text in event["tags"].items() if name not in versions}
+        self._tags(run, others | {"versions": text})
         self._params(run, event["params"])
+        if inputs := datasets(self.target, event["tags"], event["params"]):
+            self._try("datasets", lambda: self.client.log_inputs(run, inputs))
+        self._view(())
+
+    def _view(self, searched: Iterable[str]) -> None:
+        """Bring the study's saved view, and the experiment's kind and description, up to date."""
+        parent, experiment = self._parent(), self.store.experiment_id
+
+        def update() -> None:
+            tags = self.client.get_experiment(experiment).tags
+            for name, text in experiment_tags(tags, self.target, parent, searched, self.timestamp).items():
+                self.client.set_experiment_tag(experiment, name, text)
+
+        self._try("view", update)
 
     def _on_started(self, event: Event) -> None:
         run = self._child(event["number"])
         self._try("state", lambda: self.client.update_run(run, status="RUNNING"))
-        self._params(run, event["params"])
+        self._params(run, trial_params(event))
+        self._view(event.get("searched", ()))
         if "repeats" in event:
             self._tags(run, {"repeats": str(event["repeats"])})
         self._artifact("settings.json", lambda: self.client.log_dict(run, event["settings"], "settings.json"))

@@ -21,6 +21,7 @@ from tune.tracking.calls import (
     prepare_mlflow,
     reason_of,
     refuses,
+    trial_params,
 )
 from tune.tracking.target import Target
 
@@ -190,7 +191,7 @@ class MLflowStore:
         """Whether a run holds what its events have delivered."""
         if run is None:
             return False
-        params = {name for event in events if isinstance(event.get("params"), dict) for name in event["params"]}
+        params = {name for event in events if isinstance(event.get("params"), dict) for name in trial_params(event)}
         reported = [event.get("progress", event.get("epoch")) for event in events if event.get("event") == "report"]
         epochs = {epoch for epoch in reported if isinstance(epoch, int | float)}
         states = [

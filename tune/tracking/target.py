@@ -12,6 +12,7 @@ from train_fn.support.files import DamagedFile
 from train_fn.support.storage import Storage
 from tune.config.settings import REPORT_TO
 from tune.config.uris import default_uri, strip_credentials, with_credentials
+from tune.records.goals import epoch_goal
 
 
 def sync_command(target: Target) -> str:
@@ -34,7 +35,7 @@ def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target
     """
     try:
         study = plan["settings"]["study"]
-        texts = [plan["study_id"], plan["tracking_uri"], study["experiment"], study["storage"], plan["goals"][0][0]]
+        texts = [plan["study_id"], plan["tracking_uri"], study["experiment"], study["storage"], *plan["goals"][0][:2]]
         report_to = tuple(study["report_to"])
     except (KeyError, IndexError, TypeError) as error:
         raise DamagedFile(f"{directory / 'plan.json'} must be a study's plan, but lacks {error}") from error
@@ -48,6 +49,9 @@ def target_of(directory: Path, plan: Mapping[str, Any], uri: str = "") -> Target
         metric=plan["goals"][0][0],
         uri=with_credentials(uri or plan["tracking_uri"]),
         report_to=(*report_to, *(["storage"] if study["storage"] else [])),
+        mode=plan["goals"][0][1],
+        score="best_epoch_score" if epoch_goal(plan["goals"], study.get("select", "best")) else plan["goals"][0][0],
+        data_hash=str(plan.get("data_hash", "")),
         storage_uri=Storage.under(study["storage"], directory).uri,
         study_uri=strip_credentials(plan["tracking_uri"]),
     )
@@ -66,6 +70,12 @@ class Target:
     """The first goal."""
     uri: str
     report_to: tuple[str, ...]
+    mode: str = "max"
+    """Whether the first goal is "max" or "min"."""
+    score: str = "best_epoch_score"
+    """The metric of a trial's run by which it counts: the first goal in its best epoch, or the first goal itself."""
+    data_hash: str = ""
+    """As in plan.json."""
     storage_uri: str = ""
     """The study's folder on object storage; empty: none."""
     study_uri: str = ""
