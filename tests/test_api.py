@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -176,16 +175,6 @@ def study_process(results: Path) -> int:
         if b"tune.child" in words and f"--results={results}".encode() in words:
             return int(folder.name)
     return 0
-
-
-def test_a_finished_study_goes_on_without_anything_left(mixed, tmp_path: Path) -> None:
-    shutil.copytree(mixed.folder / "results", tmp_path / "results", symlinks=True)
-    result = run_study(resume=tmp_path / "results" / "s", mlflow_uri=None, progress=False)
-    assert result.state == "COMPLETE" and result.winner is not None and len(result.trials) == 8
-    assert list(result.trials["state"]).count("FAILED") == 1 and result.trials["confirmed"].notna().sum() >= 1
-    assert result.adapter == tmp_path / "results" / "s" / "best_adapter" and result.report is not None
-    assert {"winner", "guide"} <= set(result.test.columns.get_level_values(0))
-    assert result.test["winner"].loc["auroc", "value"] == mixed.study["test"]["winner"]["auroc"]["value"]
 
 
 def test_the_version_stands_in_one_place() -> None:

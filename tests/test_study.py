@@ -24,6 +24,7 @@ from train_fn.data.splits_file import load_splits
 from train_fn.model.base import load_base
 from train_fn.settings import ModelSettings
 from train_fn.trial.scoring import score_adapter
+from tune.api import load_study, run_study
 from tune.results.summary import format_score
 
 pytestmark = pytest.mark.ray
@@ -76,6 +77,19 @@ def test_tensorboard_and_wandb_tell_the_same(mixed) -> None:
     (child,) = [run for run in mixed.runs() if run.data.tags.get("trial") == "0"]
     history = client.get_metric_history(child.info.run_id, "train/loss")
     assert [metric.step for metric in history] == [1, 2, 3]
+
+
+def test_python_tells_the_same_also_when_nothing_is_left(mixed, tmp_path: Path) -> None:
+    results = shutil.copytree(mixed.folder / "results", tmp_path / "results", symlinks=True)
+    result = run_study(resume="s", results=results, report_to=["tensorboard"], progress=False)
+    stored = mixed.study
+    assert result.state == "COMPLETE" and result.winner is not None and result.winner.name == stored["winner"]
+    assert list(result.trials["state"]) == [trial["state"] for trial in stored["trials"]]
+    assert list(result.trials["lora_r"]) == [trial["settings"]["lora_r"] for trial in stored["trials"]]
+    assert result.trials["confirmed"][stored["winner"]] == np.mean(stored["confirmations"][str(stored["winner"])])
+    assert result.adapter == results / "s" / "best_adapter" and result.report == results / "s" / "report.html"
+    assert result.test["winner"].loc["auroc", "value"] == stored["test"]["winner"]["auroc"]["value"]
+    assert load_study(results / "s").trials.equals(result.trials)
 
 
 def test_optuna_tells_the_same(mixed) -> None:

@@ -23,7 +23,7 @@ REFRESH_S = 1.0  # in a notebook: every change is a message to the browser
 class Display(Protocol):
     """IPython's handle of something on a page."""
 
-    def update(self, shown: Any) -> None: ...
+    def update(self, obj: Any, /) -> None: ...
 
 
 def progress_view(outcome: Outcome | None, study: StudySettings) -> Table:
