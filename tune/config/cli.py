@@ -47,7 +47,7 @@ def parse_all(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     values = read_values(read_words(argv, problems), problems)
     pinned = tuple(field.name for field in dataclasses.fields(TrialSettings) if field.name in values)
     points = base = None
-    num_of_words = len(problems)
+    num_unread = len(problems)
     command = chosen_command(values, problems)
     if command:
         directory = locate_study(command, values, problems)  # downloads it from object storage
@@ -61,7 +61,7 @@ def parse_all(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     base = base or read_base_shape(values.get("model", ModelSettings.model))
     settings = Settings.of(values, pinned, points or (), base)
     problems += broken_rules(settings.command, flag).values()
-    if not command or len(problems) == num_of_words:  # else the rest is not the study's
+    if not command or len(problems) == num_unread:  # else the rest is not the study's
         problems += check(settings)
     return settings, problems
 

@@ -121,7 +121,8 @@ def result_lines(summary: Summary) -> list[str]:
     lines += [f"Ended because {study['ended_by']}."] if study["ended_by"] else []
     lines += [f"Note: {note}" for note in study["notes"]]
     if summary.winner and next_step != EXTEND:  # the study is to go on, or runs
-        score = format_metric(summary.winner.value(summary.metric))
+        confirmed = summary.confirmations.get(summary.winner.number)
+        score = format_spread(confirmed) if confirmed else format_metric(summary.winner.value(summary.metric))
         lines.append(f"Best so far: trial {summary.winner.number}, validation {summary.metric} {score}")
     lines.append(
         f"Wall time {duration(study['seconds'].get('wall', 0))}, {study['share_training_and_evaluation']:.0%} of it "
