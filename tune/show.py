@@ -15,7 +15,6 @@ from tune.records.end_state import EndState
 from tune.records.journal import read_journal
 from tune.results.outcome import Outcome
 from tune.tracking.delivery import stored_runs_address
-from tune.tracking.target import target_of
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -52,7 +51,7 @@ def show(directory: Path) -> Outcome:
         records=[],
         running=running,
         tracking_uri=plan["tracking_uri"],
-        runs_address=stored_runs_address(target_of(directory, plan)),
+        runs_address=stored_runs_address(directory, plan),
     )
     events = journal.events
     outcome.read(events, None if running else last_time(events))
