@@ -19,7 +19,6 @@ from tune.records.journal import Event, holder, read_journal
 from tune.records.process import STUDY, as_process, clock, named, was_here
 from tune.results.outcome import Outcome
 from tune.tracking.delivery import stored_runs_address
-from tune.tracking.target import target_of
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -57,7 +56,7 @@ def show(directory: Path) -> Outcome:
         records=[],
         running=running,
         tracking_uri=plan["tracking_uri"],
-        runs_address=stored_runs_address(target_of(directory, plan)),
+        runs_address=stored_runs_address(directory, plan),
     )
     events = journal.events
     outcome.read(events, None if running else last_time(events))

@@ -15,7 +15,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tune.tracking.calls import Refusal, StoreLost, StoreUnavailable, reason_of
 from tune.tracking.mlflow_sink import MLflowSink
 from tune.tracking.runs_view import runs_address
 from tune.tracking.sinks import Sink, StorageSink, TensorBoardSink, WandbSink
-from tune.tracking.target import Target, sync_command
+from tune.tracking.target import Target, sync_command, target_of
 
 FORMAT = 2  # of tracking.json
 CLOSE_S = 60.0  # time limit of a study's end for its stores
@@ -290,13 +290,19 @@ def read_deliveries(path: Path, target: Target) -> dict[str, Any]:
     return stores
 
 
-def stored_runs_address(target: Target) -> str:
-    """`Tracking.runs_address` as tracking.json has it: for a process that delivers nothing."""
-    uri = strip_credentials(target.uri)
+def stored_runs_address(directory: Path, plan: Mapping[str, Any]) -> str:
+    """`Tracking.runs_address` as tracking.json has it: for a process that delivers nothing. Empty, too, if that file or
+    the plan is damaged.
+
+    Args:
+        plan: the content of plan.json.
+    """
     try:
-        stores = read_deliveries(target.directory / "tracking.json", target)
+        target = target_of(directory, plan)
+        stores = read_deliveries(directory / "tracking.json", target)
     except (OSError, DamagedFile):
         return ""
+    uri = strip_credentials(target.uri)
     return runs_address(uri, str(stores.get(uri, {}).get("experiment_id", "")), target.study_id)
 
 
