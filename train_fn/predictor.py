@@ -89,10 +89,10 @@ class Predictor:
         Raises:
             InputError: there is no image, or none can be used.
         """
-        several = isinstance(images, list | tuple)
+        many: Sequence[Input] = images if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
         with tempfile.TemporaryDirectory() as folder:
             samples: list[Sample] = []
-            for number, given in enumerate(images if several else [images]):  # type: ignore[union-attr]
+            for number, given in enumerate(many):
                 samples += self._samples(given, Path(folder) / f"image {number}.png", question)
             lines = self._answer(samples, generate)
         for line in lines:  # the files of images in memory are gone
@@ -133,8 +133,8 @@ class Predictor:
             base, sound, task.by_name, task.max_new_tokens, self.batch_size, generate, task.decisions
         )
         lines = []
-        for sample, error in zip(samples, errors, strict=True):
-            answer = Answer(error=error) if error else next(answers)
+        for sample, text in zip(samples, errors, strict=True):
+            answer = Answer(error=text) if text else next(answers)
             lines.append(line_of(sample, answer, task) | self.sets.line(sample, answer))
         return lines
 
