@@ -139,11 +139,16 @@ def test_an_interrupt_stops_the_study_and_is_raised(tmp_path: Path, monkeypatch)
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(tune.api, "print_line", interrupt)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with pytest.raises(KeyboardInterrupt):
-        run_study(num_phantoms=5000, results=tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_study(num_phantoms=5000, results=tmp_path)
+        after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert "Generating 5000 phantoms" in lines[0] and lines[-1] == "Interrupted: nothing has been changed."
-    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert after == before
 
 
 def test_a_process_that_is_killed_is_reported(tmp_path: Path, monkeypatch) -> None:

@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
     def write_problems(problems: list[str]) -> None:
         os.write(descriptor, json.dumps(problems).encode())
 
+    # The caller stops this process by SIGINT, which a process that a script began in the background ignores.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=stop_with_caller, daemon=True).start()
     return run_command(argv[1:], write_problems, print_end)
 
