@@ -17,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -142,10 +143,13 @@ def escaped(text: str) -> str:
 def commands_page() -> str:
     """What the other commands print for `--help`."""
     page = "# Other commands\n\nWhat they print for `--help`.\n"
-    os.environ["COLUMNS"] = "100"  # argparse reads it
     for module in OTHER_COMMANDS:
         text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        with (
+            mock.patch.dict(os.environ, COLUMNS="100"),  # argparse reads it
+            contextlib.redirect_stdout(text),
+            contextlib.suppress(SystemExit),
+        ):
             importlib.import_module(module).main(["--help"])
         page += f"\n## `python -m {module.removesuffix('.__main__')}`\n\n```text\n{text.getvalue()}```\n"
     return page

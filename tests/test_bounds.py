@@ -303,10 +303,10 @@ def test_errors_of_the_operating_system_become_sentences(monkeypatch, capsys) ->
         (UnicodeEncodeError("utf-8", "a\ud800", 1, 2, "surrogates"), "'\\ud800'"),
     ]
     for error, words in errors:
-        monkeypatch.setattr(script, "parse", lambda argv, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(script, "parse_all", lambda argv, error=error: (_ for _ in ()).throw(error))
         assert script.main([]) == 2 and words in capsys.readouterr().err
     for error in (OSError("cannot identify image file"), ValueError("a bug")):
-        monkeypatch.setattr(script, "parse", lambda argv, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(script, "parse_all", lambda argv, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             script.main([])
 

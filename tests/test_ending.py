@@ -57,6 +57,8 @@ def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 class Stores:
     """Stands in for the tracking stores."""
 
+    runs_address = ""
+
     def __init__(self, target: Any, events: Any) -> None:
         pass
 

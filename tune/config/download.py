@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,13 @@ def unfit(folder: Path) -> str:
         else:
             again = "begin it again with the command that you gave"
             return f"{folder} was being prepared when its process ended, so no trial has begun: {again}"
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no path can have this text
         return ""
+    except PermissionError as error:
+        return f"{SHOWN.repr(str(folder))} cannot be read ({error.strerror}): change its permissions"
     except OSError as error:
-        return f"{folder} cannot be read ({error.strerror}): change its permissions"
+        too_long = error.errno == errno.ENAMETOOLONG
+        return "" if too_long else f"{SHOWN.repr(str(folder))} cannot be read ({error.strerror}): mend the disk"
     return ""
 
 
