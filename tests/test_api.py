@@ -127,6 +127,9 @@ def test_problems_of_the_data_come_back_as_they_are_printed(tmp_path: Path, capf
     with pytest.raises(SettingsError) as refused:
         run_study(data=tmp_path / "data.json", results=tmp_path / "results", progress=False)
     assert refused.value.problems and all("a.png" in p or "b.png" in p for p in refused.value.problems)
+    with pytest.raises(SettingsError) as both:
+        run_study(data=tmp_path / "data.json", results=tmp_path / "results", progress=False, trials=0)
+    assert "`--trials`" in both.value.problems[0] and both.value.problems[1:] == refused.value.problems
     assert capfd.readouterr().out == "" and not list(tmp_path.glob("results/study*"))
 
 

@@ -34,6 +34,7 @@ from tune.results.frames import ReportPath, test_frame, trials_frame
 from tune.results.outcome import Outcome
 from tune.results.progress import progress_view, shown
 from tune.results.terminal import print_line
+from tune.run import read_settings
 from tune.show import show as show_study
 
 if TYPE_CHECKING:
@@ -150,12 +151,12 @@ def run_study(*, progress: bool = True, **settings: Any) -> StudyResult:
     if refused:
         raise SettingsError(refused)
     argv = command_line(settings)
-    asked = parse(argv)
+    asked = read_settings(argv)
     if not (asked.command.resume or asked.study.name):
         from tune.plan.prepare import name_of
 
         argv.append(f"--name={name_of(asked)}")
-        asked = parse(argv)
+        asked = read_settings(argv)
     folders = study_folders(asked)
     code, problems = run_child(argv, folders, asked, progress)
     if code == 2:

@@ -23,6 +23,7 @@ from tune.config.cli import parse_all  # noqa: E402
 from tune.config.paths import SettingsError, study_directory, user_paths  # noqa: E402
 
 if TYPE_CHECKING:
+    from tune.config.settings import Settings
     from tune.plan.prepare import Study
     from tune.results.outcome import Outcome
 
@@ -87,11 +88,7 @@ def begin(argv: list[str]) -> Study | int:
     Raises:
         SettingsError: the command line, or a file or folder that it names, cannot be used.
     """
-    settings, problems = parse_all(argv)
-    if problems:
-        from tune.plan.prepare import more_problems
-
-        raise SettingsError([*problems, *more_problems(settings, problems)])
+    settings = read_settings(argv)
     command = settings.command
     small = settings.study.model_small
     if command.doctor:
@@ -115,6 +112,16 @@ def begin(argv: list[str]) -> Study | int:
     from tune.transfer import prepare_both, resume_both
 
     return resume_both(settings, say) if command.resume else prepare_both(settings, say)
+
+
+def read_settings(argv: list[str]) -> Settings:
+    """The settings of a command line. Raises SettingsError with all of its problems, and with those of the data."""
+    settings, problems = parse_all(argv)
+    if problems:
+        from tune.plan.prepare import more_problems
+
+        raise SettingsError([*problems, *more_problems(settings, problems)])
+    return settings
 
 
 def print_problems(problems: list[str]) -> None:
