@@ -11,12 +11,13 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from studies import ROOT
 
+from tune.config.cli import parse
 from tune.config.paths import SettingsError
-from tune.config.settings import Settings
 from tune.lanes import machine
 from tune.lanes.machine import LONGEST_FOLDER, allowed_cores, cgroup_limits, cluster_problem, private_folder
 from tune.lanes.ray_start import check_address, start_ray, watch_control_service
@@ -107,13 +108,11 @@ def test_a_dead_cluster_is_reported_at_once_and_leaves_no_study(tmp_path) -> Non
 
 def test_a_node_that_does_not_start_in_time_is_told_in_a_sentence(monkeypatch) -> None:
     """Ray raises a plain Exception then."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # start_ray sets variables
-    os.environ.pop("RAY_ADDRESS", None)
     monkeypatch.setattr("ray.init", lambda **options: (_ for _ in ()).throw(Exception("The node did not start.")))
-    with pytest.raises(
-        SettingsError, match=r"Ray must start, but Exception: The node did not start\.: look at RAY_TMPDIR"
-    ):
-        start_ray(Settings())
+    said = r"Ray must start, but Exception: The node did not start\.: look at RAY_TMPDIR"
+    with mock.patch.dict(os.environ), pytest.raises(SettingsError, match=said):  # start_ray sets variables
+        os.environ.pop("RAY_ADDRESS", None)
+        start_ray(parse([]))
 
 
 @pytest.mark.parametrize("kept", ["", "plan.json", "mine.txt", "event"])
