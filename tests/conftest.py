@@ -21,10 +21,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums keep their order, and tests do not w
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+LONGEST = (
+    "test_study.py",
+    "test_resume.py",
+    "test_tracking.py",
+    "test_registry.py",
+)  # they wait for Ray and for servers
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, which hands out whole files, begin with those that start Ray: they take the longest."""
+    """Under pytest-xdist, which hands out whole files, begin with those that take the longest."""
     if hasattr(config, "workerinput"):
-        longest = {item.path for item in items if item.get_closest_marker("ray")}
+        longest = {item.path for item in items if item.get_closest_marker("ray") or item.path.name in LONGEST}
         items.sort(key=lambda item: item.path not in longest)
 
 
