@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums keep their order, and tests do not wait for a busy core
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("COLUMNS", None)  # pytest-xdist gives its workers 80 columns; what is printed to a file has its own width
+os.environ.pop("COLUMNS", None)  # pytest-xdist gives its workers 80 columns; a file has a width of its own
 
 
 LONGEST = (
