@@ -328,6 +328,15 @@ def test_two_adapters_are_called_so_and_seeds_are_counted() -> None:
     assert CAVEAT in summary_of({"difference": {"auroc": gain_of(0.1, 0.0, 0.2, (3, 1))}}).explanation
 
 
+def test_a_tables_difference_says_how_many_seeds_it_is_the_mean_of() -> None:
+    """The scores beside it are of one adapter each, so that it is not their difference."""
+    tests = {"difference": gain_of(0.1, 0.0, 0.2, (3, 3)), "winner minus probe": gain_of(0.1, 0.0, 0.2, (3, 1))}
+    summary = summary_of({who: {"auroc": gain} for who, gain in tests.items()})
+    assert summary.title("difference") == "winner minus guide, paired, mean of 3 seeds"
+    assert summary.title("winner minus probe") == "winner minus probe, paired, mean of 3 seeds"
+    assert summary_of({"difference": {"auroc": BETTER}}).title("difference") == "winner minus guide, paired"
+
+
 def test_the_headline_is_of_the_clean_part_and_the_whole_follows_in_brackets() -> None:
     clean = gain_of(0.009, -0.042, 0.064, num=94)
     tests = {"difference": {"auroc": BETTER}, "difference, clean part": {"auroc": clean}}

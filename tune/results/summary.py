@@ -31,6 +31,7 @@ from tune.results.comparison import (
     Score,
     adapters_sentence,
     comparison_sentence,
+    num_runs,
     others_sentence,
     probe_sentence,
 )
@@ -256,9 +257,11 @@ class Summary:
         """The name for people of whose test scores they are."""
         number = self.study["winner"]
         winner = "winner = the guide's defaults" if number == 0 else f"winner (trial {number})"
-        names = {"winner": winner, "guide": "guide's defaults", GAIN: "winner minus guide, paired"}
-        names[GAIN + CLEAN] = "winner minus guide, paired, clean part"
-        return names.get(who, f"{who}, paired" if who == OVER_PROBE else who)
+        counts, kind = num_runs(self.study["test"].get(who, {}).get(self.metric, {}))  # none but for a difference
+        paired = f"paired, mean of {max(counts)} {kind}" if counts and max(counts) > 1 else "paired"
+        names = {"winner": winner, "guide": "guide's defaults", GAIN: f"winner minus guide, {paired}"}
+        names[GAIN + CLEAN] = f"winner minus guide, {paired}, clean part"
+        return names.get(who, f"{who}, {paired}" if who == OVER_PROBE else who)
 
 
 def read_record(trial: Mapping[str, Any]) -> TrialRecord:
