@@ -53,8 +53,9 @@ def study(tmp_path) -> tuple[dict[str, Any], Path]:
 def test_the_card_is_valid_and_has_the_reports_numbers(study) -> None:
     content, directory = study
     card = ModelCard.load(write_card(content, directory))
-    assert card.data.base_model == "nano" and card.data.library_name == "peft"
-    assert card.data.pipeline_tag == "image-text-to-text" and "lora" in card.data.tags
+    matter = card.data.to_dict()
+    assert matter["base_model"] == "nano" and matter["library_name"] == "peft"
+    assert matter["pipeline_tag"] == "image-text-to-text" and "lora" in matter["tags"]
     summary = Summary(content, directory)
     assert summary.headline in card.text and summary.explanation in card.text and content["test_note"] in card.text
     for who in ("winner", "guide", "difference"):

@@ -125,9 +125,7 @@ class Predictor:
             errors = sample_errors(base.processor, samples, task.by_name, faults)
         except ValueError as error:
             raise InputError(str(error)) from error
-        # These grow with every question and path, and a file may change between two calls.
-        for kept in (base.tokens, base.patches, base.sizes):
-            kept.clear()
+        base.forget_inputs()
         sound = [sample for sample, error in zip(samples, errors, strict=True) if not error]
         answers = answer_samples(
             base, sound, task.by_name, task.max_new_tokens, self.batch_size, generate, task.decisions

@@ -92,9 +92,7 @@ class AdapterModel(PythonModel):
                 problems += text_problems(self.base.processor, sound, [task.candidates for task in self.task.tasks])
             if problems:
                 raise MlflowException.invalid_parameter_value("; ".join(shorten(problems)).replace(f"{folder}/", ""))
-            # These grow with every question and path, a server runs without end, and a file may change between calls.
-            for kept in (self.base.tokens, self.base.patches, self.base.sizes):
-                kept.clear()
+            self.base.forget_inputs()
             task = self.task
             found = answer_samples(self.base, samples, task.by_name, task.max_new_tokens, decisions=task.decisions)
             answers = list(found)

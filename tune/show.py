@@ -16,7 +16,7 @@ from tune.records.budgets import last_time
 from tune.records.control import asked_trials
 from tune.records.end_state import DONE_STATES, EndState
 from tune.records.journal import Event, holder, read_journal
-from tune.records.process import STUDY, as_process, clock, named, was_here
+from tune.records.process import as_process, clock, named, runs_study, was_here
 from tune.results.outcome import Outcome
 from tune.tracking.delivery import stored_runs_address
 
@@ -46,7 +46,7 @@ def show(directory: Path) -> Outcome:
         journal = read_journal(path)
     except OSError as error:
         raise SettingsError([f"the study's files must be readable, but {error}: change their permissions"]) from error
-    running = process is not None and process.get("work", STUDY) == STUDY
+    running = runs_study(process)
     outcome = Outcome(
         name=directory.name,
         directory=directory,

@@ -25,7 +25,7 @@ from typing import Any
 
 from train_fn.support.files import sync_folder
 from train_fn.support.storage import retry_on_os_error
-from tune.records.process import STUDY, as_process, this_process
+from tune.records.process import STUDY, as_process, runs_study, this_process
 
 Event = dict[str, Any]
 
@@ -242,5 +242,4 @@ def holder(directory: Path) -> dict[str, Any] | None:
 
 def is_running(directory: Path) -> bool:
     """Whether a process runs the study. Raises OSError."""
-    process = holder(directory)
-    return process is not None and process.get("work", STUDY) == STUDY
+    return runs_study(holder(directory))

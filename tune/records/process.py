@@ -26,6 +26,11 @@ def as_process(value: Any) -> dict[str, Any] | None:
     return value if whole else None
 
 
+def runs_study(process: Mapping[str, Any] | None) -> bool:
+    """Whether the holder of a study's lock, from `journal.holder`, runs the study. Earlier versions name no work."""
+    return process is not None and process.get("work", STUDY) == STUDY
+
+
 def was_here(process: Mapping[str, Any]) -> bool:
     """Whether a process ran on this machine, before or after its last restart. Then its lock shows whether it runs."""
     return process["boot"] == boot() != "" or process["host"] == socket.gethostname()
