@@ -202,6 +202,12 @@ def test_check_serving_prints_the_commands(winner) -> None:
         assert f"--lora-modules study={adapter}" in vllm and '"longest_edge": 12544' in vllm
 
 
+def test_check_serving_is_not_done_beside_a_merge(winner, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["--adapter", str(winner[0]), "--check-serving", "--merge-into", str(tmp_path / "merged")])
+    assert refused.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
+
+
 def test_check_serving_wants_the_bases_configuration(winner, capsys) -> None:
     adapter, _, _ = winner
     assert main(["--adapter", str(adapter), "--check-serving", "--model", "lab/absent"]) == 2

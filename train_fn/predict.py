@@ -95,10 +95,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-generate", action="store_true", help="generate no answer where there are candidates")
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of a generated answer [as in training]")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"samples a batch [{BATCH_SIZE}]")
-    parser.add_argument("--merge-into", type=Path, help="write base and adapter as one checkpoint to this folder")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--merge-into", type=Path, help="write base and adapter as one checkpoint to this folder")
     parser.add_argument("--merge-layout", default="base", choices=("base", "transformers"),
                         help="of a merged Hulu-Med: its own, or transformers', for pipelines and servers")  # fmt: skip
-    parser.add_argument("--check-serving", action="store_true", help="print which servers take the adapter, and how")
+    instead.add_argument("--check-serving", action="store_true", help="print which servers take the adapter, and how")
     parser.add_argument("--dtype", default="", choices=DTYPES, help="number format of base or merged checkpoint")
     parser.add_argument(
         "--max-image-pixels", type=int, default=MAX_PIXELS, help=f"largest image, in pixels [{MAX_PIXELS}]"
